@@ -1,0 +1,109 @@
+"""`Batch` and `MaskSet`: the contract between the data room and the model.
+
+Data workers build them on the CPU; shapes are checked once, here; the model only reads them.
+Dimension letters are those of `d2v2ds.shapes`.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSet:
+    """M masks for each of B samples."""
+
+    keep: Tensor
+    """(B, M, K) int64, positions of the visible tokens in the order the encoder sees them."""
+    masked: Tensor
+    """(B, M, T) bool, True = masked, i.e. scored by the loss."""
+
+    def __post_init__(self) -> None:
+        if self.keep.dim() != 3 or self.masked.dim() != 3:
+            raise ValueError(
+                f"MaskSet: keep must be (B, M, K) and masked (B, M, T), found "
+                f"{tuple(self.keep.shape)} and {tuple(self.masked.shape)}"
+            )
+        if self.keep.shape[:2] != self.masked.shape[:2]:
+            raise ValueError(
+                f"MaskSet: keep {tuple(self.keep.shape)} and masked {tuple(self.masked.shape)} "
+                "disagree on (B, M)"
+            )
+        if self.masked.dtype != torch.bool or self.keep.dtype != torch.int64:
+            raise ValueError(
+                f"MaskSet: expected int64 keep and bool masked, found {self.keep.dtype} and {self.masked.dtype}"
+            )
+
+    @property
+    def num_masks(self) -> int:
+        """M."""
+        return self.masked.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.masked.shape[2]
+
+    @property
+    def num_visible(self) -> int:
+        """K."""
+        return self.keep.shape[2]
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Sample-major student rows: keep (R, K) and masked (R, T)."""
+        return self.keep.flatten(0, 1), self.masked.flatten(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one modality on one rank."""
+
+    modality: str
+    """Name of the modality, the key of its encoder and decoder in the model."""
+    source: Tensor
+    """Audio (B, S) float32 waveforms, already normalised."""
+    padding: Tensor | None = None
+    """(B, S) bool, True = pad; None where nothing is padded."""
+    ids: Tensor
+    """(B,) int64, row numbers of the samples in their dataset."""
+    masks: MaskSet
+    num_masked: int
+    """Masked positions over all rows, counted in the worker so that no device has to be asked."""
+    loss_weight: float = 1.0
+    """0.0 for a filler that only keeps a rank busy while others still have data."""
+
+    def __post_init__(self) -> None:
+        if self.source.shape[0] != self.ids.shape[0] or self.source.shape[0] != self.masks.keep.shape[0]:
+            raise ValueError(
+                f"Batch: source {tuple(self.source.shape)}, ids {tuple(self.ids.shape)} and masks "
+                f"{tuple(self.masks.keep.shape)} disagree on B"
+            )
+        if self.padding is not None and self.padding.shape != self.source.shape[: self.padding.dim()]:
+            raise ValueError(
+                f"Batch: padding {tuple(self.padding.shape)} does not fit source {tuple(self.source.shape)}"
+            )
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            source=move(self.source),
+            padding=move(self.padding),
+            ids=move(self.ids),
+            masks=MaskSet(keep=move(self.masks.keep), masked=move(self.masks.masked)),  # type: ignore[arg-type]
+        )
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader's pinning thread."""
+        return replace(
+            self,
+            source=self.source.pin_memory(),
+            padding=None if self.padding is None else self.padding.pin_memory(),
+            ids=self.ids.pin_memory(),
+            masks=MaskSet(keep=self.masks.keep.pin_memory(), masked=self.masks.masked.pin_memory()),
+        )

@@ -1,0 +1,1 @@
+"""From Arrow shards on disk to a `Batch` on the CPU."""

@@ -1,0 +1,33 @@
+"""The exception types of the project.
+
+A message says where, what was expected, what was found and what to do.
+`ValueError` stays the type for a caller's mistake in a pure function.
+"""
+
+
+class D2V2Error(Exception):
+    """Base class of every error that d2v2ds raises on purpose."""
+
+
+class ConfigError(D2V2Error):
+    """A run cannot start as configured. Raised on every rank, before any process group exists."""
+
+
+class ShardError(D2V2Error):
+    """A shard folder is incomplete, damaged, or not what the run expects."""
+
+
+class CheckpointError(D2V2Error):
+    """A checkpoint is missing, torn, or belongs to another model, stage or world size."""
+
+
+class CollapseError(D2V2Error):
+    """A health statistic crossed its floor in a run that was asked to stop there."""
+
+
+class NonFiniteError(D2V2Error):
+    """Too many optimizer steps in a row had a non-finite loss or gradient."""
+
+
+class MissingExtraError(D2V2Error):
+    """An optional package is needed; the message names the extra that installs it."""

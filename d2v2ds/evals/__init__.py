@@ -1,0 +1,1 @@
+"""Features of a trained encoder and the probes that judge them."""

@@ -1,0 +1,1 @@
+"""The pretraining step, the loop around it, schedules, metrics and guards."""

@@ -1,0 +1,1 @@
+"""Raw corpora to Arrow shards. Runs on a CPU node without torch."""
