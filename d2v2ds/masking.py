@@ -1,0 +1,322 @@
+"""Masks: exact counts, drawn for many rows at once from counter-based random numbers.
+
+In: the settings of one modality, a token count T, and which samples of which epoch. Out: `masked`
+(B, M, T) bool, True = masked, and the visible positions `keep` (B, M, K). Needs numpy only, so that
+data workers and tools can draw masks without torch.
+
+Every number is a pure function of (seed, epoch, sample id, mask index, draw index). A mask therefore does
+not depend on the batch around it, on the number of workers or ranks, or on whether the run was resumed.
+
+Sources: arXiv 2212.07525, "Inverse block masking"; the block samplers follow what the reference computes
+(spec sections 6.2 to 6.4).
+Differs from fairseq: masks are drawn after cropping, for exactly the tokens that the model sees, so that
+every row has the same number of masked tokens (the reference crops masks of the whole utterance).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+MaskKind = Literal["block_1d", "block_2d", "random"]
+
+_WORD = 0xFFFF_FFFF_FFFF_FFFF
+_GAMMA = 0x9E37_79B9_7F4A_7C15
+"""The odd constant by which SplitMix64 advances its state."""
+_MASK_STREAM = 1
+"""Keeps the random numbers of masks apart from those of crops and of the sample order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """How the tokens of one modality are masked."""
+
+    masked_fraction: float
+    """Share of tokens masked (fraction, strictly between 0 and 1); p of the spec, also for inverse masks."""
+    num_masks: int
+    """M, masked versions of each sample in one step (count)."""
+    kind: MaskKind = "block_1d"
+    """Blocks along the token sequence, square blocks on a square grid, or single tokens."""
+    block_length: int = 1
+    """Length of a block, or side of a square block (tokens); not used by `random`."""
+    adjust: float = 0.0
+    """Added to the share that decides how many blocks are drawn (fraction). It changes how blocky the
+    mask is, never how many tokens it masks: blocks overlap, and what they miss is masked token by token."""
+    inverse: bool = False
+    """Draw blocks of visible tokens and mask the rest; not used by `random`."""
+
+    def check(self) -> None:
+        """Refuse settings that no token count can satisfy.
+
+        Raises:
+            ValueError: a field is out of range, with its value.
+        """
+        if not 0.0 < self.masked_fraction < 1.0:
+            raise ValueError(f"masked_fraction must lie strictly between 0 and 1, found {self.masked_fraction}")
+        if self.num_masks < 1:
+            raise ValueError(f"num_masks must be at least 1, found {self.num_masks}")
+        if self.block_length < 1:
+            raise ValueError(f"block_length must be at least 1 token, found {self.block_length}")
+        if self.drawn_fraction + self.adjust < 0.0:
+            raise ValueError(
+                f"adjust {self.adjust} makes the share of drawn blocks negative ({self.drawn_fraction:g} + adjust)"
+            )
+
+    @property
+    def complemented(self) -> bool:
+        """True where the sampler chooses the visible tokens and the rest is masked."""
+        return self.inverse or self.kind == "random"
+
+    @property
+    def drawn_fraction(self) -> float:
+        """Share of tokens that the sampler chooses: masked ones, or visible ones if complemented."""
+        return 1 - self.masked_fraction if self.complemented else self.masked_fraction
+
+
+def masked_count(config: MaskConfig, num_tokens: int) -> int:
+    """Masked tokens in every row of T tokens.
+
+    The product is truncated in floating point as the reference does: 0.8 of 196 masks 157, because the
+    kept share 1 - 0.8 is just below 0.2.
+
+    Args:
+        config: the mask settings.
+        num_tokens: T.
+
+    Raises:
+        ValueError: if T tokens leave nothing masked or nothing visible, or do not hold one block.
+    """
+    rows, columns = _grid(config, num_tokens)
+    if config.kind != "random" and columns < config.block_length:
+        raise ValueError(
+            f"{num_tokens} tokens ({rows} x {columns}) cannot hold a block of length {config.block_length}; "
+            "use longer inputs or a smaller block_length"
+        )
+    drawn = int(num_tokens * config.drawn_fraction)
+    if not 0 < drawn < num_tokens:
+        raise ValueError(
+            f"masked_fraction {config.masked_fraction} of {num_tokens} tokens leaves nothing "
+            f"{'masked' if (drawn == 0) != config.complemented else 'visible'}; use longer inputs or another fraction"
+        )
+    return num_tokens - drawn if config.complemented else drawn
+
+
+def draw_masks(
+    config: MaskConfig, num_tokens: int, *, seed: int, epoch: int, sample_ids: ArrayLike
+) -> NDArray[np.bool_]:
+    """Draw M masks for each sample.
+
+    Args:
+        config: the mask settings.
+        num_tokens: T, the tokens of every sample in this batch.
+        seed: of the run.
+        epoch: in which these samples are seen.
+        sample_ids: (B,) integers, row numbers in the dataset.
+
+    Returns:
+        (B, M, T) bool, True = masked; exactly `masked_count(config, T)` in every row.
+
+    Raises:
+        ValueError: see `masked_count`.
+    """
+    masked_count(config, num_tokens)
+    numbers = uniforms(
+        seed=seed,
+        epoch=epoch,
+        sample_ids=sample_ids,
+        num_masks=config.num_masks,
+        num_draws=num_draws(config, num_tokens),
+    )
+    return masks_from_uniforms(config, num_tokens, numbers)
+
+
+def masks_from_uniforms(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Masks as a pure function of given random numbers; `kind` chooses the sampler.
+
+    Args:
+        config: the mask settings.
+        num_tokens: T.
+        numbers: (..., num_draws(config, T)) float64 in [0, 1).
+
+    Returns:
+        (..., T) bool, True = masked.
+    """
+    return _SAMPLERS[config.kind](config, num_tokens, numbers)
+
+
+def block_mask_1d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Blocks along the sequence, then single tokens up to the exact count (spec 6.2).
+
+    Arguments and result as `masks_from_uniforms`.
+    """
+    centres = num_blocks(config, num_tokens)
+    chosen = blocks_1d(numbers[..., :centres], num_tokens, config.block_length)  # (..., T)
+    chosen = _adjust_count(chosen, int(num_tokens * config.drawn_fraction), numbers[..., centres:])
+    return ~chosen if config.inverse else chosen
+
+
+def block_mask_2d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Square blocks on a square grid, then single cells up to the exact count (spec 6.3).
+
+    Arguments and result as `masks_from_uniforms`; T = side * side, row by row.
+    """
+    centres = num_blocks(config, num_tokens)
+    side, _ = _grid(config, num_tokens)
+    chosen = blocks_2d(numbers[..., :centres], side, config.block_length)  # (..., T)
+    chosen = _adjust_count(chosen, int(num_tokens * config.drawn_fraction), numbers[..., centres:])
+    return ~chosen if config.inverse else chosen
+
+
+def random_mask(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Single tokens, every subset of the right size equally likely (spec 6.4).
+
+    Arguments and result as `masks_from_uniforms`.
+    """
+    nothing = np.zeros((*numbers.shape[:-1], num_tokens), dtype=bool)
+    return ~_adjust_count(nothing, int(num_tokens * config.drawn_fraction), numbers)
+
+
+_SAMPLERS = {"block_1d": block_mask_1d, "block_2d": block_mask_2d, "random": random_mask}
+
+
+def visible_positions(masked: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Positions of the visible tokens, ascending.
+
+    Args:
+        masked: (B, M, T) bool with the same number of masked tokens in every row.
+
+    Returns:
+        (B, M, K) int64.
+    """
+    num_visible = masked.shape[-1] - int(np.count_nonzero(masked[0, 0]))
+    return np.nonzero(~masked)[-1].reshape(*masked.shape[:-1], num_visible)
+
+
+def num_blocks(config: MaskConfig, num_tokens: int) -> int:
+    """Blocks drawn per row, before overlaps."""
+    if config.kind == "random":
+        return 0
+    tokens_per_block = config.block_length**2 if config.kind == "block_2d" else config.block_length
+    return int(num_tokens * (config.drawn_fraction + config.adjust) / tokens_per_block)
+
+
+def num_draws(config: MaskConfig, num_tokens: int) -> int:
+    """Random numbers per row: one per block centre, then one per token to adjust the count."""
+    return num_blocks(config, num_tokens) + num_tokens
+
+
+def blocks_1d(numbers: NDArray[np.float64], num_tokens: int, block_length: int) -> NDArray[np.bool_]:
+    """Union of blocks around uniform centres; a block that leaves the sequence is clamped onto its end.
+
+    Args:
+        numbers: (..., c) float64 in [0, 1), one per centre; centres may repeat.
+        num_tokens: T.
+        block_length: tokens per block.
+
+    Returns:
+        (..., T) bool, True = covered.
+    """
+    centres = (numbers * num_tokens).astype(np.int64)  # (..., c)
+    offsets = np.arange(block_length) - block_length // 2
+    covered = np.clip(centres[..., None] + offsets, 0, num_tokens - 1)  # (..., c, l)
+    return _mark(covered, num_tokens)
+
+
+def blocks_2d(numbers: NDArray[np.float64], side: int, block_length: int) -> NDArray[np.bool_]:
+    """Union of square blocks around uniform cells, clamped onto the border of a square grid.
+
+    Args:
+        numbers: (..., c) float64 in [0, 1), one per centre; centres may repeat.
+        side: cells per side of the grid.
+        block_length: side of a block, in cells.
+
+    Returns:
+        (..., side * side) bool, True = covered; row by row.
+    """
+    centres = (numbers * (side * side)).astype(np.int64)  # (..., c)
+    offsets = np.arange(block_length) - block_length // 2
+    rows = np.clip(centres[..., None] // side + offsets, 0, side - 1)  # (..., c, l)
+    columns = np.clip(centres[..., None] % side + offsets, 0, side - 1)  # (..., c, l)
+    covered = rows[..., :, None] * side + columns[..., None, :]  # (..., c, l, l)
+    return _mark(covered.reshape(*centres.shape, -1), side * side)
+
+
+def _mark(covered: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:
+    """(..., c, l) positions to (..., T) bool."""
+    marked = np.zeros((*covered.shape[:-2], num_tokens), dtype=bool)
+    np.put_along_axis(marked, covered.reshape(*covered.shape[:-2], -1), True, axis=-1)
+    return marked
+
+
+def _adjust_count(chosen: NDArray[np.bool_], count: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Unchoose, or choose in addition, uniformly random single tokens until exactly `count` are chosen.
+
+    Chosen tokens are moved below all others, so that the `count` smallest keys are a random subset of the
+    chosen where these are too many, and all of them with random others where they are too few.
+    """
+    keys = numbers - chosen  # (..., T), chosen in [-1, 0), others in [0, 1)
+    smallest = np.argpartition(keys, count - 1, axis=-1)[..., :count]
+    adjusted = np.zeros_like(chosen)
+    np.put_along_axis(adjusted, smallest, True, axis=-1)
+    return adjusted
+
+
+def _grid(config: MaskConfig, num_tokens: int) -> tuple[int, int]:
+    if config.kind != "block_2d":
+        return 1, num_tokens
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ValueError(f"block_2d masks need a square grid, found {num_tokens} tokens")
+    return side, side
+
+
+def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, num_draws: int) -> NDArray[np.float64]:
+    """Random numbers for masks, a pure function of the arguments and of each number's own place.
+
+    Args:
+        seed: of the run.
+        epoch: in which the samples are seen.
+        sample_ids: (B,) integers.
+        num_masks: M.
+        num_draws: numbers per mask.
+
+    Returns:
+        (B, M, num_draws) float64 in [0, 1).
+    """
+    ids = np.asarray(sample_ids, dtype=np.int64)
+    keys = hash64(seed, epoch, _MASK_STREAM, ids[:, None], np.arange(num_masks))  # (B, M)
+    steps = (np.arange(1, num_draws + 1, dtype=np.uint64)) * np.uint64(_GAMMA)
+    return to_unit_interval(mix64(keys[..., None] + steps))
+
+
+def hash64(*parts: ArrayLike) -> NDArray[np.uint64]:
+    """Hash integers, or arrays of integers that broadcast against each other, to 64 bits.
+
+    For all other parts given, different values of one part have different hashes.
+
+    Returns:
+        uint64 array of the broadcast shape; (1,) if every part is one integer.
+    """
+    state = np.array([_GAMMA], dtype=np.uint64)
+    for part in parts:
+        word = np.array([part & _WORD], dtype=np.uint64) if isinstance(part, int) else np.asarray(part, dtype=np.uint64)
+        state = mix64(state ^ word) + np.uint64(_GAMMA)
+    return state
+
+
+def mix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection in which every input bit
+    moves every output bit with probability close to one half."""
+    words = words ^ (words >> np.uint64(30))
+    words *= np.uint64(0xBF58_476D_1CE4_E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D0_49BB_1331_11EB)
+    words ^= words >> np.uint64(31)
+    return words
+
+
+def to_unit_interval(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """The upper 53 bits as float64 in [0, 1)."""
+    return (words >> np.uint64(11)) * np.float64(2.0**-53)

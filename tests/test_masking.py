@@ -1,0 +1,227 @@
+"""Masks: exact counts, the loop oracle, the reference's statistics, and where the randomness comes from."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2v2ds.masking import (
+    MaskConfig,
+    draw_masks,
+    hash64,
+    masked_count,
+    masks_from_uniforms,
+    mix64,
+    num_blocks,
+    num_draws,
+    uniforms,
+    visible_positions,
+)
+from tests.oracles.mask_statistics import (
+    agreement,
+    golden_rows,
+    golden_statistics,
+    mask_config,
+    pooled,
+    row_statistics,
+)
+from tests.oracles.masks import mask_row
+
+REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")) / "golden"
+SUMMARY = json.loads((Path(__file__).parent / "golden" / "mask_stats_summary.json").read_text())
+
+CONFIGS = {
+    "audio_base": (MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=5, num_masks=8), 99),
+    "audio_large": (MaskConfig(masked_fraction=0.55, adjust=0.1, block_length=5, num_masks=12), 249),
+    "blocks_overshoot": (MaskConfig(masked_fraction=0.3, adjust=0.5, block_length=4, num_masks=3), 41),
+    "inverse_1d": (MaskConfig(masked_fraction=0.6, adjust=0.1, block_length=3, num_masks=4, inverse=True), 50),
+    "image_base": (
+        MaskConfig(kind="block_2d", masked_fraction=0.8, adjust=0.07, block_length=3, num_masks=16, inverse=True),
+        196,
+    ),
+    "image_direct": (MaskConfig(kind="block_2d", masked_fraction=0.4, adjust=0.2, block_length=2, num_masks=2), 25),
+    "text_base": (MaskConfig(kind="random", masked_fraction=0.48, num_masks=8), 64),
+}
+every_config = pytest.mark.parametrize(("config", "num_tokens"), CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@every_config
+def test_masks_equal_the_loop_oracle(config, num_tokens):
+    numbers = np.random.default_rng(0).random((5, 3, num_draws(config, num_tokens)))
+    fast = masks_from_uniforms(config, num_tokens, numbers)
+    slow = [[mask_row(config, num_tokens, row.tolist()) for row in sample] for sample in numbers]
+    np.testing.assert_array_equal(fast, np.array(slow))
+
+
+@every_config
+def test_every_row_masks_exactly_the_declared_count(config, num_tokens):
+    masked = draw_masks(config, num_tokens, seed=1, epoch=0, sample_ids=np.arange(40))
+    assert masked.shape == (40, config.num_masks, num_tokens)
+    assert (masked.sum(-1) == masked_count(config, num_tokens)).all()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_tokens", "inverse", "count"),
+    [(0.5, 499, False, 249), (0.55, 999, False, 549), (0.8, 196, True, 157), (0.75, 256, True, 192)],
+)
+def test_counts_truncate_as_the_published_recipes_do(fraction, num_tokens, inverse, count):
+    config = MaskConfig(masked_fraction=fraction, block_length=3, num_masks=1, inverse=inverse)
+    assert masked_count(config, num_tokens) == count
+
+
+@every_config
+def test_visible_and_masked_partition_the_tokens(config, num_tokens):
+    masked = draw_masks(config, num_tokens, seed=1, epoch=0, sample_ids=[5, 9])
+    keep = visible_positions(masked)
+    assert keep.dtype == np.int64
+    assert (np.diff(keep, axis=-1) > 0).all(), "visible positions ascend"
+    for masked_row, keep_row in zip(masked.reshape(-1, num_tokens), keep.reshape(-1, keep.shape[-1]), strict=True):
+        assert sorted([*np.flatnonzero(masked_row), *keep_row]) == list(range(num_tokens))
+
+
+def test_the_masks_of_a_sample_differ():
+    config, num_tokens = CONFIGS["audio_base"]
+    masked = draw_masks(config, num_tokens, seed=1, epoch=0, sample_ids=np.arange(10))
+    rows = masked.reshape(-1, num_tokens)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+def test_a_mask_does_not_depend_on_the_batch_around_it():
+    config, num_tokens = CONFIGS["audio_base"]
+    together = draw_masks(config, num_tokens, seed=1, epoch=3, sample_ids=[7, 100_000_000, 3])
+    alone = [draw_masks(config, num_tokens, seed=1, epoch=3, sample_ids=[i])[0] for i in (7, 100_000_000, 3)]
+    np.testing.assert_array_equal(together, np.stack(alone))
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"epoch": 1}, {"sample_ids": [8]}])
+def test_seed_epoch_and_sample_each_change_the_mask(change):
+    config, num_tokens = CONFIGS["audio_base"]
+    origin = {"seed": 1, "epoch": 0, "sample_ids": [7]}
+    first = draw_masks(config, num_tokens, **origin)
+    assert (draw_masks(config, num_tokens, **origin) == first).all()
+    other = draw_masks(config, num_tokens, **(origin | change))
+    assert (other != first).any(-1).all()
+
+
+def test_drawn_masks_stay_what_they_were():
+    """A changed draw would silently end the exact resume of old runs."""
+    config = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=5, num_masks=2)
+    masked = draw_masks(config, 30, seed=1, epoch=2, sample_ids=[3])
+    rows = ["".join("X" if m else "." for m in row) for row in masked[0]]
+    assert rows == [
+        "...XXXXX..XXXXX.....XXXXX.....",
+        "XXXX..X........XXXXX..XXXXX...",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "num_tokens", "message"),
+    [
+        (MaskConfig(masked_fraction=0.5, num_masks=1), 1, "nothing masked"),
+        (MaskConfig(masked_fraction=0.999, num_masks=1, inverse=True), 50, "nothing visible"),
+        (MaskConfig(masked_fraction=0.99, num_masks=1, kind="random"), 50, "nothing visible"),
+        (MaskConfig(masked_fraction=0.5, num_masks=1, block_length=10), 9, "cannot hold a block"),
+        (MaskConfig(masked_fraction=0.5, num_masks=1, kind="block_2d"), 24, "square grid"),
+    ],
+)
+def test_impossible_masks_are_refused(config, num_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        draw_masks(config, num_tokens, seed=0, epoch=0, sample_ids=[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"masked_fraction": 0.0},
+        {"masked_fraction": 1.0},
+        {"num_masks": 0},
+        {"block_length": 0},
+        {"adjust": -0.6},
+    ],
+)
+def test_settings_out_of_range_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        MaskConfig(**({"masked_fraction": 0.5, "num_masks": 1} | fields)).check()
+
+
+# ---- random numbers ----
+
+
+def test_mix64_is_splitmix64():
+    """Known answers: the published sequence of SplitMix64 with state 1234567."""
+    states = np.array([1234567], np.uint64) + np.arange(1, 6, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert mix64(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_hashes_of_neighbouring_places_do_not_collide():
+    hashes = hash64(0, np.arange(30)[:, None, None], np.arange(50)[:, None], np.arange(60))
+    assert len(np.unique(hashes)) == hashes.size
+    assert hash64(1, 2)[0] != hash64(2, 1)[0], "the order of the parts counts"
+
+
+def test_uniforms_are_uniform():
+    numbers = uniforms(seed=0, epoch=0, sample_ids=np.arange(200), num_masks=8, num_draws=250)  # 400,000
+    assert numbers.min() >= 0.0 and numbers.max() < 1.0
+    observed = np.bincount((numbers.ravel() * 100).astype(int), minlength=100)
+    chi_square = ((observed - 4000) ** 2 / 4000).sum()  # 99 degrees of freedom, sd 14
+    assert abs(chi_square - 99) < 4 * 14
+
+
+def test_uniforms_of_neighbours_are_independent():
+    """Neighbours in draw, mask, sample, epoch and seed are uncorrelated (se = 1/sqrt(n))."""
+    config = {"num_masks": 8, "num_draws": 250}
+    numbers = uniforms(seed=0, epoch=0, sample_ids=np.arange(200), **config)
+    pairs = {
+        "draw": (numbers[..., 1:], numbers[..., :-1]),
+        "mask": (numbers[:, 1:], numbers[:, :-1]),
+        "sample": (numbers[1:], numbers[:-1]),
+        "epoch": (numbers, uniforms(seed=0, epoch=1, sample_ids=np.arange(200), **config)),
+        "seed": (numbers, uniforms(seed=1, epoch=0, sample_ids=np.arange(200), **config)),
+        "sample against mask": (numbers[1, 2:8], numbers[2:8, 1]),
+    }
+    for name, (a, b) in pairs.items():
+        correlation = np.corrcoef(a.ravel(), b.ravel())[0, 1]
+        assert abs(correlation) < 4 / np.sqrt(a.size), name
+
+
+# ---- statistics of the reference ----
+
+
+def check_statistics(setting, entry, means, first_bins, num_golden_rows):
+    config, num_tokens = mask_config(entry), entry["L"]
+    assert num_blocks(config, num_tokens) == entry.get("centres", 0)
+    assert masked_count(config, num_tokens) == entry["masked_per_row"]
+    ours = row_statistics(config, num_tokens, seed=17, num_rows=10_000)
+    assert len(means) >= 3
+    for name, mean in means.items():
+        rows = pooled(ours[name], first_bins[name]) if name in first_bins else ours[name]
+        distance = agreement(rows, np.array(mean), num_golden_rows=num_golden_rows[name])
+        assert np.abs(distance).max() < 4.0, f"{setting} {name}: {distance.round(1)} standard errors"
+
+
+@pytest.mark.parametrize("setting", SUMMARY["settings"])
+def test_statistics_agree_with_the_reference_summary(setting):
+    entry = SUMMARY["settings"][setting]
+    statistics = entry["statistics"]
+    check_statistics(
+        setting,
+        entry,
+        means={name: s["mean"] for name, s in statistics.items()},
+        first_bins={name: s["first_bins"] for name, s in statistics.items() if "first_bins" in s},
+        num_golden_rows={name: s["rows"] for name, s in statistics.items()},
+    )
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference vectors beside the repository; set D2V2_REFERENCE")
+@pytest.mark.parametrize("setting", SUMMARY["settings"])
+def test_statistics_agree_with_the_reference_files(setting):
+    entry, means, first_bins = golden_statistics(REFERENCE, setting)
+    check_statistics(setting, entry, means, first_bins, {name: golden_rows(name, entry["rows"]) for name in means})
