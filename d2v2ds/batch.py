@@ -27,8 +27,7 @@ class MaskSet:
             )
         if self.keep.shape[:2] != self.masked.shape[:2]:
             raise ValueError(
-                f"MaskSet: keep {tuple(self.keep.shape)} and masked {tuple(self.masked.shape)} "
-                "disagree on (B, M)"
+                f"MaskSet: keep {tuple(self.keep.shape)} and masked {tuple(self.masked.shape)} disagree on (B, M)"
             )
         if self.masked.dtype != torch.bool or self.keep.dtype != torch.int64:
             raise ValueError(

@@ -1,0 +1,63 @@
+"""Parameter names of the official checkpoints and ours, as data (spec section 10).
+
+`{i}` stands for a layer number, `{p}` for what follows. The offset is added to our number to get theirs.
+"""
+
+import re
+
+Row = tuple[str, str, int]
+
+
+def _of_modality(name: str, rows: list[Row]) -> list[Row]:
+    """Put the two prefixes of a modality in front of its rows, which begin with E (encoder) or D (decoder)."""
+    ours = {"E": f"encoders.{name}", "D": f"decoders.{name}"}
+    theirs = {"E": f"modality_encoders.{name.upper()}", "D": f"modality_encoders.{name.upper()}.decoder"}
+    return [(ours[mine[0]] + mine[1:], theirs[mine[0]] + official, offset) for mine, official, offset in rows]
+
+
+TABLE: list[Row] = [
+    ("blocks.{p}", "blocks.{p}", 0),
+    *_of_modality(
+        "audio",
+        [
+            ("E.local.convs.layers.{i}.conv.{p}", ".local_encoder.conv_layers.{i}.0.{p}", 0),
+            ("E.local.convs.layers.{i}.norm.{p}", ".local_encoder.conv_layers.{i}.2.1.{p}", 0),
+            ("E.local.norm.{p}", ".project_features.1.{p}", 0),
+            ("E.local.project.{p}", ".project_features.2.{p}", 0),
+            ("E.positions.layers.{i}.conv.{p}", ".relative_positional_encoder.{i}.0.{p}", 1),
+            ("E.alibi.scale", ".alibi_scale", 0),
+            ("E.prenet.norm.{p}", ".context_encoder.norm.{p}", 0),
+            ("E.prenet.blocks.{p}", ".context_encoder.blocks.{p}", 0),
+            ("D.layers.{i}.conv.{p}", ".blocks.{i}.0.{p}", 0),
+            ("D.proj.{p}", ".proj.{p}", 0),
+        ],
+    ),
+]
+
+
+def _translate(name: str, source: str, target: str, offset: int) -> str | None:
+    pattern = re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", r"(?P<p>.+)")
+    found = re.fullmatch(pattern, name)
+    if found is None:
+        return None
+    groups = found.groupdict()
+    number = str(int(groups["i"]) + offset) if "i" in groups else ""
+    return target.replace("{i}", number).replace("{p}", groups.get("p", ""))
+
+
+def to_ours(official: str) -> str | None:
+    """Our name of an official parameter, None if the table has none."""
+    for ours, theirs, offset in TABLE:
+        name = _translate(official, theirs, ours, -offset)
+        if name is not None:
+            return name
+    return None
+
+
+def to_official(name: str) -> str | None:
+    """The official name of one of our parameters, None if the table has none."""
+    for ours, theirs, offset in TABLE:
+        official = _translate(name, ours, theirs, offset)
+        if official is not None:
+            return official
+    return None

@@ -1,0 +1,179 @@
+"""The architecture fields of an official configuration as our `ModelConfig` (names and defaults: spec section 13).
+
+Every key is looked at: one that changes the computation and is not supported raises `UnsupportedOptionError`
+with its name, so that nothing is computed differently in silence.
+"""
+
+import ast
+from typing import Any
+
+from d2v2ds.errors import D2V2Error
+from d2v2ds.model.audio import AudioConfig
+from d2v2ds.model.block import BlockConfig
+from d2v2ds.model.data2vec2 import ModalitiesConfig, ModelConfig
+from d2v2ds.model.decoder import DecoderConfig
+from d2v2ds.model.loss import LossConfig
+from d2v2ds.model.targets import NormKind, TargetConfig
+from d2v2ds.shapes import ConvLayer
+
+
+class UnsupportedOptionError(D2V2Error):
+    """An official option that changes the computation and that this project does not have."""
+
+
+_IGNORED = {
+    # names, and what belongs to the mask sampler, the teacher's schedule or the run rather than to the network
+    "_name", "supported_modality", "clone_batch", "ema_decay", "ema_end_decay", "ema_anneal_end_step",
+    "min_target_var", "min_pred_var", "mask_prob", "mask_prob_adjust", "mask_length", "mask_dropout",
+    "inverse_mask", "add_masks", "keep_masked_pct", "mask_noise_std", "init_extra_token_zero",
+    "ema_encoder_only", "mae_init", "decoder_group",
+}  # fmt: skip
+
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    # value(s) at which an option changes nothing here
+    "layer_norm_first": (False,), "end_of_block_targets": (False,), "drop_path_rate": (0,),
+    "start_drop_path_rate": (0,), "end_drop_path_rate": (0,), "norm_affine": (True,), "recon_loss": (0,),
+    "d2v_loss": (1,), "cls_loss": (0,), "dropout_input": (0,), "prenet_layerdrop": (0,), "num_extra_tokens": (0,),
+    "local_grad_mult": (1,), "encoder_zero_mask": (True,), "learned_alibi": (False,),
+    "add_positions_masked": (False,), "add_positions_all": (False,), "projection_layers": (1,),
+    "batch_norm_targets": (False,),
+}  # fmt: skip
+
+
+def conv_layers(text: str) -> tuple[ConvLayer, ...]:
+    """Read a layer list such as ``[(512, 10, 5)] + [(512, 3, 2)] * 4`` without executing it.
+
+    Raises:
+        ValueError: if it is anything but lists, tuples, integers, ``+`` and ``*``.
+    """
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.List):
+            return [value(item) for item in node.elts]
+        if isinstance(node, ast.Tuple):
+            return tuple(value(item) for item in node.elts)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return value(node.left) + value(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return value(node.left) * value(node.right)
+        raise ValueError(f"feature_encoder_spec: expected a list of (channels, kernel, stride), found {text!r}")
+
+    layers = value(ast.parse(text, mode="eval").body)
+    if not isinstance(layers, list) or not all(isinstance(layer, tuple) and len(layer) == 3 for layer in layers):
+        raise ValueError(f"feature_encoder_spec: expected a list of (channels, kernel, stride), found {text!r}")
+    return tuple(layers)
+
+
+class _Fields:
+    """One level of an official config: reads with defaults and remembers what was read."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+        self.read: set[str] = set()
+
+    def __call__(self, name: str, default: Any) -> Any:
+        self.read.add(name)
+        return self.values.get(name, default)
+
+    def required(self, name: str) -> Any:
+        """A value for which no default is known."""
+        if name not in self.values:
+            raise UnsupportedOptionError(f"{self.where}{name} is not given and has no known default")
+        return self(name, None)
+
+    def finish(self) -> None:
+        """Refuse every unread key unless it is known to change nothing."""
+        for name, found in self.values.items():
+            if name in self.read or name in _IGNORED:
+                continue
+            if name not in _MUST_BE or found not in _MUST_BE[name]:
+                raise UnsupportedOptionError(f"{self.where}{name}={found!r}")
+
+
+def _norms(fields: _Fields, kinds: dict[str, NormKind]) -> tuple[NormKind, ...]:
+    return tuple(kind for key, kind in kinds.items() if fields(key, False))
+
+
+def _decoder(values: dict[str, Any], noise_std: float, where: str) -> DecoderConfig:
+    fields = _Fields(values, where)
+    config = DecoderConfig(
+        width=fields("decoder_dim", 384),
+        depth=fields("decoder_layers", 5),
+        kernel=fields("decoder_kernel", 5),
+        groups=fields("decoder_groups", 16),
+        input_dropout=fields("input_dropout", 0.1),
+        residual=fields("decoder_residual", True),
+        mask_noise_std=noise_std,
+    )
+    fields.finish()
+    return config
+
+
+def _audio(values: dict[str, Any]) -> AudioConfig:
+    fields = _Fields(values, "modalities.audio.")
+    noise_std = values.get("mask_noise_std", 0.01)
+    config = AudioConfig(
+        prenet_depth=fields.required("prenet_depth"),
+        conv_layers=conv_layers(fields("feature_encoder_spec", "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2")),
+        position_depth=fields("conv_pos_depth", 5),
+        position_total_kernel=fields("conv_pos_width", 95),
+        position_groups=fields("conv_pos_groups", 16),
+        prenet_dropout=fields("prenet_dropout", 0.0),
+        alibi=fields("use_alibi_encoder", False),
+        alibi_learned=fields("learned_alibi_scale", False),
+        alibi_per_head=fields("learned_alibi_scale_per_head", False),
+        alibi_per_block=fields("learned_alibi_scale_per_layer", False),
+        share_local_encoder=not fields("ema_local_encoder", False),
+        decoder=_decoder(fields("decoder", {}), noise_std, "modalities.audio.decoder."),
+    )
+    fields.finish()
+    return config
+
+
+def model_config(official: dict[str, Any], modality: str) -> ModelConfig:
+    """Translate.
+
+    Args:
+        official: the `model` section of an official configuration.
+        modality: lower-case name of the one modality to build.
+
+    Raises:
+        UnsupportedOptionError: naming the option.
+    """
+    readers = {"audio": _audio}
+    if modality not in readers:
+        raise UnsupportedOptionError(f"modality={modality}")
+    fields = _Fields(official, "")
+    config = ModelConfig(
+        block=BlockConfig(
+            width=fields.required("embed_dim"),
+            num_heads=fields("num_heads", 12),
+            mlp_ratio=fields("mlp_ratio", 4),
+            norm_eps=fields.required("norm_eps"),
+            attention_dropout=fields("attention_dropout", 0.1),
+            attention_output_dropout=fields("encoder_dropout", 0.1),
+            activation_dropout=fields("activation_dropout", 0.0),
+            mlp_dropout=fields("post_mlp_drop", 0.1),
+        ),
+        shared_depth=fields.required("depth"),
+        target=TargetConfig(
+            num_layers=fields.required("average_top_k_layers"),
+            layer_norms=_norms(
+                fields,
+                {
+                    "instance_norm_target_layer": "instance",
+                    "layer_norm_target_layer": "layer",
+                    "batch_norm_target_layer": "batch",
+                },
+            ),
+            final_norms=_norms(fields, {"layer_norm_targets": "layer", "instance_norm_targets": "instance"}),
+        ),
+        loss=LossConfig(scale=fields("loss_scale", None), beta=fields("loss_beta", 0)),
+        layer_drop=fields("layerdrop", 0.0),
+        modalities=ModalitiesConfig(**{modality: readers[modality](fields("modalities", {}).get(modality, {}))}),
+    )
+    fields.finish()
+    return config

@@ -1,0 +1,94 @@
+"""ALiBi: attention logits that fall with distance, with a learned scale (spec section 4).
+
+The bias of two tokens is -slope_h * max(scale_h, 0) * |i - j| where i and j are their places in the
+*unmasked* sequence. It is computed from the positions of the visible tokens alone; a bias over all
+T x T pairs of every student row, as in the reference, is never built.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """One slope per head (arXiv 2108.12409; spec section 4).
+
+    For a power of two the slopes are 2^(-8 i / H), i = 1..H. Otherwise the slopes of the largest power
+    of two below H come first, then every second slope of the list for twice that power.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    doubled = [2.0 ** (-8.0 * (i + 1) / (2 * power)) for i in range(2 * power)]
+    return slopes + doubled[0::2][: num_heads - power]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceBias:
+    """What attention adds to its logits: a distance penalty, padded keys, or both.
+
+    `dense` serves the explicit and SDPA paths and is shared by every block; FlexAttention computes the
+    same values on the fly from `positions` and `penalty` and needs no `dense`.
+    """
+
+    positions: Tensor
+    """(R, N) int64, place of each token in the unmasked sequence."""
+    penalty: Tensor | None
+    """(H,) fp32, penalty per token of distance, >= 0; None without ALiBi."""
+    padding: Tensor | None
+    """(R, N) bool, True = this key is padding; None where nothing is padded."""
+    dense: Tensor | None
+    """(R or 1, H or 1, N, N) fp32, already negative, -inf at padded keys."""
+
+
+def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None) -> Tensor | None:
+    """Write the bias out.
+
+    Args:
+        positions: (R, N) int64.
+        penalty: (H,) fp32 or None.
+        padding: (R, N) bool or None.
+
+    Returns:
+        (R, H, N, N) fp32, or (R, 1, N, N) with padding alone, or None if there is neither.
+    """
+    bias = None
+    if penalty is not None:
+        places = positions.float()
+        distance = (places[:, None, :] - places[:, :, None]).abs_()  # (R, N, N)
+        bias = distance[:, None] * -penalty[None, :, None, None]  # (R, H, N, N)
+    if padding is not None:
+        if bias is None:
+            bias = positions.new_zeros(positions.shape[0], 1, 1, positions.shape[1], dtype=torch.float32)
+            bias = bias.expand(-1, -1, positions.shape[1], -1)
+        bias = bias.masked_fill(padding[:, None, None, :], float("-inf"))
+    return bias
+
+
+class Alibi(nn.Module):
+    """The learned scale of one modality's ALiBi; fp32 arithmetic whatever the parameter's dtype.
+
+    A scale below zero gives no bias and no gradient, as in the reference.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int, *, learned: bool, per_head: bool, num_layers: int | None) -> None:
+        """
+        Args:
+            num_heads: H.
+            learned: whether the scale is trained.
+            per_head: one scale per head rather than one for all.
+            num_layers: number of blocks (prenet and shared) if every block has its own scale, else None.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = nn.Parameter(
+            torch.ones(num_layers or 1, num_heads if per_head else 1), requires_grad=learned
+        )  # (L or 1, H or 1)
+
+    def forward(self) -> Tensor:
+        """(L or 1, H) fp32: penalty per token of distance, for every block or for all."""
+        slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=torch.float32, device=self.scale.device)
+        return self.scale.float().clamp(min=0) * slopes

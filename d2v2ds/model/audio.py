@@ -1,0 +1,92 @@
+"""Speech: its settings and how its encoder and decoder are wired (spec section 3.1)."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from d2v2ds.model.alibi import Alibi
+from d2v2ds.model.block import BlockConfig
+from d2v2ds.model.decoder import Decoder1d, DecoderConfig
+from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
+from d2v2ds.model.local import WaveformEncoder
+from d2v2ds.model.positions import ConvPositions
+from d2v2ds.shapes import AUDIO_CONV_LAYERS, ConvLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """Front end, positions, prenet and decoder of speech."""
+
+    prenet_depth: int
+    """Speech blocks before the shared ones."""
+    decoder: DecoderConfig
+    conv_layers: tuple[ConvLayer, ...] = field(default=AUDIO_CONV_LAYERS)
+    """(channels, kernel, stride) of the front end."""
+    position_depth: int = 5
+    """Number of position convolutions."""
+    position_total_kernel: int = 95
+    """Their kernel is max(3, position_total_kernel // position_depth) tokens."""
+    position_groups: int = 16
+    """Groups of each position convolution."""
+    prenet_dropout: float = 0.0
+    """Dropped fraction after the prenet's input norm."""
+    alibi: bool = True
+    """Add a distance penalty to the attention logits."""
+    alibi_learned: bool = True
+    """Train its scale."""
+    alibi_per_head: bool = True
+    """One scale per head instead of one."""
+    alibi_per_block: bool = False
+    """Separate scales in every block."""
+    share_local_encoder: bool = True
+    """The teacher reads the student's local features (published). False gives it its own front end, which
+    keeps small runs from collapsing to a code of position."""
+
+    def check(self, block: BlockConfig) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        problems = self.decoder.check(block.width)
+        if block.width % self.position_groups:
+            problems.append(f"position_groups {self.position_groups} does not divide the model width {block.width}")
+        if not 0.0 <= self.prenet_dropout < 1.0:
+            problems.append(f"prenet_dropout is {self.prenet_dropout}, expected 0 <= rate < 1")
+        if not self.conv_layers:
+            problems.append("conv_layers is empty")
+        return problems
+
+
+def build_audio_encoder(
+    config: AudioConfig, block: BlockConfig, shared_depth: int, *, with_local: bool
+) -> ModalityEncoder:
+    """The speech encoder of a student, or of a teacher (`with_local` per `share_local_encoder`)."""
+
+    def num_tokens(num_samples: Tensor) -> Tensor:
+        for _, kernel, stride in config.conv_layers:
+            num_samples = (num_samples - kernel).div(stride, rounding_mode="floor") + 1
+        return num_samples.clamp(min=0)
+
+    alibi = None
+    if config.alibi:
+        alibi = Alibi(
+            block.num_heads,
+            learned=config.alibi_learned,
+            per_head=config.alibi_per_head,
+            num_layers=config.prenet_depth + shared_depth if config.alibi_per_block else None,
+        )
+    return ModalityEncoder(
+        local=WaveformEncoder(config.conv_layers, block.width) if with_local else None,
+        num_tokens=num_tokens,
+        positions=ConvPositions(
+            block.width,
+            depth=config.position_depth,
+            total_kernel=config.position_total_kernel,
+            groups=config.position_groups,
+        ),
+        alibi=alibi,
+        prenet=Prenet(PrenetConfig(depth=config.prenet_depth, dropout=config.prenet_dropout), block),
+        write_bias_out=block.attention_path != "flex",
+    )
+
+
+def build_audio_decoder(config: AudioConfig, block: BlockConfig) -> Decoder1d:
+    """The decoder of speech."""
+    return Decoder1d(config.decoder, block.width)

@@ -1,0 +1,99 @@
+"""The transformer block, identical in prenet, shared trunk and teacher (spec section 2).
+
+Post-norm, as in every published configuration. The reference also has a pre-norm branch whose residual
+stream restarts from the feed-forward output; no released recipe uses it and it is not offered here.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v2ds.model.alibi import DistanceBias
+from d2v2ds.model.attention import Attention, AttentionPath
+from d2v2ds.model.dropout import dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What all blocks of a model share."""
+
+    width: int
+    """D."""
+    num_heads: int
+    """H; divides the width."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layer over D."""
+    norm_eps: float = 1e-5
+    """Epsilon of the block norms (audio and text 1e-5, images 1e-6)."""
+    attention_dropout: float = 0.1
+    """Dropped fraction of attention probabilities."""
+    attention_output_dropout: float = 0.1
+    """Dropped fraction after the attention projection (`encoder_dropout` of the reference)."""
+    activation_dropout: float = 0.0
+    """Dropped fraction after GELU, and again after the second feed-forward layer."""
+    mlp_dropout: float = 0.1
+    """Dropped fraction of the feed-forward output in the residual branch (`post_mlp_drop`)."""
+    attention_path: AttentionPath = "auto"
+    """Implementation of attention."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        problems = []
+        if self.width % self.num_heads:
+            problems.append(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+        for name in ("attention_dropout", "attention_output_dropout", "activation_dropout", "mlp_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                problems.append(f"{name} is {getattr(self, name)}, expected 0 <= rate < 1")
+        if self.attention_path == "flex" and self.attention_dropout:
+            problems.append(
+                f"attention_path 'flex' cannot drop probabilities, attention_dropout is {self.attention_dropout}"
+            )
+        return problems
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between them."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, int(config.width * config.mlp_ratio))
+        self.fc2 = nn.Linear(int(config.width * config.mlp_ratio), config.width)
+        self.activation_dropout = config.activation_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, N, D) -> (R, N, D)."""
+        x = dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)
+        return dropout(self.fc2(x), self.activation_dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to its input and then normalised."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.attn = Attention(
+            config.width,
+            config.num_heads,
+            attention_dropout=config.attention_dropout,
+            output_dropout=config.attention_output_dropout,
+            path=config.attention_path,
+        )
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp_dropout = config.mlp_dropout
+
+    def forward(self, x: Tensor, bias: DistanceBias | None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: (R, N, D).
+            bias: added to the attention logits.
+
+        Returns:
+            The block's output (R, N, D), and `ffn_target` (R, N, D): the feed-forward output before
+            residual, dropout and norm, of which the teacher makes its targets.
+        """
+        x = self.norm1(x + self.attn(x, bias))
+        ffn_target = self.mlp(x)
+        return self.norm2(x + dropout(ffn_target, self.mlp_dropout, self.training)), ffn_target

@@ -1,0 +1,92 @@
+"""The convolutional decoder that predicts masked tokens from visible ones (spec section 5)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from d2v2ds.model.dropout import dropout
+from d2v2ds.model.positions import SameConv1d
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One modality's decoder."""
+
+    width: int
+    """Channels of its convolutions."""
+    depth: int
+    """Number of convolutions."""
+    kernel: int
+    """Tokens seen by each convolution."""
+    groups: int
+    """Groups of each convolution."""
+    input_dropout: float = 0.1
+    """Dropped fraction of the encoder output."""
+    residual: bool = True
+    """Add a layer's input to its output wherever their widths agree."""
+    mask_noise_std: float = 0.01
+    """Standard deviation of the noise that stands for a masked token."""
+
+    def check(self, model_width: int) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        problems = []
+        for name, width in (("width", self.width), ("model width", model_width)):
+            if width % self.groups:
+                problems.append(f"decoder: {name} {width} is not divisible by groups {self.groups}")
+        if not 0.0 <= self.input_dropout < 1.0:
+            problems.append(f"decoder: input_dropout is {self.input_dropout}, expected 0 <= rate < 1")
+        return problems
+
+
+class MaskTokens(nn.Module):
+    """Puts visible tokens back in their places and fresh Gaussian noise everywhere else.
+
+    There is no learned mask embedding and nothing else is added.
+    """
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def noise(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(R, T, D) noise; a method of its own so that a comparison can replace the draw."""
+        return torch.randn(shape, dtype=like.dtype, device=like.device).mul_(self.std)
+
+    def forward(self, visible: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
+        """(R, K, D) and the places (R, K) of its tokens -> (R, T, D)."""
+        rows, _, width = visible.shape
+        noise = self.noise(visible, (rows, num_tokens, width))
+        return noise.scatter(1, keep[..., None].expand(-1, -1, width), visible)
+
+
+class Decoder1d(nn.Module):
+    """Convolutions over the full token sequence, then one projection."""
+
+    def __init__(self, config: DecoderConfig, model_width: int) -> None:
+        super().__init__()
+        self.input_dropout = config.input_dropout
+        self.mask_tokens = MaskTokens(config.mask_noise_std)
+        widths = [model_width] + [config.width] * config.depth
+        self.layers = nn.ModuleList(
+            SameConv1d(w_in, w_out, config.kernel, config.groups)
+            for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.has_residual = [config.residual and a == b for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        self.proj = nn.Linear(config.width, model_width)
+
+    def forward(self, visible: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
+        """
+        Args:
+            visible: (R, K, D) encoder output.
+            keep: (R, K) places of the visible tokens.
+            num_tokens: T.
+
+        Returns:
+            (R, T, D) predictions, at visible places too.
+        """
+        x = self.mask_tokens(dropout(visible, self.input_dropout, self.training), keep, num_tokens)
+        for layer, residual in zip(self.layers, self.has_residual, strict=True):
+            y = layer(x.transpose(1, 2))  # (R, T, C)
+            x = y + x if residual else y
+        return self.proj(x)

@@ -1,0 +1,65 @@
+"""Dropout whose random numbers do not cost more than the layer they follow.
+
+PyTorch draws one Bernoulli sample at a time on a CPU: about 5 ns an element, which is 6 % of a whole
+speech step. Sixteen random bits an element are enough for a dropout rate and four times as cheap.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LEVELS = 1 << 16
+
+
+def _keep_mask(shape: torch.Size, num_dropped_levels: int) -> Tensor:
+    """(shape) bool, True = kept, each element dropped with probability num_dropped_levels / 65536."""
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
+    levels = words.view(torch.int16)[:count].view(shape)
+    return levels >= num_dropped_levels - _LEVELS // 2
+
+
+class _CpuDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, num_dropped_levels: int) -> Tensor:
+        kept = _keep_mask(x.shape, num_dropped_levels)
+        ctx.save_for_backward(kept)
+        ctx.scale = _LEVELS / (_LEVELS - num_dropped_levels)  # type: ignore[attr-defined]
+        return x.mul(kept).mul_(ctx.scale)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0].mul(kept).mul_(ctx.scale), None  # type: ignore[attr-defined]
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Zero elements with probability `rate` and scale the others to keep the mean.
+
+    Args:
+        x: any shape.
+        rate: fraction dropped, 0 <= rate < 1; on a CPU it is rounded to a multiple of 1/65536.
+        training: False returns `x`.
+
+    Returns:
+        The shape and dtype of `x`.
+    """
+    if not training or rate == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, rate)
+    return _CpuDropout.apply(x, round(rate * _LEVELS))  # type: ignore[no-any-return]
+
+
+class Dropout(nn.Module):
+    """`dropout` as a module."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.rate, self.training)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"

@@ -1,0 +1,185 @@
+"""`ModalityEncoder`: everything between raw input and the shared blocks (spec sections 1 and 3).
+
+The student calls `embed`, then `visible`; the teacher owns the same modules less the local encoder
+(or with it, see `share_local_encoder`) and calls `everything`, which is `visible` with nothing masked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from d2v2ds.batch import Batch
+from d2v2ds.model.alibi import Alibi, DistanceBias, dense_bias
+from d2v2ds.model.block import Block, BlockConfig
+from d2v2ds.model.dropout import dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrenetConfig:
+    """The modality's own transformer blocks."""
+
+    depth: int
+    """Number of blocks; 0 leaves only the input norm."""
+    dropout: float
+    """Dropped fraction after the input norm."""
+
+
+class Prenet(nn.Module):
+    """Input norm and dropout; the blocks follow as a list so that the caller can checkpoint each."""
+
+    def __init__(self, prenet: PrenetConfig, block: BlockConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(block.width, eps=block.norm_eps)
+        self.blocks = nn.ModuleList(Block(block) for _ in range(prenet.depth))
+        self.dropout = prenet.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, N, D) -> (R, N, D): what enters the first block."""
+        return dropout(self.norm(x), self.dropout, self.training)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    biases: list[DistanceBias | None],
+    *,
+    checkpoint: bool = False,
+    kept: list[bool] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run transformer blocks in order.
+
+    Args:
+        blocks: L blocks.
+        x: (R, N, D).
+        biases: one for each block.
+        checkpoint: forget activations inside each block and recompute them in the backward pass.
+        kept: layer drop; False skips the block. The same on all ranks, or ZeRO-3 waits for ever.
+
+    Returns:
+        The last output (R, N, D) and the `ffn_target` (R, N, D) of every block that ran.
+    """
+    targets = []
+    for i, block in enumerate(blocks):
+        if kept is not None and not kept[i]:
+            continue
+        if checkpoint and torch.is_grad_enabled():
+            x, target = torch.utils.checkpoint.checkpoint(block, x, biases[i], use_reentrant=False)
+        else:
+            x, target = block(x, biases[i])
+        targets.append(target)
+    return x, targets
+
+
+class ModalityEncoder(nn.Module):
+    """Local encoder, positions, ALiBi and prenet of one modality.
+
+    Parameters live in submodules that are *called*, never in this module itself, because ZeRO-3 gathers a
+    module's parameters when its forward begins.
+    """
+
+    def __init__(
+        self,
+        *,
+        local: nn.Module | None,
+        num_tokens: Callable[[Tensor], Tensor],
+        positions: nn.Module,
+        alibi: Alibi | None,
+        prenet: Prenet,
+        write_bias_out: bool,
+    ) -> None:
+        """
+        Args:
+            local: source -> (B, T, D); None in a teacher that reads the student's local features.
+            num_tokens: (B,) real samples -> (B,) real tokens, for padded inputs.
+            positions: (R, T, D) -> (R, T, D).
+            alibi: distance penalty, or None.
+            prenet: input norm and own blocks.
+            write_bias_out: whether attention wants `DistanceBias.dense`.
+        """
+        super().__init__()
+        if local is not None:
+            self.local = local
+        self.num_tokens = num_tokens
+        self.positions = positions
+        if alibi is not None:
+            self.alibi = alibi
+        self.prenet = prenet
+        self.write_bias_out = write_bias_out
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Local features (B, T, D), once per sample and before cloning."""
+        return self.local(batch.source)  # type: ignore[no-any-return]
+
+    def visible(self, local: Tensor, batch: Batch, num_blocks: int) -> tuple[Tensor, list[DistanceBias | None]]:
+        """What the student's first block reads: visible tokens with their positions.
+
+        The position convolutions see every row at full length with masked tokens set to zero, so that
+        neighbours cannot leak them; their output is then added to the visible tokens.
+
+        Args:
+            local: (B, T, D).
+            batch: its masks and padding.
+            num_blocks: blocks that need a bias.
+
+        Returns:
+            (R, K, D) and one bias for each block.
+        """
+        keep, masked = batch.masks.rows()  # (R, K), (R, T)
+        num_masks = batch.masks.num_masks
+        width = local.shape[-1]
+        cloned = local.repeat_interleave(num_masks, 0)  # (R, T, D)
+        places = self.positions(cloned.masked_fill(masked[..., None], 0))  # (R, T, D)
+        index = keep[..., None].expand(-1, -1, width)
+        x = cloned.gather(1, index) + places.gather(1, index)  # (R, K, D)
+        padding = self.token_padding(batch, local.shape[1])  # (B, T)
+        if padding is not None:
+            padding = padding.repeat_interleave(num_masks, 0).gather(1, keep)  # (R, K)
+        return self.prenet(x), self.biases(keep, padding, num_blocks)
+
+    def everything(self, local: Tensor, batch: Batch, num_blocks: int) -> tuple[Tensor, list[DistanceBias | None]]:
+        """What the teacher's first block reads: all tokens, nothing masked, nothing cloned.
+
+        Returns:
+            (B, T, D) and one bias for each block.
+        """
+        x = local + self.positions(local)  # (B, T, D)
+        padding = self.token_padding(batch, local.shape[1])  # (B, T)
+        order = torch.arange(local.shape[1], device=local.device)[None]  # (1, T): one bias serves all samples
+        return self.prenet(x), self.biases(order, padding, num_blocks)
+
+    def token_padding(self, batch: Batch, length: int) -> Tensor | None:
+        """(B, T) bool, True = this token is padding; None for a batch without padding."""
+        if batch.padding is None:
+            return None
+        real = self.num_tokens(batch.padding.logical_not().sum(1))  # (B,)
+        return torch.arange(length, device=real.device) >= real[:, None]
+
+    def biases(self, positions: Tensor, padding: Tensor | None, num_blocks: int) -> list[DistanceBias | None]:
+        """One bias for each block, prenet blocks first; a single object unless every block has its own scale.
+
+        Args:
+            positions: (R or 1, N) int64.
+            padding: (R, N) bool or None.
+            num_blocks: prenet and shared blocks together.
+        """
+        if padding is not None and not padding.any():
+            padding = None
+        if not hasattr(self, "alibi"):
+            if padding is None:
+                return [None] * num_blocks
+            penalties: list[Tensor | None] = [None]
+        else:
+            penalties = list(self.alibi().unbind(0))  # L or 1 times (H,)
+        biases: list[DistanceBias | None] = [
+            DistanceBias(
+                positions=positions,
+                penalty=penalty,
+                padding=padding,
+                dense=dense_bias(positions, penalty, padding) if self.write_bias_out else None,
+            )
+            for penalty in penalties
+        ]
+        return biases if len(biases) > 1 else biases * num_blocks

@@ -1,0 +1,82 @@
+"""Targets: the average of the teacher's top feed-forward outputs (spec section 7). Pure functions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NormKind = Literal["instance", "layer", "batch"]
+"""instance: each channel of a sample over its tokens; layer: each token over its channels;
+batch: each channel over all tokens of all samples. None has gain or bias."""
+
+_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """How targets are made of the teacher's layers."""
+
+    num_layers: int
+    """Top shared blocks averaged; prenet blocks are never targets."""
+    layer_norms: tuple[NormKind, ...]
+    """Normalisation of each layer before the average."""
+    final_norms: tuple[NormKind, ...] = ()
+    """Normalisation of the average."""
+
+    def check(self, shared_depth: int) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        if not 1 <= self.num_layers <= shared_depth:
+            return [f"target.num_layers is {self.num_layers}, expected 1 to shared_depth ({shared_depth})"]
+        return []
+
+
+def instance_norm(x: Tensor) -> Tensor:
+    """(B, T, D): zero mean and unit (biased) variance over T, padded tokens included."""
+    if x.shape[1] < 2:
+        raise ValueError(f"instance norm over tokens needs at least 2 of them, found {tuple(x.shape)} (B, T, D)")
+    var, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+    return (x - mean) * torch.rsqrt(var + _EPS)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """(B, T, D): zero mean and unit variance over D."""
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
+
+
+def batch_norm(x: Tensor) -> Tensor:
+    """(B, T, D): zero mean and unit (biased) variance over B and T."""
+    var, mean = torch.var_mean(x, dim=(0, 1), keepdim=True, correction=0)
+    return (x - mean) * torch.rsqrt(var + _EPS)
+
+
+NORMS: dict[NormKind, Callable[[Tensor], Tensor]] = {
+    "instance": instance_norm,
+    "layer": layer_norm,
+    "batch": batch_norm,
+}
+
+
+def make_targets(layers: Sequence[Tensor], config: TargetConfig) -> Tensor:
+    """Average the last layers in fp32.
+
+    Args:
+        layers: `ffn_target` (B, T, D) of every shared block, in order.
+        config: which layers, normalised how.
+
+    Returns:
+        (B, T, D) fp32.
+    """
+    total: Tensor | None = None
+    for layer in layers[-config.num_layers :]:
+        x = layer.float()
+        for kind in config.layer_norms:
+            x = NORMS[kind](x)
+        total = x if total is None else total.add_(x)
+    assert total is not None
+    total = total.div_(config.num_layers)
+    for kind in config.final_norms:
+        total = NORMS[kind](total)
+    return total

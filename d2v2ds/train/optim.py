@@ -1,0 +1,59 @@
+"""Adam as the reference computes it (spec section 12): decoupled decay on every parameter, norms and biases
+included, and epsilon added to sqrt(v) *before* bias correction."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer of the student."""
+
+    betas: tuple[float, float]
+    """Decay of the first and second moment."""
+    eps: float
+    """Added to sqrt(v) before bias correction."""
+    weight_decay: float
+    """Decoupled, times the learning rate, on everything: the exclusions of the published files are inert."""
+    clip_norm: float = 0.0
+    """Global gradient norm that is clipped to; 0 switches clipping off."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        problems = []
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            problems.append(f"optim.betas are {self.betas}, expected 0 <= beta < 1")
+        if self.clip_norm < 0 or self.eps <= 0 or self.weight_decay < 0:
+            problems.append("optim: clip_norm and weight_decay must be 0 or more, eps above 0")
+        return problems
+
+
+class EarlyEpsilonAdam(torch.optim.AdamW):
+    """`torch.optim.AdamW` with the reference's place for epsilon.
+
+    torch divides by sqrt(v) / sqrt(1 - b2^t) + eps, the reference by (sqrt(v) + eps) / sqrt(1 - b2^t). An
+    epsilon that shrinks as 1 / sqrt(1 - b2^t) makes the two identical, so torch's fused kernels serve.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, config: OptimConfig) -> None:
+        super().__init__(
+            params, lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+        self.reference_eps = config.eps
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["eps"] = self.reference_eps / (1.0 - group["betas"][1] ** self._next_step(group)) ** 0.5
+        return super().step(closure)  # type: ignore[arg-type]
+
+    def _next_step(self, group: dict[str, Any]) -> int:
+        for parameter in group["params"]:
+            state = self.state.get(parameter)
+            if state:
+                return int(state["step"]) + 1
+        return 1

@@ -1,0 +1,382 @@
+"""Compare our model with golden vectors of the official implementation.
+
+    python -m d2v2ds.verify FOLDER [--modality audio] [--tolerance 1e-4]
+
+Every case NAME of the folder (NAME.json, NAME.safetensors, NAME.grads.safetensors, optionally NAME.traj.*) is
+loaded under its official key names and run through our student, teacher network, losses, gradients, EMA step
+and, where recorded, six whole optimizer steps. Each quantity is printed with its worst relative error, that is
+the largest absolute difference over the largest absolute expected value. Exit code 0 only if every case passes;
+a case with an option that this project lacks is `unsupported` and counts as failed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from d2v2ds.batch import Batch, MaskSet
+from d2v2ds.errors import D2V2Error
+from d2v2ds.interop.keymap import to_ours
+from d2v2ds.interop.official_config import UnsupportedOptionError, model_config
+from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, StudentOutput, select_masked
+from d2v2ds.model.loss import channel_moments, mean_channel_std
+from d2v2ds.model.target_net import TargetNet
+from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
+from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Report:
+    """Worst relative error of every quantity of one case."""
+
+    tolerance: float
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def compare(self, name: str, found: Tensor | float, expected: Tensor | float) -> None:
+        """Record one quantity; a shape that differs or a value that is not finite counts as infinitely wrong."""
+        found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+        if found.shape != expected.shape:
+            error = float("inf")
+        else:
+            finite = torch.isfinite(expected)
+            if not torch.equal(finite, torch.isfinite(found)):
+                error = float("inf")
+            else:
+                found, expected = found[finite], expected[finite]
+                largest = expected.abs().max().item() if expected.numel() else 0.0
+                difference = (found - expected).abs().max().item() if expected.numel() else 0.0
+                error = difference / largest if largest else difference
+        self.errors[name] = max(error, self.errors.get(name, 0.0))
+
+    @property
+    def passed(self) -> bool:
+        """Whether anything was compared and everything is within the tolerance."""
+        return bool(self.errors) and all(error <= self.tolerance for error in self.errors.values())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case as read from disk."""
+
+    name: str
+    modality: str
+    config: ModelConfig
+    official: dict[str, Any]
+    tensors: Tensors
+    grads: Tensors
+
+    @staticmethod
+    def read(folder: Path, name: str) -> "Case":
+        """Load NAME.json and its tensors."""
+        meta = json.loads((folder / f"{name}.json").read_text())
+        modality = meta["modality"].lower()
+        return Case(
+            name,
+            modality,
+            model_config(meta["model"], modality),
+            meta["model"],
+            load_file(folder / f"{name}.safetensors"),
+            load_file(folder / f"{name}.grads.safetensors"),
+        )
+
+    def batch(self, mask: Tensor | None = None) -> Batch:
+        """The recorded input; with another mask (R, T) the visible tokens are taken in ascending order."""
+        source, padding = self.tensors["in/source"], self.tensors.get("in/padding_mask")
+        samples = source.shape[0]
+        if mask is None:
+            masked, keep = self.tensors["mask/mask"].bool(), self.tensors["mask/ids_keep"].long()
+        else:
+            masked = mask.bool()
+            visible = int(masked.shape[1] - masked[0].sum())  # only row 0 defines K (spec section 6.5)
+            keep = masked.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
+        return Batch(
+            modality=self.modality,
+            source=source,
+            padding=None if padding is None else padding.bool(),
+            ids=torch.arange(samples),
+            masks=MaskSet(keep=keep.view(samples, -1, keep.shape[1]), masked=masked.view(samples, -1, masked.shape[1])),
+            num_masked=int(masked.sum()),
+        )
+
+
+def load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
+    """Copy the tensors under `prefix` into `module`.
+
+    Raises:
+        D2V2Error: if a name is missing on either side or a shape differs.
+    """
+    state = module.state_dict()
+    loaded = {}
+    for key, value in tensors.items():
+        if not key.startswith(prefix):
+            continue
+        name = to_ours(key.removeprefix(prefix))
+        if name is None or name not in state:
+            raise D2V2Error(f"{key}: the model has no such parameter")
+        if value.numel() != state[name].numel():
+            raise D2V2Error(f"{key}: expected {tuple(state[name].shape)}, found {tuple(value.shape)}")
+        loaded[name] = value.reshape(state[name].shape)
+    missing = sorted(set(state) - set(loaded))
+    if missing:
+        raise D2V2Error(f"{prefix}: the file lacks {', '.join(missing)}")
+    module.load_state_dict(loaded)
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """Outputs of the named modules, collected by forward hooks while the context is open."""
+    outputs: dict[str, Any] = {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+        for name, module in modules.items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _watched(net: nn.Module, modality: str) -> dict[str, nn.Module]:
+    encoder = net.encoders[modality]  # type: ignore[index]
+    watched = {"positions": encoder.positions, "context_in": encoder.prenet}
+    watched |= {f"prenet{i}": block for i, block in enumerate(encoder.prenet.blocks)}
+    watched |= {f"block{i}": block for i, block in enumerate(net.blocks)}  # type: ignore[arg-type]
+    if hasattr(encoder, "local"):
+        watched |= {"local_features": encoder.local, "local_encoder_out": encoder.local.convs}
+    if hasattr(net, "decoders"):
+        watched |= {"decoder_in": net.decoders[modality].mask_tokens, "decoder_out": net.decoders[modality]}  # type: ignore[index]
+    return watched
+
+
+def _compare_middle(report: Report, case: Case, side: str, outputs: dict[str, Any]) -> None:
+    """Intermediates of one network, as far as the case recorded them."""
+    prenet_depth = case.config.modalities.active()[case.modality].prenet_depth
+    context_out = outputs[f"prenet{prenet_depth - 1}"][0] if prenet_depth else outputs["context_in"]
+    found = {
+        "local_encoder_out": outputs.get("local_encoder_out"),
+        "local_features": outputs.get("local_features"),
+        "pos_conv_out": outputs["positions"],
+        "context_out": context_out,
+    }
+    for i in range(case.config.shared_depth):
+        found[f"block{i}_out"], found[f"block{i}_target"] = outputs[f"block{i}"]
+    for name, value in found.items():
+        expected = case.tensors.get(f"mid/{side}/{name}")
+        if expected is not None and value is not None:
+            report.compare(f"{side} {name}", value, expected)
+
+
+def _set_noise(student: Data2Vec2, modality: str, noise: Tensor) -> None:
+    student.decoders[modality].mask_tokens.noise = lambda like, shape: noise.view(shape).to(like)  # type: ignore[union-attr, assignment]
+
+
+def _build(case: Case) -> tuple[Data2Vec2, TargetNet]:
+    student, teacher = Data2Vec2(case.config), TargetNet(case.config).eval()
+    load_official(student, case.tensors, "student/")
+    load_official(teacher, case.tensors, "teacher/")
+    return student, teacher
+
+
+def _no_grad(teacher: TargetNet) -> Any:
+    return torch.no_grad()(teacher.__call__)
+
+
+def check_step(case: Case, report: Report) -> None:
+    """Forward, losses, gradients and one teacher update."""
+    student, teacher = _build(case)
+    _set_noise(student, case.modality, case.tensors["mid/decoder_noise_full"])
+    batch = case.batch()
+    with (
+        recorded(_watched(student, case.modality)) as mine,
+        recorded(_watched(teacher, case.modality)) as theirs,
+    ):
+        out: StudentOutput = student(batch, _no_grad(teacher))
+    _compare_middle(report, case, "student", mine)
+    _compare_middle(report, case, "teacher", theirs)
+    keep, masked = batch.masks.rows()
+    encoder: Any = student.encoders[case.modality]
+    if "mid/student/context_in" in case.tensors:
+        cloned = out.local.repeat_interleave(batch.masks.num_masks, 0)
+        tokens = (cloned + mine["positions"]).gather(1, keep[..., None].expand(-1, -1, cloned.shape[-1]))
+        report.compare("student context_in", tokens, case.tensors["mid/student/context_in"])
+    if "mid/student/alibi_bias" in case.tensors:
+        bias = encoder.biases(keep, None, len(encoder.prenet.blocks) + len(student.blocks))[0]
+        dense = bias.dense
+        if len(encoder.alibi.scale) > 1:  # scales of each block: the recorded bias is the unscaled one
+            dense = dense / encoder.alibi.scale[0].clamp(min=0).view(1, -1, 1, 1)
+        report.compare("student alibi_bias", dense, case.tensors["mid/student/alibi_bias"])
+    for name in ("decoder_in", "decoder_out"):
+        if f"mid/{name}" in case.tensors:
+            report.compare(name, mine[name], case.tensors[f"mid/{name}"])
+    target_rows = out.target.repeat_interleave(batch.masks.num_masks, 0)
+    target = select_masked(target_rows, masked, batch.num_masked)
+    report.compare("targets", out.target, case.tensors["out/targets_full"])
+    report.compare("regression target", target, case.tensors["out/regression_target"])
+    report.compare("regression prediction", out.pred, case.tensors["out/regression_pred"])
+    for name, loss in out.losses.items():
+        report.compare(f"loss {name}", loss, case.tensors[f"loss/{case.modality.upper()}_{name}"])
+    report.compare("loss total", out.loss, case.tensors["loss/total"])
+    report.compare("sample size", batch.num_masked, case.tensors["loss/sample_size"])
+    report.compare("loss per sample", out.loss / batch.num_masked, case.tensors["loss/total_per_sample"])
+    for name, value in (("pred_var", out.pred), ("target_var", target)):
+        if f"log/{name}" in case.tensors:
+            found = mean_channel_std(channel_moments(value), batch.num_masked)
+            report.compare(name, found, case.tensors[f"log/{name}"])
+    (out.loss / batch.num_masked).backward()
+    _compare_gradients(report, student, case)
+    _ema_step(teacher, student, float(case.grads["ema_after/decay"]))
+    _compare_state(report, "EMA step", teacher, case.grads, "ema_after/")
+
+
+def _compare_gradients(report: Report, student: Data2Vec2, case: Case) -> None:
+    expected = {to_ours(key.removeprefix("grad/")): value for key, value in case.grads.items() if key[:5] == "grad/"}
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    if set(expected) != set(trained):
+        raise D2V2Error(f"gradients: the file and the model differ in {sorted(set(expected) ^ set(trained), key=str)}")
+    for name, parameter in trained.items():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        report.compare(f"gradient {_group(name)}", found, expected[name].reshape(found.shape))
+
+
+def _group(name: str) -> str:
+    """The part of the model a parameter is reported under."""
+    parts = name.split(".")
+    return {"blocks": "blocks", "decoders": "decoder"}.get(parts[0], parts[2] if len(parts) > 2 else parts[0])
+
+
+@torch.no_grad()
+def _ema_step(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    weights = dict(student.named_parameters())
+    for name, value in teacher.named_parameters():
+        value.lerp_(weights[name], 1.0 - decay)
+
+
+def _compare_state(report: Report, label: str, module: nn.Module, tensors: Tensors, prefix: str) -> None:
+    state = dict(module.named_parameters())
+    expected = {key: value for key, value in tensors.items() if key.startswith(prefix) and key != f"{prefix}decay"}
+    names = {to_ours(key.removeprefix(prefix)): value for key, value in expected.items()}
+    if set(names) != set(state):
+        raise D2V2Error(f"{prefix}: the file and the model differ in {sorted(set(names) ^ set(state), key=str)}")
+    for name, value in state.items():
+        report.compare(label, value.detach(), names[name].reshape(value.shape))
+
+
+def check_trajectory(case: Case, folder: Path, report: Report) -> None:
+    """Six whole training steps: teacher update, forward, backward, clipping, schedule, Adam."""
+    meta = json.loads((folder / f"{case.name}.traj.json").read_text())
+    tensors = load_file(folder / f"{case.name}.traj.safetensors")
+    hyper, changes = meta["hyper"], meta["config_changes"]
+    student, teacher = _build(case)
+    if changes["mask_noise_std"] != 0.0:
+        raise UnsupportedOptionError(f"trajectory with mask_noise_std={changes['mask_noise_std']}")
+    _set_noise(student, case.modality, torch.zeros_like(case.tensors["mid/decoder_noise_full"]))
+    rate = LearningRateConfig(peak=hyper["lr"], warmup_steps=hyper["warmup"])
+    ema = EmaConfig(
+        start_decay=changes["ema_decay"],
+        end_decay=changes["ema_end_decay"],
+        anneal_steps=changes["ema_anneal_end_step"],
+    )
+    config = OptimConfig(
+        betas=tuple(hyper["betas"]), eps=hyper["eps"], weight_decay=hyper["wd"], clip_norm=hyper["clip"]
+    )
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = EarlyEpsilonAdam(trained, lr=0.0, config=config)
+    for step, expected in enumerate(meta["trajectory"]):
+        if step:
+            _ema_step(teacher, student, ema_decay(step, ema))
+            report.compare("traj decay", ema_decay(step, ema), expected["teacher_decay_before_forward"])
+        batch = case.batch(tensors[f"mask{step}"])
+        out = student(batch, _no_grad(teacher))
+        optimizer.zero_grad()
+        (out.loss / batch.num_masked).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        for p in trained:
+            if p.grad is not None and hyper["clip"]:
+                p.grad.mul_(torch.clamp(hyper["clip"] / (norm + 1e-6), max=1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, rate, hyper["max_update"])
+        optimizer.step()
+        _, masked = batch.masks.rows()
+        target = select_masked(out.target.repeat_interleave(batch.masks.num_masks, 0), masked, batch.num_masked)
+        report.compare("traj sample size", batch.num_masked, expected["sample_size"])
+        report.compare("traj learning rate", optimizer.param_groups[0]["lr"], expected["lr"])
+        report.compare("traj loss", out.loss.detach() / batch.num_masked, expected["loss_per_sample"])
+        for name, loss in out.losses.items():
+            wanted = expected["losses_sum"][f"{case.modality.upper()}_{name}"]
+            report.compare(f"traj loss {name}", loss.detach(), wanted)
+        report.compare("traj gradient norm", norm, expected["grad_norm_before_clip"])
+        for name, value in (("pred_var", out.pred), ("target_var", target)):
+            report.compare(f"traj {name}", mean_channel_std(channel_moments(value), batch.num_masked), expected[name])
+    _compare_state(report, "traj final student", student, tensors, "final_student/")
+    _compare_state(report, "traj final teacher", teacher, tensors, "final_teacher/")
+
+
+def case_names(folder: Path, modality: str | None) -> list[str]:
+    """Names of the cases in a folder, those of one modality if it is given."""
+    names = []
+    for path in sorted(folder.glob("*.grads.safetensors")):
+        name = path.name.removesuffix(".grads.safetensors")
+        meta = json.loads((folder / f"{name}.json").read_text())
+        if modality is None or meta["modality"].lower() == modality:
+            names.append(name)
+    return names
+
+
+def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]:
+    """Run one case.
+
+    Returns:
+        The errors, and an empty string or why the case could not be compared.
+    """
+    report = Report(tolerance)
+    try:
+        case = Case.read(folder, name)
+        check_step(case, report)
+        if (folder / f"{name}.traj.json").exists():
+            check_trajectory(case, folder, report)
+    except UnsupportedOptionError as error:
+        return report, f"unsupported: {error}"
+    except (D2V2Error, SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+        return report, f"{type(error).__name__}: {error}"
+    return report, ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table per case and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m d2v2ds.verify", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="golden vectors, e.g. tests/golden/micro")
+    parser.add_argument("--modality", help="only the cases of this modality, e.g. audio")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="worst relative error that passes (1e-4)")
+    options = parser.parse_args(arguments)
+    names = case_names(options.folder, options.modality)
+    if not names:
+        print(f"{options.folder}: no golden cases (NAME.json with NAME.grads.safetensors) found", file=sys.stderr)
+        return 2
+    failed = []
+    for name in names:
+        report, problem = verify_case(options.folder, name, options.tolerance)
+        for quantity, error in report.errors.items():
+            mark = "" if error <= options.tolerance else "   <-- FAIL"
+            print(f"  {quantity:32s} {error:9.2e}{mark}")
+        passed = report.passed and not problem
+        print(f"{'pass' if passed else 'FAIL'} {name}{': ' + problem if problem else ''}")
+        if not passed:
+            failed.append(name)
+    print(f"{len(names) - len(failed)} of {len(names)} cases pass at tolerance {options.tolerance:g}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

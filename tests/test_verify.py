@@ -1,0 +1,113 @@
+"""The model reproduces the official computation, and the comparison can fail."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d2v2ds.interop.keymap import to_official, to_ours
+from d2v2ds.interop.official_config import UnsupportedOptionError, conv_layers, model_config
+from d2v2ds.verify import case_names, main, verify_case
+
+MICRO = Path(__file__).parent / "golden" / "micro"
+REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")) / "golden"
+
+
+def test_micro_case_passes_far_below_the_tolerance() -> None:
+    report, problem = verify_case(MICRO, "audio_micro", tolerance=5e-5)
+    assert problem == ""
+    assert report.passed
+    assert {"loss total", "gradient local", "gradient alibi", "EMA step", "targets"} <= set(report.errors)
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the larger golden vectors do not travel with the project")
+@pytest.mark.parametrize("name", case_names(REFERENCE, "audio") if REFERENCE.is_dir() else [])
+def test_reference_case_passes(name: str) -> None:
+    report, problem = verify_case(REFERENCE, name, tolerance=1e-4)
+    assert problem == ""
+    assert report.passed, report.errors
+    assert ("traj final student" in report.errors) == (REFERENCE / f"{name}.traj.json").exists()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    folder = tmp_path / "case"
+    shutil.copytree(MICRO, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file, key, quantity",
+    [
+        ("audio_micro.safetensors", "student/blocks.1.attn.qkv.weight", "student block1_out"),
+        ("audio_micro.safetensors", "teacher/blocks.0.norm1.bias", "targets"),
+        ("audio_micro.safetensors", "in/source", "student local_features"),
+        ("audio_micro.grads.safetensors", "grad/modality_encoders.AUDIO.alibi_scale", "gradient alibi"),
+        ("audio_micro.grads.safetensors", "ema_after/blocks.1.mlp.fc2.weight", "EMA step"),
+    ],
+)
+def test_corrupted_tensor_fails(copy: Path, file: str, key: str, quantity: str) -> None:
+    tensors = load_file(copy / file)
+    flat = tensors[key].flatten()
+    flat[flat.abs().argmax()] *= 1.5
+    save_file(tensors, copy / file)
+    report, problem = verify_case(copy, "audio_micro", tolerance=1e-4)
+    assert problem == ""
+    assert report.errors[quantity] > 1e-4
+    assert not report.passed
+    assert main([str(copy)]) == 1
+
+
+def test_nan_in_a_vector_fails(copy: Path) -> None:
+    tensors = load_file(copy / "audio_micro.safetensors")
+    tensors["out/targets_full"][0, 0, 0] = float("nan")
+    save_file(tensors, copy / "audio_micro.safetensors")
+    report, _ = verify_case(copy, "audio_micro", tolerance=1e-4)
+    assert report.errors["targets"] == float("inf")
+
+
+def test_missing_weight_and_truncated_file_fail_with_a_reason(copy: Path) -> None:
+    tensors = load_file(copy / "audio_micro.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if k != "student/blocks.0.norm1.bias"}, copy / "audio_micro.safetensors"
+    )
+    assert "blocks.0.norm1.bias" in verify_case(copy, "audio_micro", 1e-4)[1]
+    path = copy / "audio_micro.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "SafetensorError" in verify_case(copy, "audio_micro", 1e-4)[1]
+
+
+@pytest.mark.parametrize("option", [{"layer_norm_first": True}, {"never_heard_of": 3}])
+def test_unsupported_option_is_named_and_fails(copy: Path, option: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = json.loads((copy / "audio_micro.json").read_text())
+    meta["model"] |= option
+    (copy / "audio_micro.json").write_text(json.dumps(meta))
+    assert main([str(copy)]) == 1
+    assert f"unsupported: {next(iter(option))}=" in capsys.readouterr().out
+
+
+def test_empty_folder_is_an_error(tmp_path: Path) -> None:
+    assert main([str(tmp_path)]) == 2
+
+
+def test_official_names_translate_back_and_forth() -> None:
+    tensors = load_file(MICRO / "audio_micro.safetensors")
+    official = [key.removeprefix("student/") for key in tensors if key.startswith("student/")]
+    assert official
+    assert [to_official(to_ours(name) or "") for name in official] == official
+
+
+def test_layer_list_is_read_without_being_executed() -> None:
+    assert conv_layers("[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] * 2")[-1] == (512, 2, 2)
+    with pytest.raises(ValueError, match="feature_encoder_spec"):
+        conv_layers("__import__('os').getcwd()")
+    with pytest.raises(UnsupportedOptionError, match="modality=smell"):
+        model_config({}, "smell")
+
+
+def test_verify_does_not_need_a_process_group() -> None:
+    assert not torch.distributed.is_initialized()
