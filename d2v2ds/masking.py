@@ -15,6 +15,7 @@ every row has the same number of masked tokens (the reference crops masks of the
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -25,8 +26,15 @@ MaskKind = Literal["block_1d", "block_2d", "random"]
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 _GAMMA = 0x9E37_79B9_7F4A_7C15
 """The odd constant by which SplitMix64 advances its state."""
-_MASK_STREAM = 1
-"""Keeps the random numbers of masks apart from those of crops and of the sample order."""
+
+
+class Stream(IntEnum):
+    """Keeps the random numbers of one purpose apart from those of every other."""
+
+    MASK = 1
+    CROP = 2
+    ORDER = 3
+    SHUFFLE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +294,7 @@ def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, nu
         (B, M, num_draws) float64 in [0, 1).
     """
     ids = np.asarray(sample_ids, dtype=np.int64)
-    keys = hash64(seed, epoch, _MASK_STREAM, ids[:, None], np.arange(num_masks))  # (B, M)
+    keys = hash64(seed, epoch, Stream.MASK, ids[:, None], np.arange(num_masks))  # (B, M)
     steps = (np.arange(1, num_draws + 1, dtype=np.uint64)) * np.uint64(_GAMMA)
     return to_unit_interval(mix64(keys[..., None] + steps))
 
