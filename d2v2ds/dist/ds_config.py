@@ -1,0 +1,132 @@
+"""DeepSpeed's JSON: load it, fill in the run's numbers, refuse what contradicts them. Pure functions.
+
+The JSON owns memory, precision and communication; the run owns the algorithm. A number of the algorithm is written
+"auto" in the JSON (or left out) and filled in here. `ds_configs/README.md` explains each key of the shipped files.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from d2v2ds.errors import ConfigError
+
+SHIPPED_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+
+REQUIRED: dict[str, Any] = {
+    # the optimizer and its schedule are the run's: DeepSpeed gets a finished torch optimizer
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""Keys that this room needs at one value; filled in where absent."""
+
+RUN_OWNED_SECTIONS = ("optimizer", "scheduler", "tensorboard", "wandb", "csv_monitor", "data_efficiency", "fp16", "amp")
+"""Sections that must not appear: the run owns the optimizer, schedule, logging and data; fp16 is not supported."""
+
+
+def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Args:
+        name_or_path: name of a file in `ds_configs/` without its ending, or a path.
+
+    Raises:
+        ConfigError: if there is no such file or it is not a JSON object.
+    """
+    path = Path(name_or_path)
+    if not path.suffix:
+        path = SHIPPED_FOLDER / f"{name_or_path}.json"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
+        raise ConfigError(f"DeepSpeed config {name_or_path}: no file {path}; give a path or one of: {shipped}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"DeepSpeed config {path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"DeepSpeed config {path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def merge_ds_config(
+    config: Mapping[str, Any], run: Mapping[str, Any], source: str = "DeepSpeed config"
+) -> dict[str, Any]:
+    """Fill the run's numbers into a DeepSpeed JSON.
+
+    Args:
+        config: the JSON; not changed.
+        run: the run's value of each shared key, nested keys with dots, for example
+            `{"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}`.
+        source: how messages call the JSON.
+
+    Returns:
+        A new JSON without "auto", ready for `deepspeed.initialize`.
+
+    Raises:
+        ConfigError: listing every contradiction at once.
+    """
+    merged: dict[str, Any] = copy.deepcopy(dict(config))
+    faults = [
+        f"{source} has {section!r}: remove it; the run owns the optimizer, schedule, logging and data, "
+        "and precision is bf16 or fp32"
+        for section in RUN_OWNED_SECTIONS
+        if section in merged
+    ]
+    stage = merged.get("zero_optimization", {}).get("stage", 0)
+    is_bf16 = bool(merged.get("bf16", {}).get("enabled", False))
+    required = dict(REQUIRED)
+    if is_bf16:
+        required["bf16.check_grad_overflow"] = True  # stages 1 and 2 apply a non-finite step in bf16 without it
+    for key, value in {**run, **required}.items():
+        owner = "the run" if key in run else "this toolkit"
+        parent, leaf = _descend(merged, key)
+        found = parent.get(leaf, "auto")
+        if found == "auto":
+            parent[leaf] = value
+        elif found != value:
+            faults.append(f'{source} says {key} = {found!r}, {owner} says {value!r}; write "auto" in the JSON')
+    faults += [f'{source} leaves {key} = "auto" and the run has no value for it' for key in _auto_keys(merged)]
+    if is_bf16 and stage == 0:
+        faults.append(f"{source} combines bf16 with ZeRO stage 0, which keeps no usable fp32 master; use stage 1")
+    if is_bf16 and stage == 1 and merged.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32"):
+        faults.append(
+            f"{source} asks for fp32 gradient accumulation in bf16 at stage 1, where DeepSpeed changes to another "
+            "optimizer class; use stage 2 or 3, or remove data_types.grad_accum_dtype"
+        )
+    if merged.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+        faults.append(f'{source} offloads the optimizer to NVMe; the teacher reads the master weights: use "cpu"')
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return merged
+
+
+def teacher_ds_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a partitioned module that is never trained, derived from the student's merged JSON.
+
+    No optimizer to offload, and no parameter is kept gathered: DeepSpeed refreshes such copies after its own
+    optimizer step only, so an averaged teacher would go on computing with stale norms and biases.
+    """
+    derived = copy.deepcopy(dict(config))
+    zero = derived["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    zero["stage3_param_persistence_threshold"] = 0
+    return derived
+
+
+def _descend(config: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The object that holds a dotted key, made if need be, and the last part of the key."""
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    return config, leaf
+
+
+def _auto_keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found += _auto_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found

@@ -1,0 +1,237 @@
+"""Every touch of DeepSpeed's ZeRO internals, for stages 0 to 3.
+
+DeepSpeed keeps the fp32 master weights of a rank in a few flat buffers. This module answers, for each named
+parameter, which elements of the *flattened whole parameter* this rank holds and where they lie in those buffers,
+so that other modules can read and write them without knowing the stage:
+
+    stage 0     every rank holds every parameter; the parameter is its own master (fp32 only)
+    stages 1-2  the flat group is cut into equal parts; a parameter may lie in none, one or several of them
+    stage 3     each parameter is cut into `world` equal parts, the last ones padded
+
+Checked against DeepSpeed 0.19. Parameters swapped to NVMe are not supported.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as torch_dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from d2v2ds.dist import comm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The part of one parameter that this rank holds."""
+
+    name: str
+    """Name of the parameter in the engine's module."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    offset: int
+    """First element held here, counted in the flattened whole parameter."""
+    numel: int
+    """Elements held here, padding not counted; may be 0."""
+    lane: Tensor
+    """(numel + padding,) view of the buffer that holds them: fp32 master if trainable, else the compute copy."""
+    trainable: bool
+    """False for a parameter with requires_grad=False, which has no master."""
+    replicated: bool
+    """Whether every rank holds the same whole parameter."""
+
+    @property
+    def data(self) -> Tensor:
+        """(numel,) view without padding; writing to it writes the parameter's master."""
+        return self.lane[: self.numel]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatGroup:
+    """One tensor as the optimizer sees it, and where the parameters lie in it."""
+
+    flat: Tensor
+    """The tensor that keys the optimizer's state."""
+    members: tuple[tuple[str, int, int], ...]
+    """(parameter name, first element in `flat`, elements without padding)."""
+
+
+def stage(engine: DeepSpeedEngine) -> int:
+    """ZeRO stage of the engine, 0 to 3."""
+    return int(engine.zero_optimization_stage())
+
+
+def compute_dtype(engine: DeepSpeedEngine) -> torch.dtype:
+    """Type of the weights in the forward pass."""
+    return torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+
+
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where ZeRO-3 shows an empty tensor."""
+    return tuple(param.ds_shape) if hasattr(param, "ds_shape") else tuple(param.shape)
+
+
+def parameter_shards(engine: DeepSpeedEngine) -> dict[str, Shard]:
+    """This rank's shard of every parameter of the engine's module, by name, in the module's order."""
+    of_stage = {0: _stage0_shard, 1: _stage12_shard, 2: _stage12_shard, 3: _stage3_shard}[stage(engine)]
+    return {name: of_stage(engine, name, param) for name, param in engine.module.named_parameters()}
+
+
+def _whole(name: str, param: nn.Parameter) -> Shard:
+    data = param.detach()
+    return Shard(
+        name=name,
+        shape=tuple(param.shape),
+        offset=0,
+        numel=data.numel(),
+        lane=data.view(-1),
+        trainable=param.requires_grad,
+        replicated=True,
+    )
+
+
+def _stage0_shard(engine: DeepSpeedEngine, name: str, param: nn.Parameter) -> Shard:
+    return _whole(name, param)
+
+
+def _stage12_shard(engine: DeepSpeedEngine, name: str, param: Any) -> Shard:
+    if not param.requires_grad:
+        return _whole(name, param)
+    mapping = param._hp_mapping
+    if mapping is None:  # wholly in other ranks' parts of the flat group
+        flat = engine.optimizer.single_partition_of_fp32_groups[0]
+        offset, lane = 0, flat.detach()[:0]
+    else:
+        offset, lane = int(mapping.lp_fragment_address.start), mapping.hp_fragment.detach()
+    return Shard(
+        name=name,
+        shape=tuple(param.shape),
+        offset=offset,
+        numel=lane.numel(),
+        lane=lane,
+        trainable=True,
+        replicated=False,
+    )
+
+
+def _stage3_shard(engine: DeepSpeedEngine, name: str, param: Any) -> Shard:
+    if param.requires_grad:
+        group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(param)]
+        # safe_get_local_fp32_param would copy an offloaded master to the device; we want the buffer itself.
+        lane = engine.optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, start, length)
+    else:
+        lane = param.ds_tensor.detach()
+    offset, numel = stage3_interval(int(param.ds_numel), comm.rank(), comm.world())
+    return Shard(
+        name=name,
+        shape=tuple(param.ds_shape),
+        offset=offset,
+        numel=numel,
+        lane=lane,
+        trainable=param.requires_grad,
+        replicated=False,
+    )
+
+
+def stage3_interval(numel: int, rank: int, world: int) -> tuple[int, int]:
+    """First element and number of real elements of a rank's equal share, padding not counted."""
+    share = math.ceil(numel / world)
+    first = min(rank * share, numel)
+    return first, min(share, numel - first)
+
+
+def flat_groups(engine: DeepSpeedEngine) -> list[FlatGroup]:
+    """The optimizer's own tensors and the parameters inside each of them."""
+    optimizer = engine.optimizer
+    trainable = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+    if stage(engine) == 0:
+        return [FlatGroup(flat=p, members=((name, 0, p.numel()),)) for name, p in trainable.items()]
+    name_of = {id(param): name for name, param in trainable.items()}
+    shards = parameter_shards(engine)
+    groups = []
+    if stage(engine) == 3:
+        for flat, params in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            members = []
+            for param in params:
+                _, start, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+                members.append((name_of[id(param)], start, shards[name_of[id(param)]].numel))
+            groups.append(FlatGroup(flat=flat, members=tuple(members)))
+        return groups
+    for flat, params in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+        held = [(name_of[id(p)], p._hp_mapping.hp_fragment_address) for p in params if p._hp_mapping is not None]
+        groups.append(FlatGroup(flat=flat, members=tuple((name, at.start, at.numel) for name, at in held)))
+    return groups
+
+
+def master_addresses(engine: DeepSpeedEngine) -> list[int]:
+    """Where the fp32 master lies in memory; a change means that views taken earlier are stale."""
+    if stage(engine) == 0:
+        return [param.data_ptr() for param in engine.module.parameters()]
+    of_stage3 = stage(engine) == 3
+    optimizer = engine.optimizer
+    flats = optimizer.fp32_partitioned_groups_flat if of_stage3 else optimizer.single_partition_of_fp32_groups
+    return [flat.data_ptr() for flat in flats]
+
+
+def client_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's wrapper."""
+    return cast(torch.optim.Optimizer, engine.optimizer if stage(engine) == 0 else engine.optimizer.optimizer)
+
+
+def refresh_compute_copies(engine: DeepSpeedEngine) -> None:
+    """Make the weights of the forward pass those of the fp32 master. Collective at stages 1 and 2."""
+    if stage(engine) in (1, 2):
+        engine.optimizer.update_lp_params()
+    elif stage(engine) == 3:
+        for group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
+            engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        drop_gathered_copies(engine)
+
+
+def drop_gathered_copies(engine: DeepSpeedEngine) -> None:
+    """Forget the whole copies of small parameters, so that the next forward gathers them anew. Local.
+
+    ZeRO-3 keeps parameters below its persistence threshold gathered from the second forward on and then
+    ignores their shards.
+    """
+    persistent = [param for param in engine.module.parameters() if getattr(param, "ds_persist", False)]
+    if persistent:
+        persistent[0].partition(persistent)
+
+
+def clear_gradient_shards(engine: DeepSpeedEngine) -> None:
+    """Zero ZeRO-3's gradient shards.
+
+    ZeRO-3 overwrites a parameter's gradient shard when a gradient arrives and never clears it: a parameter that
+    took no part in a step (layer drop) would be updated with the gradient of the last step it took part in.
+    """
+    if stage(engine) == 3:
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
+def gather_shard(shard: Shard, values: Tensor) -> Tensor | None:
+    """The whole parameter on rank 0's CPU. Collective unless replicated.
+
+    Args:
+        shard: which part of the parameter this rank holds.
+        values: (shard.numel,) this rank's values of any quantity laid out like the parameter.
+
+    Returns:
+        The tensor in its full shape on rank 0, None elsewhere.
+    """
+    if shard.replicated:
+        return values.detach().reshape(shard.shape).cpu().clone() if comm.rank() == 0 else None
+    full = torch.zeros(math.prod(shard.shape), dtype=values.dtype, device=comm.device())
+    full[shard.offset : shard.offset + shard.numel] = values.to(full.device)
+    if comm.world() > 1:
+        torch_dist.reduce(full, dst=0)
+    return full.reshape(shard.shape).cpu() if comm.rank() == 0 else None
+
+
+def gather_master(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor | None]]:
+    """Each parameter's whole master in turn, on rank 0's CPU; None elsewhere. Collective, one at a time."""
+    for name, shard in parameter_shards(engine).items():
+        yield name, gather_shard(shard, shard.data)
