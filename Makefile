@@ -1,0 +1,31 @@
+# make setup   create .venv            make check   format, lint, types, import table
+# make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder)
+# make test    all tests
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+RUNS ?= runs
+DATA ?=
+DEMO := $(RUNS)/demo
+STAMP := .venv/.installed
+
+.PHONY: setup demo test check
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -e '.[audio,mpi,eval,demo,dev]'
+	touch $(STAMP)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+demo: $(STAMP)
+	$(BIN)/python -m d2v2ds.demo --runs $(DEMO) $(if $(DATA),--data '$(DATA)')

@@ -1,0 +1,247 @@
+"""One YAML file describes one run: load it, override it, check it, print it.
+
+    python -m d2v2ds.config audio_large optim.clip_norm=0.5     prints the resolved run and exits
+
+Precedence: default of the dataclass < YAML < `section.field=value` on the command line. Unknown keys, wrong
+types and contradictions are all reported in one `ConfigError`, before anything else starts.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from d2v2ds.data.sampler import BatchConfig
+from d2v2ds.errors import ConfigError
+from d2v2ds.masking import MaskConfig
+from d2v2ds.model.data2vec2 import ModelConfig
+from d2v2ds.train.guard import HealthConfig
+from d2v2ds.train.optim import OptimConfig
+from d2v2ds.train.schedule import EmaConfig, LearningRateConfig
+
+MISSING = "???"
+"""What a shipped YAML says where the user must give a value."""
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """How long, where, and how often to look and save."""
+
+    dir: Path
+    """Folder of the run: resolved configuration, checkpoints, metrics."""
+    total_steps: int
+    """Optimizer steps of the whole run; the learning rate reaches its minimum there."""
+    seed: int = 1
+    """Of weights, sample order, crops, masks, dropout and noise."""
+    save_every_steps: int = 1000
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+    log_every_steps: int = 50
+    """Optimizer steps between lines of metrics."""
+    health_every_steps: int = 500
+    """Optimizer steps between effective ranks and position shares, which cost an eigendecomposition each."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        counts = ("total_steps", "save_every_steps", "log_every_steps", "health_every_steps")
+        return [
+            f"run.{name} is {getattr(self, name)}, expected 1 or more" for name in counts if getattr(self, name) < 1
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Where samples come from."""
+
+    shards: Path
+    """Folder written by `preprocessing.pack_audio`."""
+    sample_rate_hz: int = 16000
+    """Rate the model is built for; shards of another rate are refused."""
+    num_workers: int = 2
+    """Loader processes on each rank; 0 loads in the training process."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        if str(self.shards) == MISSING:
+            return ["data.shards: required, give data.shards=FOLDER (written by python -m preprocessing.pack_audio)"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSection:
+    """Which DeepSpeed configuration, and what it cannot say."""
+
+    deepspeed: str = "zero3_bf16"
+    """Name of a file in `ds_configs/` without its ending, or a path."""
+    activation_checkpointing: bool = True
+    """Recompute every transformer block in the backward pass instead of keeping its activations."""
+    timeout_minutes: float = 30.0
+    """How long a rank waits for the others before it gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    run: RunSection
+    data: DataSection
+    batch: BatchConfig
+    mask: MaskConfig
+    model: ModelConfig
+    optim: OptimConfig
+    lr: LearningRateConfig
+    ema: EmaConfig
+    engine: EngineSection = EngineSection()
+    health: HealthConfig = HealthConfig()
+
+    def check(self) -> list[str]:
+        """Contradictions within and between the sections, as sentences; empty if there are none."""
+        problems = [f"model: {problem}" for problem in self.model.check()]
+        problems += self.run.check() + self.optim.check() + self.ema.check()
+        for name, section in (("mask", self.mask), ("batch", self.batch)):
+            try:
+                section.check()
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        if self.lr.warmup_steps > self.run.total_steps:
+            problems.append(
+                f"lr.warmup_steps {self.lr.warmup_steps} is more than run.total_steps {self.run.total_steps}"
+            )
+        return problems
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply overrides.
+
+    Args:
+        name_or_path: name of a file in `d2v2ds/configs/` without its ending, or a path to a YAML file.
+        overrides: `section.field=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    values = _read_yaml(name_or_path)
+    problems = []
+    for override in overrides:
+        try:
+            _apply(values, override)
+        except ConfigError as error:
+            problems.append(str(error))
+    problems += _drop_unknown_keys(values, RunConfig, "")
+    try:
+        config = TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        problems += [_sentence(fault) for fault in error.errors()]
+        raise _config_error(name_or_path, problems) from None
+    problems += config.check()
+    if problems:
+        raise _config_error(name_or_path, problems)
+    return config
+
+
+def _config_error(name: str, problems: Sequence[str]) -> ConfigError:
+    return ConfigError(f"{name}: {len(problems)} problem(s)\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _read_yaml(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = CONFIG_FOLDER / f"{name_or_path}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
+        raise ConfigError(f"--config {name_or_path}: no file {path}; give a YAML file or one of: {', '.join(names)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections, found {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: expected section.field=value")
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    try:
+        values[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _dataclasses_in(annotation: Any) -> Iterator[type]:
+    """The dataclasses an annotation may hold: itself, or members of a union."""
+    if dataclasses.is_dataclass(annotation):
+        yield typing.cast(type, annotation)
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            yield from _dataclasses_in(member)
+
+
+def _drop_unknown_keys(values: dict[str, Any], section: type, prefix: str) -> list[str]:
+    """Remove keys that no field has, for pydantic would do so in silence; say which and what was meant."""
+    hints = typing.get_type_hints(section)
+    problems = []
+    for key in list(values):
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            meant = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            problems.append(f"{prefix}{key}: unknown key; {meant}")
+            del values[key]
+        elif isinstance(values[key], dict):
+            for inner in _dataclasses_in(hints[key]):
+                problems += _drop_unknown_keys(values[key], inner, f"{prefix}{key}.")
+    return problems
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        return f"{where}: required, not given"
+    return f"{where}: {fault['msg']}, found {fault['input']!r}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values that YAML and JSON can hold."""
+    return json.loads(TypeAdapter(type(config)).dump_json(config))  # type: ignore[no-any-return]
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved run as YAML; `load_config` reads it back to an equal `RunConfig`."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the resolved run."""
+    parser = argparse.ArgumentParser(prog="python -m d2v2ds.config", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", help="name in d2v2ds/configs or path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(to_yaml(config), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

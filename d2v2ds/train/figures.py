@@ -1,0 +1,69 @@
+"""Pictures of a run for TensorBoard and for the report at its end. matplotlib is imported here only."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from d2v2ds.errors import MissingExtraError
+from d2v2ds.model.alibi import alibi_slopes
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("figures need matplotlib: pip install 'd2v2ds[eval]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def mask_figure(masked: Tensor) -> Any:
+    """The M masks of one sample.
+
+    Args:
+        masked: (M, T) bool, True = masked.
+    """
+    figure, axes = _figure(1, 1, (10, 1 + 0.25 * masked.shape[0]))
+    axes[0, 0].imshow(masked.cpu().numpy(), aspect="auto", cmap="Greys", interpolation="nearest")
+    axes[0, 0].set(xlabel="token", ylabel="mask", title=f"masked (black): {float(masked.float().mean()):.1%}")
+    return figure
+
+
+def alibi_figure(scale: Tensor) -> Any:
+    """The learned scale of every head, and the penalty per token that it makes with the head's slope.
+
+    Args:
+        scale: (L or 1, H or 1) as trained.
+    """
+    figure, axes = _figure(1, 2, (10, 3))
+    for row in scale.tolist():
+        axes[0, 0].plot(range(1, len(row) + 1), row, "o-")
+    slopes = scale.new_tensor(alibi_slopes(scale.shape[1])) if scale.shape[1] > 1 else scale.new_ones(1)
+    for row in (scale.clamp(min=0) * slopes).tolist():
+        axes[0, 1].plot(range(1, len(row) + 1), row, "o-")
+    axes[0, 0].set(xlabel="head", ylabel="scale", title="ALiBi scale (1 at the start)")
+    axes[0, 1].set(xlabel="head", ylabel="penalty per token", title="slope x scale", yscale="log")
+    return figure
+
+
+def save_curves(records: Sequence[dict[str, float]], names: Sequence[str], path: Path, title: str) -> None:
+    """Draw metrics over steps, one panel each, into a PNG.
+
+    Args:
+        records: from `read_metrics`.
+        names: metrics to draw; one without values gets an empty panel.
+        path: file to write.
+        title: over the whole picture.
+    """
+    figure, axes = _figure(1, len(names), (5 * len(names), 3.5))
+    for axis, name in zip(axes[0], names, strict=True):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        axis.plot([step for step, _ in points], [value for _, value in points])
+        axis.set(xlabel="step", title=name)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)

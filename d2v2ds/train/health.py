@@ -1,0 +1,69 @@
+"""How rich a set of vectors is: what tells a collapse that loss and variance hide. Pure functions.
+
+Instance norm keeps the variance of collapsed targets near one. Measured on small runs with the official
+implementation, healthy targets of width 192 have an effective rank of 50 to 58 and 1 to 4 % of their variance
+follows the position in the clip; collapsed ones have a rank of 2 to 5 and a share of 23 to 84 %.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 4096
+"""Vectors looked at; more change the statistics little and cost time."""
+POLYNOMIAL_DEGREE = 6
+"""Of the position that the position share fits."""
+
+
+@dataclass(frozen=True)
+class Richness:
+    """Statistics of one set of vectors."""
+
+    std: float
+    """Mean over channels of the standard deviation over vectors."""
+    effective_rank: float
+    """exp of the entropy of the normalised eigenvalues of the covariance; between 1 and D."""
+    position_share: float
+    """Fraction of the variance that a polynomial of degree 6 in position / length explains."""
+
+
+def effective_rank(x: Tensor) -> float:
+    """exp(entropy) of the normalised eigenvalues of the covariance of x (U, D)."""
+    centred = x.double() - x.double().mean(0)
+    smaller = centred.T @ centred if x.shape[1] <= x.shape[0] else centred @ centred.T
+    values = torch.linalg.eigvalsh(smaller).clamp(min=0)
+    total = values.sum()
+    if total <= 0:
+        return 1.0
+    shares = values / total
+    shares = shares[shares > 0]
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def position_share(x: Tensor, places: Tensor) -> float:
+    """Fraction of the variance of x that its place in the sequence explains, by least squares.
+
+    Args:
+        x: (U, D).
+        places: (U,) position over length, 0 to 1.
+    """
+    centred = x.double() - x.double().mean(0)
+    total = centred.square().sum()
+    if total <= 0:
+        return 0.0
+    powers = torch.stack([(2 * places.double() - 1) ** k for k in range(POLYNOMIAL_DEGREE + 1)], dim=1)  # (U, 7)
+    basis, _ = torch.linalg.qr(powers)
+    return float((basis.T @ centred).square().sum() / total)
+
+
+def richness(x: Tensor, places: Tensor) -> Richness:
+    """All statistics of one set, of at most `MAX_ROWS` evenly spread vectors.
+
+    Args:
+        x: (U, D), U at least 2.
+        places: (U,) position over length of each vector, 0 to 1.
+    """
+    stride = -(-x.shape[0] // MAX_ROWS)
+    x, places = x[::stride].detach().float().cpu(), places[::stride].cpu()
+    return Richness(float(x.std(0, correction=0).mean()), effective_rank(x), position_share(x, places))

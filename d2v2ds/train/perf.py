@@ -1,0 +1,58 @@
+"""What the machine can do, and a malloc setting that matters on CPUs. Needs torch alone."""
+
+import ctypes
+import os
+import time
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES = 1 << 30
+
+
+def keep_large_blocks() -> bool:
+    """Tell glibc to keep freed blocks of up to 1 GiB instead of returning them to the kernel.
+
+    By default every large activation is a fresh mapping whose pages the kernel clears on first touch, which cost
+    a third of the time of small CPU runs. Returns whether it took effect (glibc, and not overridden by the user's
+    MALLOC_ environment).
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+
+
+def matmul_peak_flops(device: torch.device, dtype: torch.dtype, *, repeats: int = 3) -> float:
+    """Operations per second of a large square matrix product: the best of a few, all threads of this process.
+
+    Args:
+        device: CPU or CUDA.
+        dtype: of the factors.
+        repeats: measurements.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        _wait(device)
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def use_all_cores(local_world: int) -> None:
+    """Share the cores of a CPU machine between its ranks, unless OMP_NUM_THREADS says otherwise."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(local_world, 1)))
