@@ -4,6 +4,7 @@ Starting the ranks takes some ten seconds (torch and DeepSpeed are imported in e
 and returns many findings from one launch.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,7 @@ def _collect(ranks: dict[Connection, tuple[int, BaseProcess]], deadline: float) 
         ready = wait(open_ends, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             waiting = sorted(ranks[end][0] for end in open_ends)
+            _print_stacks([ranks[end][1] for end in open_ends])
             why = "did not report in time" if not failures else "were stopped after the failure above"
             raise RankError("\n".join([*failures, f"ranks {waiting} {why}"]))
         for end in ready:
@@ -91,6 +93,14 @@ def _collect(ranks: dict[Connection, tuple[int, BaseProcess]], deadline: float) 
     return [results[rank] for rank in range(len(ranks))]
 
 
+def _print_stacks(processes: list[BaseProcess]) -> None:
+    """Ask hanging ranks to write where they hang to stderr."""
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+
+
 def _exit_code(process: BaseProcess) -> str:
     code = process.exitcode
     return f"{code} ({signal.Signals(-code).name})" if code is not None and code < 0 else str(code)
@@ -102,6 +112,7 @@ def _rank_main(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     from d2v2ds.dist import comm
 

@@ -49,8 +49,8 @@ def build_student_engine(
         optimizer: any torch optimizer over the model's parameters that keeps one tensor of state per element.
         ds_config: a JSON from `merge_ds_config`.
         gather_units: classes of modules that ZeRO-3 gathers and releases as a whole, such as transformer blocks.
-            A unit must get at least one input that requires grad: DeepSpeed reduces a unit's gradients when the
-            backward of its *inputs* is done, and takes zeros if there is nothing to wait for.
+            A unit that trains needs at least one input that requires grad: DeepSpeed takes its backward for done
+            when that of its *inputs* is, and otherwise releases the weights first ("size of tensor a (0)").
 
     Returns:
         The engine; the model is its `.module`.
