@@ -1,0 +1,286 @@
+"""One program on many processes: local workers, or the ranks of an MPI job.
+
+A program is written for a `Team`: every process runs the same lines, `share` lets the leader decide something for
+all, and `map` deals jobs out by a fixed rule, job i to process i modulo their number. What a job writes must not
+depend on who runs it; then the number of processes changes nothing but the time.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from d2v2ds.errors import ConfigError, D2V2Error, MissingExtraError
+from preprocessing.sources import Report
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Work = Callable[[Job, Report], Result]
+
+EXIT_FAILED = 1
+_REPORT_PERIOD_S = 0.5
+_POLL_S = 0.01
+_TASK_VARIABLES = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+_LAUNCHER_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+class Team(Protocol):
+    """Processes that work on one output folder."""
+
+    is_leader: bool
+    """True in exactly one process: the one that prints and writes the index."""
+    size: int
+
+    def share(self, decide: Callable[[], Result]) -> Result:
+        """Call `decide` in the leader; every process gets its result, or raises its error."""
+        ...
+
+    def map(self, work: Work[Job, Result], jobs: Sequence[Job], report: Report) -> list[Result]:
+        """Results in the order of the jobs, for the leader; other processes get an empty list."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def choose_team(workers: int | None, use_mpi: bool, environment: Mapping[str, str] = os.environ) -> Team:
+    """The ranks of the MPI job this process belongs to, else local workers.
+
+    Args:
+        workers: local processes; None takes one per usable core.
+        use_mpi: ask for MPI even where no launcher shows.
+        environment: where launchers leave their traces.
+
+    Raises:
+        ConfigError: if the scheduler started more tasks than the MPI world has, or workers are asked of MPI ranks.
+    """
+    tasks = _scheduled_tasks(environment)
+    if not (use_mpi or tasks > 1 or any(name in environment for name in _LAUNCHER_VARIABLES)):
+        return LocalTeam(workers or len(os.sched_getaffinity(0)))
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library to load
+        raise MissingExtraError(
+            f"started by an MPI launcher or with --mpi, and MPI is missing ({error}): pip install 'd2v2ds[mpi]'"
+        ) from error
+    world = MPI.COMM_WORLD
+    check_world(tasks, world.size)
+    if world.size == 1 and not use_mpi:
+        return LocalTeam(workers or len(os.sched_getaffinity(0)))
+    if workers is not None and workers > 1:
+        raise ConfigError(f"--workers {workers} under MPI: expected one process per rank; start more ranks instead")
+    return MpiTeam(world)
+
+
+def check_world(tasks: int, world_size: int) -> None:
+    """Raise a `ConfigError` if a scheduler started `tasks` processes that do not see each other."""
+    if tasks > world_size:
+        raise ConfigError(
+            f"the scheduler reports {tasks} tasks, this process sees an MPI world of {world_size}: the tasks would "
+            "all pack the same files.\n"
+            "  Start with an MPI plugin that fits the MPI library: srun --mpi=pmi2 python -m preprocessing.pack_audio"
+            " ... (`srun --mpi=list` names the plugins),\n"
+            "  or with the library's own launcher: mpirun -n N python -m ...,\n"
+            "  or ask for one task and use local workers: --ntasks=1 --cpus-per-task=N and --workers N"
+        )
+
+
+def _scheduled_tasks(environment: Mapping[str, str]) -> int:
+    counts = [environment.get(name, "") for name in _TASK_VARIABLES]
+    return max((int(count) for count in counts if count.isdigit()), default=1)
+
+
+class LocalTeam:
+    """This process and, while `map` runs, `workers` child processes."""
+
+    is_leader = True
+
+    def __init__(self, workers: int) -> None:
+        if workers < 1:
+            raise ConfigError(f"--workers {workers}: expected at least 1")
+        self.size = workers
+
+    def share(self, decide: Callable[[], Result]) -> Result:
+        return decide()
+
+    def map(self, work: Work[Job, Result], jobs: Sequence[Job], report: Report) -> list[Result]:
+        size = min(self.size, len(jobs))
+        if size <= 1:
+            return [work(job, report) for job in jobs]
+        # spawn: a forked child would inherit the locks of Arrow's threads
+        context = multiprocessing.get_context("spawn")
+        results: list[Any] = [None] * len(jobs)
+        processes = []
+        connections: dict[Connection, int] = {}
+        try:
+            for rank in range(size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_run_worker, args=(theirs, work, list(enumerate(jobs))[rank::size]))
+                process.start()
+                theirs.close()  # so that the end of the child ends the pipe
+                processes.append(process)
+                connections[ours] = rank
+            while connections:
+                for ready in wait(list(connections)):
+                    assert isinstance(ready, Connection)
+                    rank = connections[ready]
+                    try:
+                        kind, value = ready.recv()
+                    except EOFError:
+                        processes[rank].join()
+                        raise D2V2Error(
+                            f"worker {rank} ended with exit code {processes[rank].exitcode} before its work was done "
+                            "(-9 often means that memory ran out: use fewer --workers); run the same command again, "
+                            "finished shards are kept"
+                        ) from None
+                    if kind == "progress":
+                        report(*value)
+                    elif kind == "result":
+                        results[value[0]] = value[1]
+                    elif kind == "error":
+                        raise value
+                    else:
+                        del connections[ready]
+        finally:
+            for process in processes:
+                if connections:
+                    process.terminate()
+                process.join()
+        return results
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+def _run_worker(connection: Connection, work: Work[Job, Result], jobs: Sequence[tuple[int, Job]]) -> None:
+    """The life of a child process. If its parent is gone, the next report fails and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
+    report = _Throttle(lambda files, samples: connection.send(("progress", (files, samples))))
+    try:
+        for number, job in jobs:
+            result = work(job, report.add)
+            report.flush()
+            connection.send(("result", (number, result)))
+        connection.send(("done", None))
+    except BrokenPipeError:
+        sys.exit(EXIT_FAILED)
+    except (D2V2Error, OSError) as error:
+        connection.send(("error", error))
+
+
+class MpiTeam:
+    """The ranks of an MPI job; rank 0 leads. An error on one rank ends all of them."""
+
+    _PROGRESS, _DONE = 1, 2
+
+    def __init__(self, world: Any) -> None:
+        self._world = world
+        self.size: int = world.size
+        self.is_leader: bool = world.rank == 0
+        self._agreed = False
+
+    def share(self, decide: Callable[[], Result]) -> Result:
+        outcome: tuple[bool, Any] = (True, None)
+        if self.is_leader:
+            try:
+                outcome = (True, decide())
+            except D2V2Error as error:
+                outcome = (False, error)
+        self._meet()
+        good, value = self._world.bcast(outcome, root=0)
+        if not good:
+            self._agreed = True
+            raise value
+        result: Result = value
+        return result
+
+    def map(self, work: Work[Job, Result], jobs: Sequence[Job], report: Report) -> list[Result]:
+        mine = list(enumerate(jobs))[self._world.rank :: self.size]
+        if not self.is_leader:
+            throttle = _Throttle(lambda files, samples: self._world.send((files, samples), dest=0, tag=self._PROGRESS))
+            done = [(number, work(job, throttle.add)) for number, job in mine]
+            throttle.flush()
+            self._world.send(done, dest=0, tag=self._DONE)
+            return []
+
+        def add(files: int, samples: int) -> None:
+            report(files, samples)
+            self._listen(report, gathered)
+
+        gathered: list[tuple[int, Result]] = []
+        own = [(number, work(job, add)) for number, job in mine]
+        gathered.extend(own)
+        while len(gathered) < len(jobs):
+            self._listen(report, gathered)
+            time.sleep(_POLL_S)
+        return [result for _, result in sorted(gathered, key=lambda pair: pair[0])]
+
+    def _listen(self, report: Report, gathered: list[tuple[int, Any]]) -> None:
+        """Take what other ranks have sent by now."""
+        while self._world.iprobe(tag=self._PROGRESS):
+            report(*self._world.recv(tag=self._PROGRESS))
+        while self._world.iprobe(tag=self._DONE):
+            gathered.extend(self._world.recv(tag=self._DONE))
+
+    def _meet(self) -> None:
+        """A barrier that sleeps: MPI's own would burn the cores on which other ranks still work."""
+        request = self._world.Ibarrier()
+        while not request.Test():
+            time.sleep(_POLL_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or self._agreed:
+            return
+        if isinstance(error, D2V2Error):
+            print(f"error on rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(kind, error, trace)
+            sys.stderr.flush()
+        self._world.Abort(exit_code(error))
+
+
+def exit_code(error: BaseException) -> int:
+    """What the process returns to its caller for an error: 2 wrong input or settings, 4 files, else 1."""
+    if isinstance(error, (ConfigError, MissingExtraError)):
+        return 2
+    return 4 if isinstance(error, D2V2Error) else EXIT_FAILED
+
+
+class _Throttle:
+    """Adds up reports and passes them on a few times a second."""
+
+    def __init__(self, send: Report) -> None:
+        self._send = send
+        self._files = self._samples = 0
+        self._sent = time.monotonic()
+
+    def add(self, files: int, samples: int) -> None:
+        self._files += files
+        self._samples += samples
+        if time.monotonic() - self._sent >= _REPORT_PERIOD_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._files:
+            self._send(self._files, self._samples)
+            self._files = self._samples = 0
+        self._sent = time.monotonic()

@@ -1,0 +1,176 @@
+"""From an audio file to stored samples: decode, mix to mono, resample, cut at quiet points, count. NumPy only.
+
+Stored samples are int16. A mono 16-bit file of the right rate is decoded straight to them; anything else passes
+through float32 block by block, so that besides the int16 result only one block is in memory.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from d2v2ds.data.schema import SAMPLE_SCALE
+
+Samples = NDArray[np.int16]
+
+_EXACT_SUBTYPES = frozenset({"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
+"""Sample formats that libsndfile turns into int16 without loss; others lose bits or clip and are rounded here."""
+_BLOCK_FRAMES = 1 << 18
+_STATS_SHAPE = (16, 4096)
+_HOP_SECONDS = 0.01
+_QUIET_HOPS = 10
+
+
+class BadAudioError(Exception):
+    """A file cannot be packed; the text is the reason that goes to ``skipped.tsv``."""
+
+
+class Decoder:
+    """Decodes files one after another into one buffer that is kept, because fresh memory costs page faults.
+
+    Args:
+        sample_rate_hz: rate of the result; files of another rate are resampled.
+    """
+
+    def __init__(self, sample_rate_hz: int) -> None:
+        self._sample_rate_hz = sample_rate_hz
+        self._buffer: Samples = np.empty(0, dtype=np.int16)
+
+    def decode(self, path: str) -> Samples:
+        """The whole file as (S,) int16, mono: a view that the next call overwrites.
+
+        Raises:
+            BadAudioError: if the file cannot be decoded to its end or holds NaN or infinity.
+        """
+        try:
+            with soundfile.SoundFile(path) as file:
+                if file.samplerate == self._sample_rate_hz and file.channels == 1 and file.subtype in _EXACT_SUBTYPES:
+                    samples = self._read_exact(file)
+                else:
+                    samples = self._read_float(file)
+        except soundfile.LibsndfileError as error:
+            raise BadAudioError(f"unreadable: {error.error_string}") from error
+        except OSError as error:
+            raise BadAudioError(f"unreadable: {error.strerror}") from error
+        if not len(samples):
+            raise BadAudioError("no samples")
+        return samples
+
+    def _read_exact(self, file: soundfile.SoundFile) -> Samples:
+        """A header's length is right or an upper bound, except that of an unfinished stream: then grow."""
+        length = 0
+        wanted = min(file.frames, 1 << 26)
+        while True:
+            got: int = len(file.read(out=self._reserve(length, wanted)))
+            length += got
+            if got < wanted or length == file.frames:
+                break
+        _check_length(file, length)
+        return self._buffer[:length]
+
+    def _read_float(self, file: soundfile.SoundFile) -> Samples:
+        length = 0
+        for block in _resampled(_mono_blocks(file), file.samplerate, self._sample_rate_hz):
+            part = self._reserve(length, len(block))
+            part[:] = to_int16(block)
+            length += len(block)
+        return self._buffer[:length]
+
+    def _reserve(self, start: int, count: int) -> Samples:
+        """Room for `count` samples from `start` on; what stands before is kept."""
+        if len(self._buffer) < start + count:
+            grown = np.empty(max(start + count, 2 * len(self._buffer)), dtype=np.int16)
+            grown[:start] = self._buffer[:start]
+            self._buffer = grown
+        return self._buffer[start : start + count]
+
+
+def to_int16(samples: NDArray[np.float32]) -> Samples:
+    """Round [-1, 1) to int16; what lies outside is clipped."""
+    scaled = np.clip(np.rint(samples * np.float32(SAMPLE_SCALE)), -SAMPLE_SCALE, SAMPLE_SCALE - 1)
+    return scaled.astype(np.int16)
+
+
+def mean_and_variance(samples: Samples) -> tuple[float, float]:
+    """Mean and biased variance of (S,) int16 samples / 32768, correctly rounded functions of the integers.
+
+    The sums are exact: every partial sum in float64 is an integer below 2**53. They run over rows short enough that
+    BLAS does not start threads, which on shared cores cost far more than they save.
+    """
+    total = squares = 0
+    block = np.zeros(_STATS_SHAPE)
+    flat = block.reshape(-1)
+    for start in range(0, len(samples), len(flat)):
+        part = samples[start : start + len(flat)]
+        flat[: len(part)] = part
+        flat[len(part) :] = 0
+        total += int(flat.sum())
+        squares += int(np.vecdot(block, block).sum())
+    count = len(samples)
+    # Python divides whole numbers of any size with one rounding
+    return total / (count * SAMPLE_SCALE), (squares * count - total * total) / (count * SAMPLE_SCALE) ** 2
+
+
+def cut_points(samples: Samples, max_samples: int, min_samples: int, sample_rate_hz: int) -> list[int]:
+    """Where to cut a recording so that no piece is longer than `max_samples`, each time at the quietest point.
+
+    A piece ends in the second half of the allowed length, in the middle of the 100 ms with the least energy (the
+    latest of equals, on a grid of 10 ms), and never so late that less than `min_samples` would be left over.
+
+    Args:
+        samples: (S,) int16.
+        max_samples: longest piece, at least twice `min_samples`.
+        min_samples: shortest last piece.
+        sample_rate_hz: for the 10 ms.
+
+    Returns:
+        Ascending bounds [0, ..., S]; pieces lie between neighbours.
+    """
+    bounds = [0]
+    hop = max(1, round(_HOP_SECONDS * sample_rate_hz))
+    while len(samples) - bounds[-1] > max_samples:
+        start = bounds[-1]
+        first = start + max_samples // 2
+        last = min(start + max_samples, len(samples) - min_samples)
+        bounds.append(_quietest(samples, first, last, hop))
+    return [*bounds, len(samples)]
+
+
+def _quietest(samples: Samples, first: int, last: int, hop: int) -> int:
+    """The hop bound in (first, last] with the least energy around it; `last` if the window is too short."""
+    hops = (last - first) // hop
+    if hops <= _QUIET_HOPS:
+        return last
+    window = samples[last - hops * hop : last].astype(np.int64).reshape(hops, hop)
+    energy = np.concatenate([[0], np.cumsum((window * window).sum(axis=1))])
+    around = energy[_QUIET_HOPS:] - energy[:-_QUIET_HOPS]
+    latest = len(around) - 1 - int(np.argmin(around[::-1]))
+    return last - hops * hop + (latest + _QUIET_HOPS // 2) * hop
+
+
+def _mono_blocks(file: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:
+    length = 0
+    while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        if not np.isfinite(block).all():
+            raise BadAudioError("NaN or infinite samples")
+        length += len(block)
+        yield block.mean(axis=1, dtype=np.float32) if file.channels > 1 else block[:, 0]
+    _check_length(file, length)
+
+
+def _resampled(blocks: Iterator[NDArray[np.float32]], rate: int, target: int) -> Iterator[NDArray[np.float32]]:
+    if rate == target:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(rate, target, 1, dtype="float32")
+    for block in blocks:
+        yield stream.resample_chunk(np.ascontiguousarray(block))
+    yield stream.resample_chunk(np.empty(0, dtype=np.float32), last=True)
+
+
+def _check_length(file: soundfile.SoundFile, found: int) -> None:
+    """A file that ends early was cut off. MP3 lengths are estimates, and unfinished streams have none."""
+    if found < file.frames and file.format != "MP3" and file.frames < 1 << 62:
+        raise BadAudioError(f"cut off: its header says {file.frames} samples, found {found}")
