@@ -18,7 +18,8 @@ Samples = NDArray[np.int16]
 _EXACT_SUBTYPES = frozenset({"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
 """Sample formats that libsndfile turns into int16 without loss; others lose bits or clip and are rounded here."""
 _BLOCK_FRAMES = 1 << 18
-_STATS_SHAPE = (16, 4096)
+_STATS_BLOCK = 1 << 18
+_STATS_ROW = 1 << 12
 _HOP_SECONDS = 0.01
 _QUIET_HOPS = 10
 
@@ -81,7 +82,7 @@ class Decoder:
     def _reserve(self, start: int, count: int) -> Samples:
         """Room for `count` samples from `start` on; what stands before is kept."""
         if len(self._buffer) < start + count:
-            grown = np.empty(max(start + count, 2 * len(self._buffer)), dtype=np.int16)
+            grown: Samples = np.empty(max(start + count, 2 * len(self._buffer)), dtype=np.int16)
             grown[:start] = self._buffer[:start]
             self._buffer = grown
         return self._buffer[start : start + count]
@@ -89,8 +90,10 @@ class Decoder:
 
 def to_int16(samples: NDArray[np.float32]) -> Samples:
     """Round [-1, 1) to int16; what lies outside is clipped."""
-    scaled = np.clip(np.rint(samples * np.float32(SAMPLE_SCALE)), -SAMPLE_SCALE, SAMPLE_SCALE - 1)
-    return scaled.astype(np.int16)
+    stored: Samples = np.clip(np.rint(samples * np.float32(SAMPLE_SCALE)), -SAMPLE_SCALE, SAMPLE_SCALE - 1).astype(
+        np.int16
+    )
+    return stored
 
 
 def mean_and_variance(samples: Samples) -> tuple[float, float]:
@@ -100,14 +103,12 @@ def mean_and_variance(samples: Samples) -> tuple[float, float]:
     BLAS does not start threads, which on shared cores cost far more than they save.
     """
     total = squares = 0
-    block = np.zeros(_STATS_SHAPE)
-    flat = block.reshape(-1)
-    for start in range(0, len(samples), len(flat)):
-        part = samples[start : start + len(flat)]
-        flat[: len(part)] = part
-        flat[len(part) :] = 0
-        total += int(flat.sum())
-        squares += int(np.vecdot(block, block).sum())
+    for start in range(0, len(samples), _STATS_BLOCK):
+        block = samples[start : start + _STATS_BLOCK].astype(np.float64)
+        whole = len(block) - len(block) % _STATS_ROW
+        rows, rest = block[:whole].reshape(-1, _STATS_ROW), block[whole:]
+        total += int(block.sum())
+        squares += int(np.vecdot(rows, rows).sum()) + int(np.vecdot(rest, rest))
     count = len(samples)
     # Python divides whole numbers of any size with one rounding
     return total / (count * SAMPLE_SCALE), (squares * count - total * total) / (count * SAMPLE_SCALE) ** 2

@@ -4,17 +4,12 @@ A shard is written under a temporary name in ``.packing/``, synced and renamed; 
 finished. A restart trusts a shard only with its sidecar. The checksum is computed while writing.
 """
 
-import errno
 import io
 import json
-import os
-import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,16 +24,15 @@ from d2v2ds.data.schema import (
     FileEntry,
     ShardEntry,
     audio_schema,
-    move_into_place,
     shard_name,
     write_json,
 )
-from d2v2ds.errors import ShardError
+from preprocessing.diskfile import ChecksumFile, replacing
 from preprocessing.plan import SAMPLE_RATE_HZ, PackSettings, Skipped, Unit
 from preprocessing.sources import Report, utf8
 from preprocessing.waveform import BadAudioError, Decoder, Samples, cut_points, mean_and_variance
 
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 4 << 20
 """Audio bytes after which a record batch ends; a longer row has a batch of its own."""
 PACKING_NAME = ".packing"
 """Folder inside the output that holds temporary files, sidecars and the plan until the index is written."""
@@ -126,7 +120,7 @@ def _lengths_path(folder: Path, number: int) -> Path:
 class ShardWriter:
     """Collects rows into record batches of limited bytes and writes them as an Arrow IPC file."""
 
-    def __init__(self, sink: "ChecksumFile", codec: Codec) -> None:
+    def __init__(self, sink: ChecksumFile, codec: Codec) -> None:
         self._codec = codec
         self._schema = audio_schema(codec, SAMPLE_RATE_HZ)
         self._writer = pa.ipc.new_file(sink, self._schema)
@@ -198,87 +192,6 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     bits = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
     buffers = [bits, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
     return pa.Array.from_buffers(kind, count, buffers)
-
-
-class ChecksumFile(io.RawIOBase):
-    """A write-only binary file that knows its size and CRC-32, and syncs in the background what it has written.
-
-    Synced pages leave the page cache: nothing reads them soon, a corpus is often larger than memory, and the sync at
-    the end finds little left to wait for.
-    """
-
-    def __init__(self, file: BinaryIO, background: ThreadPoolExecutor) -> None:
-        super().__init__()
-        self._file = file
-        self._background = background
-        self._syncing: Future[None] | None = None
-        self._unsynced = 0
-        self._crc = 0
-        self.bytes = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._file.write(data)
-        self._crc = zlib.crc32(data, self._crc)
-        size = memoryview(data).nbytes
-        self.bytes += size
-        self._unsynced += size
-        if self._unsynced >= BATCH_BYTES:
-            self._sync_in_background()
-        return size
-
-    def tell(self) -> int:
-        return self.bytes
-
-    def sync(self) -> None:
-        """Return when everything is on the disk."""
-        self._sync_in_background()
-        assert self._syncing is not None
-        self._syncing.result()
-
-    @property
-    def crc32(self) -> str:
-        """As `ShardEntry.crc32`."""
-        return f"{self._crc:08x}"
-
-    def _sync_in_background(self) -> None:
-        self._file.flush()
-        if self._syncing is not None:
-            self._syncing.result()  # one at a time: no more than two batches wait for the disk
-        self._syncing = self._background.submit(_sync, self._file.fileno())
-        self._unsynced = 0
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@contextmanager
-def replacing(path: Path, temporary_folder: Path) -> Iterator[ChecksumFile]:
-    """A file that appears under its name only when it is whole and on the disk; on any error nothing is left.
-
-    Raises:
-        ShardError: if the disk is full or the quota used up.
-    """
-    temporary = temporary_folder / f"{path.name}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file, ThreadPoolExecutor(1) as background:
-            sink = ChecksumFile(file, background)
-            yield sink
-            sink.sync()
-        move_into_place(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ShardError(
-                f"{path}: {error.strerror} while writing; finished shards are intact: free space and run the same "
-                "command again to go on"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def encode_flac(samples: Samples) -> np.ndarray:
