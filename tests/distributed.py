@@ -5,6 +5,7 @@ and returns many findings from one launch.
 """
 
 import faulthandler
+import io
 import multiprocessing
 import os
 import signal
@@ -83,7 +84,7 @@ def _collect(ranks: dict[Connection, tuple[int, BaseProcess]], deadline: float) 
                 process.join()
                 is_ok, value = False, f"died without a report, exit code {_exit_code(process)}"
             if is_ok:
-                results[rank] = value
+                results[rank] = torch.load(io.BytesIO(value), weights_only=False)
             else:
                 if not failures:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
@@ -119,7 +120,9 @@ def _rank_main(
     try:
         with comm.process_group():
             value = function(*args)
-        sender.send((True, value))
+        packed = io.BytesIO()  # pickled by torch.save: tensors sent as they are would die with this process
+        torch.save(value, packed)
+        sender.send((True, packed.getvalue()))
     except BaseException:  # noqa: BLE001 - reported to the parent, which raises it
         sender.send((False, traceback.format_exc()))
         sys.exit(1)

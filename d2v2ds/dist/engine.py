@@ -22,6 +22,9 @@ from d2v2ds.dist import zero
 
 logger = logging.getLogger(__name__)
 
+Engine = DeepSpeedEngine
+"""What `build_student_engine` returns; other rooms name it so, and import no deepspeed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:

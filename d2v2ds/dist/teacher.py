@@ -124,6 +124,7 @@ class Teacher:
         """Make the teacher an exact copy of the student's master weights. Local."""
         for name, shard in self._shards.items():
             self._average[name].copy_(shard.data)
+        self._copy_buffers()
         self._write_working_copy()
 
     @torch.no_grad()
@@ -160,11 +161,12 @@ class Teacher:
         """This rank's state: enough to go on, to put whole parameters together, and to cut them anew.
 
         Returns:
-            `num_updates`, and `shards`: for each parameter its full `shape`, the `offset` of this rank's elements in
-            the flattened whole and a copy of them, `data` (numel,) fp32 on the CPU.
+            `num_updates`, `buffers` by name, and `shards`: for each parameter its full `shape`, the `offset` of
+            this rank's elements in the flattened whole and a copy of them, `data` (numel,) fp32 on the CPU.
         """
         return {
             "num_updates": self.num_updates,
+            "buffers": {name: buffer.to("cpu", copy=True) for name, buffer in self._module.named_buffers()},
             "shards": {
                 name: {"shape": shard.shape, "offset": shard.offset, "data": shard.data.to("cpu", copy=True)}
                 for name, shard in self.shards().items()
@@ -196,6 +198,8 @@ class Teacher:
             )
         for name, shard in own.items():
             shard.data.copy_(saved[name]["data"])
+        for name, buffer in self._module.named_buffers():
+            buffer.copy_(state["buffers"][name])
         self.restored(state["num_updates"])
 
     @torch.no_grad()
@@ -298,7 +302,6 @@ class Teacher:
     def _write_working_copy(self) -> None:
         if self._working is not self._ema:
             self._working.copy_(self._ema)
-        self._copy_buffers()
         self._is_stale = True
 
     def _refresh(self) -> None:

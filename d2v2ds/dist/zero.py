@@ -12,7 +12,7 @@ Checked against DeepSpeed 0.19. Parameters swapped to NVMe are not supported.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -179,6 +179,72 @@ def master_addresses(engine: DeepSpeedEngine) -> list[int]:
 def client_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's wrapper."""
     return cast(torch.optim.Optimizer, engine.optimizer if stage(engine) == 0 else engine.optimizer.optimizer)
+
+
+def optimizer_layout(engine: DeepSpeedEngine) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """What the optimizer keeps: names of its per-element states, and its single numbers such as `step`.
+
+    Returns:
+        (names, {name: {"kind": "tensor" or "number", "value": number}}), equal on all ranks; both empty before the
+        first step.
+
+    Raises:
+        TypeError: for a state that is neither one number nor one number for each weight.
+    """
+    keys: set[str] = set()
+    scalars: dict[str, dict[str, Any]] = {}
+    state = client_optimizer(engine).state
+    for group in flat_groups(engine):
+        for key, value in state.get(group.flat, {}).items():
+            if torch.is_tensor(value) and value.shape == group.flat.shape and key != "step":
+                keys.add(key)
+            elif torch.is_tensor(value) and value.numel() == 1:
+                scalars[key] = {"kind": "tensor", "value": value.item()}
+            elif isinstance(value, int | float):
+                scalars[key] = {"kind": "number", "value": value}
+            else:
+                raise TypeError(
+                    f"optimizer state {key!r}: expected one number, or one for each weight, found {value!r}"
+                )
+    return sorted(keys), scalars
+
+
+def optimizer_tensors(engine: DeepSpeedEngine, key: str) -> dict[str, Tensor]:
+    """This rank's part of one per-element optimizer state, by parameter name, each (shard.numel,)."""
+    state = client_optimizer(engine).state
+    return {
+        name: state[group.flat][key].view(-1).narrow(0, start, numel)
+        for group in flat_groups(engine)
+        for name, start, numel in group.members
+    }
+
+
+def write_optimizer_state(
+    engine: DeepSpeedEngine,
+    readers: Mapping[str, Callable[[str, int, int], Tensor]],
+    scalars: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Replace the optimizer's state by a saved one.
+
+    Args:
+        engine: the student.
+        readers: for each per-element state, a function (parameter, offset, numel) -> (numel,).
+        scalars: the single numbers, as `optimizer_layout` gives them.
+    """
+    state = client_optimizer(engine).state
+    shards = parameter_shards(engine)
+    if not readers and not scalars:
+        state.clear()  # saved before the first step
+    for group in flat_groups(engine):
+        for key, read in readers.items():
+            if key not in state[group.flat]:
+                state[group.flat][key] = torch.zeros_like(group.flat, requires_grad=False)
+            target = state[group.flat][key].view(-1)
+            for name, start, numel in group.members:
+                target.narrow(0, start, numel).copy_(read(name, shards[name].offset, numel))
+        for key, scalar in scalars.items():
+            value = scalar["value"]
+            state[group.flat][key] = torch.tensor(float(value)) if scalar["kind"] == "tensor" else value
 
 
 def refresh_compute_copies(engine: DeepSpeedEngine) -> None:
