@@ -16,16 +16,24 @@ class Progress:
         files: how many will come.
         samples: how many samples will come; 0 if only files are counted.
         sample_rate_hz: turns samples into hours.
+        unit: what is counted beside the samples.
         stream: where to print; standard error by default.
     """
 
     def __init__(
-        self, name: str, files: int, samples: int = 0, sample_rate_hz: int = 16000, stream: TextIO | None = None
+        self,
+        name: str,
+        files: int,
+        samples: int = 0,
+        sample_rate_hz: int = 16000,
+        unit: str = "files",
+        stream: TextIO | None = None,
     ) -> None:
         self._name = name
         self._total_files = files
         self._total_samples = samples
         self._rate = sample_rate_hz
+        self._unit = unit
         self._stream = stream or sys.stderr
         self._rewrite = self._stream.isatty()
         self._files = 0
@@ -48,7 +56,7 @@ class Progress:
     def line(self) -> str:
         """The line as it would be printed now."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        parts = [f"{self._name}: {self._files:,} of {self._total_files:,} files"]
+        parts = [f"{self._name}: {self._files:,} of {self._total_files:,} {self._unit}"]
         done, total = self._files, self._total_files
         if self._total_samples:
             done, total = self._samples, self._total_samples

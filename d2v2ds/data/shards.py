@@ -42,6 +42,16 @@ class AudioRow:
     speaker: str | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLabels:
+    """What a row says about its audio, without the audio."""
+
+    id: str
+    text: str | None
+    label: str | None
+    speaker: str | None
+
+
 class ArrowShards:
     """Rows of a packed folder, by number.
 
@@ -75,18 +85,24 @@ class ArrowShards:
         """(len(self),) int64, length of every row in samples; memory-mapped."""
         return self._rows["num_samples"]
 
+    @property
+    def records(self) -> NDArray[np.void]:
+        """(len(self),) of `ROW_DTYPE`, where every row lies; memory-mapped."""
+        return self._rows
+
     def __getitem__(self, index: int) -> AudioRow:
         """The whole row `index`."""
         batch, row = self._locate(index)
+        labels = batch.labels(row)
         return AudioRow(
             index=index,
-            id=batch.string("id", row) or "",
+            id=labels.id,
             samples=batch.read_audio(row, 0, None),
             mean=float(batch.mean[row]),
             var=float(batch.var[row]),
-            text=batch.string("text", row),
-            label=batch.string("label", row),
-            speaker=batch.string("speaker", row),
+            text=labels.text,
+            label=labels.label,
+            speaker=labels.speaker,
         )
 
     def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> Samples:
@@ -101,6 +117,11 @@ class ArrowShards:
         """`AudioRow.mean` and `AudioRow.var` of row `index`, without touching its audio."""
         batch, row = self._locate(index)
         return float(batch.mean[row]), float(batch.var[row])
+
+    def read_labels(self, index: int) -> RowLabels:
+        """Id, text, label and speaker of row `index`, without touching its audio."""
+        batch, row = self._locate(index)
+        return batch.labels(row)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "index": self.index}
@@ -220,9 +241,8 @@ class _Batch:
         self.mean = batch.column("mean").to_numpy()
         self.var = batch.column("var").to_numpy()
 
-    def string(self, column: str, row: int) -> str | None:
-        value: str | None = self._columns[column][row].as_py()
-        return value
+    def labels(self, row: int) -> RowLabels:
+        return RowLabels(**{name: column[row].as_py() for name, column in self._columns.items()})
 
     def read_audio(self, row: int, start: int, stop: int | None) -> Samples:
         length = int(self._num_samples[row])
@@ -238,7 +258,7 @@ class _Batch:
             found, stop = len(encoded) // 2, length
         if found != stop:
             raise ShardError(
-                f"shard file {self._path} id {self.string('id', row)}: expected {length} samples, found {found}; "
+                f"shard file {self._path} id {self.labels(row).id}: expected {length} samples, found {found}; "
                 "run python -m preprocessing.verify on the folder"
             )
         return samples
