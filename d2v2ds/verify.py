@@ -27,7 +27,7 @@ from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.keymap import to_ours
 from d2v2ds.interop.official_config import UnsupportedOptionError, model_config
-from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, StudentOutput, select_masked
+from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, StudentOutput, select_masked, total_loss
 from d2v2ds.model.loss import channel_moments, mean_channel_std
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
@@ -164,8 +164,9 @@ def _compare_middle(report: Report, case: Case, side: str, outputs: dict[str, An
     """Intermediates of one network, as far as the case recorded them."""
     prenet_depth = case.config.modalities.active()[case.modality].prenet_depth
     context_out = outputs[f"prenet{prenet_depth - 1}"][0] if prenet_depth else outputs["context_in"]
+    front_end = outputs.get("local_encoder_out")  # (B, T, C)
     found = {
-        "local_encoder_out": outputs.get("local_encoder_out"),
+        "local_encoder_out": None if front_end is None else front_end.transpose(1, 2),  # (B, C, T) in the files
         "local_features": outputs.get("local_features"),
         "pos_conv_out": outputs["positions"],
         "context_out": context_out,
@@ -208,7 +209,7 @@ def check_step(case: Case, report: Report) -> None:
     keep, masked = batch.masks.rows()
     encoder: Any = student.encoders[case.modality]
     if "mid/student/context_in" in case.tensors:
-        cloned = out.local.repeat_interleave(batch.masks.num_masks, 0)
+        cloned = out["local"].repeat_interleave(batch.masks.num_masks, 0)
         tokens = (cloned + mine["positions"]).gather(1, keep[..., None].expand(-1, -1, cloned.shape[-1]))
         report.compare("student context_in", tokens, case.tensors["mid/student/context_in"])
     if "mid/student/alibi_bias" in case.tensors:
@@ -220,21 +221,21 @@ def check_step(case: Case, report: Report) -> None:
     for name in ("decoder_in", "decoder_out"):
         if f"mid/{name}" in case.tensors:
             report.compare(name, mine[name], case.tensors[f"mid/{name}"])
-    target_rows = out.target.repeat_interleave(batch.masks.num_masks, 0)
+    target_rows = out["target"].repeat_interleave(batch.masks.num_masks, 0)
     target = select_masked(target_rows, masked, batch.num_masked)
-    report.compare("targets", out.target, case.tensors["out/targets_full"])
+    report.compare("targets", out["target"], case.tensors["out/targets_full"])
     report.compare("regression target", target, case.tensors["out/regression_target"])
-    report.compare("regression prediction", out.pred, case.tensors["out/regression_pred"])
-    for name, loss in out.losses.items():
+    report.compare("regression prediction", out["pred"], case.tensors["out/regression_pred"])
+    for name, loss in out["losses"].items():
         report.compare(f"loss {name}", loss, case.tensors[f"loss/{case.modality.upper()}_{name}"])
-    report.compare("loss total", out.loss, case.tensors["loss/total"])
+    report.compare("loss total", total_loss(out), case.tensors["loss/total"])
     report.compare("sample size", batch.num_masked, case.tensors["loss/sample_size"])
-    report.compare("loss per sample", out.loss / batch.num_masked, case.tensors["loss/total_per_sample"])
-    for name, value in (("pred_var", out.pred), ("target_var", target)):
+    report.compare("loss per sample", total_loss(out) / batch.num_masked, case.tensors["loss/total_per_sample"])
+    for name, value in (("pred_var", out["pred"]), ("target_var", target)):
         if f"log/{name}" in case.tensors:
             found = mean_channel_std(channel_moments(value), batch.num_masked)
             report.compare(name, found, case.tensors[f"log/{name}"])
-    (out.loss / batch.num_masked).backward()
+    (total_loss(out) / batch.num_masked).backward()
     _compare_gradients(report, student, case)
     _ema_step(teacher, student, float(case.grads["ema_after/decay"]))
     _compare_state(report, "EMA step", teacher, case.grads, "ema_after/")
@@ -300,7 +301,7 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
         batch = case.batch(tensors[f"mask{step}"])
         out = student(batch, _no_grad(teacher))
         optimizer.zero_grad()
-        (out.loss / batch.num_masked).backward()
+        (total_loss(out) / batch.num_masked).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         for p in trained:
             if p.grad is not None and hyper["clip"]:
@@ -309,15 +310,15 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
             group["lr"] = learning_rate(step, rate, hyper["max_update"])
         optimizer.step()
         _, masked = batch.masks.rows()
-        target = select_masked(out.target.repeat_interleave(batch.masks.num_masks, 0), masked, batch.num_masked)
+        target = select_masked(out["target"].repeat_interleave(batch.masks.num_masks, 0), masked, batch.num_masked)
         report.compare("traj sample size", batch.num_masked, expected["sample_size"])
         report.compare("traj learning rate", optimizer.param_groups[0]["lr"], expected["lr"])
-        report.compare("traj loss", out.loss.detach() / batch.num_masked, expected["loss_per_sample"])
-        for name, loss in out.losses.items():
+        report.compare("traj loss", total_loss(out).detach() / batch.num_masked, expected["loss_per_sample"])
+        for name, loss in out["losses"].items():
             wanted = expected["losses_sum"][f"{case.modality.upper()}_{name}"]
             report.compare(f"traj loss {name}", loss.detach(), wanted)
         report.compare("traj gradient norm", norm, expected["grad_norm_before_clip"])
-        for name, value in (("pred_var", out.pred), ("target_var", target)):
+        for name, value in (("pred_var", out["pred"]), ("target_var", target)):
             report.compare(f"traj {name}", mean_channel_std(channel_moments(value), batch.num_masked), expected[name])
     _compare_state(report, "traj final student", student, tensors, "final_student/")
     _compare_state(report, "traj final teacher", teacher, tensors, "final_teacher/")

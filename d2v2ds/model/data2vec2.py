@@ -6,7 +6,9 @@ encode the visible tokens of every mask, decode, and score the masked places.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
@@ -56,9 +58,8 @@ class ModelConfig:
         return problems
 
 
-@dataclass(frozen=True)
-class StudentOutput:
-    """What one forward returns; all sums are over this rank's rows only."""
+class StudentOutput(TypedDict):
+    """What one forward returns; sums are over this rank's rows. A dict, for ZeRO-3 must find the tensors."""
 
     losses: dict[str, Tensor]
     """Scalar fp32 sums by name."""
@@ -71,10 +72,10 @@ class StudentOutput:
     target: Tensor
     """(B, T, D) fp32 targets."""
 
-    @property
-    def loss(self) -> Tensor:
-        """Scalar: sum of all losses."""
-        return sum(self.losses.values(), start=self.target.new_zeros(()))
+
+def total_loss(out: StudentOutput) -> Tensor:
+    """Scalar: sum of all losses."""
+    return torch.stack(list(out["losses"].values())).sum()
 
 
 ENCODERS = {"audio": build_audio_encoder}
@@ -129,7 +130,9 @@ class Data2Vec2(nn.Module):
         pred = select_masked(decoded, masked, batch.num_masked)  # (U, D)
         wanted = select_masked(target.repeat_interleave(batch.masks.num_masks, 0), masked, batch.num_masked)
         losses = {"regression": regression_loss(pred, wanted, self.config.loss)}
-        return StudentOutput(losses, local.detach(), context.detach(), pred.detach(), target)
+        return StudentOutput(
+            losses=losses, local=local.detach(), context=context.detach(), pred=pred.detach(), target=target
+        )
 
     def encode(self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None) -> Tensor:
         """Visible tokens through prenet and shared blocks: (B, T, D) -> (R, K, D)."""
@@ -141,6 +144,31 @@ class Data2Vec2(nn.Module):
             self.blocks, x, biases[prenet_depth:], checkpoint=self.activation_checkpointing, kept=kept_blocks
         )
         return x
+
+    def depth(self, modality: str) -> int:
+        """Blocks that input of this modality passes, prenet included."""
+        encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
+        return len(encoder.prenet.blocks) + len(self.blocks)
+
+    def layers(self, modality: str, source: Tensor, padding: Tensor | None = None) -> list[Tensor]:
+        """Features of unmasked input, for probes and inference.
+
+        Args:
+            modality: whose encoder.
+            source: as in `Batch`, audio (B, S).
+            padding: (B, S) bool, True = pad, or None.
+
+        Returns:
+            Input of the first block and output of every block, prenet first, each (B, T, D).
+        """
+        encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
+        blocks = [*encoder.prenet.blocks, *self.blocks]
+        x, biases = encoder.everything(encoder.local(source), padding, len(blocks))
+        outputs = [x]
+        for block, bias in zip(blocks, biases, strict=True):
+            x, _ = block(x, bias)
+            outputs.append(x)
+        return outputs
 
 
 def select_masked(x: Tensor, masked: Tensor, num_masked: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v2ds.model.dropout import dropout
-from d2v2ds.model.positions import SameConv1d
+from d2v2ds.model.positions import SameConv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Decoder1d(nn.Module):
         self.mask_tokens = MaskTokens(config.mask_noise_std)
         widths = [model_width] + [config.width] * config.depth
         self.layers = nn.ModuleList(
-            SameConv1d(w_in, w_out, config.kernel, config.groups)
+            SameConv(w_in, w_out, config.kernel, config.groups)
             for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)
         )
         self.has_residual = [config.residual and a == b for a, b in zip(widths[:-1], widths[1:], strict=True)]
@@ -87,6 +87,6 @@ class Decoder1d(nn.Module):
         """
         x = self.mask_tokens(dropout(visible, self.input_dropout, self.training), keep, num_tokens)
         for layer, residual in zip(self.layers, self.has_residual, strict=True):
-            y = layer(x.transpose(1, 2))  # (R, T, C)
+            y = layer(x)  # (R, T, C)
             x = y + x if residual else y
         return self.proj(x)

@@ -134,27 +134,34 @@ class ModalityEncoder(nn.Module):
         places = self.positions(cloned.masked_fill(masked[..., None], 0))  # (R, T, D)
         index = keep[..., None].expand(-1, -1, width)
         x = cloned.gather(1, index) + places.gather(1, index)  # (R, K, D)
-        padding = self.token_padding(batch, local.shape[1])  # (B, T)
+        padding = self.token_padding(batch.padding, local.shape[1])  # (B, T)
         if padding is not None:
             padding = padding.repeat_interleave(num_masks, 0).gather(1, keep)  # (R, K)
         return self.prenet(x), self.biases(keep, padding, num_blocks)
 
-    def everything(self, local: Tensor, batch: Batch, num_blocks: int) -> tuple[Tensor, list[DistanceBias | None]]:
-        """What the teacher's first block reads: all tokens, nothing masked, nothing cloned.
+    def everything(
+        self, local: Tensor, padding: Tensor | None, num_blocks: int
+    ) -> tuple[Tensor, list[DistanceBias | None]]:
+        """What the first block of a teacher, or of inference, reads: all tokens, nothing masked, nothing cloned.
+
+        Args:
+            local: (B, T, D).
+            padding: (B, S) bool, True = padded sample, or None.
+            num_blocks: blocks that need a bias.
 
         Returns:
             (B, T, D) and one bias for each block.
         """
         x = local + self.positions(local)  # (B, T, D)
-        padding = self.token_padding(batch, local.shape[1])  # (B, T)
+        token_padding = self.token_padding(padding, local.shape[1])  # (B, T)
         order = torch.arange(local.shape[1], device=local.device)[None]  # (1, T): one bias serves all samples
-        return self.prenet(x), self.biases(order, padding, num_blocks)
+        return self.prenet(x), self.biases(order, token_padding, num_blocks)
 
-    def token_padding(self, batch: Batch, length: int) -> Tensor | None:
-        """(B, T) bool, True = this token is padding; None for a batch without padding."""
-        if batch.padding is None:
+    def token_padding(self, padding: Tensor | None, length: int) -> Tensor | None:
+        """(B, S) sample-level padding -> (B, T) bool, True = this token is padding; None if nothing is padded."""
+        if padding is None:
             return None
-        real = self.num_tokens(batch.padding.logical_not().sum(1))  # (B,)
+        real = self.num_tokens(padding.logical_not().sum(1))  # (B,)
         return torch.arange(length, device=real.device) >= real[:, None]
 
     def biases(self, positions: Tensor, padding: Tensor | None, num_blocks: int) -> list[DistanceBias | None]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v2ds.model.positions import TokenConv
 from d2v2ds.shapes import ConvLayer
 
 _NORM_EPS = 1e-5
@@ -16,13 +17,12 @@ class ConvLayerNorm(nn.Module):
     def __init__(self, in_channels: int, layer: ConvLayer) -> None:
         super().__init__()
         channels, kernel, stride = layer
-        self.conv = nn.Conv1d(in_channels, channels, kernel, stride, bias=False)
+        self.conv = TokenConv(in_channels, channels, kernel, stride, bias=False)
         self.norm = nn.LayerNorm(channels, eps=_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, S_in) -> (B, C, S_out)."""
-        x = self.conv(x).transpose(1, 2)  # (B, S_out, C)
-        return F.gelu(self.norm(x)).transpose(1, 2)
+        """(B, S_in, C_in) -> (B, S_out, C)."""
+        return F.gelu(self.norm(self.conv(x)))
 
 
 class ConvStack(nn.Module):
@@ -36,8 +36,8 @@ class ConvStack(nn.Module):
         )
 
     def forward(self, source: Tensor) -> Tensor:
-        """(B, S) -> (B, C, T)."""
-        x = source[:, None]
+        """(B, S) -> (B, T, C)."""
+        x = source[..., None]
         for layer in self.layers:
             x = layer(x)
         return x
@@ -55,5 +55,5 @@ class WaveformEncoder(nn.Module):
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, S) waveform -> (B, T, D)."""
-        x = self.convs(source.to(self.project.weight.dtype))  # (B, C, T)
-        return self.project(self.norm(x.transpose(1, 2)))
+        x = self.convs(source.to(self.project.weight.dtype))  # (B, T, C)
+        return self.project(self.norm(x))

@@ -43,7 +43,7 @@ class TargetNet(nn.Module):
         if not self.config.modalities.active()[batch.modality].share_local_encoder:
             local = encoder.embed(batch)
         prenet_depth = len(encoder.prenet.blocks)
-        x, biases = encoder.everything(local, batch, prenet_depth + len(self.blocks))  # (B, T, D)
+        x, biases = encoder.everything(local, batch.padding, prenet_depth + len(self.blocks))  # (B, T, D)
         x, _ = run_blocks(encoder.prenet.blocks, x, biases[:prenet_depth])
         _, layers = run_blocks(self.blocks, x, biases[prenet_depth:])  # L x (B, T, D)
         return make_targets(layers, self.config.target)

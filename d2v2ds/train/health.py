@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 4096
-"""Vectors looked at; more change the statistics little and cost time."""
+"""Vectors of one kind that are looked at; more change the statistics little and cost time."""
+NUM_STEPS = 8
+"""Optimizer steps whose vectors are looked at together: a single short clip has fewer tokens than channels."""
 POLYNOMIAL_DEGREE = 6
 """Of the position that the position share fits."""
 
@@ -57,13 +59,24 @@ def position_share(x: Tensor, places: Tensor) -> float:
     return float((basis.T @ centred).square().sum() / total)
 
 
-def richness(x: Tensor, places: Tensor) -> Richness:
-    """All statistics of one set, of at most `MAX_ROWS` evenly spread vectors.
+class Sample:
+    """Vectors of one kind, collected over a few micro-batches, and their places in the sequence."""
 
-    Args:
-        x: (U, D), U at least 2.
-        places: (U,) position over length of each vector, 0 to 1.
-    """
-    stride = -(-x.shape[0] // MAX_ROWS)
-    x, places = x[::stride].detach().float().cpu(), places[::stride].cpu()
-    return Richness(float(x.std(0, correction=0).mean()), effective_rank(x), position_share(x, places))
+    def __init__(self) -> None:
+        self._vectors: list[Tensor] = []
+        self._places: list[Tensor] = []
+
+    def add(self, vectors: Tensor, places: Tensor) -> None:
+        """
+        Args:
+            vectors: (U, D); at most `MAX_ROWS / NUM_STEPS` evenly spread ones are kept.
+            places: (U,) position over length of each, 0 to 1.
+        """
+        stride = -(-vectors.shape[0] * NUM_STEPS // MAX_ROWS)
+        self._vectors.append(vectors[::stride].detach().float().cpu())
+        self._places.append(places.to(vectors.device)[::stride].cpu())
+
+    def richness(self) -> Richness:
+        """Statistics of all that was added."""
+        x, places = torch.cat(self._vectors), torch.cat(self._places)
+        return Richness(float(x.std(0, correction=0).mean()), effective_rank(x), position_share(x, places))

@@ -24,7 +24,7 @@ from d2v2ds.model.data2vec2 import select_masked
 from d2v2ds.model.loss import channel_moments, mean_channel_std
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
-from d2v2ds.train.health import richness
+from d2v2ds.train.health import NUM_STEPS, Sample
 from d2v2ds.train.metrics import Metrics, peak_memory_gib
 from d2v2ds.train.step import Recipe, StepOutput, pretrain_step
 
@@ -115,6 +115,7 @@ class Trainer:
         self.student, self.teacher = student, teacher
         self.recipe, self.config, self.guard = recipe, config, guard
         self.progress, self.metrics, self.save = progress, metrics, save
+        self.samples = _empty_samples()
 
     def run(self, data: Iterator[StepData]) -> None:
         """Train up to `total_steps`.
@@ -134,8 +135,9 @@ class Trainer:
             progress.sampler = step_data.state_after
             self.guard.after_step(progress.step, out.applied)
             interval.add(out, step_data.micro, wait_s, config)
+            self._collect(out, step_data.micro[-1])
             is_saving = progress.step % config.save_every_steps == 0 or progress.step == config.total_steps
-            if progress.step == 1 or progress.step % config.log_every_steps == 0 or is_saving:
+            if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving:
                 values = self._record(out, step_data, interval)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
                 self._say(values, elapsed * (config.total_steps - progress.step))
@@ -144,18 +146,19 @@ class Trainer:
                 if self.metrics is not None:
                     self.metrics.flush()
                 self.save(progress)
+                self.samples = _empty_samples()  # a resumed run begins without them
                 interval.started = time.perf_counter()
 
     def _record(self, out: StepOutput, data: StepData, interval: _Interval) -> dict[str, float]:
         """Reduce, check and write one record; returns it on every rank."""
-        progress, config = self.progress, self.config
+        progress = self.progress
         seconds = time.perf_counter() - interval.started
         values = self._reduce(out, data.micro, interval, seconds)
         values["data/epoch"] = float(data.state_after.epoch)
         values["data/hours"] = progress.audio_seconds / 3600
         values["ema/student_distance"] = self.teacher.student_distance()
-        if progress.step == 1 or progress.step % config.health_every_steps == 0:
-            values |= self._health(out, data.micro[-1])
+        if self._is_health_step():
+            values |= self._health()
             self._figures(data.micro[-1])
         self.guard.check_health(progress.step, values)
         if self.metrics is not None:
@@ -165,9 +168,9 @@ class Trainer:
     def _reduce(self, out: StepOutput, micro: list[Batch], interval: _Interval, seconds: float) -> dict[str, float]:
         names = sorted(interval.losses)
         _, masked = micro[-1].masks.rows()
-        target = out.last.target.repeat_interleave(micro[-1].masks.num_masks, 0)
+        target = out.last["target"].repeat_interleave(micro[-1].masks.num_masks, 0)
         target = select_masked(target, masked.to(target.device), micro[-1].num_masked)
-        moments = torch.stack((channel_moments(out.last.pred), channel_moments(target))).cpu()  # (2, 2, D)
+        moments = torch.stack((channel_moments(out.last["pred"]), channel_moments(target))).cpu()  # (2, 2, D)
         step_ms = 1000 * seconds / interval.steps
         wait_ms = 1000 * interval.data_wait_s / interval.steps
         flops_per_s = interval.flops / seconds
@@ -201,32 +204,39 @@ class Trainer:
             "perf/mfu": mfu / world,
             "perf/memory_gib": slowest[2],
         }
-        width = out.last.target.shape[-1]
+        width = out.last["target"].shape[-1]
         unexplained = values["loss/regression"] / (width**0.5 * max(values["target/std"], 1e-9) ** 2)
         return values | {"target/explained": 1.0 - unexplained}
 
     def _memory(self) -> float:
         return peak_memory_gib(comm.device())
 
-    def _health(self, out: StepOutput, batch: Batch) -> dict[str, float]:
-        """Richness of four sets of vectors of the last micro-batch, averaged over ranks."""
+    def _is_health_step(self) -> bool:
+        return self.progress.step == 1 or self.progress.step % self.config.health_every_steps == 0
+
+    def _collect(self, out: StepOutput, batch: Batch) -> None:
+        """Keep some vectors of the last steps before health is looked at."""
+        ahead = -self.progress.step % self.config.health_every_steps
+        if self.progress.step > 1 and ahead >= NUM_STEPS:
+            return
         keep, masked = batch.masks.rows()  # (R, K), (R, T)
         length = masked.shape[1]
-        samples = out.last.local.shape[0]
-        every = torch.arange(length).repeat(samples) / length  # (B*T,)
-        sets = {
-            "local": (out.last.local.flatten(0, 1), every),
-            "context": (out.last.context.flatten(0, 1), keep.flatten() / length),
-            "target": (out.last.target.flatten(0, 1), every),
-            "pred": (out.last.pred, masked.nonzero()[:, 1] / length),
-        }
+        every = torch.arange(length).repeat(len(out.last["local"])) / length  # (B*T,)
+        self.samples["local"].add(out.last["local"].flatten(0, 1), every)
+        self.samples["context"].add(out.last["context"].flatten(0, 1), keep.flatten() / length)
+        self.samples["target"].add(out.last["target"].flatten(0, 1), every)
+        self.samples["pred"].add(out.last["pred"], masked.nonzero()[:, 1] / length)
+
+    def _health(self) -> dict[str, float]:
+        """Richness of four sets of vectors, averaged over ranks; collecting begins anew."""
         values: dict[str, float] = {}
-        for name, (vectors, places) in sets.items():
-            found = richness(vectors, places.cpu())
+        for name, sample in self.samples.items():
+            found = sample.richness()
             values[f"{name}/effective_rank"] = found.effective_rank
             values[f"{name}/position_share"] = found.position_share
             if name in ("local", "context"):
                 values[f"{name}/std"] = found.std
+        self.samples = _empty_samples()
         means = comm.all_reduce_sum(list(values.values()))
         return {name: mean / comm.world() for name, mean in zip(values, means, strict=True)}
 
@@ -257,6 +267,10 @@ class Trainer:
             values["perf/audio_seconds_per_s"],
             clock(seconds_left),
         )
+
+
+def _empty_samples() -> dict[str, Sample]:
+    return {name: Sample() for name in ("local", "context", "target", "pred")}
 
 
 def config_peak(config: LoopConfig) -> float:

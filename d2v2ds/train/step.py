@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from d2v2ds.batch import Batch
 from d2v2ds.dist import comm
-from d2v2ds.dist.engine import gradient_sum_factor, optimizer_step, set_lr
+from d2v2ds.dist.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.model.data2vec2 import StudentOutput
+from d2v2ds.model.data2vec2 import StudentOutput, total_loss
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
 
 
@@ -64,7 +63,7 @@ def draw_kept_blocks(recipe: Recipe, step: int) -> list[bool] | None:
 
 
 def pretrain_step(
-    student: DeepSpeedEngine, teacher: Teacher, micro_batches: Sequence[Batch], *, step: int, recipe: Recipe
+    student: Engine, teacher: Teacher, micro_batches: Sequence[Batch], *, step: int, recipe: Recipe
 ) -> StepOutput:
     """Forward, backward, update, average.
 
@@ -86,10 +85,10 @@ def pretrain_step(
     for number, batch in enumerate(micro_batches):
         torch.manual_seed(step_seed(recipe.seed, step, number * comm.world() + comm.rank()))
         out: StudentOutput = student(batch.to(comm.device(), non_blocking=True), teacher, kept_blocks)
-        student.backward(out.loss * (batch.loss_weight * factor))
+        student.backward(total_loss(out) * (batch.loss_weight * factor))
         outcome = optimizer_step(student)
         if batch.loss_weight:
-            for name, loss in out.losses.items():
+            for name, loss in out["losses"].items():
                 sums[name] = loss.detach() + sums.get(name, 0.0)
     assert outcome is not None, "the engine's accumulation differs from the number of micro-batches"
     decay = ema_decay(step + 1, recipe.ema)

@@ -1,0 +1,313 @@
+"""Pretrain: the entry point of a run.
+
+    deepspeed --num_gpus 2 --module d2v2ds.pretrain --config audio_large data.shards=DIR run.dir=DIR key=value...
+
+The same module runs under `torchrun`, under `srun`, and as one process (`python -m d2v2ds.pretrain ...`). A run
+whose folder holds a checkpoint goes on from it. Everything that can be wrong with the configuration is reported
+at once, before any process group starts.
+
+Exit codes: 0 done, 2 configuration or data, 3 collapse (only if health.stop_on_collapse), 4 too many steps that
+were not finite, 5 no usable checkpoint.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v2ds import provenance
+from d2v2ds.batch import Batch
+from d2v2ds.config import RunConfig, load_config, to_dict, to_yaml
+from d2v2ds.data.loader import LoaderConfig, build_loader
+from d2v2ds.data.sampler import BatchPlan
+from d2v2ds.data.shards import ArrowShards
+from d2v2ds.dist import checkpoint, comm, zero
+from d2v2ds.dist.consolidate import candidate_tags
+from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
+from d2v2ds.dist.engine import Engine, build_student_engine
+from d2v2ds.dist.teacher import Teacher
+from d2v2ds.errors import CheckpointError, CollapseError, ConfigError, D2V2Error, NonFiniteError
+from d2v2ds.masking import masked_count
+from d2v2ds.model.block import Block
+from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.model.flops import audio_step_flops
+from d2v2ds.model.init import initialise
+from d2v2ds.model.target_net import TargetNet
+from d2v2ds.shapes import conv_output_length, conv_receptive_field
+from d2v2ds.train.guard import Guard
+from d2v2ds.train.loop import LoopConfig, Progress, Trainer
+from d2v2ds.train.metrics import Metrics
+from d2v2ds.train.optim import EarlyEpsilonAdam
+from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops, use_all_cores
+from d2v2ds.train.step import Recipe
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODES: list[tuple[type[D2V2Error], int]] = [
+    (CollapseError, 3),
+    (NonFiniteError, 4),
+    (CheckpointError, 5),
+    (D2V2Error, 2),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m d2v2ds.pretrain", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", required=True, help="name in d2v2ds/configs or path of a YAML file")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher; not used")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_args(arguments)
+    try:
+        pretrain(options.config, options.overrides)
+    except D2V2Error as error:
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        logger.error("%s", error)
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    return 0
+
+
+def pretrain(config_name: str, overrides: list[str]) -> None:
+    """Everything between the command line and the last checkpoint.
+
+    Raises:
+        ConfigError, ShardError: before any process group exists.
+        CheckpointError, CollapseError, NonFiniteError: while running.
+    """
+    config = load_config(config_name, overrides)
+    shards = open_shards(config)
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    ds_config = resolve_ds_config(config, world)
+    with comm.process_group(timedelta(minutes=config.engine.timeout_minutes)):
+        start_logging(config.run.dir)
+        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
+        if comm.device().type == "cpu":
+            keep_large_blocks()
+        if comm.rank() == 0:
+            provenance.write(config.run.dir, to_yaml(config), ds_config)
+        student, teacher = build_engines(config, ds_config)
+        plan = BatchPlan(
+            shards.num_samples, sample_rate_hz=shards.sample_rate_hz, config=config.batch, seed=config.run.seed
+        )
+        guard, progress = Guard(config.health), Progress()
+        resume(config, student, teacher, plan, guard, progress)
+        describe(config, student, plan, shards)
+        loader = build_loader(
+            shards,
+            plan,
+            state=progress.sampler,
+            rank=comm.rank(),
+            world=comm.world(),
+            mask=config.mask,
+            conv_layers=audio_conv_layers(config),
+            config=LoaderConfig(num_workers=config.data.num_workers),
+            pin_memory=comm.device().type == "cuda",
+        )
+        metrics = Metrics(config.run.dir, resume_step=progress.step) if comm.rank() == 0 else None
+        try:
+            Trainer(
+                student,
+                teacher,
+                recipe=recipe(config),
+                config=loop_config(config, zero.compute_dtype(student)),
+                guard=guard,
+                progress=progress,
+                metrics=metrics,
+                save=lambda at: save(config, student, teacher, plan, guard, at),
+            ).run(loader)
+        finally:
+            loader.close()
+            if metrics is not None:
+                metrics.close()
+        logger.info("done: %d steps, run in %s", progress.step, config.run.dir)
+
+
+def audio_conv_layers(config: RunConfig) -> Any:
+    """Front end of the speech encoder."""
+    audio = config.model.modalities.audio
+    if audio is None:
+        raise ConfigError("model.modalities.audio: not configured, and data.shards holds speech")
+    return audio.conv_layers
+
+
+def open_shards(config: RunConfig) -> ArrowShards:
+    """Open the data and check that this model can train on it.
+
+    Raises:
+        ConfigError: listing everything that does not fit.
+        ShardError: if the folder is not a finished shard folder.
+    """
+    problems = config.data.check()
+    if problems:
+        raise ConfigError("\n".join(problems))
+    shards = ArrowShards(config.data.shards)
+    layers = audio_conv_layers(config)
+    rate = config.data.sample_rate_hz
+    if shards.index.modality != "audio":
+        problems.append(f"data.shards: modality is {shards.index.modality!r}, the model is built for 'audio'")
+    if shards.sample_rate_hz != rate:
+        problems.append(
+            f"data.shards: sample_rate_hz is {shards.sample_rate_hz}, data.sample_rate_hz is {rate}; "
+            "repack with --resample"
+        )
+    shortest = round(config.batch.min_seconds * rate)
+    tokens = conv_output_length(shortest, layers)
+    if tokens < 2:
+        problems.append(
+            f"batch.min_seconds {config.batch.min_seconds}: {shortest} samples make {tokens} tokens, "
+            f"expected 2 or more; the front end sees {conv_receptive_field(layers)} samples for one"
+        )
+    else:
+        try:
+            masked_count(config.mask, tokens)
+        except ValueError as error:
+            problems.append(f"mask, for clips of batch.min_seconds {config.batch.min_seconds}: {error}")
+    if len(shards) and int(shards.num_samples[: 1 << 20].max()) < shortest and len(shards) <= 1 << 20:
+        problems.append(
+            f"data.shards: every clip is shorter than batch.min_seconds {config.batch.min_seconds}; lower it, or join "
+            "short clips of one speaker when packing (--join-seconds)"
+        )
+    if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
+        problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return shards
+
+
+def resolve_ds_config(config: RunConfig, world: int) -> dict[str, Any]:
+    """The DeepSpeed JSON with this run's numbers; contradictions are errors that name both sides."""
+    accumulation = config.batch.accumulation(world)
+    numbers = {
+        "train_micro_batch_size_per_gpu": 1,  # ours are seconds of audio; DeepSpeed only multiplies with it
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": accumulation * world,
+        "gradient_clipping": config.optim.clip_norm,
+    }
+    return merge_ds_config(load_ds_config(config.engine.deepspeed), numbers, f"ds_configs {config.engine.deepspeed}")
+
+
+def start_logging(run_dir: Path) -> None:
+    """Ours at INFO on rank 0, everything else at WARNING; rank 0 also appends to `<run>/log.txt`."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if comm.rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(run_dir / "log.txt"))
+    logging.basicConfig(
+        format="%(asctime)s %(message)s" if comm.rank() == 0 else f"%(asctime)s rank {comm.rank()} %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+    logging.getLogger("d2v2ds").setLevel(logging.INFO if comm.rank() == 0 else logging.WARNING)
+
+
+def build_engines(config: RunConfig, ds_config: dict[str, Any]) -> tuple[Engine, Teacher]:
+    """Student and teacher with the same weights on every rank, whatever their number."""
+    torch.manual_seed(config.run.seed)
+    model = Data2Vec2(config.model, activation_checkpointing=config.engine.activation_checkpointing)
+    initialise(model)
+    optimizer = EarlyEpsilonAdam([p for p in model.parameters() if p.requires_grad], lr=0.0, config=config.optim)
+    student = build_student_engine(model, optimizer, ds_config, gather_units=[Block])
+    student.train()
+    return student, Teacher(TargetNet(config.model), student)
+
+
+def recipe(config: RunConfig) -> Recipe:
+    """The numbers of the step."""
+    return Recipe(
+        lr=config.lr,
+        ema=config.ema,
+        total_steps=config.run.total_steps,
+        seed=config.run.seed,
+        layer_drop=config.model.layer_drop,
+        num_shared_blocks=config.model.shared_depth,
+    )
+
+
+def loop_config(config: RunConfig, dtype: torch.dtype) -> LoopConfig:
+    """The numbers of the loop; the peak is measured here, in the engine's compute type."""
+
+    def flops_of(batch: Batch) -> float:
+        return audio_step_flops(
+            config.model,
+            num_samples=batch.source.shape[0],
+            length=batch.source.shape[1],
+            num_masks=batch.masks.num_masks,
+            visible=batch.masks.num_visible,
+        ).total
+
+    return LoopConfig(
+        total_steps=config.run.total_steps,
+        log_every_steps=config.run.log_every_steps,
+        health_every_steps=config.run.health_every_steps,
+        save_every_steps=config.run.save_every_steps,
+        sample_rate_hz=config.data.sample_rate_hz,
+        peak_flops=matmul_peak_flops(comm.device(), dtype),
+        flops_of=flops_of,
+    )
+
+
+def describe(config: RunConfig, student: Engine, plan: BatchPlan, shards: ArrowShards) -> None:
+    """Say what is about to run: sizes, derived accumulation, length of an epoch."""
+    epoch = plan.estimate_epoch()
+    accumulation = config.batch.accumulation(comm.world())
+    logger.info(
+        "%d ranks on %s, %s: global batch %g s of audio = %d micro-batches of up to %g s, accumulation %d",
+        comm.world(), comm.device().type, config.engine.deepspeed, config.batch.global_batch_seconds,
+        config.batch.num_micro, config.batch.micro_batch_seconds, accumulation,
+    )  # fmt: skip
+    logger.info(
+        "%s: %d clips, %.2f h; %.0f steps per epoch, %.1f epochs in %d steps",
+        config.data.shards, len(shards), shards.index.samples / shards.sample_rate_hz / 3600,
+        epoch.steps, config.run.total_steps / max(epoch.steps, 1e-9), config.run.total_steps,
+    )  # fmt: skip
+    logger.info("watch: tensorboard --logdir %s", config.run.dir / "tensorboard")
+
+
+def save(
+    config: RunConfig, student: Engine, teacher: Teacher, plan: BatchPlan, guard: Guard, progress: Progress
+) -> None:
+    """Write one checkpoint. Every random draw is a function of (seed, step), so the step stands for all generators."""
+    state = {
+        "step": progress.step,
+        "audio_seconds": progress.audio_seconds,
+        "sampler": plan.state_dict(progress.sampler),
+        "guard": guard.state_dict(),
+        "model": to_dict(config.model),
+    }
+    checkpoint.save(
+        student,
+        teacher,
+        config.run.dir / "checkpoints",
+        f"step{progress.step:08d}",
+        client_state=state,
+        rank_state={},
+        keep_last=config.run.keep_checkpoints or None,
+    )
+
+
+def resume(
+    config: RunConfig, student: Engine, teacher: Teacher, plan: BatchPlan, guard: Guard, progress: Progress
+) -> None:
+    """Go on from the newest whole checkpoint of the run's folder, if it has any; on another number of ranks too."""
+    folder = config.run.dir / "checkpoints"
+    if not candidate_tags(folder):
+        return
+    state = checkpoint.load(student, teacher, folder, reshard=True).client_state
+    if state["model"] != to_dict(config.model):
+        raise ConfigError(
+            f"{folder}: the checkpoint is of another model than this configuration; choose another run.dir"
+        )
+    progress.step, progress.audio_seconds = state["step"], state["audio_seconds"]
+    progress.sampler = plan.load_state_dict(state["sampler"])
+    guard.load_state_dict(state["guard"])
+    logger.info("resumed at step %d", progress.step)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

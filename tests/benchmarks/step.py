@@ -1,0 +1,190 @@
+"""Speed of one training step (teacher forward, student forward and backward) against the machine's own peak.
+
+    python tests/benchmarks/step.py                                  # audio_base, 10 s, M 8, on this CPU
+    python tests/benchmarks/step.py --config audio_large --seconds 5
+    python tests/benchmarks/step.py --device cuda --paths sdpa,explicit --compile both --batch 6
+
+Needs torch and numpy. The peak is that of a large matrix product of the same precision in the same run; operations
+are those of the algorithm alone (visible tokens in the encoder, no recomputation), so the share is what the user
+gets out of the machine. No optimizer, no DeepSpeed.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from d2v2ds.batch import Batch, MaskSet
+from d2v2ds.masking import MaskConfig, draw_masks, masked_count
+from d2v2ds.model.audio import AudioConfig
+from d2v2ds.model.block import BlockConfig
+from d2v2ds.model.data2vec2 import Data2Vec2, ModalitiesConfig, ModelConfig, total_loss
+from d2v2ds.model.decoder import DecoderConfig
+from d2v2ds.model.flops import audio_step_flops
+from d2v2ds.model.init import initialise
+from d2v2ds.model.target_net import TargetNet
+from d2v2ds.model.targets import TargetConfig
+from d2v2ds.shapes import conv_output_length
+from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops
+
+SAMPLE_RATE_HZ = 16000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model and its masks, without YAML so that torch and numpy suffice."""
+
+    model: ModelConfig
+    mask: MaskConfig
+
+
+def _size(width: int, heads: int, prenet: int, depth: int, decoder: int, top: int, mask: MaskConfig) -> Size:
+    audio = AudioConfig(
+        prenet_depth=prenet,
+        prenet_dropout=0.1,
+        decoder=DecoderConfig(width=decoder, depth=4, kernel=7, groups=16),
+    )
+    target = TargetConfig(num_layers=top, layer_norms=("instance",))
+    block = BlockConfig(width=width, num_heads=heads)
+    return Size(
+        ModelConfig(block=block, shared_depth=depth, target=target, modalities=ModalitiesConfig(audio=audio)), mask
+    )
+
+
+SIZES = {
+    "audio_base": _size(
+        768, 12, 0, 12, 384, 8, MaskConfig(masked_fraction=0.5, num_masks=8, block_length=5, adjust=0.05)
+    ),
+    "audio_large": _size(
+        1024, 16, 8, 16, 768, 16, MaskConfig(masked_fraction=0.55, num_masks=12, block_length=5, adjust=0.1)
+    ),
+    "tiny": _size(64, 4, 1, 2, 32, 2, MaskConfig(masked_fraction=0.5, num_masks=2, block_length=5, adjust=0.05)),
+}
+
+
+def make_batch(size: Size, clips: int, seconds: float) -> Batch:
+    """Random audio with masks as the run would draw them."""
+    audio = size.model.modalities.audio
+    assert audio is not None
+    length = round(seconds * SAMPLE_RATE_HZ)
+    tokens = conv_output_length(length, audio.conv_layers)
+    masked = torch.from_numpy(draw_masks(size.mask, tokens, seed=0, epoch=0, sample_ids=range(clips)))
+    visible = tokens - masked_count(size.mask, tokens)
+    keep = masked.to(torch.uint8).argsort(dim=-1, stable=True)[..., :visible]
+    return Batch(
+        modality="audio",
+        source=torch.randn(clips, length),
+        ids=torch.arange(clips),
+        masks=MaskSet(keep=keep, masked=masked),
+        num_masked=int(masked.sum()),
+    )
+
+
+def measure(run: Callable[[], None], device: torch.device, repeats: int) -> float:
+    """Median seconds of `run` after one warm-up."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[(len(times) - 1) // 2]
+
+
+def benchmark(
+    size: Size, *, clips: int, seconds: float, dtype: torch.dtype, device: torch.device, compiled: bool, repeats: int
+) -> tuple[float, float, int]:
+    """Seconds of one step, algorithmic operations of it, and peak bytes on a CUDA device."""
+    torch.manual_seed(0)
+    student, teacher = Data2Vec2(size.model), TargetNet(size.model).eval()
+    initialise(student)
+    student, teacher = student.to(device, dtype), teacher.to(device, dtype).requires_grad_(False)
+    if compiled:
+        for block in [*student.modules(), *teacher.modules()]:
+            if type(block).__name__ == "Block":
+                block.compile()
+    batch = make_batch(size, clips, seconds).to(device)
+    make_targets = torch.no_grad()(teacher.__call__)
+
+    def step() -> None:
+        (total_loss(student(batch, make_targets)) / batch.num_masked).backward()
+        student.zero_grad()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elapsed = measure(step, device, repeats)
+    flops = audio_step_flops(
+        size.model,
+        num_samples=clips,
+        length=batch.source.shape[1],
+        num_masks=batch.masks.num_masks,
+        visible=batch.masks.num_visible,
+    ).total
+    return elapsed, flops, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print one line per precision, attention path and compile setting."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", choices=sorted(SIZES), default="audio_base")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
+    parser.add_argument("--batch", type=int, default=1, help="clips")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--paths", default="auto", help="attention paths, comma-separated")
+    parser.add_argument("--no-dropout", action="store_true", help="all rates 0 (the flex path needs it)")
+    parser.add_argument("--compile", choices=("off", "on", "both"), default="off")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_large_blocks()
+    print(f"{options.config}, {options.batch} x {options.seconds:g} s, torch {torch.__version__}, {device}", end="")
+    print(f", {torch.get_num_threads()} threads" if device.type == "cpu" else f", {torch.cuda.get_device_name(device)}")
+    print(f"{'precision':9} {'attention':9} {'compile':7} {'s/step':>8} {'clips/s':>8} {'TFLOP/s':>8} {'peak':>8} "
+          f"{'share':>6} {'GiB':>6}")  # fmt: skip
+    for precision in options.dtypes.split(","):
+        dtype = DTYPES[precision]
+        for path in options.paths.split(","):
+            size = SIZES[options.config]
+            block = replace(size.model.block, attention_path=path)
+            if options.no_dropout:
+                block = replace(block, attention_dropout=0.0, attention_output_dropout=0.0, mlp_dropout=0.0)
+            size = replace(size, model=replace(size.model, block=block))
+            for compiled in {"off": [False], "on": [True], "both": [False, True]}[options.compile]:
+                peak = matmul_peak_flops(device, dtype)
+                elapsed, flops, memory = benchmark(
+                    size,
+                    clips=options.batch,
+                    seconds=options.seconds,
+                    dtype=dtype,
+                    device=device,
+                    compiled=compiled,
+                    repeats=options.repeats,
+                )
+                peak = max(peak, matmul_peak_flops(device, dtype))
+                rate = flops / elapsed
+                print(
+                    f"{precision:9} {path:9} {'on' if compiled else 'off':7} {elapsed:8.3f} "
+                    f"{options.batch / elapsed:8.2f} {rate / 1e12:8.3f} {peak / 1e12:8.3f} {rate / peak:6.1%} "
+                    f"{memory / 2**30:6.1f}",
+                    flush=True,
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
