@@ -165,7 +165,7 @@ class BatchPlan:
     def _stream(self, state: SamplerState) -> Iterator[tuple[MicroBatch, SamplerState]]:
         """Each micro-batch with the position of the next one."""
         empty_windows = 0
-        while empty_windows < self.num_windows:
+        while empty_windows < 2 * self.num_windows:  # an only clip may lie in the first window, then in the last
             batches = self.window(state.epoch, state.window)
             empty_windows = 0 if batches else empty_windows + 1
             following = self._next_window(state)

@@ -141,6 +141,11 @@ def test_a_dataset_smaller_than_a_global_batch_repeats_inside_it():
     assert all(sorted(m.rows) == [0, 1] for m in batch.micro)
 
 
+def test_windows_without_a_long_enough_clip_are_passed_over(small_windows):
+    plan = make_plan(np.where(np.arange(230) == 77, RATE, RATE - 1))
+    assert [m.rows.tolist() for b in take(plan, 2) for m in b.micro] == [[77]] * 6
+
+
 def test_order_is_a_function_of_seed_and_epoch(small_windows):
     num_samples = lengths(120)
     first = [content(b.micro) for b in take(make_plan(num_samples), 30)]

@@ -1,0 +1,216 @@
+"""Shards -> one optimizer step's `Batch`es at a time, on the CPU, without end.
+
+In: a dataset, a `BatchPlan`, a position in it, and which rank of how many this is. Out: `StepData`, this rank's
+micro-batches of one global batch together with the position to store once they are used.
+
+The position travels with the data, so that workers which read ahead can never move it. What a batch contains
+is decided by the plan and by counter-based random numbers, so that the number of workers changes nothing.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from d2v2ds.batch import Batch
+from d2v2ds.data.audio import AudioSource
+from d2v2ds.data.collate import AudioCollator
+from d2v2ds.data.sampler import BatchPlan, MicroBatch, SamplerState, for_rank
+from d2v2ds.masking import MaskConfig
+from d2v2ds.shapes import ConvLayer
+
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a scheduler or a terminal sends to every process of a job. The training process answers them by
+saving; data workers must outlive them, or there would be no data for the step that is finished first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How batches are read ahead."""
+
+    num_workers: int = 2
+    """Reading processes of each rank (count); 0 reads in the training process."""
+    prefetch_factor: int = 4
+    """Micro-batches that each worker reads ahead (count)."""
+
+    def check(self) -> None:
+        """Raises ValueError for counts out of range."""
+        if self.num_workers < 0 or self.prefetch_factor < 1:
+            raise ValueError(
+                f"num_workers must be at least 0 and prefetch_factor at least 1, found {self.num_workers} "
+                f"and {self.prefetch_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One rank's share of one global batch."""
+
+    state_after: SamplerState
+    """Position of the stream once this step is done: what its checkpoint stores."""
+    micro: list[Batch]
+    """In the plan's order; as many on every rank, fillers with `loss_weight` 0 included."""
+
+
+def build_loader(
+    source: AudioSource,
+    plan: BatchPlan,
+    *,
+    state: SamplerState,
+    rank: int,
+    world: int,
+    mask: MaskConfig,
+    conv_layers: Sequence[ConvLayer],
+    config: LoaderConfig,
+    pin_memory: bool = False,
+) -> "StepLoader":
+    """Read batches from a position on.
+
+    Args:
+        source: the dataset; sent to the workers, so it must be picklable.
+        plan: the order of this dataset; its seed also decides crops and masks.
+        state: where to begin.
+        rank: this rank.
+        world: number of ranks.
+        mask: mask settings.
+        conv_layers: front end of the model, which decides the number of tokens.
+        config: workers and reading ahead.
+        pin_memory: place batches in page-locked memory, for copies to a GPU.
+
+    Returns:
+        An endless iterator; `close` it, or leave that to the end of the program.
+
+    Raises:
+        ValueError: impossible settings.
+    """
+    config.check()
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must lie in 0..{world - 1}, found {rank}")
+    collator = AudioCollator(source=source, mask=mask, conv_layers=conv_layers, seed=plan.seed)
+    workers: dict[str, Any] = {}
+    if config.num_workers > 0:
+        # Neither fork nor spawn: forking a process that has GPU, MPI or communication threads can deadlock the
+        # child, and spawned workers would each import torch anew. The server imports it once, then forks clean.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        workers = {
+            "multiprocessing_context": context,
+            "prefetch_factor": config.prefetch_factor,
+            "worker_init_fn": _prepare_worker,
+        }
+    return StepLoader(
+        DataLoader(
+            _MicroBatches(collator),
+            sampler=_RankOrder(plan, state, rank, world),
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=config.num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else every start of a loader would draw from the model's generator
+            **workers,
+        )
+    )
+
+
+class StepLoader(Iterator[StepData]):
+    """Gathers micro-batches into steps, and ends the workers."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        with _job_signals_held():
+            running = [iter(loader)]
+        self._running = running
+        self.close = weakref.finalize(self, _stop, running)
+        """Stop the workers. Called by itself at exit, or when the loader is no longer used."""
+        atexit.register(self.close)  # before multiprocessing's own, which would wait for workers for ever
+
+    def __next__(self) -> StepData:
+        if not self._running:
+            raise RuntimeError("StepLoader: expected an open loader, found a closed one; build another")
+        micro: list[Batch] = []
+        while True:
+            batch, state_after = next(self._running[0])
+            micro.append(batch)
+            if state_after is not None:
+                return StepData(state_after, micro)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a worker is asked for."""
+
+    micro: MicroBatch
+    state_after: SamplerState | None
+    """Only with the last micro-batch of a step."""
+
+
+class _RankOrder(Sampler[_Request]):
+    """One rank's micro-batches in order, without end. Runs in the training process."""
+
+    def __init__(self, plan: BatchPlan, state: SamplerState, rank: int, world: int) -> None:
+        self.plan, self.state, self.rank, self.world = plan, state, rank, world
+
+    def __iter__(self) -> Iterator[_Request]:
+        for batch in self.plan.iter_from(self.state):
+            *first, last = for_rank(batch, self.rank, self.world)
+            for micro in first:
+                yield _Request(micro, None)
+            yield _Request(last, batch.state_after)
+
+
+class _MicroBatches(Dataset[tuple[Batch, SamplerState | None]]):
+    """Reads what it is asked for. Runs in the workers."""
+
+    def __init__(self, collator: AudioCollator) -> None:
+        self.collator = collator
+
+    def __getitem__(self, request: _Request) -> tuple[Batch, SamplerState | None]:
+        return self.collator(request.micro), request.state_after
+
+
+def _stop(running: list[Any]) -> None:
+    """End the workers at once, also where the traceback of an error keeps the iterator alive: they ignore the
+    signal by which Python would end them at exit."""
+    while running:
+        shut_down = getattr(running.pop(), "_shutdown_workers", None)  # absent where no worker was asked for
+        if shut_down is not None:
+            shut_down()
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _prepare_worker(worker: int) -> None:
+    for number in JOB_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_training_process, daemon=True).start()
+
+
+def _end_with_training_process() -> None:
+    """The DataLoader's own watch looks at the parent, which here is the fork server, and that in turn waits for
+    its workers: a killed training process would leave all of them behind."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
+
+
+@contextmanager
+def _job_signals_held() -> Iterator[None]:
+    """Start processes that keep these signals blocked, the fork server among them; ours arrive afterwards."""
+    resource_tracker.ensure_running()  # it would unblock some of them when first started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,48 @@
+"""Normalisation over the whole recording, and where crops begin."""
+
+import numpy as np
+import pytest
+import torch
+
+from d2v2ds.data.audio import crop_starts, decode
+from tests.data.fake_audio import FakeAudio
+
+
+def crop(source, row, start, length):
+    out = np.empty(length, dtype=np.float32)
+    decode(source, row, start, out)
+    return out
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_a_crop_equals_the_crop_of_the_normalised_recording(row):
+    source = FakeAudio(5)
+    whole = torch.from_numpy(source.clips[row].astype(np.float32) / 32768)
+    expected = torch.nn.functional.layer_norm(whole, whole.shape, eps=1e-5).numpy()
+    length = len(expected) // 3
+    for start in (0, 17, len(expected) - length):
+        np.testing.assert_allclose(crop(source, row, start, length), expected[start : start + length], atol=2e-5)
+
+
+def test_silence_stays_zero():
+    source = FakeAudio(1)
+    source.clips[0] = np.zeros(300, dtype=np.int16)
+    assert (crop(source, 0, 10, 50) == 0).all()
+
+
+def test_crops_reach_every_place_where_they_fit_and_no_other():
+    rows = np.arange(4000)
+    starts = crop_starts(np.full(4000, 103), 100, seed=0, epoch=0, rows=rows)
+    counts = np.bincount(starts)
+    assert len(counts) == 4 and (abs(counts - 1000) < 4 * np.sqrt(750)).all()
+    assert (crop_starts(np.full(4000, 100), 100, seed=0, epoch=0, rows=rows) == 0).all()
+
+
+def test_a_crop_depends_on_seed_epoch_and_row_only():
+    lengths = np.full(50, 100_000)
+    origin = {"seed": 0, "epoch": 0, "rows": np.arange(50)}
+    first = crop_starts(lengths, 1000, **origin)
+    alone = [crop_starts(lengths[:1], 1000, **(origin | {"rows": [row]}))[0] for row in range(50)]
+    assert first.tolist() == alone
+    for change in ({"seed": 1}, {"epoch": 1}, {"rows": np.arange(50) + 50}):
+        assert (crop_starts(lengths, 1000, **(origin | change)) != first).sum() > 45

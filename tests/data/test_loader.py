@@ -1,0 +1,238 @@
+"""Steps of batches: the same for any number of workers, resumable, dealt out to ranks, and hard to kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2v2ds.data.loader import LoaderConfig, build_loader
+from d2v2ds.data.sampler import BatchConfig, BatchPlan, SamplerState
+from d2v2ds.errors import ShardError
+from d2v2ds.masking import MaskConfig
+from tests.data.fake_audio import CONV_LAYERS, RATE, FakeAudio
+
+MASK = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=3, num_masks=2)
+CONFIG = BatchConfig(global_batch_seconds=20.0, micro_batch_seconds=4.0, min_seconds=0.5, max_seconds=2.0)
+NUM_ROWS = 40
+
+
+def make_plan(source):
+    return BatchPlan(source.num_samples, sample_rate_hz=RATE, config=CONFIG, seed=5)
+
+
+def open_loader(num_workers=0, rank=0, world=1, state=None, source=None):
+    source = source or FakeAudio(NUM_ROWS)
+    return build_loader(
+        source,
+        make_plan(source),
+        state=state or SamplerState(),
+        rank=rank,
+        world=world,
+        mask=MASK,
+        conv_layers=CONV_LAYERS,
+        config=LoaderConfig(num_workers=num_workers, prefetch_factor=2),
+    )
+
+
+def steps(count, **options):
+    with closing(open_loader(**options)) as loader:
+        return list(islice(loader, count))
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.state_after == b.state_after
+        assert [x.loss_weight for x in a.micro] == [x.loss_weight for x in b.micro]
+        for x, y in zip(a.micro, b.micro, strict=True):
+            assert torch.equal(x.ids, y.ids)
+            assert torch.equal(x.source, y.source)
+            assert torch.equal(x.masks.keep, y.masks.keep) and torch.equal(x.masks.masked, y.masks.masked)
+
+
+def test_steps_follow_the_plan():
+    source = FakeAudio(NUM_ROWS)
+    for step, expected in zip(steps(30), make_plan(source).iter_from(SamplerState()), strict=False):
+        assert step.state_after == expected.state_after
+        assert [m.ids.tolist() for m in step.micro] == [m.rows.tolist() for m in expected.micro]
+        assert [m.source.shape[1] for m in step.micro] == [m.num_samples for m in expected.micro]
+    assert step.state_after.epoch >= 2, "epochs follow each other without a seam"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(num_workers):
+    assert_same(steps(8, num_workers=num_workers), steps(8))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 1)])
+def test_resume_continues_although_workers_read_ahead(before, after):
+    unbroken = steps(9)
+    first = steps(4, num_workers=before)
+    assert_same([*first, *steps(5, num_workers=after, state=first[-1].state_after)], unbroken)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_together_see_what_one_rank_sees(world):
+    alone = steps(4)
+    ranks = [steps(4, rank=rank, world=world) for rank in range(world)]
+    for i, step in enumerate(alone):
+        assert {rank[i].state_after for rank in ranks} == {step.state_after}
+        assert {len(rank[i].micro) for rank in ranks} == {CONFIG.accumulation(world)}
+        together = [m for rank in ranks for m in rank[i].micro if m.loss_weight > 0]
+        assert sum(m.num_masked for m in together) == sum(m.num_masked for m in step.micro)
+        drawn = {tuple(m.ids.tolist()): m for m in together}
+        for micro in step.micro:
+            assert torch.equal(micro.source, drawn[tuple(micro.ids.tolist())].source)
+            assert torch.equal(micro.masks.masked, drawn[tuple(micro.ids.tolist())].masks.masked)
+
+
+def test_a_loader_leaves_the_generator_of_the_model_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    steps(2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class DamagedAudio(FakeAudio):
+    def read_audio(self, index, start=0, stop=None):
+        raise ShardError(f"shard audio-00000.arrow row {index}: does not decode")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_a_worker_keeps_its_type_and_message(num_workers):
+    with pytest.raises(ShardError, match="audio-00000.arrow row"):
+        steps(1, num_workers=num_workers, source=DamagedAudio(NUM_ROWS))
+
+
+def test_a_closed_loader_says_so():
+    loader = open_loader()
+    next(loader)
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(-1, 2), (2, 2)])
+def test_a_rank_outside_the_world_is_refused(rank, world):
+    with pytest.raises(ValueError, match="rank must lie in"):
+        open_loader(rank=rank, world=world)
+
+
+@pytest.mark.parametrize("fields", [{"num_workers": -1}, {"prefetch_factor": 0}])
+def test_worker_counts_out_of_range_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        LoaderConfig(**fields).check()
+
+
+# ---- processes ----
+
+
+def run_script(tmp_path, body, timeout_s=60):
+    """Run a program that reads with two workers, as a training job would: exit code, stdout, stderr."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys, time
+        from itertools import islice
+        from pathlib import Path
+        from d2v2ds.data.loader import JOB_SIGNALS
+        from tests.data.test_loader import DamagedAudio, descendants, open_loader
+
+        def main():
+        {body}
+
+        if __name__ == "__main__":
+            main()
+        """
+    ).replace("{body}", textwrap.indent(textwrap.dedent(body), "    "))
+    root = Path(__file__).parents[2]
+    with (tmp_path / "out").open("w+") as out, (tmp_path / "err").open("w+") as err:  # a pipe would wait for orphans
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": str(root)},
+            stdout=out,
+            stderr=err,
+            timeout=timeout_s,
+        )
+        out.seek(0), err.seek(0)
+        return result.returncode, out.read(), err.read()
+
+
+def descendants(process):
+    """Process numbers of all children and their children."""
+    children = [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [*children, *(d for child in children for d in descendants(child))]
+
+
+def test_workers_outlive_the_signals_of_a_job(tmp_path):
+    """Every process below the training process gets every signal; then it reads on."""
+    code, out, err = run_script(
+        tmp_path,
+        """
+        loader = open_loader(num_workers=2)
+        next(loader)
+        below = descendants(os.getpid())
+        assert len(below) >= 3, below
+        for number in JOB_SIGNALS:
+            for process in below:
+                os.kill(process, number)
+        time.sleep(6)  # longer than the interval in which workers look for their parent
+        for _ in range(20):
+            next(loader)
+        assert set(below) <= set(descendants(os.getpid())), "all of them live"
+        loader.close()
+        print("read on")
+        """,
+    )
+    assert (code, out) == (0, "read on\n"), err
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [("raise SystemExit(3)", 3), ("next(open_loader(num_workers=1, source=DamagedAudio(40)))", 1)],
+    ids=["loader left open", "error while reading"],
+)
+def test_a_program_that_does_not_close_its_loaders_ends(tmp_path, ending, expected):
+    code, _, err = run_script(
+        tmp_path,
+        f"""
+        global loader
+        loader = open_loader(num_workers=2)
+        next(loader)
+        {ending}
+        """,
+    )
+    assert code == expected, err
+    assert ("does not decode" in err) == (expected == 1)
+
+
+def test_workers_end_with_a_killed_training_process(tmp_path):
+    code, out, err = run_script(
+        tmp_path,
+        """
+        loader = open_loader(num_workers=2)
+        next(loader)
+        print(*descendants(os.getpid()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    assert code == -signal.SIGKILL, err
+    processes = [int(n) for n in out.split()]
+    assert len(processes) >= 3
+    deadline = time.monotonic() + 20
+    while alive := [n for n in processes if is_alive(n)]:
+        assert time.monotonic() < deadline, f"processes left behind: {alive}"
+        time.sleep(0.1)
+
+
+def is_alive(process):
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
