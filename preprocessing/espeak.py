@@ -14,7 +14,7 @@ from d2v2ds.errors import MissingExtraError
 
 _SYNCHRONOUS_OUTPUT = 2
 _UTF8 = 1
-_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+_RATE, _PITCH, _RANGE = 1, 3, 4
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
@@ -50,25 +50,26 @@ class Espeak:
         self._library.espeak_Terminate()
 
     def say(
-        self, text: str, voice: str, *, rate: int = 175, pitch: int = 50, pitch_range: int = 50, volume: int = 100
+        self, text: str, voice: str, *, seed: int, rate: int = 175, pitch: int = 50, pitch_range: int = 50
     ) -> NDArray[np.int16]:
         """(S,) int16 samples at `sample_rate_hz`.
 
         Args:
             text: what to say.
             voice: language and variant, such as ``en-us+f3``.
+            seed: of the breath noise of some voices, which is otherwise seeded by the clock.
             rate: words per minute.
             pitch: 0 to 100.
             pitch_range: 0 (monotone) to 100.
-            volume: 0 to 200.
 
         Raises:
             ValueError: if the library does not know the voice.
         """
         if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice!r}")
-        for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range), (_VOLUME, volume)):
+        for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range)):
             self._library.espeak_SetParameter(parameter, value, 0)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         self._parts = []
         encoded = text.encode() + b"\0"
         status = self._library.espeak_Synth(encoded, len(encoded), 0, 0, 0, _UTF8, None, None)

@@ -125,6 +125,7 @@ def speak(espeak: Espeak, take: Take, rng: np.random.Generator) -> NDArray[np.in
     spoken = espeak.say(
         take.text,
         voice.espeak,
+        seed=int(rng.integers(1 << 31)),
         rate=round(voice.rate * rng.uniform(0.8, 1.25)),
         pitch=int(np.clip(voice.pitch + rng.integers(-8, 9), 0, 99)),
         pitch_range=int(rng.integers(30, 71)),
