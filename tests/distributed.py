@@ -1,7 +1,7 @@
 """Run a function on several local gloo ranks, and count the collective calls of a piece of code.
 
-Starting the ranks takes some ten seconds (torch and DeepSpeed are imported in each), so a test module does it once
-and returns many findings from one launch.
+The ranks are forked from a server process that has torch and DeepSpeed imported already: the first launch of a test
+session takes some five seconds, later ones one. A test module still does best to return many findings from one launch.
 """
 
 import faulthandler
@@ -44,7 +44,8 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
     """
     from d2v2ds.dist.comm import free_port
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["d2v2ds.dist.comm"])
     port = free_port()
     ranks: dict[Connection, tuple[int, BaseProcess]] = {}
     for rank in range(world):

@@ -94,8 +94,14 @@ def merge_ds_config(
             f"{source} asks for fp32 gradient accumulation in bf16 at stage 1, where DeepSpeed changes to another "
             "optimizer class; use stage 2 or 3, or remove data_types.grad_accum_dtype"
         )
-    if merged.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+    offload = merged.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload == "nvme":
         faults.append(f'{source} offloads the optimizer to NVMe; the teacher reads the master weights: use "cpu"')
+    if offload == "cpu" and stage in (1, 2):
+        faults.append(
+            f"{source} offloads the optimizer at stage {stage}, where DeepSpeed steps a module that did not run with "
+            "its old gradient; use stage 3"
+        )
     if faults:
         raise ConfigError("\n".join(faults))
     return merged

@@ -93,6 +93,8 @@ def optimizer_step(engine: DeepSpeedEngine) -> StepOutcome | None:
     if is_boundary and zero.stage(engine) == 0:
         outcome = _stage0_step(engine)
     else:
+        if is_boundary:
+            zero.finish_gradients(engine)
         engine.step()
         if not is_boundary:
             return None

@@ -223,11 +223,10 @@ class Teacher:
             whole.update({name: buffer.detach().cpu().clone() for name, buffer in self._module.named_buffers()})
         return whole
 
-    def bytes_held(self) -> int:
-        """Bytes of this rank's average and working copy (at stages 1 and 2 of the whole module, too)."""
-        tensors = [self._ema, self._working, *(p.data for p in self._module.parameters())]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """The teacher's tensors on this rank by purpose, for `memory.held_bytes`."""
+        weights = [self._working, *(param.data for param in self._module.parameters())]
+        return {"teacher_average": [self._ema], "teacher_weights": weights}
 
     # ---------------------------------------------------------------- layout
 

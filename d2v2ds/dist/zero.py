@@ -268,6 +268,16 @@ def drop_gathered_copies(engine: DeepSpeedEngine) -> None:
         persistent[0].partition(persistent)
 
 
+def finish_gradients(engine: DeepSpeedEngine) -> None:
+    """With an offloaded optimizer, hand over the gradients of every parameter that took part in the step.
+
+    DeepSpeed hands over those that arrive in the last micro-batch only, and would lose the gradient of a block that
+    ran in an earlier one and was skipped in the last.
+    """
+    if stage(engine) == 3 and engine.optimizer.offload_optimizer:
+        engine.optimizer.finalize_gradient_accumulation_boundary()
+
+
 def clear_gradient_shards(engine: DeepSpeedEngine) -> None:
     """Zero ZeRO-3's gradient shards.
 
@@ -276,6 +286,29 @@ def clear_gradient_shards(engine: DeepSpeedEngine) -> None:
     """
     if stage(engine) == 3:
         engine.optimizer.grad_partitions_flat_buffer.zero_()
+        for flat in engine.optimizer.fp32_partitioned_groups_flat:
+            if flat.grad is not None:  # kept between steps with an offloaded optimizer
+                flat.grad.zero_()
+
+
+def held_tensors(engine: DeepSpeedEngine) -> dict[str, list[Tensor]]:
+    """Tensors of weights and optimizer that live on this rank, by purpose; their storages may be shared."""
+    params: list[Any] = list(engine.module.parameters())
+    optimizer = engine.optimizer
+    state = [v for values in client_optimizer(engine).state.values() for v in values.values() if torch.is_tensor(v)]
+    held = {
+        "weights": [p.data for p in params],
+        "master": [group.flat for group in flat_groups(engine)],
+        "optimizer": state,
+        "gradients": [p.grad for p in params if p.grad is not None],
+        "reduce_bucket": [],
+    }
+    if stage(engine) == 3:
+        held["weights"] += [p.ds_tensor for p in params]
+        held["gradients"].append(optimizer.grad_partitions_flat_buffer)
+        held["gradients"] += [g.flat.grad for g in flat_groups(engine) if g.flat.grad is not None]
+        held["reduce_bucket"] = [b.buffer for b in optimizer.ipg_buckets.values() if torch.is_tensor(b.buffer)]
+    return held
 
 
 def gather_shard(shard: Shard, values: Tensor) -> Tensor | None:

@@ -107,10 +107,10 @@ def scaling(stage: int, dtype: str) -> dict[str, Any]:
     return seen
 
 
-def skipped_blocks(stage: int) -> dict[str, Any]:
+def skipped_blocks(stage: int, **zero_keys: Any) -> dict[str, Any]:
     """Layer drop: block 1 runs in step 0, nowhere in step 1, in one micro-batch of steps 2 and 3."""
     plan = [((), ()), ((1,), (1,)), ((1,), ()), ((), (1,))]
-    engine = sgd_engine(stage, "fp32")
+    engine = sgd_engine(stage, "fp32", **zero_keys)
     gaps, untouched = [], None
     for step, skipped in enumerate(plan):
         reset_weights(engine)
@@ -202,6 +202,7 @@ def all_findings() -> dict[Any, Any]:
         seen["non_finite", stage, dtype] = non_finite(stage, dtype)
     for stage in range(4):
         seen["skipped", stage] = skipped_blocks(stage)
+    seen["skipped", "offload"] = skipped_blocks(3, offload_optimizer={"device": "cpu"})
     seen["recomputation"] = [recomputation(dtype) for dtype in ("fp32", "bf16")]
     seen["rates"] = scaled_rates()
     return seen
@@ -240,8 +241,8 @@ def test_non_finite_gradient_of_one_rank_skips_the_step_on_all(findings: dict, c
     assert seen["all_same"] and seen["tensors"] > 20
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_skipped_block_has_zero_gradient_that_step(findings: dict, stage: int) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "offload"])
+def test_skipped_block_has_zero_gradient_that_step(findings: dict, stage: int | str) -> None:
     seen = findings["skipped", stage]
     assert seen["untouched"]
     assert max(seen["gaps"]) < 1e-5, seen["gaps"]

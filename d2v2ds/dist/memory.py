@@ -1,0 +1,76 @@
+"""Memory of weights, optimizer and teacher on one rank: what it should be, and what is really held.
+
+Bytes for each trained element between two optimizer steps, with c bytes for a compute weight (bf16 2, fp32 4), g for
+an accumulated gradient, Adam's two moments, W ranks; a teacher element adds the last two columns:
+
+    stage   weights  master  optimizer  gradients   teacher average  teacher weights
+    0       4        -       8          -           4                -
+    1, 2    c        4/W     8/W        -           4/W              c/W + c (bf16), c (fp32)
+    3       c/W      4/W *   8/W        g/W         4/W              c/W (bf16), - (fp32)      * - in fp32
+
+Stage 3 also holds c for each element of the small parameters it keeps gathered, and one buffer of
+`reduce_bucket_size` elements. Not counted, because they come and go: activations, gathered weights of the units in
+use, and gradients in flight (stage 0: 4, stage 1: c, stage 2: g/W bytes an element, and at every stage above 0 an fp32
+gradient shard of 4/W in the step itself).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from d2v2ds.dist import zero
+from d2v2ds.dist.teacher import Teacher
+
+
+def expected_bytes(
+    trained: int, teacher: int, world: int, ds_config: Mapping[str, Any], kept_whole: int = 0, moments: int = 2
+) -> dict[str, int]:
+    """The formula above.
+
+    Args:
+        trained: elements of the student's trainable parameters.
+        teacher: elements of the teacher's parameters; 0 without one.
+        world: number of ranks.
+        ds_config: a JSON from `merge_ds_config`.
+        kept_whole: elements of the parameters no larger than `stage3_param_persistence_threshold` (norms, biases),
+            which stage 3 keeps gathered beside their shards.
+        moments: per-element states of the optimizer (Adam 2).
+
+    Returns:
+        Bytes on one rank by purpose: weights, master, optimizer, gradients, reduce_bucket, teacher_average and
+        teacher_weights.
+    """
+    section = ds_config.get("zero_optimization", {})
+    stage = section.get("stage", 0)
+    is_bf16 = bool(ds_config.get("bf16", {}).get("enabled", False))
+    compute = 2 if is_bf16 else 4
+    wide = ds_config.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
+    gradient = 4 if wide else compute
+    shards = 1 if stage == 0 else world
+    working = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}[stage] + (1 / shards if is_bf16 else 0.0)
+    return {
+        "weights": compute * (trained // world + kept_whole if stage == 3 else trained),
+        "master": 0 if stage == 0 or (stage == 3 and not is_bf16) else 4 * trained // shards,
+        "optimizer": 4 * moments * trained // shards,
+        "gradients": gradient * trained // world if stage == 3 else 0,
+        "reduce_bucket": compute * int(section.get("reduce_bucket_size", 5e8)) if stage == 3 else 0,
+        "teacher_average": 4 * teacher // shards,
+        "teacher_weights": int(compute * teacher * working),
+    }
+
+
+def held_bytes(engine: DeepSpeedEngine, teacher: Teacher | None) -> dict[str, int]:
+    """Bytes of the tensors that this rank holds now, by the same purposes; memory seen twice is counted once."""
+    tensors = zero.held_tensors(engine) | ({} if teacher is None else teacher.held_tensors())
+    seen: set[int] = set()
+    return {purpose: sum(_new_bytes(t, seen) for t in held) for purpose, held in tensors.items()}
+
+
+def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in seen:
+        return 0
+    seen.add(storage.data_ptr())
+    return storage.nbytes()

@@ -1,0 +1,153 @@
+"""The shipped JSONs, the rules of merging, and that every shipped file trains without a compiler."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2v2ds.dist import comm, zero
+from d2v2ds.dist.ds_config import SHIPPED_FOLDER, load_ds_config, merge_ds_config, teacher_ds_config
+from d2v2ds.dist.engine import build_student_engine, optimizer_step
+from d2v2ds.dist.memory import expected_bytes, held_bytes
+from d2v2ds.dist.teacher import Teacher
+from d2v2ds.errors import ConfigError
+from tests.dist import toy
+from tests.distributed import run_distributed
+
+SHIPPED = sorted(path.stem for path in SHIPPED_FOLDER.glob("*.json"))
+RUN = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+
+
+def test_five_configurations_are_shipped() -> None:
+    expected = ["zero0_fp32_debug", "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_offload"]
+    assert expected == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_file_merges_and_every_key_is_explained(name: str) -> None:
+    config = load_ds_config(name)
+    merged = merge_ds_config(config, RUN)
+    assert {key: merged[key] for key in RUN} == RUN
+    assert "auto" not in json.dumps(merged)
+    readme = (SHIPPED_FOLDER / "README.md").read_text(encoding="utf-8")
+    missing = [key for key in _leaf_keys(config) if f"`{key}`" not in readme]
+    assert not missing
+    assert f"`{name}.json`" in readme
+
+
+def _leaf_keys(config: dict[str, Any]) -> list[str]:
+    found: list[str] = []
+    for key, value in config.items():
+        found += _leaf_keys(value) if isinstance(value, dict) else [key]
+    return found
+
+
+def test_all_contradictions_are_reported_at_once_with_both_sides() -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_clipping": 5.0,
+        "optimizer": {"type": "AdamW"},
+        "zero_allow_untested_optimizer": False,
+        "bf16": {"enabled": True, "check_grad_overflow": False},
+        "communication_data_type": "auto",
+    }
+    with pytest.raises(ConfigError) as error:
+        merge_ds_config(config, RUN, source="my.json")
+    text = str(error.value)
+    for part in (
+        "my.json says train_micro_batch_size_per_gpu = 8, the run says 4",
+        "my.json says gradient_clipping = 5.0, the run says 1.0",
+        "my.json has 'optimizer'",
+        "my.json says zero_allow_untested_optimizer = False",
+        "my.json says bf16.check_grad_overflow = False",
+        'my.json leaves communication_data_type = "auto"',
+        "bf16 with ZeRO stage 0",
+    ):
+        assert part in text, text
+
+
+@pytest.mark.parametrize(
+    ("zero_section", "extra", "part"),
+    [
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, {}, "NVMe"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "use stage 3"),
+        ({"stage": 1}, {"data_types": {"grad_accum_dtype": "fp32"}}, "another optimizer class"),
+    ],
+)
+def test_combinations_that_deepspeed_gets_wrong_are_refused(zero_section: dict, extra: dict, part: str) -> None:
+    config = {"bf16": {"enabled": True}, "zero_optimization": zero_section, **extra}
+    with pytest.raises(ConfigError, match=part):
+        merge_ds_config(config, RUN)
+
+
+def test_merging_leaves_its_argument_alone() -> None:
+    config = load_ds_config("zero3_bf16")
+    before = json.dumps(config)
+    teacher_ds_config(merge_ds_config(config, RUN))
+    assert json.dumps(config) == before
+
+
+def test_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="zero3_bf16_offload"):
+        load_ds_config("zero4")
+    broken = tmp_path / "x.json"
+    broken.write_text("{,")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load_ds_config(broken)
+
+
+def train_shipped() -> dict[str, Any]:
+    """Two steps with each shipped file; the compiler is out of reach."""
+    import os
+
+    os.environ["PATH"] = "/nowhere"
+    seen = {}
+    for name in SHIPPED:
+        torch.manual_seed(7)
+        model = toy.Student()
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
+        config = merge_ds_config(load_ds_config(name), RUN)
+        engine = build_student_engine(model, optimizer, config, [toy.Block])
+        teacher = Teacher(toy.Encoder(), engine)
+        for step in range(2):
+            for micro in range(2):
+                toy.backward(engine, *toy.micro_batch(step, micro, comm.rank()), 16)
+                outcome = optimizer_step(engine)
+            teacher.update(0.5)
+            teacher(torch.ones(2, toy.WIDTH, dtype=zero.compute_dtype(engine)))
+        expected = expected_bytes(
+            trained=sum(p.numel() for p in toy.Student().parameters() if p.requires_grad),
+            teacher=sum(p.numel() for p in toy.Encoder().parameters()),
+            world=comm.world(),
+            ds_config=config,
+            kept_whole=sum(p.numel() for p in toy.Student().parameters()),  # all are below the threshold
+        )
+        seen[name] = (outcome.applied, teacher.student_distance(), expected, held_bytes(engine, teacher))
+        engine.destroy()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Any]:
+    return run_distributed(train_shipped, 2)[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_file_trains_with_a_teacher_and_no_compiler(trained: dict, name: str) -> None:
+    applied, distance, _, _ = trained[name]
+    assert applied
+    assert distance == pytest.approx(trained["zero0_fp32_debug"][1], rel=1e-2)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SHIPPED)
+def test_memory_held_is_that_of_the_formula(trained: dict, name: str) -> None:
+    _, _, expected, held = trained[name]
+    assert held.keys() == expected.keys()
+    for purpose, nbytes in expected.items():
+        if name == "zero3_bf16_offload" and purpose == "gradients":
+            continue  # a second, fp32 copy lies beside the offloaded optimizer
+        assert held[purpose] == pytest.approx(nbytes, rel=0.1, abs=200), purpose
