@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from d2v2ds.data.audio import crop_starts, decode
+from d2v2ds.data.shards import ArrowShards
+from preprocessing.pack_audio import main as pack_audio
 from tests.data.fake_audio import FakeAudio
 
 
@@ -22,6 +25,23 @@ def test_a_crop_equals_the_crop_of_the_normalised_recording(row):
     length = len(expected) // 3
     for start in (0, 17, len(expected) - length):
         np.testing.assert_allclose(crop(source, row, start, length), expected[start : start + length], atol=2e-5)
+
+
+@pytest.mark.parametrize("codec", ["pcm16", "flac"])
+def test_a_crop_from_shards_equals_the_crop_of_the_normalised_file(tmp_path, codec):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        noise = rng.normal(0.1 * i, 0.05 * (i + 1), 16_000 * (i + 2)).clip(-1, 1)
+        soundfile.write(tmp_path / f"{i}.wav", noise, 16_000, subtype="PCM_16")
+    assert pack_audio(["--input", str(tmp_path), "--output", str(tmp_path / "shards"), "--codec", codec]) == 0
+    shards = ArrowShards(tmp_path / "shards")
+    assert len(shards) == 3
+    for row in range(3):
+        whole, _ = soundfile.read(tmp_path / shards[row].id, dtype="float32")
+        whole = torch.from_numpy(whole)
+        expected = torch.nn.functional.layer_norm(whole, whole.shape, eps=1e-5).numpy()
+        for start in (0, 4097, len(expected) - 8000):
+            np.testing.assert_allclose(crop(shards, row, start, 8000), expected[start : start + 8000], atol=2e-5)
 
 
 def test_silence_stays_zero():
