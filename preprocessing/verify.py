@@ -116,7 +116,9 @@ def _row_faults(name: str, first: int, batch: pa.RecordBatch, codec: Codec) -> I
         length = batch.column("num_samples")[row].as_py()
         encoded = np.frombuffer(batch.column("audio")[row].as_buffer(), dtype=np.uint8)
         try:
-            samples: Samples = decode_flac(encoded, 0, length + 1) if codec == "flac" else encoded.view(SAMPLE_DTYPE)
+            samples: Samples = (
+                decode_flac(encoded, 0, length + 1, where) if codec == "flac" else encoded.view(SAMPLE_DTYPE)
+            )
         except (ShardError, ValueError) as error:
             yield _fault(where, "audio", f"{length} samples of {codec}", error)
             continue

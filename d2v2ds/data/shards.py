@@ -205,11 +205,12 @@ class _Shard:
                 f"shard file {path}: expected an Arrow IPC file, found: {error}; run python -m preprocessing.verify "
                 "on the folder"
             ) from error
-        expected = audio_schema(index.codec, index.sample_rate_hz)
-        if not self._reader.schema.equals(expected, check_metadata=True):
+        expected, found = audio_schema(index.codec, index.sample_rate_hz), self._reader.schema
+        if not found.equals(expected, check_metadata=True):
+            wanted, had = (str(schema).splitlines() for schema in (expected, found))
             raise ShardError(
-                f"shard file {path}: expected the columns and metadata of\n{expected}\nfound\n{self._reader.schema}\n"
-                "the file belongs to another folder or version"
+                f"shard file {path}: expected {[line for line in wanted if line not in had]} in its schema, found "
+                f"{[line for line in had if line not in wanted]}; the file belongs to another folder or version"
             )
         if sum(counts) != rows:
             raise ShardError(f"shard file {path}: expected {rows} rows, found {sum(counts)}; pack the folder again")
@@ -222,17 +223,19 @@ class _Shard:
         number = int(self._starts.searchsorted(row, side="right")) - 1
         batch = self._batches.get(number)
         if batch is None:
-            batch = self._batches[number] = _Batch(self._reader.get_batch(number), self._codec, self._path)
+            batch = self._batches[number] = _Batch(
+                self._reader.get_batch(number), self._codec, f"shard file {self._path} batch {number}"
+            )
         return batch, row - int(self._starts[number])
 
 
 class _Batch:
     """NumPy views of one record batch, so that a row costs no Arrow object."""
 
-    def __init__(self, batch: pa.RecordBatch, codec: str, path: Path) -> None:
+    def __init__(self, batch: pa.RecordBatch, codec: str, place: str) -> None:
         audio = batch.column("audio")
         _, offsets, data = audio.buffers()
-        self._path = path
+        self._place = place
         self._codec = codec
         self._offsets = np.frombuffer(offsets, dtype=np.int64, count=len(audio) + 1)
         self._data = np.frombuffer(data, dtype=np.uint8)
@@ -251,21 +254,27 @@ class _Batch:
             raise ValueError(f"samples {start} to {stop} of a row of {length} samples")
         encoded = self._data[self._offsets[row] : self._offsets[row + 1]]
         if self._codec == "flac":
-            samples = decode_flac(encoded, start, stop)
+            samples = decode_flac(encoded, start, stop, f"{self._place} row {row}")
             found = start + len(samples)
         else:
             samples = encoded[2 * start : 2 * stop].view(SAMPLE_DTYPE)
             found, stop = len(encoded) // 2, length
         if found != stop:
             raise ShardError(
-                f"shard file {self._path} id {self.labels(row).id}: expected {length} samples, found {found}; "
+                f"{self._place} row {row}: expected {length} samples, found {found}; "
                 "run python -m preprocessing.verify on the folder"
             )
         return samples
 
 
-def decode_flac(encoded: NDArray[np.uint8], start: int, stop: int) -> Samples:
+def decode_flac(encoded: NDArray[np.uint8], start: int, stop: int, place: str) -> Samples:
     """Samples `start` to `stop` of one FLAC stream; fewer if the stream ends before.
+
+    Args:
+        encoded: the stream's bytes.
+        start: first sample.
+        stop: one past the last.
+        place: how a message names the row.
 
     Raises:
         ShardError: if the stream is damaged.
@@ -281,6 +290,7 @@ def decode_flac(encoded: NDArray[np.uint8], start: int, stop: int) -> Samples:
             samples: Samples = stream.read(stop - start, dtype="int16")
     except soundfile.LibsndfileError as error:
         raise ShardError(
-            f"a row of codec flac does not decode: {error.error_string}; run python -m preprocessing.verify"
+            f"{place}: expected a FLAC stream, found: {error.error_string}; run python -m preprocessing.verify on the "
+            "folder"
         ) from error
     return samples
