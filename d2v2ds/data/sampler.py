@@ -189,13 +189,20 @@ class BatchPlan:
         rows = permute(np.arange(start, stop), self.num_rows, hash64(self.seed, epoch, Stream.ORDER))
         batches = cut_micro_batches(
             rows,
-            self.num_samples[rows],
+            self._lengths(rows),
             min_samples=self.min_samples,
             max_samples=self.max_samples,
             micro_samples=self.micro_samples,
         )
         order = np.argsort(hash64(self.seed, epoch, Stream.SHUFFLE, window, np.arange(len(batches))))
         return [MicroBatch(epoch, *batches[i]) for i in order]
+
+    def _lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Clip lengths of some rows, read in file order: twice as fast from a cold disk."""
+        order = np.argsort(rows)
+        lengths = np.empty(len(rows), dtype=np.int64)
+        lengths[order] = self.num_samples[rows[order]]
+        return lengths
 
     def count_short_rows(self) -> int:
         """Clips below `min_seconds`, which are never drawn. Reads all lengths, a piece at a time."""

@@ -228,9 +228,11 @@ def test_workers_end_with_a_killed_training_process(tmp_path):
     processes = [int(n) for n in out.split()]
     assert len(processes) >= 3
     deadline = time.monotonic() + 20
-    while alive := [n for n in processes if is_alive(n)]:
-        assert time.monotonic() < deadline, f"processes left behind: {alive}"
+    while (alive := [n for n in processes if is_alive(n)]) and time.monotonic() < deadline:
         time.sleep(0.1)
+    for process in alive:
+        os.kill(process, signal.SIGKILL)
+    assert not alive, f"processes left behind: {alive}"
 
 
 def is_alive(process):
