@@ -86,15 +86,15 @@ class Batch:
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
 
         return replace(
             self,
             source=move(self.source),
-            padding=move(self.padding),
+            padding=None if self.padding is None else move(self.padding),
             ids=move(self.ids),
-            masks=MaskSet(keep=move(self.masks.keep), masked=move(self.masks.masked)),  # type: ignore[arg-type]
+            masks=MaskSet(keep=move(self.masks.keep), masked=move(self.masks.masked)),
         )
 
     def pin_memory(self) -> "Batch":

@@ -46,7 +46,7 @@ from d2v2ds.train.optim import EarlyEpsilonAdam
 from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops, use_all_cores
 from d2v2ds.train.step import Recipe
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main__" under a launcher
 
 EXIT_CODES: list[tuple[type[D2V2Error], int]] = [
     (CollapseError, 3),

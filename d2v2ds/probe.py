@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -40,13 +40,27 @@ def random_start(run_dir: Path) -> Data2Vec2:
     return model.eval()
 
 
-def score_blocks(
-    model: Data2Vec2, shards: ArrowShards, blocks: Sequence[int], label: str, leave_out: str, name: str
-) -> dict[int, Score]:
-    """Scores of some blocks' outputs; block 0 is the input of the first one."""
-    labels, groups = annotation(shards, label), annotation(shards, leave_out)
-    features = pooled_features(model, shards, progress=name)
-    return {block: leave_one_out(features[block], labels, groups) for block in blocks}
+@dataclass(frozen=True)
+class Task:
+    """Clips with both annotations, and what is asked of them."""
+
+    shards: ArrowShards
+    rows: list[int]
+    labels: list[str]
+    groups: list[str]
+
+    @staticmethod
+    def read(shards: ArrowShards, label: str, leave_out: str) -> "Task":
+        """All rows that have a label and a group."""
+        pairs = zip(annotation(shards, label), annotation(shards, leave_out), strict=True)
+        found = [(row, a, b) for row, (a, b) in enumerate(pairs) if a is not None and b is not None]
+        rows, labels, groups = (list(column) for column in zip(*found, strict=True))
+        return Task(shards, rows, labels, groups)
+
+    def score(self, model: Data2Vec2, blocks: Sequence[int], name: str) -> dict[int, Score]:
+        """Scores of some blocks' outputs; block 0 is the input of the first one."""
+        features = pooled_features(model, self.shards, self.rows, progress=name)
+        return {block: leave_one_out(features[block], self.labels, self.groups) for block in blocks}
 
 
 def verdict(trained: Score, start: Score, block: int) -> str:
@@ -66,17 +80,17 @@ def probe(
     Raises:
         CheckpointError, ShardError, MissingExtraError: with what to do.
     """
-    shards = ArrowShards(shards_dir)
+    task = Task.read(ArrowShards(shards_dir), label, leave_out)
     student, step = load_student(run_dir, tag)
     depth = student.depth("audio")
     chosen = depth // 2 if block is None else block
     if not 0 <= chosen <= depth:
         raise ConfigError(f"--block {chosen}: the model has blocks 1 to {depth}; 0 is the input of the first")
     blocks = range(depth + 1) if all_blocks else [chosen]
-    trained = score_blocks(student, shards, blocks, label, leave_out, f"student, step {step}")
-    start = score_blocks(random_start(run_dir), shards, blocks, label, leave_out, "random init")
+    trained = task.score(student, blocks, f"student, step {step}")
+    start = task.score(random_start(run_dir), blocks, "random init")
     folds = len(trained[chosen].folds)
-    print(f"{label} of {len(shards)} clips, one {leave_out} left out in turn, mean over {folds}; accuracy in %")
+    print(f"{label} of {len(task.rows)} clips, one {leave_out} left out in turn, mean over {folds}; accuracy in %")
     print(f"{'block':>5} {'logistic':>9} {'random':>7} {'kNN':>6} {'random':>7}")
     for i in blocks:
         columns = (trained[i].logistic, start[i].logistic, trained[i].knn, start[i].knn)

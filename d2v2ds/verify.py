@@ -148,15 +148,15 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
             hook.remove()
 
 
-def _watched(net: nn.Module, modality: str) -> dict[str, nn.Module]:
-    encoder = net.encoders[modality]  # type: ignore[index]
+def _watched(net: Any, modality: str) -> dict[str, nn.Module]:
+    encoder = net.encoders[modality]
     watched = {"positions": encoder.positions, "context_in": encoder.prenet}
     watched |= {f"prenet{i}": block for i, block in enumerate(encoder.prenet.blocks)}
-    watched |= {f"block{i}": block for i, block in enumerate(net.blocks)}  # type: ignore[arg-type]
+    watched |= {f"block{i}": block for i, block in enumerate(net.blocks)}
     if hasattr(encoder, "local"):
         watched |= {"local_features": encoder.local, "local_encoder_out": encoder.local.convs}
     if hasattr(net, "decoders"):
-        watched |= {"decoder_in": net.decoders[modality].mask_tokens, "decoder_out": net.decoders[modality]}  # type: ignore[index]
+        watched |= {"decoder_in": net.decoders[modality].mask_tokens, "decoder_out": net.decoders[modality]}
     return watched
 
 
@@ -180,7 +180,7 @@ def _compare_middle(report: Report, case: Case, side: str, outputs: dict[str, An
 
 
 def _set_noise(student: Data2Vec2, modality: str, noise: Tensor) -> None:
-    student.decoders[modality].mask_tokens.noise = lambda like, shape: noise.view(shape).to(like)  # type: ignore[union-attr, assignment]
+    student.decoders[modality].mask_tokens.noise = lambda like, shape: noise.view(shape).to(like)  # type: ignore[union-attr]
 
 
 def _build(case: Case) -> tuple[Data2Vec2, TargetNet]:

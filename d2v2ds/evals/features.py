@@ -16,15 +16,15 @@ COLUMNS = ("label", "speaker", "text")
 """Annotations that a shard row can have."""
 
 
-def annotation(shards: ArrowShards, name: str) -> list[str]:
-    """One annotation of every row.
+def annotation(shards: ArrowShards, name: str) -> list[str | None]:
+    """One annotation of every row, None where a row has none.
 
     Args:
         shards: the dataset.
         name: `label`, `speaker` or `text`, or the manifest column that was packed as the label.
 
     Raises:
-        ShardError: if no row has it, or only some rows.
+        ShardError: if there is no such annotation, or no row has it.
     """
     packed_as = shards.index.settings.get("label_column")
     column = "label" if name == packed_as else name
@@ -33,26 +33,22 @@ def annotation(shards: ArrowShards, name: str) -> list[str]:
             f"{shards.folder}: no annotation {name!r}; there are {', '.join(COLUMNS)}, label = {packed_as}"
         )
     values = [getattr(shards[i], column) for i in range(len(shards))]
-    missing = sum(value is None for value in values)
-    if missing:
-        raise ShardError(
-            f"{shards.folder}: {missing} of {len(values)} rows have no {name}; pack a manifest with that column"
-            + (" (--label-column NAME)" if column == "label" else "")
-        )
+    if not any(values):
+        raise ShardError(f"{shards.folder}: no row has a {name}; pack a manifest with that column")
     return values
 
 
 @torch.inference_mode()
 def pooled_features(
-    model: Data2Vec2, shards: ArrowShards, *, progress: str, rows: Sequence[int] | None = None
+    model: Data2Vec2, shards: ArrowShards, rows: Sequence[int], *, progress: str
 ) -> list[NDArray[np.float32]]:
     """Mean over time of every layer, clip by clip, so that no clip is padded or cropped.
 
     Args:
         model: in eval mode, on any device.
         shards: the clips.
+        rows: which clips.
         progress: label of the progress bar.
-        rows: which clips; all if not given.
 
     Returns:
         For the input of the first block and for each block: (N, D).

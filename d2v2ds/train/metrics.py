@@ -63,9 +63,7 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         _drop_lines_after(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-        )
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record.
@@ -79,23 +77,23 @@ class Metrics:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, step)
 
     def figure(self, name: str, figure: Any, step: int) -> None:
         """Add a matplotlib figure to TensorBoard and close it."""
-        self.writer.add_figure(name, figure, step)  # type: ignore[no-untyped-call]
+        self.writer.add_figure(name, figure, step)
 
     def flush(self) -> None:
         """Put everything on disk; called before a checkpoint."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.writer.flush()  # type: ignore[no-untyped-call]
+        self.writer.flush()
 
     def close(self) -> None:
         """Flush and close both files."""
         self.flush()
         self._file.close()
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

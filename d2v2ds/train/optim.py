@@ -49,7 +49,7 @@ class EarlyEpsilonAdam(torch.optim.AdamW):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             group["eps"] = self.reference_eps / (1.0 - group["betas"][1] ** self._next_step(group)) ** 0.5
-        return super().step(closure)  # type: ignore[arg-type]
+        return super().step(closure)
 
     def _next_step(self, group: dict[str, Any]) -> int:
         for parameter in group["params"]:

@@ -1,0 +1,251 @@
+"""A whole run as a user starts it: launchers, checkpoints, SIGKILL and resume, another number of ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from d2v2ds.config import load_config
+from d2v2ds.dist.comm import free_port
+from d2v2ds.dist.consolidate import iterate_student, iterate_teacher
+from d2v2ds.errors import ConfigError, ShardError
+from d2v2ds.export import export, load_model_file, load_student
+from d2v2ds.pretrain import main, open_shards, resolve_ds_config
+from d2v2ds.probe import main as probe_main
+from d2v2ds.train.metrics import read_metrics
+from preprocessing.pack_audio import main as pack
+
+RATE = 16000
+STEPS = 8
+SMALL = [
+    "model.block.width=32",
+    "model.block.mlp_dropout=0.1",  # dropout draws must survive a resume too
+    "model.shared_depth=3",
+    "model.layer_drop=0.2",
+    "model.target.num_layers=2",
+    "model.modalities.audio.prenet_depth=1",
+    "model.modalities.audio.conv_layers=[[16,10,5],[16,8,8],[16,4,4],[16,2,2]]",
+    "model.modalities.audio.decoder.width=16",
+    "batch.global_batch_seconds=6",
+    "batch.micro_batch_seconds=2",
+    "batch.max_seconds=2",
+    f"run.total_steps={STEPS}",
+    "run.save_every_steps=2",
+    "run.log_every_steps=1",
+    "run.health_every_steps=4",
+    "lr.warmup_steps=2",
+    "ema.anneal_steps=8",
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short clips of two speakers, labelled, packed."""
+    folder = tmp_path_factory.mktemp("speech")
+    rng = np.random.default_rng(0)
+    lines = ["path\tlabel\tspeaker"]
+    for number in range(40):
+        seconds = rng.uniform(1.2, 3.0)
+        tone = np.sin(2 * np.pi * (150 + 40 * (number % 4)) * np.arange(int(seconds * RATE)) / RATE)
+        soundfile.write(folder / f"{number:02d}.wav", 0.3 * tone + 0.05 * rng.standard_normal(tone.shape), RATE)
+        lines.append(f"{number:02d}.wav\t{number % 4}\t{'ab'[number % 2 ^ number // 4 % 2]}")
+    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
+    assert pack(["--input", str(folder / "manifest.tsv"), "--output", str(folder / "packed"), "--workers", "1"]) == 0
+    return folder / "packed"
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return dict(os.environ, OMP_NUM_THREADS="1", PATH=path)
+
+
+def command(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str) -> list[str]:
+    module = [
+        "d2v2ds.pretrain",
+        "--config",
+        "audio_tiny",
+        f"data.shards={shards}",
+        f"run.dir={run_dir}",
+        *SMALL,
+        *extra,
+    ]
+    bins = Path(sys.executable).parent
+    port = str(free_port())
+    return {
+        "deepspeed": [str(bins / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", *module],
+        "torchrun": [str(bins / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={port}", "-m", *module],
+        "plain": [sys.executable, "-m", *module],
+    }[launcher]
+
+
+def launch(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str) -> str:
+    done = subprocess.run(
+        command(launcher, ranks, shards, run_dir, *extra),
+        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+def deterministic(run_dir: Path) -> list[dict[str, float]]:
+    """Metrics less those of the clock and of memory."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [{name: v for name, v in record.items() if not name.startswith("perf/")} for record in records]
+
+
+def weights(run_dir: Path, step: int) -> dict[str, Any]:
+    folder = run_dir / "checkpoints" / f"step{step:08d}"
+    found = {f"student {name}": tensor for name, tensor in iterate_student(folder)}
+    return found | {f"teacher {name}": tensor for name, tensor in iterate_teacher(folder)}
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that everything is compared with: two ranks, ZeRO-3, bf16, three micro-batches a step."""
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    printed = launch("deepspeed", 2, shards, run_dir)
+    assert "accumulation 2" in printed, "three micro-batches on two ranks: one of them gets a filler"
+    assert f"step {STEPS}/{STEPS}" in printed
+    return run_dir
+
+
+@pytest.mark.distributed
+def test_run_leaves_what_a_user_needs(unbroken: Path) -> None:
+    records = deterministic(unbroken)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for name in (
+        "loss/regression",
+        "ema/decay",
+        "target/effective_rank",
+        "local/position_share",
+        "ema/student_distance",
+    ):
+        assert name in records[0], f"{name} must be there from the first step"
+    assert records[0]["optim/lr"] == 0.0
+    assert records[-1]["loss/regression"] < records[0]["loss/regression"]
+    for file in ("config.yaml", "deepspeed.json", "starts.jsonl", "log.txt", "tensorboard", "checkpoints/latest"):
+        assert (unbroken / file).exists(), file
+    start = json.loads((unbroken / "starts.jsonl").read_text())
+    assert "git_revision" in start
+    assert start["versions"]["torch"]
+    kept = sorted(path.name for path in (unbroken / "checkpoints").glob("step*"))
+    assert kept == [f"step{step:08d}" for step in (4, 6, 8)], "the newest three are kept"
+
+
+@pytest.mark.distributed
+def test_killed_run_resumes_to_the_unbroken_run_bit_for_bit(unbroken: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        command("deepspeed", 2, shards, run_dir), env=environment(), stdout=log, stderr=log, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # step 5 is written, step 6 under way, the last checkpoint is of step 4
+    process.wait()
+    log.close()
+    assert "resumed at step" in launch("deepspeed", 2, shards, run_dir)
+    assert deterministic(run_dir) == deterministic(unbroken)
+    expected, found = weights(unbroken, STEPS), weights(run_dir, STEPS)
+    assert expected.keys() == found.keys()
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["torchrun", "plain"])
+def test_other_launchers_and_rank_counts_see_the_same_batches(
+    launcher: str, unbroken: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Resumed from step 4 on one rank, or on three, the run goes on with the same data and close losses."""
+    run_dir = tmp_path / launcher
+    shutil.copytree(unbroken, run_dir)
+    for step in (6, 8):
+        shutil.rmtree(run_dir / "checkpoints" / f"step{step:08d}")
+    (run_dir / "checkpoints" / "latest").write_text("step00000004")
+    printed = launch(launcher, 3 if launcher == "torchrun" else 1, shards, run_dir)
+    assert "resumed at step 4" in printed
+    expected, found = deterministic(unbroken), deterministic(run_dir)
+    for a, b in zip(expected, found, strict=True):
+        assert (a["step"], a["data/hours"], a["mask/fraction"]) == (b["step"], b["data/hours"], b["mask/fraction"])
+        assert b["loss/regression"] == pytest.approx(a["loss/regression"], rel=2e-3)  # bf16 sums in another order
+
+
+def test_exported_student_is_the_checkpoint(unbroken: Path, tmp_path: Path) -> None:
+    for which in ("student", "teacher"):
+        export(unbroken, tmp_path / f"{which}.safetensors", which)  # type: ignore[arg-type]
+    exported, (loaded, step) = load_model_file(tmp_path / "student.safetensors"), load_student(unbroken)
+    assert step == STEPS
+    for (name, a), b in zip(exported.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert (a == b).all(), name
+    code = f"import sys; from d2v2ds.export import export; from pathlib import Path; export(Path({str(unbroken)!r}), "
+    code += f"Path({str(tmp_path / 'again.safetensors')!r})); assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_probe_scores_a_run(unbroken: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(unbroken), "--shards", str(shards), "--leave-out", "speaker", "--all-blocks"]
+    assert probe_main([*arguments, "--label", "label"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "learn" in last
+    assert "points" in last
+    result = json.loads((unbroken / "probe.json").read_text())
+    assert sorted(result["student"]["2"]["folds"]) == ["a", "b"]
+    assert len(result["student"]) == 5
+    assert probe_main([*arguments, "--label", "accent"]) == 2
+
+
+# ------------------------------------------------------------------ refusals, before any process group
+
+
+def _config(shards: Path, *overrides: str):
+    return load_config("audio_tiny", [f"data.shards={shards}", *SMALL, *overrides])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.sample_rate_hz=8000", "sample_rate_hz is 16000, data.sample_rate_hz is 8000"),
+        ("batch.min_seconds=0.02", "0.02: 320 samples make 0 tokens, expected 2 or more"),
+        ("mask.block_length=300", "mask, for clips of batch.min_seconds"),
+        ("model.block.attention_path=flex", "no backward pass on a CPU"),
+        ("model.modalities.audio=null", "modalities: none is configured"),
+        ("data.shards='???'", "data.shards: required"),
+    ],
+)
+def test_impossible_run_is_refused_with_both_values(shards: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_shards(_config(shards, override))
+
+
+def test_clips_that_are_all_too_short_are_refused(shards: Path) -> None:
+    with pytest.raises(ConfigError, match="every clip is shorter than batch.min_seconds 5.0"):
+        open_shards(_config(shards, "batch.min_seconds=5", "batch.max_seconds=6", "batch.micro_batch_seconds=6"))
+
+
+def test_unfinished_folder_is_refused_and_the_exit_code_is_2(tmp_path: Path) -> None:
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(ShardError, match=r"found no index.json"):
+        open_shards(_config(tmp_path / "unfinished"))
+    assert main(["--config", "audio_tiny", f"data.shards={tmp_path / 'unfinished'}"]) == 2
+    assert main(["--config", "audio_tiny", "optim.clip=3"]) == 2
+
+
+def test_json_that_contradicts_the_run_is_refused_with_both_names(shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_clipping": 5}))
+    config = _config(shards, f"engine.deepspeed={path}")
+    with pytest.raises(ConfigError, match=r"mine\.json says gradient_clipping = 5, the run says 1\.0"):
+        resolve_ds_config(config, world=2)
