@@ -64,7 +64,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_ra
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:
@@ -75,9 +75,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_ra
         )
     from torch.nn.attention.flex_attention import flex_attention
 
-    run = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    run: Any = _compiled_flex() if q.device.type == "cuda" else flex_attention
     if bias is None:
-        return run(q, k, v)  # type: ignore[no-any-return]
+        return run(q, k, v)
     positions, penalty, padding = bias.positions.float(), bias.penalty, bias.padding
     shared = positions.shape[0] == 1  # one row of positions serves every sample
 
@@ -89,7 +89,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_ra
             logit = torch.where(padding[row, key], float("-inf"), logit)
         return logit
 
-    return run(q, k, v, score_mod=score)  # type: ignore[no-any-return]
+    return run(q, k, v, score_mod=score)
 
 
 PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, DistanceBias | None, float], Tensor]] = {

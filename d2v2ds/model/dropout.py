@@ -48,7 +48,7 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, rate)
-    return _CpuDropout.apply(x, round(rate * _LEVELS))  # type: ignore[no-any-return]
+    return _CpuDropout.apply(x, round(rate * _LEVELS))
 
 
 class Dropout(nn.Module):

@@ -111,7 +111,7 @@ class ModalityEncoder(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Local features (B, T, D), once per sample and before cloning."""
-        return self.local(batch.source)  # type: ignore[no-any-return]
+        return self.local(batch.source)
 
     def visible(self, local: Tensor, batch: Batch, num_blocks: int) -> tuple[Tensor, list[DistanceBias | None]]:
         """What the student's first block reads: visible tokens with their positions.
