@@ -32,7 +32,7 @@ from d2v2ds.dist import comm, zero
 from d2v2ds.dist.ds_config import teacher_ds_config
 from d2v2ds.errors import CheckpointError
 
-CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 20}
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 20}
 """Elements averaged at a time: the working copy is then written from a value that is still in the cache."""
 
 
