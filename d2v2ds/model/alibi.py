@@ -24,24 +24,6 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + doubled[0::2][: num_heads - power]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistanceBias:
-    """What attention adds to its logits: a distance penalty, padded keys, or both.
-
-    `dense` serves the explicit and SDPA paths and is shared by every block; FlexAttention computes the
-    same values on the fly from `positions` and `penalty` and needs no `dense`.
-    """
-
-    positions: Tensor
-    """(R, N) int64, place of each token in the unmasked sequence."""
-    penalty: Tensor | None
-    """(H,) fp32, penalty per token of distance, >= 0; None without ALiBi."""
-    padding: Tensor | None
-    """(R, N) bool, True = this key is padding; None where nothing is padded."""
-    dense: Tensor | None
-    """(R or 1, H or 1, N, N) fp32, already negative, -inf at padded keys."""
-
-
 def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None) -> Tensor | None:
     """Write the bias out.
 
@@ -64,6 +46,28 @@ def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None
             bias = bias.expand(-1, -1, positions.shape[1], -1)
         bias = bias.masked_fill(padding[:, None, None, :], float("-inf"))
     return bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceBias:
+    """What attention adds to its logits: a distance penalty, padded keys, or both.
+
+    `dense` serves the explicit and SDPA paths and is shared by every block; the rowwise path and FlexAttention
+    compute the same values on the fly from `positions` and `penalty` and need no `dense`.
+    """
+
+    positions: Tensor
+    """(R, N) int64, place of each token in the unmasked sequence."""
+    penalty: Tensor | None
+    """(H,) fp32, penalty per token of distance, >= 0; None without ALiBi."""
+    padding: Tensor | None
+    """(R, N) bool, True = this key is padding; None where nothing is padded."""
+    dense: Tensor | None
+    """(R or 1, H or 1, N, N) fp32, already negative, -inf at padded keys."""
+
+    def written_out(self) -> Tensor | None:
+        """`dense`, computed now if nobody did before."""
+        return self.dense if self.dense is not None else dense_bias(self.positions, self.penalty, self.padding)
 
 
 class Alibi(nn.Module):

@@ -1,8 +1,7 @@
-"""Self-attention with an additive distance bias, behind one function and three implementations.
+"""Self-attention with an additive distance bias, behind one function and four implementations.
 
-`explicit` writes the logits out and is the reference of the tests; it is also the fastest path of a CPU
-in training, where no fused kernel returns the gradient of the bias. `sdpa` is PyTorch's fused attention
-with a float bias. `flex` is FlexAttention, which computes the bias inside the kernel.
+`explicit` writes the logits out and is the reference of the tests. `rowwise` is for training on a CPU. `sdpa` is
+PyTorch's fused attention with a float bias. `flex` is FlexAttention, which computes the bias inside the kernel.
 """
 
 from collections.abc import Callable
@@ -15,9 +14,20 @@ from torch import Tensor, nn
 
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.dropout import dropout
+from d2v2ds.model.rowwise import rowwise
 
-AttentionPath = Literal["auto", "explicit", "sdpa", "flex"]
-"""How attention is computed. `auto`: SDPA on an accelerator and in inference, explicit where a CPU trains."""
+AttentionPath = Literal["auto", "explicit", "rowwise", "sdpa", "flex"]
+"""How attention is computed. `auto`: SDPA on an accelerator and in inference, rowwise where a CPU trains."""
+
+DENSE_PATHS = ("explicit", "sdpa")
+"""Paths that need the bias written out."""
+
+
+def resolve_path(path: AttentionPath, device: torch.device) -> AttentionPath:
+    """What `auto` means here and now."""
+    if path != "auto":
+        return path
+    return "rowwise" if device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
 
 
 def attend(
@@ -40,23 +50,21 @@ def attend(
     Returns:
         (R, H, N, Dh).
     """
-    if path == "auto":
-        path = "explicit" if q.device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
-    return PATHS[path](q, k, v, bias, dropout_rate)
+    return PATHS[resolve_path(path, q.device)](q, k, v, bias, dropout_rate)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (R, H, N, N)
-    if bias is not None and bias.dense is not None:
-        logits = logits + bias.dense  # fp32 logits, whatever the dtype of q
+    dense = None if bias is None else bias.written_out()
+    if dense is not None:
+        logits = logits + dense  # fp32 logits, whatever the dtype of q
     probs = logits.float().softmax(dim=-1).to(v.dtype)
     return dropout(probs, dropout_rate, training=True) @ v
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:
-    mask = None
-    if bias is not None and bias.dense is not None:
-        mask = bias.dense.to(q.dtype)
+    dense = None if bias is None else bias.written_out()
+    mask = None if dense is None else dense.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_rate)
 
 
@@ -94,6 +102,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_ra
 
 PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, DistanceBias | None, float], Tensor]] = {
     "explicit": _explicit,
+    "rowwise": rowwise,
     "sdpa": _sdpa,
     "flex": _flex,
 }

@@ -83,7 +83,7 @@ def build_audio_encoder(
         ),
         alibi=alibi,
         prenet=Prenet(PrenetConfig(depth=config.prenet_depth, dropout=config.prenet_dropout), block),
-        write_bias_out=block.attention_path != "flex",
+        attention_path=block.attention_path,
     )
 
 

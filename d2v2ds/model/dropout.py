@@ -4,6 +4,8 @@ PyTorch draws one Bernoulli sample at a time on a CPU: about 5 ns an element, wh
 speech step. Fifteen random bits an element are enough for a dropout rate and several times as cheap.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,26 +13,36 @@ from torch import Tensor, nn
 _LEVELS = 1 << 15
 
 
-def _keep_mask(shape: torch.Size, num_dropped_levels: int) -> Tensor:
-    """(shape) bool, True = kept, each element dropped with probability num_dropped_levels / 32768."""
+def num_dropped_levels(rate: float) -> int:
+    """How many of the 32768 values of a random draw mean "dropped"."""
+    return round(rate * _LEVELS)
+
+
+def scale_of(dropped_levels: int) -> float:
+    """What kept elements are multiplied with."""
+    return _LEVELS / (_LEVELS - dropped_levels)
+
+
+def keep_mask(shape: torch.Size, dropped_levels: int) -> Tensor:
+    """(shape) bool on the CPU, True = kept, each element dropped with probability dropped_levels / 32768."""
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_()  # 63 random bits each
     levels = words.view(torch.int16)[:count].view(shape).bitwise_and_(_LEVELS - 1)
-    return levels >= num_dropped_levels
+    return levels >= dropped_levels
 
 
 class _CpuDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, num_dropped_levels: int) -> Tensor:
-        kept = _keep_mask(x.shape, num_dropped_levels)
+    def forward(ctx: Any, x: Tensor, dropped_levels: int) -> Tensor:
+        kept = keep_mask(x.shape, dropped_levels)
         ctx.save_for_backward(kept)
-        ctx.scale = _LEVELS / (_LEVELS - num_dropped_levels)  # type: ignore[attr-defined]
-        return x.mul(kept).mul_(ctx.scale)  # type: ignore[attr-defined]
+        ctx.scale = scale_of(dropped_levels)
+        return x.mul(kept).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grads[0].mul(kept).mul_(ctx.scale), None  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return grads[0].mul(kept).mul_(ctx.scale), None
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -48,7 +60,7 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, rate)
-    return _CpuDropout.apply(x, round(rate * _LEVELS))
+    return _CpuDropout.apply(x, num_dropped_levels(rate))
 
 
 class Dropout(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
 from d2v2ds.model.alibi import Alibi, DistanceBias, dense_bias
+from d2v2ds.model.attention import DENSE_PATHS, AttentionPath, resolve_path
 from d2v2ds.model.block import Block, BlockConfig
 from d2v2ds.model.dropout import dropout
 
@@ -88,7 +89,7 @@ class ModalityEncoder(nn.Module):
         positions: nn.Module,
         alibi: Alibi | None,
         prenet: Prenet,
-        write_bias_out: bool,
+        attention_path: AttentionPath,
     ) -> None:
         """
         Args:
@@ -97,7 +98,7 @@ class ModalityEncoder(nn.Module):
             positions: (R, T, D) -> (R, T, D).
             alibi: distance penalty, or None.
             prenet: input norm and own blocks.
-            write_bias_out: whether attention wants `DistanceBias.dense`.
+            attention_path: of the blocks; decides whether the bias is written out.
         """
         super().__init__()
         if local is not None:
@@ -107,7 +108,7 @@ class ModalityEncoder(nn.Module):
         if alibi is not None:
             self.alibi = alibi
         self.prenet = prenet
-        self.write_bias_out = write_bias_out
+        self.attention_path = attention_path
 
     def embed(self, batch: Batch) -> Tensor:
         """Local features (B, T, D), once per sample and before cloning."""
@@ -180,12 +181,13 @@ class ModalityEncoder(nn.Module):
             penalties: list[Tensor | None] = [None]
         else:
             penalties = list(self.alibi().unbind(0))  # L or 1 times (H,)
+        is_dense = resolve_path(self.attention_path, positions.device) in DENSE_PATHS
         biases: list[DistanceBias | None] = [
             DistanceBias(
                 positions=positions,
                 penalty=penalty,
                 padding=padding,
-                dense=dense_bias(positions, penalty, padding) if self.write_bias_out else None,
+                dense=dense_bias(positions, penalty, padding) if is_dense else None,
             )
             for penalty in penalties
         ]

@@ -54,7 +54,7 @@ def test_flex_forward_equals_attention_by_hand() -> None:
     torch.testing.assert_close(found, attention_by_hand(*qkv, _penalty(scale), places, padding), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["explicit", "sdpa"])
+@pytest.mark.parametrize("path", ["explicit", "rowwise", "sdpa"])
 def test_path_equals_attention_by_hand_with_gradients(path: str) -> None:
     qkv, scale, places, padding = _inputs(torch.float32)
     found = attend(*qkv, _bias(scale, places, padding), path=path)  # type: ignore[arg-type]
@@ -88,6 +88,17 @@ def test_flex_refuses_to_drop_probabilities() -> None:
     qkv, scale, places, _ = _inputs(torch.float32)
     with pytest.raises(ValueError, match="attention_dropout is 0.1"):
         attend(*qkv, _bias(scale, places, None), dropout_rate=0.1, path="flex")
+
+
+def test_rowwise_and_explicit_drop_the_same_probabilities() -> None:
+    qkv, scale, places, padding = _inputs(torch.float32)
+    results = []
+    for path in ("explicit", "rowwise"):
+        torch.manual_seed(4)
+        out = attend(*qkv, _bias(scale, places, padding), dropout_rate=0.4, path=path)  # type: ignore[arg-type]
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*qkv, scale])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_slopes_match_the_official_numbers() -> None:

@@ -1,0 +1,168 @@
+"""What ZeRO costs and saves: step time by phase and memory per rank, for each stage, in one run.
+
+    torchrun --nproc_per_node=2 tests/benchmarks/zero.py --config audio_base --seconds 5 --steps 3
+
+Each stage trains the same model on the same random audio, one clip on each rank. Times are medians of rank 0.
+`held` is what model, optimizer and teacher hold on rank 0 (tensors counted) beside the formula of
+`d2v2ds/dist/memory.py`; `peak` is the resident size of the process, activations and libraries included. Stage 0
+exists in fp32 only, so stage 3 is measured in fp32 too.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from d2v2ds.batch import Batch
+from d2v2ds.config import RunConfig, load_config
+from d2v2ds.data.collate import AudioCollator
+from d2v2ds.data.sampler import MicroBatch
+from d2v2ds.dist import comm
+from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
+from d2v2ds.dist.engine import gradient_sum_factor, optimizer_step, set_lr
+from d2v2ds.dist.memory import expected_bytes, held_bytes
+from d2v2ds.dist.zero import full_shape
+from d2v2ds.model.data2vec2 import total_loss
+from d2v2ds.pretrain import audio_conv_layers, build_engines
+from d2v2ds.train.metrics import peak_memory_gib
+from d2v2ds.train.perf import keep_large_blocks, use_all_cores
+
+PHASES = ("forward", "backward", "optimizer", "ema")
+
+
+class RandomAudio:
+    """A dataset of one clip of noise, as the collator wants it."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = np.array([num_samples])
+
+    def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return np.random.default_rng(comm.rank()).integers(-3000, 3000, stop - start).astype(np.int16)  # type: ignore[operator]
+
+    def read_stats(self, index: int) -> tuple[float, float]:
+        return 0.0, 0.003
+
+
+def make_batch(config: RunConfig, seconds: float) -> Batch:
+    """One clip of noise with masks as the run draws them."""
+    length = round(seconds * config.data.sample_rate_hz)
+    collate = AudioCollator(source=RandomAudio(length), mask=config.mask, conv_layers=audio_conv_layers(config), seed=1)
+    return collate(MicroBatch(0, np.array([0]), length))
+
+
+@dataclass
+class Timer:
+    """Seconds of each phase of each step."""
+
+    laps: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+    last: float = 0.0
+
+    def start(self) -> None:
+        comm.barrier()
+        self.last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        if comm.device().type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[phase].append(now - self.last)
+        self.last = now
+
+    def median(self, phase: str) -> float:
+        """Without the first step, in which buffers are made and ZeRO-3 records its trace."""
+        return statistics.median(self.laps[phase][1:])
+
+
+def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[str, Any]:
+    """Train a few steps with one DeepSpeed configuration."""
+    numbers = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": comm.world(),
+        "gradient_clipping": config.optim.clip_norm,
+    }
+    source = load_ds_config(name.removesuffix(" fp32"))
+    if name.endswith(" fp32"):
+        source["bf16"] = {"enabled": False}
+    ds_config = merge_ds_config(source, numbers)
+    student, teacher = build_engines(config, ds_config)
+    batch = make_batch(config, seconds).to(comm.device())
+    factor = gradient_sum_factor(student) / comm.all_reduce_sum([batch.num_masked])[0]
+    timer = Timer()
+    losses = []
+    for _ in range(steps + 1):
+        set_lr(student, 1e-5)
+        torch.manual_seed(0)
+        timer.start()
+        out = student(batch, teacher)
+        timer.lap("forward")
+        student.backward(total_loss(out) * factor)
+        timer.lap("backward")
+        optimizer_step(student)
+        timer.lap("optimizer")
+        teacher.update(0.999)
+        timer.lap("ema")
+        losses.append(float(total_loss(out)) / batch.num_masked)
+    sizes = [int(np.prod(full_shape(p))) for p in student.module.parameters()]
+    threshold = ds_config["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)
+    expected = expected_bytes(
+        sum(sizes),
+        sum(int(np.prod(full_shape(p))) for p in teacher.module.parameters()),
+        comm.world(),
+        ds_config,
+        kept_whole=sum(size for size in sizes if size <= threshold),
+    )
+    held = held_bytes(student, teacher)
+    result = {
+        "name": name,
+        "losses": losses,
+        "held": sum(held.values()) / 2**30,
+        "formula": sum(expected.values()) / 2**30,
+        "peak": peak_memory_gib(comm.device()),
+    } | {phase: timer.median(phase) for phase in PHASES}
+    student.destroy()
+    return result
+
+
+def main() -> None:
+    """Print one line per stage on rank 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", default="audio_base")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of the clip on each rank")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps; one more goes before them")
+    parser.add_argument(
+        "--stages", default="zero0_fp32_debug,zero3_bf16 fp32,zero1_bf16,zero2_bf16,zero3_bf16", help="comma-separated"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_args()
+    config = load_config(options.config, options.overrides)
+    with comm.process_group():
+        use_all_cores(comm.world())
+        if comm.device().type == "cpu":
+            keep_large_blocks()
+        if comm.rank() == 0:
+            print(f"{options.config}, {comm.world()} ranks on {comm.device().type}, one clip of {options.seconds:g} s "
+                  f"each, activation checkpointing {'on' if config.engine.activation_checkpointing else 'off'}")  # fmt: skip
+            print(f"{'stage':18} {'step s':>7} " + " ".join(f"{phase:>9}" for phase in PHASES)
+                  + f" {'held GiB':>9} {'formula':>8} {'ratio':>6} {'peak GiB':>9} {'last loss':>9}")  # fmt: skip
+        for name in options.stages.split(","):
+            found = measure(config, name, options.seconds, options.steps)
+            gc.collect()
+            if comm.rank() == 0:
+                phases = [found[phase] for phase in PHASES]
+                print(f"{name:18} {sum(phases):7.2f} " + " ".join(f"{t:9.2f}" for t in phases)
+                      + f" {found['held']:9.2f} {found['formula']:8.2f} {found['held'] / found['formula']:6.2f}"
+                      + f" {found['peak']:9.1f} {found['losses'][-1]:9.3f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
