@@ -5,7 +5,8 @@ of teacher and student line up one to one. The forward runs on a working copy in
 
     stage 0     the average itself (fp32)
     stages 1-2  whole on every rank; filled by one all-gather before the first forward after an update
-    stage 3     partitioned by ZeRO-3, written shard by shard during the update; a forward gathers as usual
+    stage 3     partitioned by ZeRO-3, written shard by shard during the update; a forward gathers as usual, in the
+                student's gather units
 
 An average kept in bf16 instead would stand still: at decay 0.9997 a weight moves only when the student is some ten
 times as large.
@@ -264,6 +265,7 @@ class Teacher:
                 param.data = param.data.to(self._dtype)
             module.to(comm.device())
             return module, module
+        zero.adopt_gather_units(module, self._student)
         engine, _, _, _ = deepspeed.initialize(model=module, config=teacher_ds_config(self._student.config))
         return engine.module, engine
 

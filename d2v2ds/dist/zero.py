@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as torch_dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from d2v2ds.dist import comm
@@ -72,6 +73,13 @@ def compute_dtype(engine: DeepSpeedEngine) -> torch.dtype:
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, also where ZeRO-3 shows an empty tensor."""
     return tuple(param.ds_shape) if hasattr(param, "ds_shape") else tuple(param.shape)
+
+
+def adopt_gather_units(module: nn.Module, engine: DeepSpeedEngine) -> None:
+    """Mark the modules of the classes that the engine gathers as a whole, before `module` is partitioned."""
+    classes = {type(unit) for unit in get_z3_leaf_modules(engine.module)}
+    if classes:
+        set_z3_leaf_modules(module, list(classes), raise_if_not_found=False)
 
 
 def parameter_shards(engine: DeepSpeedEngine) -> dict[str, Shard]:

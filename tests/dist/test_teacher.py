@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import get_z3_leaf_modules
+from torch.utils.checkpoint import checkpoint
 
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import build_student_engine, gradient_sum_factor, optimizer_step
@@ -60,6 +62,7 @@ def follow(stage: int, dtype: str) -> dict[str, Any]:
     output = teacher(inputs)
     weights = whole_weights(engine)
     seen["num_updates"] = teacher.num_updates
+    seen["gather_units"] = len(get_z3_leaf_modules(teacher.module))
     with pytest.raises(CheckpointError, match="blocks.0.up.weight: only in the teacher"):
         state = teacher.state_dict()
         del state["shards"]["blocks.0.up.weight"]
@@ -142,17 +145,18 @@ class Distiller(toy.Student):
 
 
 def nested_call(stage: int, dtype: str) -> list[float]:
-    """Losses of a student that calls the teacher inside its forward."""
+    """Losses of a student that calls the teacher inside its forward, drops layers and recomputes activations."""
     torch.manual_seed(7)
     model = Distiller()
     model.head.requires_grad_(False)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.01)
     engine = build_student_engine(model, optimizer, toy.ds_config(stage, dtype), [toy.Block])
+    engine.module.run_block = lambda block, x: checkpoint(block, x, use_reentrant=False)
     teacher = Teacher(toy.Encoder(), engine)
     losses = []
     for step in range(6):
         inputs, _ = toy.micro_batch(step, 0, comm.rank())
-        engine.module.scale  # noqa: B018 - reading a parameter outside of forward must not disturb the gathering
+        engine.module.skipped = ((), (1,), (0, 2))[step % 3]
         loss = engine(inputs, teacher=teacher)
         engine.backward(loss * gradient_sum_factor(engine) / 16)
         losses.append(comm.all_reduce_sum([float(loss.detach())])[0])
@@ -219,6 +223,11 @@ def test_buffers_follow_and_frozen_parameters_stay(findings: dict, config: tuple
 
 
 @each_config
+def test_teacher_gathers_in_the_students_units(findings: dict, config: tuple[int, str]) -> None:
+    assert findings[config]["gather_units"] == (3 if config[0] == 3 else 0)
+
+
+@each_config
 def test_reloaded_state_gives_the_same_output(findings: dict, config: tuple[int, str]) -> None:
     assert findings[config]["reload_restores_output"]
 
@@ -237,7 +246,7 @@ def test_small_moves_at_high_decay_are_kept(findings: dict) -> None:
     assert small["least"] == pytest.approx(small["expected"], rel=1e-3)
 
 
-def test_teacher_can_be_called_inside_the_students_forward(findings: dict) -> None:
+def test_teacher_inside_the_forward_with_layer_drop_and_recomputation(findings: dict) -> None:
     losses = findings["nested"]
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
     assert losses[3] == pytest.approx(losses[0], rel=1e-5)
