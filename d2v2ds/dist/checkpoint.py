@@ -12,7 +12,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,7 @@ def save(
     if comm.rank() > 0:
         del blobs["client.pt"]
     target, partial = folder / tag, folder / f"{tag}{PARTIAL}"
-    if comm.rank() == 0:
-        for leftover in folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    comm.barrier()
+    _on_rank0(lambda: _begin(folder, partial), target)
     own_files: dict[str, dict[str, int]] = {}
     fault = ""
     optimizer_keys, scalars = zero.optimizer_layout(engine)
@@ -104,30 +100,22 @@ def save(
     except (OSError, SafetensorError) as error:
         fault = f"rank {comm.rank()}: {error}"
     reports = comm.gather_objects((own_files, fault))
-    faults = [reported for _, reported in reports if reported]
-    if faults:
-        raise CheckpointError(f"checkpoint {target} was not written, earlier ones are intact:\n" + "\n".join(faults))
-    if comm.rank() == 0:
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            tag=tag,
-            stage=zero.stage(engine),
-            compute_dtype=str(zero.compute_dtype(engine)),
-            world_size=comm.world(),
-            counters={name: int(getattr(engine, name)) for name in COUNTERS},
-            parameters={name: list(zero.full_shape(p)) for name, p in engine.module.named_parameters()},
-            teacher_parameters=[] if teacher is None else list(teacher.shards()),
-            num_teacher_updates=0 if teacher is None else teacher.num_updates,
-            optimizer_keys=optimizer_keys,
-            optimizer_scalars=scalars,
-            files={name: record for files, _ in reports for name, record in files.items()},
-        )
-        _write_text(partial / MANIFEST, manifest.to_json())
-        _commit(partial, target)
-        _replace_text(folder / LATEST, tag)
-        if keep_last is not None:
-            _prune(folder, keep_last, tag)
-    comm.barrier()
+    _raise_faults([reported for _, reported in reports if reported], target)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        tag=tag,
+        stage=zero.stage(engine),
+        compute_dtype=str(zero.compute_dtype(engine)),
+        world_size=comm.world(),
+        counters={name: int(getattr(engine, name)) for name in COUNTERS},
+        parameters={name: list(zero.full_shape(p)) for name, p in engine.module.named_parameters()},
+        teacher_parameters=[] if teacher is None else list(teacher.shards()),
+        num_teacher_updates=0 if teacher is None else teacher.num_updates,
+        optimizer_keys=optimizer_keys,
+        optimizer_scalars=scalars,
+        files={name: record for files, _ in reports for name, record in files.items()},
+    )
+    _on_rank0(lambda: _commit(partial, target, manifest, keep_last), target)
     return target
 
 
@@ -278,13 +266,41 @@ def _replace_text(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _commit(partial: Path, target: Path) -> None:
-    """Give a finished folder its name."""
+def _on_rank0(action: Callable[[], None], target: Path) -> None:
+    """Let rank 0 act while the others wait; if it cannot, all ranks raise."""
+    fault = ""
+    if comm.rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            fault = f"rank 0: {error}"
+    fault = comm.broadcast_object(fault)
+    _raise_faults([fault] if fault else [], target)
+
+
+def _raise_faults(faults: list[str], target: Path) -> None:
+    if faults:
+        raise CheckpointError(f"checkpoint {target} was not written, earlier ones are intact:\n" + "\n".join(faults))
+
+
+def _begin(folder: Path, partial: Path) -> None:
+    """Clear what interrupted saves left, and make the folder to write into."""
+    for leftover in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def _commit(partial: Path, target: Path, manifest: Manifest, keep_last: int | None) -> None:
+    """Write the manifest, give the finished folder its name, move `latest`, drop what is too old."""
+    _write_text(partial / MANIFEST, manifest.to_json())
     _sync(partial)
     if target.exists():
         _remove(target)
     partial.rename(target)
     _sync(target.parent)
+    _replace_text(target.parent / LATEST, target.name)
+    if keep_last is not None:
+        _prune(target.parent, keep_last, target.name)
 
 
 def _remove(path: Path) -> None:

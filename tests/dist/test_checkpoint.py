@@ -115,6 +115,8 @@ def refusals(folder: Path) -> dict[str, str]:
     with pytest.raises(CheckpointError) as full:
         checkpoint.save(engine, teacher, folder / "pruned", "step4", {}, {})
     seen["full disk"] = str(full.value)
+    with pytest.raises(CheckpointError, match="rank 0: "):  # the folder's name is taken by a file
+        checkpoint.save(engine, teacher, folder / "pruned" / "latest", "step4", {}, {})
     toy.backward(engine, *toy.micro_batch(0, 0, comm.rank()), 16)
     optimizer_step(engine)
     with pytest.raises(ValueError, match="between the micro-batches"):
