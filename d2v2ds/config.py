@@ -132,6 +132,21 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: listing everything that is wrong.
     """
+    config, problems = read_config(name_or_path, overrides)
+    if config is None or problems:
+        raise config_error(name_or_path, problems)
+    return config
+
+
+def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig | None, list[str]]:
+    """`load_config` for a caller that has more to check: returns the problems instead of raising them.
+
+    Returns:
+        The configuration, None if it cannot be built at all, and everything that is wrong with it, as sentences.
+
+    Raises:
+        ConfigError: if there is no such file or it is not YAML.
+    """
     values = _read_yaml(name_or_path)
     problems = []
     for override in overrides:
@@ -143,15 +158,12 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
-        problems += [_sentence(fault) for fault in error.errors()]
-        raise _config_error(name_or_path, problems) from None
-    problems += config.check()
-    if problems:
-        raise _config_error(name_or_path, problems)
-    return config
+        return None, problems + [_sentence(fault) for fault in error.errors()]
+    return config, problems + config.check()
 
 
-def _config_error(name: str, problems: Sequence[str]) -> ConfigError:
+def config_error(name: str, problems: Sequence[str]) -> ConfigError:
+    """One error for all problems of a configuration."""
     return ConfigError(f"{name}: {len(problems)} problem(s)\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 

@@ -14,6 +14,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 
 from d2v2ds import provenance
 from d2v2ds.batch import Batch
-from d2v2ds.config import RunConfig, load_config, to_dict, to_yaml
+from d2v2ds.config import RunConfig, config_error, read_config, to_dict, to_yaml
 from d2v2ds.data.loader import LoaderConfig, build_loader
 from d2v2ds.data.sampler import BatchPlan
 from d2v2ds.data.shards import ArrowShards
@@ -31,14 +32,14 @@ from d2v2ds.dist.consolidate import candidate_tags
 from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.dist.engine import Engine, build_student_engine
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.errors import CheckpointError, CollapseError, ConfigError, D2V2Error, NonFiniteError
+from d2v2ds.errors import CheckpointError, CollapseError, ConfigError, D2V2Error, NonFiniteError, ShardError
 from d2v2ds.masking import masked_count
 from d2v2ds.model.block import Block
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.flops import audio_step_flops
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
-from d2v2ds.shapes import conv_output_length, conv_receptive_field
+from d2v2ds.shapes import ConvLayer, conv_output_length, conv_receptive_field
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.loop import LoopConfig, Progress, Trainer
 from d2v2ds.train.metrics import Metrics
@@ -76,13 +77,11 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
     """Everything between the command line and the last checkpoint.
 
     Raises:
-        ConfigError, ShardError: before any process group exists.
+        ConfigError: before any process group exists.
         CheckpointError, CollapseError, NonFiniteError: while running.
     """
-    config = load_config(config_name, overrides)
-    shards = open_shards(config)
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    ds_config = resolve_ds_config(config, world)
+    launched = os.environ | comm.launcher_environment(dict(os.environ))
+    config, shards, ds_config = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     with comm.process_group(timedelta(minutes=config.engine.timeout_minutes)):
         start_logging(config.run.dir)
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
@@ -127,56 +126,75 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
         logger.info("done: %d steps, run in %s", progress.step, config.run.dir)
 
 
-def audio_conv_layers(config: RunConfig) -> Any:
+def audio_conv_layers(config: RunConfig) -> tuple[ConvLayer, ...]:
     """Front end of the speech encoder."""
     audio = config.model.modalities.audio
-    if audio is None:
-        raise ConfigError("model.modalities.audio: not configured, and data.shards holds speech")
+    assert audio is not None, "checked by data_faults"
     return audio.conv_layers
 
 
-def open_shards(config: RunConfig) -> ArrowShards:
-    """Open the data and check that this model can train on it.
+def prepare(config_name: str, overrides: Sequence[str], world: int) -> tuple[RunConfig, ArrowShards, dict[str, Any]]:
+    """Read configuration, data and DeepSpeed JSON, and check each by itself and against the others.
 
     Raises:
-        ConfigError: listing everything that does not fit.
-        ShardError: if the folder is not a finished shard folder.
+        ConfigError: listing everything that is wrong.
     """
-    problems = config.data.check()
-    if problems:
-        raise ConfigError("\n".join(problems))
-    shards = ArrowShards(config.data.shards)
-    layers = audio_conv_layers(config)
-    rate = config.data.sample_rate_hz
-    if shards.index.modality != "audio":
-        problems.append(f"data.shards: modality is {shards.index.modality!r}, the model is built for 'audio'")
+    config, problems = read_config(config_name, overrides)
+    if config is None:
+        raise config_error(config_name, problems)
+    shards, ds_config = None, None
+    data_problems = config.data.check()
+    if not data_problems:
+        try:
+            shards = ArrowShards(config.data.shards)
+        except ShardError as error:
+            data_problems.append(f"data.shards: {error}")
+        else:
+            data_problems += data_faults(config, shards)
+    try:
+        ds_config = resolve_ds_config(config, world)
+    except ConfigError as error:
+        problems += str(error).splitlines()
+    problems += data_problems
+    if problems or shards is None or ds_config is None:
+        raise config_error(config_name, problems)
+    return config, shards, ds_config
+
+
+def data_faults(config: RunConfig, shards: ArrowShards) -> list[str]:
+    """Why this model cannot train on this data, as sentences; empty if it can."""
+    problems = []
+    if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
+        problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
+    audio, rate = config.model.modalities.audio, config.data.sample_rate_hz
+    if audio is None:
+        return [*problems, "model.modalities.audio: not configured, and data.shards holds speech"]
     if shards.sample_rate_hz != rate:
         problems.append(
             f"data.shards: sample_rate_hz is {shards.sample_rate_hz}, data.sample_rate_hz is {rate}; "
             "repack with --resample"
         )
     shortest = round(config.batch.min_seconds * rate)
-    tokens = conv_output_length(shortest, layers)
+    tokens = conv_output_length(shortest, audio.conv_layers)
     if tokens < 2:
         problems.append(
             f"batch.min_seconds {config.batch.min_seconds}: {shortest} samples make {tokens} tokens, "
-            f"expected 2 or more; the front end sees {conv_receptive_field(layers)} samples for one"
+            f"expected 2 or more; the front end sees {conv_receptive_field(audio.conv_layers)} samples for one"
         )
     else:
         try:
             masked_count(config.mask, tokens)
         except ValueError as error:
             problems.append(f"mask, for clips of batch.min_seconds {config.batch.min_seconds}: {error}")
-    if len(shards) and int(shards.num_samples[: 1 << 20].max()) < shortest and len(shards) <= 1 << 20:
+    lengths = shards.num_samples
+    pieces = (lengths[i : i + 65536] for i in range(0, len(lengths), 65536))  # the first one answers, as a rule
+    if not any((piece >= shortest).any() for piece in pieces):
+        longest = lengths.max(initial=0) / rate
         problems.append(
-            f"data.shards: every clip is shorter than batch.min_seconds {config.batch.min_seconds}; lower it, or join "
-            "short clips of one speaker when packing (--join-seconds)"
+            f"data.shards: the longest clip has {longest:.2f} s, shorter than batch.min_seconds "
+            f"{config.batch.min_seconds}; lower it, or join short clips of one speaker when packing (--join-seconds)"
         )
-    if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
-        problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return shards
+    return problems
 
 
 def resolve_ds_config(config: RunConfig, world: int) -> dict[str, Any]:

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from d2v2ds.config import load_config
 from d2v2ds.dist.comm import free_port
 from d2v2ds.dist.consolidate import iterate_student, iterate_teacher
-from d2v2ds.errors import ConfigError, ShardError
+from d2v2ds.errors import ConfigError
 from d2v2ds.export import export, load_model_file, load_student
-from d2v2ds.pretrain import main, open_shards, resolve_ds_config
+from d2v2ds.pretrain import main, prepare
 from d2v2ds.probe import main as probe_main
 from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack
@@ -210,8 +209,8 @@ def test_probe_scores_a_run(unbroken: Path, shards: Path, capsys: pytest.Capture
 # ------------------------------------------------------------------ refusals, before any process group
 
 
-def _config(shards: Path, *overrides: str):
-    return load_config("audio_tiny", [f"data.shards={shards}", *SMALL, *overrides])
+def _prepare(shards: Path, *overrides: str) -> None:
+    prepare("audio_tiny", [f"data.shards={shards}", *SMALL, *overrides], world=2)
 
 
 @pytest.mark.parametrize(
@@ -223,29 +222,41 @@ def _config(shards: Path, *overrides: str):
         ("model.block.attention_path=flex", "no backward pass on a CPU"),
         ("model.modalities.audio=null", "modalities: none is configured"),
         ("data.shards='???'", "data.shards: required"),
+        ("engine.deepspeed=zero4", "give a path or one of"),
     ],
 )
 def test_impossible_run_is_refused_with_both_values(shards: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        open_shards(_config(shards, override))
+        _prepare(shards, override)
+
+
+def test_faults_of_config_data_and_json_appear_together(shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_clipping": 5}))
+    with pytest.raises(ConfigError) as caught:
+        _prepare(
+            shards, "lr.pek=1", "ema.end_decay=7", "data.sample_rate_hz=8000", "mask.block_length=300",
+            f"engine.deepspeed={path}",
+        )  # fmt: skip
+    text = str(caught.value)
+    assert "5 problem(s)" in text
+    for part in (
+        "lr.pek: unknown key; did you mean lr.peak?",
+        "ema.end_decay is 7.0",
+        "data.sample_rate_hz is 8000",
+        "mask, for clips",
+        "mine.json says gradient_clipping = 5, the run says 1.0",
+    ):
+        assert part in text
 
 
 def test_clips_that_are_all_too_short_are_refused(shards: Path) -> None:
-    with pytest.raises(ConfigError, match="every clip is shorter than batch.min_seconds 5.0"):
-        open_shards(_config(shards, "batch.min_seconds=5", "batch.max_seconds=6", "batch.micro_batch_seconds=6"))
+    with pytest.raises(ConfigError, match=r"the longest clip has 2\.\d+ s, shorter than batch.min_seconds 5.0"):
+        _prepare(shards, "batch.min_seconds=5", "batch.max_seconds=6", "batch.micro_batch_seconds=6")
 
 
 def test_unfinished_folder_is_refused_and_the_exit_code_is_2(tmp_path: Path) -> None:
     (tmp_path / "unfinished").mkdir()
-    with pytest.raises(ShardError, match=r"found no index.json"):
-        open_shards(_config(tmp_path / "unfinished"))
+    with pytest.raises(ConfigError, match=r"found no index.json"):
+        _prepare(tmp_path / "unfinished")
     assert main(["--config", "audio_tiny", f"data.shards={tmp_path / 'unfinished'}"]) == 2
-    assert main(["--config", "audio_tiny", "optim.clip=3"]) == 2
-
-
-def test_json_that_contradicts_the_run_is_refused_with_both_names(shards: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_clipping": 5}))
-    config = _config(shards, f"engine.deepspeed={path}")
-    with pytest.raises(ConfigError, match=r"mine\.json says gradient_clipping = 5, the run says 1\.0"):
-        resolve_ds_config(config, world=2)
