@@ -18,9 +18,23 @@ from typing import Any
 from d2v2ds.data.schema import move_into_place
 from d2v2ds.errors import ShardError
 
-_BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 4 << 20
 """A multiple of every disk's block size, in memory that `mmap` aligns to pages: what ``O_DIRECT`` asks for."""
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
+_spare_buffers: list[memoryview] = []
+
+
+def take_buffer() -> memoryview:
+    """`BUFFER_BYTES` of page-aligned memory, not cleared.
+
+    Buffers are kept for the next shard: the page faults of fresh memory cost a tenth of the packing time.
+    """
+    return _spare_buffers.pop() if _spare_buffers else memoryview(mmap.mmap(-1, BUFFER_BYTES))
+
+
+def give_buffer(buffer: memoryview) -> None:
+    """Return a buffer that is not used any more."""
+    _spare_buffers.append(buffer)
 
 
 class ChecksumFile(io.RawIOBase):
@@ -30,10 +44,7 @@ class ChecksumFile(io.RawIOBase):
         super().__init__()
         self._descriptor = _open(path)
         self._background = background
-        self._filling, self._writing = (
-            memoryview(mmap.mmap(-1, _BUFFER_BYTES)),
-            memoryview(mmap.mmap(-1, _BUFFER_BYTES)),
-        )
+        self._filling, self._writing = take_buffer(), take_buffer()
         self._used = 0
         self._pending: Future[None] | None = None
         self._crc = 0
@@ -48,11 +59,11 @@ class ChecksumFile(io.RawIOBase):
         self.bytes += len(view)
         done = 0
         while done < len(view):
-            count = min(len(view) - done, _BUFFER_BYTES - self._used)
+            count = min(len(view) - done, BUFFER_BYTES - self._used)
             self._filling[self._used : self._used + count] = view[done : done + count]
             self._used += count
             done += count
-            if self._used == _BUFFER_BYTES:
+            if self._used == BUFFER_BYTES:
                 self._wait()
                 self._filling, self._writing = self._writing, self._filling
                 self._used = 0
@@ -82,6 +93,8 @@ class ChecksumFile(io.RawIOBase):
                 self._wait()
             finally:
                 os.close(self._descriptor)
+                give_buffer(self._filling)
+                give_buffer(self._writing)
                 super().close()
 
     def _wait(self) -> None:

@@ -44,7 +44,7 @@ from preprocessing.writer import (
 EXIT_TOO_MANY_SKIPPED = 3
 EXIT_INTERRUPTED = 130
 _PLAN_NAME = "plan.json"
-_HEADERS_PER_JOB = 256
+_HEADERS_PER_JOB = 4096
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 

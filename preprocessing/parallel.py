@@ -169,6 +169,7 @@ class LocalTeam:
 def _run_worker(connection: Connection, work: Work[Job, Result], jobs: Sequence[tuple[int, Job]]) -> None:
     """The life of a child process. If its parent is gone, the next report fails and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_FAILED))  # leave no temporary file behind
     report = _Throttle(lambda files, samples: connection.send(("progress", (files, samples))))
     try:
         for number, job in jobs:

@@ -27,12 +27,12 @@ from d2v2ds.data.schema import (
     shard_name,
     write_json,
 )
-from preprocessing.diskfile import ChecksumFile, replacing
+from preprocessing.diskfile import BUFFER_BYTES, ChecksumFile, give_buffer, replacing, take_buffer
 from preprocessing.plan import SAMPLE_RATE_HZ, PackSettings, Skipped, Unit
 from preprocessing.sources import Report, utf8
 from preprocessing.waveform import BadAudioError, Decoder, Samples, cut_points, mean_and_variance
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = BUFFER_BYTES
 """Audio bytes after which a record batch ends; a longer row has a batch of its own."""
 PACKING_NAME = ".packing"
 """Folder inside the output that holds temporary files, sidecars and the plan until the index is written."""
@@ -124,7 +124,8 @@ class ShardWriter:
         self._codec = codec
         self._schema = audio_schema(codec, SAMPLE_RATE_HZ)
         self._writer = pa.ipc.new_file(sink, self._schema)
-        self._buffer = np.empty(BATCH_BYTES, dtype=np.uint8)
+        self._spare = take_buffer()
+        self._buffer = np.frombuffer(self._spare, dtype=np.uint8)
         self._used = 0
         self._offsets = [0]
         self._values: dict[str, list[Any]] = {name: [] for name in self._schema.names if name != "audio"}
@@ -159,6 +160,7 @@ class ShardWriter:
         """Write the last batch and the Arrow footer."""
         self._flush()
         self._writer.close()
+        give_buffer(self._spare)
 
     def _flush(self) -> None:
         if self._offsets == [0]:

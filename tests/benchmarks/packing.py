@@ -1,6 +1,6 @@
 """Packing FLAC to pcm16 against bare decoding of the same files in the same run.
 
-    python tests/benchmarks/packing.py [--data FOLDER] [--hours 6] [--rounds 5]
+    python tests/benchmarks/packing.py [--data FOLDER] [--hours 24] [--rounds 3]
 
 Without ``--data`` it writes FLAC files of its own. A small folder is used several times over, through links, until
 `--hours` are reached. Each round measures bare ``soundfile.read(dtype="int16")``, one worker and two workers; the best
@@ -25,7 +25,7 @@ import soundfile
 from preprocessing.pack_audio import main as pack
 
 RATE = 16000
-SHARD_BYTES = "48M"
+SHARD_BYTES = "64M"
 """Small enough that two workers have equal shares of a few hours."""
 
 
@@ -69,8 +69,8 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with FLAC files, 16 kHz, mono")
-    parser.add_argument("--hours", type=float, default=6.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hours", type=float, default=24.0)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="where to write; default: the system's temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
