@@ -248,7 +248,7 @@ def recipe(config: RunConfig) -> Recipe:
 
 
 def loop_config(config: RunConfig, dtype: torch.dtype) -> LoopConfig:
-    """The numbers of the loop; the peak is measured here, in the engine's compute type."""
+    """The numbers of the loop; the peak is measured here, in the engine's compute type, by all ranks at once."""
 
     def flops_of(batch: Batch) -> float:
         return audio_step_flops(
@@ -259,6 +259,7 @@ def loop_config(config: RunConfig, dtype: torch.dtype) -> LoopConfig:
             visible=batch.masks.num_visible,
         ).total
 
+    comm.barrier()
     return LoopConfig(
         total_steps=config.run.total_steps,
         log_every_steps=config.run.log_every_steps,

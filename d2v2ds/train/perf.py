@@ -26,25 +26,25 @@ def keep_large_blocks() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
-def matmul_peak_flops(device: torch.device, dtype: torch.dtype, *, repeats: int = 3) -> float:
-    """Operations per second of a large square matrix product: the best of a few, all threads of this process.
+def matmul_peak_flops(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
+    """Operations per second of a large square matrix product: the best one, all threads of this process.
 
     Args:
         device: CPU or CUDA.
         dtype: of the factors.
-        repeats: measurements.
+        seconds: how long to try; at least three products after the first, which warms up.
     """
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first one warms up
+    times: list[float] = []
+    while len(times) < 4 or sum(times) < seconds:
         _wait(device)
         start = time.perf_counter()
         a @ b
         _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(times[1:])
 
 
 def _wait(device: torch.device) -> None:

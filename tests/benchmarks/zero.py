@@ -111,7 +111,7 @@ def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[st
         timer.lap("optimizer")
         teacher.update(0.999)
         timer.lap("ema")
-        losses.append(float(total_loss(out)) / batch.num_masked)
+        losses.append(float(total_loss(out).detach()) / batch.num_masked)
     sizes = [int(np.prod(full_shape(p))) for p in student.module.parameters()]
     threshold = ds_config["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)
     expected = expected_bytes(
@@ -150,8 +150,9 @@ def main() -> None:
         if comm.device().type == "cpu":
             keep_large_blocks()
         if comm.rank() == 0:
+            recompute = "on" if config.engine.activation_checkpointing else "off"
             print(f"{options.config}, {comm.world()} ranks on {comm.device().type}, one clip of {options.seconds:g} s "
-                  f"each, activation checkpointing {'on' if config.engine.activation_checkpointing else 'off'}")  # fmt: skip
+                  f"each, activation checkpointing {recompute}")  # fmt: skip
             print(f"{'stage':18} {'step s':>7} " + " ".join(f"{phase:>9}" for phase in PHASES)
                   + f" {'held GiB':>9} {'formula':>8} {'ratio':>6} {'peak GiB':>9} {'last loss':>9}")  # fmt: skip
         for name in options.stages.split(","):
