@@ -5,11 +5,14 @@
 Each stage trains the same model on the same random audio, one clip on each rank. Times are medians of rank 0.
 `held` is what model, optimizer and teacher hold on rank 0 (tensors counted) beside the formula of
 `d2v2ds/dist/memory.py`; `peak` is the resident size of the process, activations and libraries included. Stage 0
-exists in fp32 only, so stage 3 is measured in fp32 too.
+exists in fp32 only, so stage 3 is measured in fp32 too. `kept` is what the forward of the last step leaves behind for
+the backward: compare it with and without engine.activation_checkpointing=false.
 """
 
 import argparse
+import ctypes
 import gc
+import os
 import statistics
 import sys
 import time
@@ -35,6 +38,15 @@ from d2v2ds.model.data2vec2 import total_loss
 from d2v2ds.pretrain import audio_conv_layers, build_engines
 from d2v2ds.train.metrics import peak_memory_gib
 from d2v2ds.train.perf import keep_large_blocks, use_all_cores
+
+
+def memory_in_use() -> int:
+    """Bytes allocated on the device, or resident on a CPU once malloc has given back what it kept."""
+    if comm.device().type == "cuda":
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
 
 PHASES = ("forward", "backward", "optimizer", "ema")
 
@@ -102,9 +114,12 @@ def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[st
     for _ in range(steps + 1):
         set_lr(student, 1e-5)
         torch.manual_seed(0)
+        before = memory_in_use()
         timer.start()
         out = student(batch, teacher)
         timer.lap("forward")
+        kept = memory_in_use() - before
+        timer.start()
         student.backward(total_loss(out) * factor)
         timer.lap("backward")
         optimizer_step(student)
@@ -124,7 +139,8 @@ def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[st
     held = held_bytes(student, teacher)
     result = {
         "name": name,
-        "losses": losses,
+        "loss": losses[-1],
+        "kept": kept / 2**30,
         "held": sum(held.values()) / 2**30,
         "formula": sum(expected.values()) / 2**30,
         "peak": peak_memory_gib(comm.device()),
@@ -154,7 +170,8 @@ def main() -> None:
             print(f"{options.config}, {comm.world()} ranks on {comm.device().type}, one clip of {options.seconds:g} s "
                   f"each, activation checkpointing {recompute}")  # fmt: skip
             print(f"{'stage':18} {'step s':>7} " + " ".join(f"{phase:>9}" for phase in PHASES)
-                  + f" {'held GiB':>9} {'formula':>8} {'ratio':>6} {'peak GiB':>9} {'last loss':>9}")  # fmt: skip
+                  + f" {'held GiB':>9} {'formula':>8} {'ratio':>6}"
+                  + f" {'kept GiB':>9} {'peak GiB':>9} {'loss':>9}")  # fmt: skip
         for name in options.stages.split(","):
             found = measure(config, name, options.seconds, options.steps)
             gc.collect()
@@ -162,7 +179,7 @@ def main() -> None:
                 phases = [found[phase] for phase in PHASES]
                 print(f"{name:18} {sum(phases):7.2f} " + " ".join(f"{t:9.2f}" for t in phases)
                       + f" {found['held']:9.2f} {found['formula']:8.2f} {found['held'] / found['formula']:6.2f}"
-                      + f" {found['peak']:9.1f} {found['losses'][-1]:9.3f}", flush=True)  # fmt: skip
+                      + f" {found['kept']:9.2f} {found['peak']:9.1f} {found['loss']:9.3f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
