@@ -22,7 +22,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from d2v2ds.data.sampler import BatchConfig
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import ConfigError, below
 from d2v2ds.masking import MaskConfig
 from d2v2ds.model.data2vec2 import ModelConfig
 from d2v2ds.train.guard import HealthConfig
@@ -55,10 +55,8 @@ class RunSection:
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        counts = ("total_steps", "save_every_steps", "log_every_steps", "health_every_steps")
-        return [
-            f"run.{name} is {getattr(self, name)}, expected 1 or more" for name in counts if getattr(self, name) < 1
-        ]
+        floors = {"total_steps": 1, "save_every_steps": 1, "log_every_steps": 1, "health_every_steps": 1}
+        return below(self, "run.", **floors, keep_checkpoints=0, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +72,12 @@ class DataSection:
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
+        problems = below(self, "data.", num_workers=0, sample_rate_hz=1)
         if str(self.shards) == MISSING:
-            return ["data.shards: required, give data.shards=FOLDER (written by python -m preprocessing.pack_audio)"]
-        return []
+            problems.append(
+                "data.shards: required, give data.shards=FOLDER (written by python -m preprocessing.pack_audio)"
+            )
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,7 @@ class RunConfig:
     def check(self) -> list[str]:
         """Contradictions within and between the sections, as sentences; empty if there are none."""
         problems = [f"model: {problem}" for problem in self.model.check()]
+        problems += below(self.engine, "engine.", timeout_minutes=0.01) + self.lr.check()
         problems += self.run.check() + self.optim.check() + self.ema.check()
         for name, section in (("mask", self.mask), ("batch", self.batch)):
             try:
@@ -155,11 +157,35 @@ def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[RunCo
         except ConfigError as error:
             problems.append(str(error))
     problems += _drop_unknown_keys(values, RunConfig, "")
+    config: RunConfig | None
     try:
         config = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
-        return None, problems + [_sentence(fault) for fault in error.errors()]
+        problems += [_sentence(fault) for fault in error.errors()]
+        config = _without_faulty_values(values, _read_yaml(name_or_path), error)
+        if config is None:
+            return None, problems
     return config, problems + config.check()
+
+
+def _without_faulty_values(values: dict[str, Any], shipped: dict[str, Any], error: ValidationError) -> RunConfig | None:
+    """What is left if faulty values give way to the file's own: something to go on checking with."""
+    for fault in error.errors():
+        inner: Any = values
+        own: Any = shipped
+        *path, leaf = fault["loc"]
+        for part in path:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+            own = own.get(part) if isinstance(own, dict) else None
+        if not isinstance(inner, dict):
+            return None
+        inner.pop(leaf, None)
+        if isinstance(own, dict) and leaf in own:
+            inner[leaf] = own[leaf]
+    try:
+        return TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError:
+        return None
 
 
 def config_error(name: str, problems: Sequence[str]) -> ConfigError:

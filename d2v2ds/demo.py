@@ -49,14 +49,13 @@ def joins_clips(shards: ArrowShards) -> bool:
 
 
 def demo(runs: Path, data: Path | None, ranks: int, overrides: list[str]) -> None:
-    """Run all steps; a finished packing is kept, the run itself begins anew."""
+    """Run all steps. A finished packing of the same data is kept, the run itself begins anew."""
     if data is None:
         corpus = runs / "corpus"
         python("preprocessing.sample_corpus", "--output", str(corpus))
         data = corpus / "manifest.tsv"
     clips, joined, folder = runs / "clips", runs / "joined", runs / "run"
-    for old in (clips, joined, folder):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     python("preprocessing.pack_audio", "--input", str(data), "--output", str(clips), *PACKING)
     source = clips
     if joins_clips(ArrowShards(clips)):
@@ -76,7 +75,7 @@ def demo(runs: Path, data: Path | None, ranks: int, overrides: list[str]) -> Non
     )
     shards = ArrowShards(clips)
     rows = [shards[i] for i in range(len(shards))]
-    if len({row.speaker for row in rows if row.label}) > 1:
+    if len({row.speaker for row in rows if row.label and row.speaker}) > 1:
         python("d2v2ds.probe", str(folder), "--shards", str(clips), "--label", "label", "--leave-out", "speaker")
     else:
         print("\nno probe: the recordings have no labels and speakers (give a TSV manifest with these columns)")

@@ -4,6 +4,8 @@ A message says where, what was expected, what was found and what to do.
 `ValueError` stays the type for a caller's mistake in a pure function.
 """
 
+from typing import Any
+
 
 class D2V2Error(Exception):
     """Base class of every error that d2v2ds raises on purpose."""
@@ -31,3 +33,18 @@ class NonFiniteError(D2V2Error):
 
 class MissingExtraError(D2V2Error):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+def below(config: Any, where: str, **floors: float) -> list[str]:
+    """Fields of a dataclass that are under their floor, as sentences for a `ConfigError`.
+
+    Args:
+        config: the dataclass.
+        where: how messages call it, such as `decoder.`.
+        floors: least allowed value by field name.
+    """
+    return [
+        f"{where}{name} is {getattr(config, name)}, expected {floor:g} or more"
+        for name, floor in floors.items()
+        if getattr(config, name) < floor
+    ]

@@ -52,19 +52,21 @@ def read_weights(checkpoint: Path, weights: Weights) -> Iterator[tuple[str, Tens
     return iterate_student(checkpoint) if weights == "student" else iterate_teacher(checkpoint)
 
 
+def model_of(checkpoint: Path) -> ModelConfig:
+    """The network a checkpoint was saved from; the run's folder may have been started with another since."""
+    state = torch.load(checkpoint / "client.pt", weights_only=True)
+    return TypeAdapter(ModelConfig).validate_python(state["model"])
+
+
 def load_student(run_dir: Path, tag: str | None = None) -> tuple[Data2Vec2, int]:
     """The student of a run's checkpoint in eval mode on the CPU, and its step.
 
     Raises:
-        CheckpointError: if there is no checkpoint or it does not fit the run's configuration.
+        CheckpointError: if there is no such checkpoint or it is damaged.
     """
-    config = load_config(str(run_dir / "config.yaml"))
     checkpoint = checkpoint_folder(run_dir, tag)
-    model = Data2Vec2(config.model)
-    try:
-        model.load_state_dict(dict(read_weights(checkpoint, "student")))
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint}: does not fit {run_dir / 'config.yaml'}: {error}") from error
+    model = Data2Vec2(model_of(checkpoint))
+    model.load_state_dict(dict(read_weights(checkpoint, "student")))
     return model.eval(), read_manifest(checkpoint).counters["global_steps"]
 
 
@@ -80,7 +82,7 @@ def export(run_dir: Path, to: Path, weights: Weights = "student", tag: str | Non
     metadata = {
         "format": FORMAT,
         "weights": weights,
-        "model": json.dumps(to_dict(config.model)),
+        "model": json.dumps(to_dict(model_of(checkpoint))),
         "sample_rate_hz": str(config.data.sample_rate_hz),
         "step": str(read_manifest(checkpoint).counters["global_steps"]),
     }
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         export(options.run, options.to, options.weights, options.checkpoint)
-    except D2V2Error as error:
+    except (D2V2Error, OSError) as error:
         logger.error("%s", error)
         return 2
     return 0

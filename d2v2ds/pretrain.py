@@ -87,14 +87,14 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if comm.device().type == "cpu":
             keep_large_blocks()
-        if comm.rank() == 0:
-            provenance.write(config.run.dir, to_yaml(config), ds_config)
         student, teacher = build_engines(config, ds_config)
         plan = BatchPlan(
             shards.num_samples, sample_rate_hz=shards.sample_rate_hz, config=config.batch, seed=config.run.seed
         )
         guard, progress = Guard(config.health), Progress()
         resume(config, student, teacher, plan, guard, progress)
+        if comm.rank() == 0:
+            provenance.write(config.run.dir, to_yaml(config), ds_config)
         describe(config, student, plan, shards)
         loader = build_loader(
             shards,
@@ -155,10 +155,19 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> tuple[Run
         ds_config = resolve_ds_config(config, world)
     except ConfigError as error:
         problems += str(error).splitlines()
-    problems += data_problems
+    problems += data_problems + run_dir_faults(config.run.dir)
     if problems or shards is None or ds_config is None:
         raise config_error(config_name, problems)
     return config, shards, ds_config
+
+
+def run_dir_faults(run_dir: Path) -> list[str]:
+    """Why the run's folder cannot be written, as sentences; makes it if it is absent."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [f"run.dir {run_dir}: cannot be made: {error}"]
+    return [] if os.access(run_dir, os.W_OK) else [f"run.dir {run_dir}: not writable"]
 
 
 def data_faults(config: RunConfig, shards: ArrowShards) -> list[str]:
@@ -174,6 +183,8 @@ def data_faults(config: RunConfig, shards: ArrowShards) -> list[str]:
             f"data.shards: sample_rate_hz is {shards.sample_rate_hz}, data.sample_rate_hz is {rate}; "
             "repack with --resample"
         )
+    if config.mask.kind != "block_1d":
+        problems.append(f"mask.kind is {config.mask.kind!r}, speech needs 'block_1d'")
     shortest = round(config.batch.min_seconds * rate)
     tokens = conv_output_length(shortest, audio.conv_layers)
     if tokens < 2:
@@ -213,7 +224,6 @@ def start_logging(run_dir: Path) -> None:
     """Ours at INFO on rank 0, everything else at WARNING; rank 0 also appends to `<run>/log.txt`."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if comm.rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(run_dir / "log.txt"))
     logging.basicConfig(
         format="%(asctime)s %(message)s" if comm.rank() == 0 else f"%(asctime)s rank {comm.rank()} %(message)s",
@@ -222,6 +232,9 @@ def start_logging(run_dir: Path) -> None:
         force=True,
     )
     logging.getLogger("d2v2ds").setLevel(logging.INFO if comm.rank() == 0 else logging.WARNING)
+    if comm.rank() > 0:  # what all ranks see alike is said once
+        for name in ("d2v2ds.train.guard", "d2v2ds.dist.engine"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def build_engines(config: RunConfig, ds_config: dict[str, Any]) -> tuple[Engine, Teacher]:
@@ -259,8 +272,11 @@ def loop_config(config: RunConfig, dtype: torch.dtype) -> LoopConfig:
             visible=batch.masks.num_visible,
         ).total
 
+    loss = config.model.loss
     comm.barrier()
     return LoopConfig(
+        num_heads=config.model.block.num_heads,
+        loss_scale=None if loss.beta else loss.scale if loss.scale is not None else config.model.block.width**-0.5,
         total_steps=config.run.total_steps,
         log_every_steps=config.run.log_every_steps,
         health_every_steps=config.run.health_every_steps,
@@ -310,17 +326,39 @@ def save(
     )
 
 
+FREE_FIELDS = {"block.attention_path"}
+"""Fields of the model that a resumed run may change: they compute the same thing."""
+
+
+def differing_fields(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """`field: value before -> value now` for each leaf in which two nested dicts differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted(before.keys() | now.keys())
+        return [
+            line
+            for name in names
+            for line in differing_fields(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
+    return [] if before == now else [f"{prefix}: {before!r} -> {now!r}"]
+
+
 def resume(
     config: RunConfig, student: Engine, teacher: Teacher, plan: BatchPlan, guard: Guard, progress: Progress
 ) -> None:
     """Go on from the newest whole checkpoint of the run's folder, if it has any; on another number of ranks too."""
     folder = config.run.dir / "checkpoints"
-    if not candidate_tags(folder):
+    if not comm.broadcast_object(bool(candidate_tags(folder))):  # a shared file system may show ranks different lists
         return
     state = checkpoint.load(student, teacher, folder, reshard=True).client_state
-    if state["model"] != to_dict(config.model):
+    differing = [
+        field
+        for field in differing_fields(state["model"], to_dict(config.model))
+        if field.split(":")[0] not in FREE_FIELDS
+    ]
+    if differing:
         raise ConfigError(
-            f"{folder}: the checkpoint is of another model than this configuration; choose another run.dir"
+            f"{folder}: the checkpoint is of another model than this configuration ({'; '.join(differing)}); "
+            "choose another run.dir"
         )
     progress.step, progress.audio_seconds = state["step"], state["audio_seconds"]
     progress.sampler = plan.load_state_dict(state["sampler"])

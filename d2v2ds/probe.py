@@ -54,6 +54,11 @@ class Task:
         """All rows that have a label and a group."""
         pairs = zip(annotation(shards, label), annotation(shards, leave_out), strict=True)
         found = [(row, a, b) for row, (a, b) in enumerate(pairs) if a is not None and b is not None]
+        if len({a for _, a, _ in found}) < 2 or len({b for _, _, b in found}) < 2:
+            raise ConfigError(
+                f"{shards.folder}: expected clips of two classes and two groups or more, found "
+                f"{len(found)} clips that have both {label} and {leave_out}"
+            )
         rows, labels, groups = (list(column) for column in zip(*found, strict=True))
         return Task(shards, rows, labels, groups)
 

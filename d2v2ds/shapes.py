@@ -50,11 +50,3 @@ def conv_receptive_field(layers: Sequence[ConvLayer]) -> int:
     for _, kernel, stride in reversed(layers):
         length = (length - 1) * stride + kernel
     return length
-
-
-def conv_stride(layers: Sequence[ConvLayer]) -> int:
-    """Samples between the starts of neighbouring tokens."""
-    stride = 1
-    for _, _, layer_stride in layers:
-        stride *= layer_stride
-    return stride

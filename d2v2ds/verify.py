@@ -27,6 +27,7 @@ from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.keymap import to_ours
 from d2v2ds.interop.official_config import UnsupportedOptionError, model_config
+from d2v2ds.model.alibi import alibi_slopes, dense_bias
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, StudentOutput, select_masked, total_loss
 from d2v2ds.model.loss import channel_moments, mean_channel_std
 from d2v2ds.model.target_net import TargetNet
@@ -34,6 +35,26 @@ from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
 
 Tensors = dict[str, Tensor]
+
+
+class _Read(Tensors):
+    """Tensors of a case that remember which were looked at, so that none passes unseen."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(tensors)
+        self.seen: set[str] = {"in/id"}  # it seeds the in-model sampler of masks, which are given here
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def unseen(self) -> list[str]:
+        """Names of tensors that nothing was compared with."""
+        return sorted(set(self) - self.seen)
 
 
 @dataclass
@@ -73,7 +94,7 @@ class Case:
     modality: str
     config: ModelConfig
     official: dict[str, Any]
-    tensors: Tensors
+    tensors: _Read
     grads: Tensors
 
     @staticmethod
@@ -86,7 +107,7 @@ class Case:
             modality,
             model_config(meta["model"], modality),
             meta["model"],
-            load_file(folder / f"{name}.safetensors"),
+            _Read(load_file(folder / f"{name}.safetensors")),
             load_file(folder / f"{name}.grads.safetensors"),
         )
 
@@ -118,9 +139,10 @@ def load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
     """
     state = module.state_dict()
     loaded = {}
-    for key, value in tensors.items():
+    for key in tensors:
         if not key.startswith(prefix):
             continue
+        value = tensors[key]
         name = to_ours(key.removeprefix(prefix))
         if name is None or name not in state:
             raise D2V2Error(f"{key}: the model has no such parameter")
@@ -212,11 +234,21 @@ def check_step(case: Case, report: Report) -> None:
         cloned = out["local"].repeat_interleave(batch.masks.num_masks, 0)
         tokens = (cloned + mine["positions"]).gather(1, keep[..., None].expand(-1, -1, cloned.shape[-1]))
         report.compare("student context_in", tokens, case.tensors["mid/student/context_in"])
+    padding = encoder.token_padding(batch.padding, batch.masks.num_tokens)
+    if "mid/student/kept_padding_mask" in case.tensors:
+        kept = padding.repeat_interleave(batch.masks.num_masks, 0).gather(1, keep)
+        report.compare("student kept_padding_mask", kept, case.tensors["mid/student/kept_padding_mask"])
+    if "mask/ids_restore" in case.tensors:
+        restored = case.tensors["mask/ids_restore"].long().gather(1, keep)
+        report.compare("ids_restore", restored, torch.arange(keep.shape[1]).expand_as(keep))
+    if "log/masked_pct" in case.tensors:
+        share = 1.0 - keep.shape[1] / masked.shape[1]  # of row 0, which alone decides K
+        report.compare("masked_pct", share, case.tensors["log/masked_pct"])
     if "mid/student/alibi_bias" in case.tensors:
-        bias = encoder.biases(keep, None, len(encoder.prenet.blocks) + len(student.blocks))[0]
-        dense = bias.written_out()
-        if len(encoder.alibi.scale) > 1:  # scales of each block: the recorded bias is the unscaled one
-            dense = dense / encoder.alibi.scale[0].clamp(min=0).view(1, -1, 1, 1)
+        is_scaled = len(encoder.alibi.scale) == 1  # with scales of each block the recorded bias is the unscaled one
+        slopes = torch.tensor(alibi_slopes(encoder.alibi.num_heads))
+        dense = dense_bias(keep, encoder.alibi()[0] if is_scaled else slopes, None)
+        assert dense is not None
         report.compare("student alibi_bias", dense, case.tensors["mid/student/alibi_bias"])
     for name in ("decoder_in", "decoder_out"):
         if f"mid/{name}" in case.tensors:
@@ -235,6 +267,9 @@ def check_step(case: Case, report: Report) -> None:
         if f"log/{name}" in case.tensors:
             found = mean_channel_std(channel_moments(value), batch.num_masked)
             report.compare(name, found, case.tensors[f"log/{name}"])
+    unseen = case.tensors.unseen()
+    if unseen:
+        raise D2V2Error(f"nothing to compare with {', '.join(unseen)}")
     (total_loss(out) / batch.num_masked).backward()
     _compare_gradients(report, student, case)
     _ema_step(teacher, student, float(case.grads["ema_after/decay"]))
@@ -261,7 +296,10 @@ def _group(name: str) -> str:
 def _ema_step(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     weights = dict(student.named_parameters())
     for name, value in teacher.named_parameters():
-        value.lerp_(weights[name], 1.0 - decay)
+        if weights[name].requires_grad:
+            value.lerp_(weights[name], 1.0 - decay)
+        else:
+            value.copy_(weights[name])  # spec section 9
 
 
 def _compare_state(report: Report, label: str, module: nn.Module, tensors: Tensors, prefix: str) -> None:

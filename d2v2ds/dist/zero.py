@@ -252,7 +252,8 @@ def write_optimizer_state(
                 target.narrow(0, start, numel).copy_(read(name, shards[name].offset, numel))
         for key, scalar in scalars.items():
             value = scalar["value"]
-            state[group.flat][key] = torch.tensor(float(value)) if scalar["kind"] == "tensor" else value
+            is_tensor = scalar["kind"] == "tensor"  # a fused optimizer wants its step count where its parameters are
+            state[group.flat][key] = torch.tensor(float(value), device=group.flat.device) if is_tensor else value
 
 
 def refresh_compute_copies(engine: DeepSpeedEngine) -> None:

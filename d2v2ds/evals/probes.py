@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.errors import MissingExtraError
+from d2v2ds.errors import ConfigError, MissingExtraError
 
 NEIGHBOURS = 5
 """Of the kNN probe, by cosine similarity."""
@@ -34,6 +34,7 @@ def leave_one_out(features: NDArray[np.float32], labels: Sequence[str], groups: 
 
     Raises:
         ValueError: with fewer than two groups.
+        ConfigError: if too little is left to fit.
         MissingExtraError: without scikit-learn.
     """
     try:
@@ -49,6 +50,11 @@ def leave_one_out(features: NDArray[np.float32], labels: Sequence[str], groups: 
     logistic, knn = {}, {}
     for name in names:
         fitted, tested = group != name, group == name
+        if len(set(wanted[fitted])) < 2 or fitted.sum() < NEIGHBOURS:
+            raise ConfigError(
+                f"without {name}, {fitted.sum()} clips of {len(set(wanted[fitted]))} classes are left; expected "
+                f"{NEIGHBOURS} clips and two classes or more"
+            )
         scaler = StandardScaler().fit(features[fitted])
         x, y = scaler.transform(features[fitted]), scaler.transform(features[tested])
         classifier = LogisticRegression(C=1.0, max_iter=1000).fit(x, wanted[fitted])

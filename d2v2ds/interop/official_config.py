@@ -27,6 +27,8 @@ _IGNORED = {
     "min_target_var", "min_pred_var", "mask_prob", "mask_prob_adjust", "mask_length", "mask_dropout",
     "inverse_mask", "add_masks", "keep_masked_pct", "mask_noise_std", "init_extra_token_zero",
     "ema_encoder_only", "mae_init", "decoder_group",
+    # start value of a parameter that the case carries, and width of hidden projection layers where there are none
+    "alibi_scale", "projection_ratio",
 }  # fmt: skip
 
 _MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -85,12 +87,15 @@ class _Fields:
         return self(name, None)
 
     def finish(self) -> None:
-        """Refuse every unread key unless it is known to change nothing."""
-        for name, found in self.values.items():
-            if name in self.read or name in _IGNORED:
-                continue
-            if name not in _MUST_BE or found not in _MUST_BE[name]:
-                raise UnsupportedOptionError(f"{self.where}{name}={found!r}")
+        """Refuse every unread key unless it is absent in effect or known to change nothing."""
+        unsupported = [
+            f"{self.where}{name}={found!r}"
+            for name, found in self.values.items()
+            if name not in self.read and name not in _IGNORED and found is not None
+            if name not in _MUST_BE or found not in _MUST_BE[name]
+        ]
+        if unsupported:
+            raise UnsupportedOptionError(", ".join(unsupported))
 
 
 def _norms(fields: _Fields, kinds: dict[str, NormKind]) -> tuple[NormKind, ...]:
@@ -152,7 +157,7 @@ def model_config(official: dict[str, Any], modality: str) -> ModelConfig:
             width=fields.required("embed_dim"),
             num_heads=fields("num_heads", 12),
             mlp_ratio=fields("mlp_ratio", 4),
-            norm_eps=fields.required("norm_eps"),
+            norm_eps=fields("norm_eps", 1e-5 if modality != "image" else 1e-6),
             attention_dropout=fields("attention_dropout", 0.1),
             attention_output_dropout=fields("encoder_dropout", 0.1),
             activation_dropout=fields("activation_dropout", 0.0),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from d2v2ds.errors import below
 from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.decoder import Decoder1d, DecoderConfig
@@ -45,12 +46,16 @@ class AudioConfig:
     def check(self, block: BlockConfig) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
         problems = self.decoder.check(block.width)
-        if block.width % self.position_groups:
+        few = below(self, "", prenet_depth=0, position_depth=1, position_total_kernel=1, position_groups=1)
+        problems += few
+        if not few and block.width % self.position_groups:
             problems.append(f"position_groups {self.position_groups} does not divide the model width {block.width}")
         if not 0.0 <= self.prenet_dropout < 1.0:
             problems.append(f"prenet_dropout is {self.prenet_dropout}, expected 0 <= rate < 1")
-        if not self.conv_layers:
-            problems.append("conv_layers is empty")
+        if not self.conv_layers or min(min(layer) for layer in self.conv_layers) < 1:
+            problems.append(
+                f"conv_layers are {self.conv_layers}, expected (channels, kernel, stride) of 1 or more each"
+            )
         return problems
 
 

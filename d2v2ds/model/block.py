@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v2ds.errors import below
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
 from d2v2ds.model.dropout import dropout
@@ -39,8 +40,8 @@ class BlockConfig:
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        problems = []
-        if self.width % self.num_heads:
+        problems = below(self, "block.", width=1, num_heads=1, mlp_ratio=1e-6, norm_eps=0)
+        if not problems and self.width % self.num_heads:
             problems.append(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         for name in ("attention_dropout", "attention_output_dropout", "activation_dropout", "mlp_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:

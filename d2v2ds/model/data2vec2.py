@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
+from d2v2ds.errors import below
 from d2v2ds.model.audio import AudioConfig, build_audio_decoder, build_audio_encoder
 from d2v2ds.model.block import Block, BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, run_blocks
@@ -48,7 +49,7 @@ class ModelConfig:
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        problems = self.block.check() + self.target.check(self.shared_depth)
+        problems = self.block.check() + below(self, "", shared_depth=1) + self.target.check(self.shared_depth)
         for config in self.modalities.active().values():
             problems += config.check(self.block)
         if not self.modalities.active():
@@ -69,6 +70,8 @@ class StudentOutput(TypedDict):
     """(R, K, D) output of the last shared block, detached."""
     pred: Tensor
     """(U, D) predictions at masked places, detached."""
+    wanted: Tensor
+    """(U, D) fp32 targets at the same places."""
     target: Tensor
     """(B, T, D) fp32 targets."""
 
@@ -131,7 +134,12 @@ class Data2Vec2(nn.Module):
         wanted = select_masked(target.repeat_interleave(batch.masks.num_masks, 0), masked, batch.num_masked)
         losses = {"regression": regression_loss(pred, wanted, self.config.loss)}
         return StudentOutput(
-            losses=losses, local=local.detach(), context=context.detach(), pred=pred.detach(), target=target
+            losses=losses,
+            local=local.detach(),
+            context=context.detach(),
+            pred=pred.detach(),
+            wanted=wanted,
+            target=target,
         )
 
     def encode(self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from d2v2ds.errors import below
 from d2v2ds.model.dropout import dropout
 from d2v2ds.model.positions import SameConv
 
@@ -30,9 +31,9 @@ class DecoderConfig:
 
     def check(self, model_width: int) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        problems = []
+        problems = below(self, "decoder.", width=1, depth=1, kernel=1, groups=1, mask_noise_std=0)
         for name, width in (("width", self.width), ("model width", model_width)):
-            if width % self.groups:
+            if not problems and width % self.groups:
                 problems.append(f"decoder: {name} {width} is not divisible by groups {self.groups}")
         if not 0.0 <= self.input_dropout < 1.0:
             problems.append(f"decoder: input_dropout is {self.input_dropout}, expected 0 <= rate < 1")

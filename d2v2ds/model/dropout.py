@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _LEVELS = 1 << 15
 
@@ -61,17 +61,3 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, rate)
     return _CpuDropout.apply(x, num_dropped_levels(rate))
-
-
-class Dropout(nn.Module):
-    """`dropout` as a module."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.rate, self.training)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"

@@ -45,8 +45,8 @@ def channel_moments(x: Tensor) -> Tensor:
     Returns:
         (2, D) fp64: sum and sum of squares over U.
     """
-    x = x.detach().double()
-    return torch.stack((x.sum(0), x.square().sum(0)))
+    x = x.detach().float()
+    return torch.stack((x.sum(0), x.square().sum(0))).double()
 
 
 def mean_channel_std(moments: Tensor, count: int) -> float:
@@ -56,6 +56,10 @@ def mean_channel_std(moments: Tensor, count: int) -> float:
         moments: (2, D), from `channel_moments`, summed over ranks.
         count: U over all ranks.
     """
+    return float((channel_variances(moments, count) + 1e-6).sqrt().mean())
+
+
+def channel_variances(moments: Tensor, count: int) -> Tensor:
+    """(D,) unbiased variances from `channel_moments` (2, D) of `count` vectors."""
     total, squares = moments
-    var = (squares - total * total / count) / max(count - 1, 1)
-    return float((var.clamp(min=0) + 1e-6).sqrt().mean())
+    return ((squares - total * total / count) / max(count - 1, 1)).clamp(min=0)

@@ -33,20 +33,22 @@ def mask_figure(masked: Tensor) -> Any:
     return figure
 
 
-def alibi_figure(scale: Tensor) -> Any:
+def alibi_figure(scale: Tensor, num_heads: int) -> Any:
     """The learned scale of every head, and the penalty per token that it makes with the head's slope.
 
     Args:
         scale: (L or 1, H or 1) as trained.
+        num_heads: H.
     """
     figure, axes = _figure(1, 2, (10, 3))
+    scale = scale.expand(-1, num_heads)
     for row in scale.tolist():
         axes[0, 0].plot(range(1, len(row) + 1), row, "o-")
-    slopes = scale.new_tensor(alibi_slopes(scale.shape[1])) if scale.shape[1] > 1 else scale.new_ones(1)
+    slopes = scale.new_tensor(alibi_slopes(num_heads))
     for row in (scale.clamp(min=0) * slopes).tolist():
         axes[0, 1].plot(range(1, len(row) + 1), row, "o-")
     axes[0, 0].set(xlabel="head", ylabel="scale", title="ALiBi scale (1 at the start)")
-    axes[0, 1].set(xlabel="head", ylabel="penalty per token", title="slope x scale", yscale="log")
+    axes[0, 1].set(xlabel="head", ylabel="penalty per token", title="slope x scale", yscale="symlog")
     return figure
 
 

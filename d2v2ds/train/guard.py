@@ -78,10 +78,10 @@ class Guard:
         alarms = [
             f"{name} is {values[name]:.3g}, floor {floor:.3g}: {cause}"
             for name, floor, cause in floors
-            if name in values and not values[name] >= floor
+            if name in values and values[name] < floor
         ]
         name, ceiling = "target/position_share", self.config.max_position_share
-        if name in values and not values[name] <= ceiling:
+        if name in values and values[name] > ceiling:
             alarms.append(
                 f"{name} is {values[name]:.3g}, ceiling {ceiling:.3g}: the targets have become a code of position; "
                 "for small runs set model.modalities.audio.share_local_encoder=false"

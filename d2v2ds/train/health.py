@@ -5,6 +5,7 @@ implementation, healthy targets of width 192 have an effective rank of 50 to 58 
 follows the position in the clip; collapsed ones have a rank of 2 to 5 and a share of 23 to 84 %.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +75,11 @@ class Sample:
         """
         stride = -(-vectors.shape[0] * NUM_STEPS // MAX_ROWS)
         self._vectors.append(vectors[::stride].detach().float().cpu())
-        self._places.append(places.to(vectors.device)[::stride].cpu())
+        self._places.append(places[::stride].cpu())
 
     def richness(self) -> Richness:
-        """Statistics of all that was added."""
+        """Statistics of all that was added; NaN if that is nothing (every step was skipped)."""
+        if not self._vectors:
+            return Richness(math.nan, math.nan, math.nan)
         x, places = torch.cat(self._vectors), torch.cat(self._places)
         return Richness(float(x.std(0, correction=0).mean()), effective_rank(x), position_share(x, places))

@@ -5,6 +5,7 @@ each; so a resumed run writes the very records of a run that never stopped.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,7 @@ from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import MissingExtraError
-from d2v2ds.model.data2vec2 import select_masked
-from d2v2ds.model.loss import channel_moments, mean_channel_std
+from d2v2ds.model.loss import channel_variances, mean_channel_std
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
@@ -53,15 +53,19 @@ class LoopConfig:
     sample_rate_hz: int
     peak_flops: float
     """Matrix-product peak of this rank's device, measured at start."""
+    num_heads: int
+    loss_scale: float | None
+    """What the squared errors of the loss are multiplied with; None if the loss is not a sum of squares."""
     flops_of: Callable[[Batch], float]
     """Algorithmic operations of one micro-batch."""
 
 
 @dataclass
 class _Interval:
-    """Sums since the last record, of this rank."""
+    """Sums since the last record, of this rank. Skipped steps count in time and data, not in losses and norms."""
 
     steps: int = 0
+    applied: int = 0
     started: float = field(default_factory=time.perf_counter)
     data_wait_s: float = 0.0
     grad_norm: float = 0.0
@@ -71,14 +75,18 @@ class _Interval:
     tokens_here: int = 0
     samples_here: int = 0
     flops: float = 0.0
+    moments: Tensor | None = None
 
     def add(self, out: StepOutput, micro: list[Batch], wait_s: float, config: LoopConfig) -> None:
         self.steps += 1
         self.data_wait_s += wait_s
-        self.grad_norm += out.grad_norm
-        self.num_masked += out.num_masked
-        for name, loss in out.loss_sums.items():
-            self.losses[name] = self.losses.get(name, 0.0) + loss
+        if out.applied:
+            self.applied += 1
+            self.grad_norm += out.grad_norm
+            self.num_masked += out.num_masked
+            self.moments = out.moments if self.moments is None else self.moments + out.moments
+            for name, loss in out.loss_sums.items():
+                self.losses[name] = self.losses.get(name, 0.0) + loss
         for batch in micro:
             if batch.loss_weight:
                 self.masked_here += batch.num_masked
@@ -135,7 +143,8 @@ class Trainer:
             progress.sampler = step_data.state_after
             self.guard.after_step(progress.step, out.applied)
             interval.add(out, step_data.micro, wait_s, config)
-            self._collect(out, step_data.micro[-1])
+            if out.applied:
+                self._collect(out, step_data.micro[-1])
             is_saving = progress.step % config.save_every_steps == 0 or progress.step == config.total_steps
             if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving:
                 values = self._record(out, step_data, interval)
@@ -153,63 +162,71 @@ class Trainer:
         """Reduce, check and write one record; returns it on every rank."""
         progress = self.progress
         seconds = time.perf_counter() - interval.started
-        values = self._reduce(out, data.micro, interval, seconds)
+        values = self._reduce(out, interval, seconds)
         values["data/epoch"] = float(data.state_after.epoch)
         values["data/hours"] = progress.audio_seconds / 3600
         values["ema/student_distance"] = self.teacher.student_distance()
         if self._is_health_step():
             values |= self._health()
             self._figures(data.micro[-1])
-        self.guard.check_health(progress.step, values)
         if self.metrics is not None:
             self.metrics.write(progress.step, values)
+        self.guard.check_health(progress.step, values)
         return values
 
-    def _reduce(self, out: StepOutput, micro: list[Batch], interval: _Interval, seconds: float) -> dict[str, float]:
+    def _reduce(self, out: StepOutput, interval: _Interval, seconds: float) -> dict[str, float]:
+        """Everything that is a sum, a mean or a maximum over ranks."""
+        config, width = self.config, out.last["target"].shape[-1]
         names = sorted(interval.losses)
-        _, masked = micro[-1].masks.rows()
-        target = out.last["target"].repeat_interleave(micro[-1].masks.num_masks, 0)
-        target = select_masked(target, masked.to(target.device), micro[-1].num_masked)
-        moments = torch.stack((channel_moments(out.last["pred"]), channel_moments(target))).cpu()  # (2, 2, D)
-        step_ms = 1000 * seconds / interval.steps
-        wait_ms = 1000 * interval.data_wait_s / interval.steps
+        moments = torch.zeros(2, 2, width, dtype=torch.float64) if interval.moments is None else interval.moments
         flops_per_s = interval.flops / seconds
-        local = [
-            *(float(interval.losses[name]) for name in names),
-            interval.masked_here, interval.tokens_here, interval.samples_here, len(target),
-            flops_per_s, flops_per_s / config_peak(self.config),
-            *moments.flatten().tolist(),
-        ]  # fmt: skip
-        sums = comm.all_reduce_sum(local)
-        world = comm.world()
-        losses, rest = sums[: len(names)], sums[len(names) :]
-        masked_sum, tokens, samples, rows, flops, mfu = rest[:6]
-        moments = torch.tensor(rest[6:], dtype=torch.float64).view_as(moments)
-        slowest = [max(column) for column in zip(*comm.gather_objects((step_ms, wait_ms, self._memory())), strict=True)]
-        self.progress.audio_seconds += samples / self.config.sample_rate_hz
-        values = {f"loss/{name}": loss / interval.num_masked for name, loss in zip(names, losses, strict=True)}
-        values |= {
+        sums = comm.all_reduce_sum(
+            [
+                interval.masked_here,
+                interval.tokens_here,
+                interval.samples_here,
+                flops_per_s,
+                flops_per_s / max(config.peak_flops, 1.0),
+                *moments.flatten().tolist(),
+                *(float(interval.losses[name]) for name in names),
+            ]
+        )
+        masked, tokens, samples, flops, mfu = sums[:5]
+        own = (
+            1000 * seconds / interval.steps,
+            1000 * interval.data_wait_s / interval.steps,
+            peak_memory_gib(comm.device()),
+        )
+        step_ms, wait_ms, memory = (max(column) for column in zip(*comm.gather_objects(own), strict=True))
+        self.progress.audio_seconds += samples / config.sample_rate_hz
+        values = {
             "optim/lr": out.lr,
-            "optim/grad_norm": interval.grad_norm / interval.steps,
             "optim/skipped_steps": float(self.guard.nonfinite_total),
             "ema/decay": out.decay,
-            "mask/fraction": masked_sum / tokens,
-            "pred/std": mean_channel_std(moments[0], int(rows)),
-            "target/std": mean_channel_std(moments[1], int(rows)),
-            "perf/audio_seconds_per_s": samples / self.config.sample_rate_hz / seconds,
-            "perf/step_ms": slowest[0],
-            "perf/data_wait_ms": slowest[1],
-            "perf/data_wait_fraction": slowest[1] / slowest[0],
-            "perf/tflops": flops / world / 1e12,
-            "perf/mfu": mfu / world,
-            "perf/memory_gib": slowest[2],
+            "mask/fraction": masked / tokens,
+            "perf/audio_seconds_per_s": samples / config.sample_rate_hz / seconds,
+            "perf/step_ms": step_ms,
+            "perf/data_wait_ms": wait_ms,
+            "perf/data_wait_fraction": wait_ms / step_ms,
+            "perf/tflops": flops / comm.world() / 1e12,
+            "perf/mfu": mfu / comm.world(),
+            "perf/memory_gib": memory,
         }
-        width = out.last["target"].shape[-1]
-        unexplained = values["loss/regression"] / (width**0.5 * max(values["target/std"], 1e-9) ** 2)
-        return values | {"target/explained": 1.0 - unexplained}
-
-    def _memory(self) -> float:
-        return peak_memory_gib(comm.device())
+        if interval.applied:
+            losses = {
+                f"loss/{name}": s / interval.num_masked for name, s in zip(names, sums[-len(names) :], strict=True)
+            }
+            pred, target = torch.tensor(sums[5 : 5 + 4 * width], dtype=torch.float64).view(2, 2, width)
+            values |= losses
+            values["optim/grad_norm"] = interval.grad_norm / interval.applied
+            values["pred/std"] = mean_channel_std(pred, interval.num_masked)
+            values["target/std"] = mean_channel_std(target, interval.num_masked)
+            if config.loss_scale is not None:
+                variance = float(channel_variances(target, interval.num_masked).sum())
+                values["target/explained"] = 1.0 - losses["loss/regression"] / (
+                    config.loss_scale * max(variance, 1e-12)
+                )
+        return values
 
     def _is_health_step(self) -> bool:
         return self.progress.step == 1 or self.progress.step % self.config.health_every_steps == 0
@@ -238,7 +255,8 @@ class Trainer:
                 values[f"{name}/std"] = found.std
         self.samples = _empty_samples()
         means = comm.all_reduce_sum(list(values.values()))
-        return {name: mean / comm.world() for name, mean in zip(values, means, strict=True)}
+        averages = {name: mean / comm.world() for name, mean in zip(values, means, strict=True)}
+        return {name: mean for name, mean in averages.items() if math.isfinite(mean)}
 
     def _figures(self, batch: Batch) -> None:
         """Masks of one sample and the ALiBi scale, to TensorBoard. Collective."""
@@ -250,7 +268,9 @@ class Trainer:
             self.metrics.figure("masks", mask_figure(batch.masks.masked[0]), self.progress.step)
             for name, scale in scales.items():
                 if scale is not None:
-                    self.metrics.figure(name.replace(".", "/"), alibi_figure(scale.cpu()), self.progress.step)
+                    self.metrics.figure(
+                        name.replace(".", "/"), alibi_figure(scale.cpu(), self.config.num_heads), self.progress.step
+                    )
         except MissingExtraError as error:
             if self.progress.step == 1:
                 logger.info("no figures in TensorBoard: %s", error)
@@ -261,7 +281,7 @@ class Trainer:
             "step %d/%d  loss %.3f  ema %.6f  lr %.2e  audio %.0f s/s  left %s",
             progress.step,
             self.config.total_steps,
-            values["loss/regression"],
+            values.get("loss/regression", float("nan")),
             values["ema/decay"],
             values["optim/lr"],
             values["perf/audio_seconds_per_s"],
@@ -271,11 +291,6 @@ class Trainer:
 
 def _empty_samples() -> dict[str, Sample]:
     return {name: Sample() for name in ("local", "context", "target", "pred")}
-
-
-def config_peak(config: LoopConfig) -> float:
-    """Peak to divide by; never zero."""
-    return max(config.peak_flops, 1.0)
 
 
 def clock(seconds: float) -> str:

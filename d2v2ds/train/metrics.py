@@ -33,11 +33,11 @@ UNITS = {
     "context/std": "of the last shared block's output; mean over ranks",
     "context/effective_rank": "mean over ranks",
     "context/position_share": "mean over ranks",
-    "target/std": "of the targets; over all ranks (target_var of the reference)",
+    "target/std": "of the targets at masked tokens; over the interval and all ranks (target_var of the reference)",
     "target/effective_rank": "mean over ranks",
     "target/position_share": "mean over ranks",
-    "target/explained": "1 - loss / (sqrt(D) target/std^2): share of the targets that is predicted",
-    "pred/std": "of the predictions; over all ranks (pred_var of the reference)",
+    "target/explained": "1 - loss / (loss scale x sum of the targets' channel variances): share predicted",
+    "pred/std": "of the predictions; over the interval and all ranks (pred_var of the reference)",
     "pred/effective_rank": "mean over ranks",
     "pred/position_share": "mean over ranks",
     "perf/audio_seconds_per_s": "audio seconds per second of wall time; sum over ranks",
@@ -63,7 +63,7 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         _drop_lines_after(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record.

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from d2v2ds.errors import below
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRateConfig:
@@ -14,6 +16,10 @@ class LearningRateConfig:
     """Optimizer steps of the warm-up."""
     minimum: float = 0.0
     """Learning rate at step 0 and at the last step."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        return below(self, "lr.", peak=0, warmup_steps=0, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from d2v2ds.dist import comm
 from d2v2ds.dist.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.model.data2vec2 import StudentOutput, total_loss
+from d2v2ds.model.loss import channel_moments
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
 
 
@@ -37,7 +38,9 @@ class StepOutput:
     """What one optimizer step did."""
 
     loss_sums: dict[str, Tensor]
-    """This rank's loss sums over its micro-batches, on the device."""
+    """This rank's loss sums over its micro-batches, fillers left out, on the device; the same names on every rank."""
+    moments: Tensor
+    """(2, 2, D) fp64, `channel_moments` of predictions and of targets over the same micro-batches."""
     num_masked: int
     """Masked tokens of all ranks and micro-batches."""
     applied: bool
@@ -81,17 +84,20 @@ def pretrain_step(
     factor = gradient_sum_factor(student) / num_masked
     kept_blocks = draw_kept_blocks(recipe, step)
     sums: dict[str, Tensor] = {}
+    moments = torch.zeros((), dtype=torch.float64)
     outcome = None
     for number, batch in enumerate(micro_batches):
         torch.manual_seed(step_seed(recipe.seed, step, number * comm.world() + comm.rank()))
         out: StudentOutput = student(batch.to(comm.device(), non_blocking=True), teacher, kept_blocks)
         student.backward(total_loss(out) * (batch.loss_weight * factor))
         outcome = optimizer_step(student)
-        if batch.loss_weight:
-            for name, loss in out["losses"].items():
-                sums[name] = loss.detach() + sums.get(name, 0.0)
+        counts = bool(batch.loss_weight)
+        for name, loss in out["losses"].items():
+            sums[name] = (loss.detach() if counts else torch.zeros_like(loss)) + sums.get(name, 0.0)
+        here = torch.stack((channel_moments(out["pred"]), channel_moments(out["wanted"])))
+        moments = moments.to(here.device) + (here if counts else torch.zeros_like(here))
     assert outcome is not None, "the engine's accumulation differs from the number of micro-batches"
     decay = ema_decay(step + 1, recipe.ema)
     if outcome.applied:
         teacher.update(decay)
-    return StepOutput(sums, int(num_masked), outcome.applied, outcome.grad_norm, lr, decay, out)
+    return StepOutput(sums, moments, int(num_masked), outcome.applied, outcome.grad_norm, lr, decay, out)

@@ -161,7 +161,7 @@ def test_guard_counts_skipped_steps_and_ends_a_hopeless_run() -> None:
 
 
 def test_collapse_is_named_with_value_floor_and_cause() -> None:
-    values = {"target/effective_rank": 3.0, "target/position_share": 0.6, "target/std": 0.8, "pred/std": float("nan")}
+    values = {"target/effective_rank": 3.0, "target/position_share": 0.6, "target/std": 0.8, "pred/std": 0.001}
     guard = Guard(HealthConfig())
     assert guard.check_health(10, values) == [], "not before the warm-up has ended"
     alarms = guard.check_health(500, values)
@@ -185,7 +185,7 @@ def test_metrics_reach_both_files_and_resume_drops_later_lines(tmp_path: Path) -
     for step in (10, 20, 30):
         metrics.write(step, {"loss/regression": 1.0 / step, "ema/decay": 0.9})
     metrics.figure("masks", mask_figure(torch.eye(3, dtype=torch.bool)), 10)
-    metrics.figure("alibi", alibi_figure(torch.ones(1, 4)), 10)
+    metrics.figure("alibi", alibi_figure(torch.ones(1, 1), num_heads=4), 10)
     metrics.close()
     resumed = Metrics(tmp_path, resume_step=20)
     resumed.write(30, {"loss/regression": 5.0})
