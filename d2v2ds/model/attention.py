@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.dropout import dropout
+from d2v2ds.model.linear import Linear
 from d2v2ds.model.rowwise import rowwise
 
 AttentionPath = Literal["auto", "explicit", "rowwise", "sdpa", "flex"]
@@ -119,8 +120,8 @@ class Attention(nn.Module):
         self.attention_dropout = attention_dropout
         self.output_dropout = output_dropout
         self.path = path
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, bias: DistanceBias | None) -> Tensor:
         """(R, N, D) -> (R, N, D)."""

@@ -13,6 +13,7 @@ from d2v2ds.errors import below
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
 from d2v2ds.model.dropout import dropout
+from d2v2ds.model.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, int(config.width * config.mlp_ratio))
-        self.fc2 = nn.Linear(int(config.width * config.mlp_ratio), config.width)
+        self.fc1 = Linear(config.width, int(config.width * config.mlp_ratio))
+        self.fc2 = Linear(int(config.width * config.mlp_ratio), config.width)
         self.activation_dropout = config.activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:

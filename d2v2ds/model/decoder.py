@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from d2v2ds.errors import below
 from d2v2ds.model.dropout import dropout
+from d2v2ds.model.linear import Linear
 from d2v2ds.model.positions import SameConv
 
 
@@ -74,7 +75,7 @@ class Decoder1d(nn.Module):
             for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)
         )
         self.has_residual = [config.residual and a == b for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        self.proj = nn.Linear(config.width, model_width)
+        self.proj = Linear(config.width, model_width)
 
     def forward(self, visible: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
         """

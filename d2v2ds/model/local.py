@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v2ds.model.linear import Linear
 from d2v2ds.model.positions import TokenConv
 from d2v2ds.shapes import ConvLayer
 
@@ -51,7 +52,7 @@ class WaveformEncoder(nn.Module):
         channels = layers[-1][0]
         self.convs = ConvStack(layers)
         self.norm = nn.LayerNorm(channels, eps=_NORM_EPS)
-        self.project = nn.Linear(channels, width)
+        self.project = Linear(channels, width)
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, S) waveform -> (B, T, D)."""

@@ -1,0 +1,34 @@
+"""The oneDNN linear layer is the framework's."""
+
+import pytest
+import torch
+from torch import nn
+
+from d2v2ds.model.linear import Linear
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (3, 2, 1, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients_equal_the_frameworks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    expected = nn.Linear(12, 9).to(dtype)
+    found = Linear(12, 9).to(dtype)
+    found.load_state_dict(expected.state_dict())
+    x = torch.randn(shape, dtype=dtype)[..., torch.randperm(12)]
+    results = []
+    for module in (expected, found):
+        own = x.clone().requires_grad_()
+        y = module(own)
+        results.append([y, *torch.autograd.grad((y * torch.arange(9)).sum(), [own, *module.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_input_without_gradient_and_inference_work() -> None:
+    module = Linear(4, 3)
+    x = torch.randn(6, 4)
+    module(x).sum().backward()
+    assert x.grad is None
+    assert module.weight.grad is not None
+    with torch.inference_mode():
+        assert module(x).shape == (6, 3)
