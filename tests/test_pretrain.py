@@ -182,6 +182,61 @@ def test_other_launchers_and_rank_counts_see_the_same_batches(
         assert b["loss/regression"] == pytest.approx(a["loss/regression"], rel=2e-3)  # bf16 sums in another order
 
 
+@pytest.mark.distributed
+def test_more_ranks_than_micro_batches_give_the_same_losses(unbroken: Path, shards: Path, tmp_path: Path) -> None:
+    """On four ranks one has nothing but a filler in every step; it must reduce as many numbers as the others."""
+    run_dir = tmp_path / "four"
+    launch("torchrun", 4, shards, run_dir, "run.save_every_steps=8")
+    for a, b in zip(deterministic(unbroken), deterministic(run_dir), strict=True):
+        assert a["mask/fraction"] == b["mask/fraction"]
+        assert b["loss/regression"] == pytest.approx(a["loss/regression"], rel=2e-3)
+        assert b["target/std"] == pytest.approx(a["target/std"], rel=1e-2)
+
+
+@pytest.mark.distributed
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "inf"
+    extra = ["model.loss.scale=.inf", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
+    done = subprocess.run(
+        command("torchrun", 2, shards, run_dir, *extra),
+        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
+    records = deterministic(run_dir)
+    assert [record["optim/skipped_steps"] for record in records] == [1.0, 2.0]
+    assert not any("loss/regression" in record for record in records), "a skipped step must not enter an average"
+    first, last = weights(run_dir, 1), weights(run_dir, 2)
+    assert all((first[name] == last[name]).all() for name in first), "skipped steps leave all weights alone"
+
+
+def test_collapse_stops_the_run_with_its_own_exit_code(shards: Path, tmp_path: Path) -> None:
+    arguments = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", *SMALL, "data.num_workers=0"]
+    stop = ["health.min_effective_rank=1000", "health.warm_up_steps=0", "health.stop_on_collapse=true"]
+    done = subprocess.run(
+        [sys.executable, "-m", "d2v2ds.pretrain", "--config", "audio_tiny", *arguments, *stop],
+        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert "target/effective_rank is" in done.stderr
+    assert "floor 1e+03" in done.stderr
+    assert len(deterministic(tmp_path / "run")) == 1, "the record that rang the alarm is kept"
+
+
+@pytest.mark.distributed
+def test_other_model_is_refused_and_leaves_the_run_alone(unbroken: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "refused"
+    shutil.copytree(unbroken, run_dir)
+    before = (run_dir / "config.yaml").read_text()
+    done = subprocess.run(
+        command("plain", 1, shards, run_dir, "model.block.mlp_dropout=0.3"),
+        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "block.mlp_dropout: 0.1 -> 0.3" in done.stderr
+    assert (run_dir / "config.yaml").read_text() == before
+
+
 def test_exported_student_is_the_checkpoint(unbroken: Path, tmp_path: Path) -> None:
     for which in ("student", "teacher"):
         export(unbroken, tmp_path / f"{which}.safetensors", which)  # type: ignore[arg-type]
@@ -210,7 +265,8 @@ def test_probe_scores_a_run(unbroken: Path, shards: Path, capsys: pytest.Capture
 
 
 def _prepare(shards: Path, *overrides: str) -> None:
-    prepare("audio_tiny", [f"data.shards={shards}", *SMALL, *overrides], world=2)
+    run_dir = f"run.dir={shards.parent / 'never_run'}"
+    prepare("audio_tiny", [f"data.shards={shards}", run_dir, *SMALL, *overrides], world=2)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +279,13 @@ def _prepare(shards: Path, *overrides: str) -> None:
         ("model.modalities.audio=null", "modalities: none is configured"),
         ("data.shards='???'", "data.shards: required"),
         ("engine.deepspeed=zero4", "give a path or one of"),
+        ("mask.kind=block_2d", "mask.kind is 'block_2d', speech needs 'block_1d'"),
+        ("run.dir=/dev/null/run", "run.dir /dev/null/run: cannot be made"),
+        ("data.num_workers=-1", "data.num_workers is -1, expected 0 or more"),
+        ("model.block.num_heads=0", "block.num_heads is 0, expected 1 or more"),
+        ("model.modalities.audio.decoder.groups=0", "decoder.groups is 0, expected 1 or more"),
+        ("model.modalities.audio.position_depth=0", "position_depth is 0, expected 1 or more"),
+        ("lr.warmup_steps=-5", "lr.warmup_steps is -5, expected 0 or more"),
     ],
 )
 def test_impossible_run_is_refused_with_both_values(shards: Path, override: str, message: str) -> None:
@@ -236,12 +299,13 @@ def test_faults_of_config_data_and_json_appear_together(shards: Path, tmp_path: 
     with pytest.raises(ConfigError) as caught:
         _prepare(
             shards, "lr.pek=1", "ema.end_decay=7", "data.sample_rate_hz=8000", "mask.block_length=300",
-            f"engine.deepspeed={path}",
+            "optim.eps=small", f"engine.deepspeed={path}",
         )  # fmt: skip
     text = str(caught.value)
-    assert "5 problem(s)" in text
+    assert "6 problem(s)" in text
     for part in (
         "lr.pek: unknown key; did you mean lr.peak?",
+        "optim.eps: Input should be a valid number",
         "ema.end_decay is 7.0",
         "data.sample_rate_hz is 8000",
         "mask, for clips",

@@ -70,6 +70,12 @@ def test_nan_in_a_vector_fails(copy: Path) -> None:
     assert report.errors["targets"] == float("inf")
 
 
+def test_tensor_that_nothing_is_compared_with_fails(copy: Path) -> None:
+    tensors = load_file(copy / "audio_micro.safetensors")
+    save_file(tensors | {"mid/student/somewhere_else": torch.zeros(3)}, copy / "audio_micro.safetensors")
+    assert "nothing to compare with mid/student/somewhere_else" in verify_case(copy, "audio_micro", 1e-4)[1]
+
+
 def test_missing_weight_and_truncated_file_fail_with_a_reason(copy: Path) -> None:
     tensors = load_file(copy / "audio_micro.safetensors")
     save_file(

@@ -71,7 +71,7 @@ class Guard:
         low_rank = "the targets have become a code of few dimensions; raise the EMA decay, lower lr.peak"
         floors = [
             ("target/effective_rank", self.config.min_effective_rank, low_rank),
-            ("local/effective_rank", min(self.config.min_effective_rank, 4.0), "the local encoder has collapsed"),
+            ("local/effective_rank", min(self.config.min_effective_rank, 1.5), "the local encoder has collapsed"),
             ("target/std", self.config.min_std, "the targets hardly vary between tokens"),
             ("pred/std", min(self.config.min_std, 0.01), "the predictions hardly vary between tokens"),
         ]
