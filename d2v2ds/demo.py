@@ -8,6 +8,7 @@ labels exist. Every step is the command a user would type, and is printed before
 """
 
 import argparse
+import hashlib
 import os
 import shlex
 import shutil
@@ -54,7 +55,8 @@ def demo(runs: Path, data: Path | None, ranks: int, overrides: list[str]) -> Non
         corpus = runs / "corpus"
         python("preprocessing.sample_corpus", "--output", str(corpus))
         data = corpus / "manifest.tsv"
-    clips, joined, folder = runs / "clips", runs / "joined", runs / "run"
+    key = hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:8]  # packings of different data do not mix
+    clips, joined, folder = runs / f"clips-{key}", runs / f"joined-{key}", runs / "run"
     shutil.rmtree(folder, ignore_errors=True)
     python("preprocessing.pack_audio", "--input", str(data), "--output", str(clips), *PACKING)
     source = clips

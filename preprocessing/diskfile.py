@@ -55,7 +55,6 @@ class ChecksumFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._crc = zlib.crc32(view, self._crc)
         self.bytes += len(view)
         done = 0
         while done < len(view):
@@ -67,7 +66,7 @@ class ChecksumFile(io.RawIOBase):
                 self._wait()
                 self._filling, self._writing = self._writing, self._filling
                 self._used = 0
-                self._pending = self._background.submit(_write_all, self._descriptor, self._writing)
+                self._pending = self._background.submit(self._put, self._writing)
         return len(view)
 
     def tell(self) -> int:
@@ -75,14 +74,14 @@ class ChecksumFile(io.RawIOBase):
 
     @property
     def crc32(self) -> str:
-        """As `d2v2ds.data.schema.ShardEntry.crc32`."""
+        """As `d2v2ds.data.schema.ShardEntry.crc32`; whole after `sync`."""
         return f"{self._crc:08x}"
 
     def sync(self) -> None:
         """Write what is left and return when everything is on the disk."""
         self._wait()
         _use_page_cache(self._descriptor)  # the last piece is no whole number of blocks
-        _write_all(self._descriptor, self._filling[: self._used])
+        self._put(self._filling[: self._used])
         self._used = 0
         os.fsync(self._descriptor)
 
@@ -96,6 +95,11 @@ class ChecksumFile(io.RawIOBase):
                 give_buffer(self._filling)
                 give_buffer(self._writing)
                 super().close()
+
+    def _put(self, piece: memoryview) -> None:
+        """Sum and write the next piece; in the background thread, in order, one at a time."""
+        self._crc = zlib.crc32(piece, self._crc)
+        _write_all(self._descriptor, piece)
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None

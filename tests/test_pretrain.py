@@ -261,6 +261,28 @@ def test_probe_scores_a_run(unbroken: Path, shards: Path, capsys: pytest.Capture
     assert probe_main([*arguments, "--label", "accent"]) == 2
 
 
+@pytest.mark.distributed
+def test_demo_goes_from_recordings_to_a_verdict(shards: Path, tmp_path: Path) -> None:
+    arguments = ["--runs", str(tmp_path / "demo"), "--data", str(shards.parent / "manifest.tsv"), "--", *SMALL]
+    for _ in range(2):  # the second time the packing is kept
+        done = subprocess.run(
+            [sys.executable, "-m", "d2v2ds.demo", *arguments],
+            env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    printed = done.stdout
+    assert "at random init" in printed
+    for line in ("curves ", "checkpoint ", "TensorBoard ", "export "):
+        assert f"\n{line}" in printed
+    assert (tmp_path / "demo" / "run" / "curves.png").stat().st_size > 10_000
+    stopped = subprocess.run(
+        [sys.executable, "-m", "d2v2ds.demo", "--runs", str(tmp_path / "no"), "--data", str(tmp_path / "nowhere")],
+        env=environment(), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert stopped.returncode == 1
+    assert "found nothing there" in stopped.stderr
+
+
 # ------------------------------------------------------------------ refusals, before any process group
 
 
