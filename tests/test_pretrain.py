@@ -183,6 +183,21 @@ def test_other_launchers_and_rank_counts_see_the_same_batches(
 
 
 @pytest.mark.distributed
+def test_slurms_variables_are_enough_to_start(unbroken: Path, shards: Path, tmp_path: Path) -> None:
+    """What `srun` sets for each task, with the rendezvous that a batch script exports."""
+    common = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    run_dir, tasks = tmp_path / "slurm", []
+    for task in ("0", "1"):
+        own = environment() | common | {"SLURM_PROCID": task, "SLURM_LOCALID": task}
+        log = (tmp_path / task).open("w")
+        tasks.append(
+            subprocess.Popen(command("plain", 1, shards, run_dir, "run.save_every_steps=8"), env=own, stderr=log)
+        )
+    assert [task.wait(timeout=240) for task in tasks] == [0, 0], (tmp_path / "0").read_text()[-3000:]
+    assert deterministic(run_dir)[-1]["loss/regression"] == deterministic(unbroken)[-1]["loss/regression"]
+
+
+@pytest.mark.distributed
 def test_more_ranks_than_micro_batches_give_the_same_losses(unbroken: Path, shards: Path, tmp_path: Path) -> None:
     """On four ranks one has nothing but a filler in every step; it must reduce as many numbers as the others."""
     run_dir = tmp_path / "four"
