@@ -1,0 +1,21 @@
+"""The step benchmark runs at tiny size, with torch and numpy alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BLOCKED = ("deepspeed", "pyarrow", "pydantic", "yaml", "tensorboard", "safetensors", "soundfile", "matplotlib", "tqdm")
+
+
+def test_step_benchmark_needs_only_torch_and_numpy() -> None:
+    script = Path(__file__).with_name("step.py")
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); "
+        f"sys.argv = ['step.py', '--config', 'tiny', '--seconds', '1', '--repeats', '1', '--paths', 'auto,explicit']; "
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["fp32", "auto"], ["fp32", "explicit"], ["bf16", "auto"], ["bf16", "explicit"]]
+    assert all(float(row[3]) > 0 and float(row[5]) > 0 for row in rows)
