@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from d2v2ds.interop.keymap import to_official, to_ours
 from d2v2ds.interop.official_config import UnsupportedOptionError, conv_layers, model_config
 from d2v2ds.verify import case_names, main, verify_case
+from tests.oracles.official_step import Options, write_case
 
 MICRO = Path(__file__).parent / "golden" / "micro"
 REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")) / "golden"
@@ -31,6 +32,35 @@ def test_reference_case_passes(name: str) -> None:
     assert problem == ""
     assert report.passed, report.errors
     assert ("traj final student" in report.errors) == (REFERENCE / f"{name}.traj.json").exists()
+
+
+CASES = {
+    "six_heads": Options(),
+    "twelve_heads_no_prenet_one_mask": Options(width=96, heads=12, prenet=0, depth=3, masks=1, decoder_width=96),
+    "odd_kernels": Options(position_kernel=7, decoder_kernel=5),
+    "padded": Options(real_samples=(900, 520)),
+    "padded_without_alibi": Options(real_samples=(900, 300), scale_shape="none"),
+    "padding_that_covers_no_token": Options(real_samples=(900, 899)),
+    "uneven_and_padded": Options(uneven=True, masks=4, real_samples=(900, 600)),
+    "own_front_end": Options(own_front_end=True),
+    "scale_per_block": Options(scale_shape="block"),
+    "one_scale": Options(scale_shape="one"),
+    "fixed_scale": Options(learned_scale=False),
+    "smooth_l1_and_other_norms": Options(beta=1.5, layer_norm="layer", final_norm="instance"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_implementation_agrees(name: str, tmp_path: Path) -> None:
+    write_case(tmp_path, name, CASES[name])
+    report, problem = verify_case(tmp_path, name, tolerance=1e-4)
+    assert problem == ""
+    assert report.passed, report.errors
+
+
+def test_pre_norm_block_is_unsupported_by_name(tmp_path: Path) -> None:
+    write_case(tmp_path, "pre_norm", Options(), {"layer_norm_first": True})
+    assert verify_case(tmp_path, "pre_norm", 1e-4)[1] == "unsupported: layer_norm_first=True"
 
 
 @pytest.fixture
