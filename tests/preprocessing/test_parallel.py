@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ from tests.preprocessing.helpers import clean_environment, contents, run_module
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 needs_mpi = pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside this Python: install the extra mpi")
+
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    """Removes the shared memory that MPICH leaves behind when its ranks are aborted."""
+    before = set(SHARED_MEMORY.glob("mpich_shm_*"))
+    yield
+    for left in set(SHARED_MEMORY.glob("mpich_shm_*")) - before:
+        left.unlink()
 
 
 def mpirun(
@@ -56,6 +69,7 @@ def test_an_error_that_all_ranks_share_is_printed_once(tmp_path: Path) -> None:
 
 @needs_mpi
 @pytest.mark.distributed
+@pytest.mark.usefixtures("no_leftovers")
 def test_one_failing_rank_ends_all_of_them(recordings: Path, tmp_path: Path) -> None:
     result = mpirun(
         3, recordings, tmp_path / "out", "--shard-bytes", "128K", module="tests.preprocessing.fail_on_rank_one"
