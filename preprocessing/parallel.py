@@ -29,6 +29,9 @@ _POLL_S = 0.01
 _TASK_VARIABLES = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 _LAUNCHER_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
+FORWARDING_SECONDS = 1.0
+"""Pause between a rank's last message and its abort: launchers drop output that they have not yet passed on."""
+
 
 class Team(Protocol):
     """Processes that work on one output folder."""
@@ -256,6 +259,7 @@ class MpiTeam:
         else:
             traceback.print_exception(kind, error, trace)
             sys.stderr.flush()
+        time.sleep(FORWARDING_SECONDS)
         self._world.Abort(exit_code(error))
 
 
