@@ -46,7 +46,7 @@ def python(module: str, *arguments: str) -> None:
 def joins_clips(shards: ArrowShards) -> bool:
     """Whether most clips are too short to pretrain on and all have a speaker by whom to join them."""
     short = (shards.num_samples[:] < 3 * shards.sample_rate_hz).mean() > 0.5
-    return bool(short) and all(shards[i].speaker for i in range(len(shards)))
+    return bool(short) and all(shards.read_labels(i).speaker for i in range(len(shards)))
 
 
 def demo(runs: Path, data: Path | None, ranks: int, overrides: list[str]) -> None:
@@ -76,7 +76,7 @@ def demo(runs: Path, data: Path | None, ranks: int, overrides: list[str]) -> Non
         f"audio_tiny, {int(records[-1]['step'])} steps, {records[-1]['data/hours']:.2f} hours of audio",
     )
     shards = ArrowShards(clips)
-    rows = [shards[i] for i in range(len(shards))]
+    rows = [shards.read_labels(i) for i in range(len(shards))]
     if len({row.speaker for row in rows if row.label and row.speaker}) > 1:
         python("d2v2ds.probe", str(folder), "--shards", str(clips), "--label", "label", "--leave-out", "speaker")
     else:

@@ -95,7 +95,7 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
         resume(config, student, teacher, plan, guard, progress)
         if comm.rank() == 0:
             provenance.write(config.run.dir, to_yaml(config), ds_config)
-        describe(config, student, plan, shards)
+        describe(config, plan, shards)
         loader = build_loader(
             shards,
             plan,
@@ -287,7 +287,7 @@ def loop_config(config: RunConfig, dtype: torch.dtype) -> LoopConfig:
     )
 
 
-def describe(config: RunConfig, student: Engine, plan: BatchPlan, shards: ArrowShards) -> None:
+def describe(config: RunConfig, plan: BatchPlan, shards: ArrowShards) -> None:
     """Say what is about to run: sizes, derived accumulation, length of an epoch."""
     epoch = plan.estimate_epoch()
     accumulation = config.batch.accumulation(comm.world())

@@ -28,7 +28,7 @@ from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.keymap import to_ours
 from d2v2ds.interop.official_config import UnsupportedOptionError, model_config
 from d2v2ds.model.alibi import alibi_slopes, dense_bias
-from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, StudentOutput, select_masked, total_loss
+from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, StudentOutput, total_loss
 from d2v2ds.model.loss import channel_moments, mean_channel_std
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
@@ -253,8 +253,7 @@ def check_step(case: Case, report: Report) -> None:
     for name in ("decoder_in", "decoder_out"):
         if f"mid/{name}" in case.tensors:
             report.compare(name, mine[name], case.tensors[f"mid/{name}"])
-    target_rows = out["target"].repeat_interleave(batch.masks.num_masks, 0)
-    target = select_masked(target_rows, masked, batch.num_masked)
+    target = out["wanted"]
     report.compare("targets", out["target"], case.tensors["out/targets_full"])
     report.compare("regression target", target, case.tensors["out/regression_target"])
     report.compare("regression prediction", out["pred"], case.tensors["out/regression_pred"])
@@ -347,8 +346,7 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, rate, hyper["max_update"])
         optimizer.step()
-        _, masked = batch.masks.rows()
-        target = select_masked(out["target"].repeat_interleave(batch.masks.num_masks, 0), masked, batch.num_masked)
+        target = out["wanted"]
         report.compare("traj sample size", batch.num_masked, expected["sample_size"])
         report.compare("traj learning rate", optimizer.param_groups[0]["lr"], expected["lr"])
         report.compare("traj loss", total_loss(out).detach() / batch.num_masked, expected["loss_per_sample"])

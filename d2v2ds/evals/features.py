@@ -32,7 +32,7 @@ def annotation(shards: ArrowShards, name: str) -> list[str | None]:
         raise ShardError(
             f"{shards.folder}: no annotation {name!r}; there are {', '.join(COLUMNS)}, label = {packed_as}"
         )
-    values = [getattr(shards[i], column) for i in range(len(shards))]
+    values = [getattr(shards.read_labels(i), column) for i in range(len(shards))]
     if not any(values):
         raise ShardError(f"{shards.folder}: no row has a {name}; pack a manifest with that column")
     return values
@@ -55,9 +55,7 @@ def pooled_features(
     """
     device = next(model.parameters()).device
     pooled: list[list[NDArray[np.float32]]] = []
-    for row in tqdm(
-        range(len(shards)) if rows is None else rows, desc=progress, unit="clip", leave=False, disable=None
-    ):
+    for row in tqdm(rows, desc=progress, unit="clip", leave=False, disable=None):
         waveform = torch.empty(1, int(shards.num_samples[row]))
         decode(shards, row, 0, waveform.numpy()[0])
         pooled.append([layer.mean(1)[0].float().cpu().numpy() for layer in model.layers("audio", waveform.to(device))])
