@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from d2v2ds.errors import ConfigError, D2V2Error, MissingExtraError
-from preprocessing.sources import Report
+from preprocessing.progress import Report
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -173,7 +173,7 @@ def _run_worker(connection: Connection, work: Work[Job, Result], jobs: Sequence[
     """The life of a child process. If its parent is gone, the next report fails and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_FAILED))  # leave no temporary file behind
-    report = _Throttle(lambda files, samples: connection.send(("progress", (files, samples))))
+    report = _Throttle(lambda files, size: connection.send(("progress", (files, size))))
     try:
         for number, job in jobs:
             result = work(job, report.add)
@@ -215,14 +215,14 @@ class MpiTeam:
     def map(self, work: Work[Job, Result], jobs: Sequence[Job], report: Report) -> list[Result]:
         mine = list(enumerate(jobs))[self._world.rank :: self.size]
         if not self.is_leader:
-            throttle = _Throttle(lambda files, samples: self._world.send((files, samples), dest=0, tag=self._PROGRESS))
+            throttle = _Throttle(lambda files, size: self._world.send((files, size), dest=0, tag=self._PROGRESS))
             done = [(number, work(job, throttle.add)) for number, job in mine]
             throttle.flush()
             self._world.send(done, dest=0, tag=self._DONE)
             return []
 
-        def add(files: int, samples: int) -> None:
-            report(files, samples)
+        def add(files: int, size: int) -> None:
+            report(files, size)
             self._listen(report, gathered)
 
         gathered: list[tuple[int, Result]] = []
@@ -275,17 +275,17 @@ class _Throttle:
 
     def __init__(self, send: Report) -> None:
         self._send = send
-        self._files = self._samples = 0
+        self._files = self._size = 0
         self._sent = time.monotonic()
 
-    def add(self, files: int, samples: int) -> None:
+    def add(self, files: int, size: int) -> None:
         self._files += files
-        self._samples += samples
+        self._size += size
         if time.monotonic() - self._sent >= _REPORT_PERIOD_S:
             self.flush()
 
     def flush(self) -> None:
         if self._files:
-            self._send(self._files, self._samples)
-            self._files = self._samples = 0
+            self._send(self._files, self._size)
+            self._files = self._size = 0
         self._sent = time.monotonic()

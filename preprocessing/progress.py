@@ -1,22 +1,44 @@
-"""One progress line: files, hours, times real time, time left. On a terminal it is rewritten, elsewhere repeated."""
+"""One progress line: files, amount, speed, time left. On a terminal it is rewritten, elsewhere repeated."""
 
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TextIO
 
 _TERMINAL_PERIOD_S = 0.5
 _LOG_PERIOD_S = 10.0
 
+Report = Callable[[int, int], None]
+"""Told of progress: (files, size) since the last call; size in samples, bytes or what the modality counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How a size is said."""
+
+    amount: float
+    """Size of one of `amount_unit`."""
+    amount_unit: str
+    amount_decimals: int = 0
+    speed: float
+    """Size per second that is one of `speed_unit`."""
+    speed_unit: str
+
+
+MEBIBYTES = Measure(amount=1 << 20, amount_unit="MiB", speed=1 << 20, speed_unit="MiB/s")
+"""For sizes in bytes."""
+
 
 class Progress:
-    """Counts files and samples and prints now and then.
+    """Counts files and sizes and prints now and then.
 
     Args:
         name: first word of the line.
         files: how many will come.
-        samples: how many samples will come; 0 if only files are counted.
-        sample_rate_hz: turns samples into hours.
-        unit: what is counted beside the samples.
+        size: how much will come; 0 if only files are counted.
+        measure: of the size.
+        unit: what is counted beside the size.
         stream: where to print; standard error by default.
     """
 
@@ -24,26 +46,26 @@ class Progress:
         self,
         name: str,
         files: int,
-        samples: int = 0,
-        sample_rate_hz: int = 16000,
+        size: int = 0,
+        measure: Measure = MEBIBYTES,
         unit: str = "files",
         stream: TextIO | None = None,
     ) -> None:
         self._name = name
         self._total_files = files
-        self._total_samples = samples
-        self._rate = sample_rate_hz
+        self._total_size = size
+        self._measure = measure
         self._unit = unit
         self._stream = stream or sys.stderr
         self._rewrite = self._stream.isatty()
         self._files = 0
-        self._samples = 0
+        self._size = 0
         self._start = self._printed = time.monotonic()
 
-    def add(self, files: int, samples: int) -> None:
+    def add(self, files: int, size: int) -> None:
         """Count finished work and print if it is time."""
         self._files += files
-        self._samples += samples
+        self._size += size
         now = time.monotonic()
         if now - self._printed >= (_TERMINAL_PERIOD_S if self._rewrite else _LOG_PERIOD_S):
             self._printed = now
@@ -58,10 +80,14 @@ class Progress:
         seconds = max(time.monotonic() - self._start, 1e-9)
         parts = [f"{self._name}: {self._files:,} of {self._total_files:,} {self._unit}"]
         done, total = self._files, self._total_files
-        if self._total_samples:
-            done, total = self._samples, self._total_samples
-            hours, all_hours = (count / self._rate / 3600 for count in (done, total))
-            parts += [f"{hours:.2f} of {all_hours:.2f} h", f"{done / self._rate / seconds:,.0f} x real time"]
+        if self._total_size:
+            done, total = self._size, self._total_size
+            measure = self._measure
+            amount, whole = (f"{size / measure.amount:,.{measure.amount_decimals}f}" for size in (done, total))
+            parts += [
+                f"{amount} of {whole} {measure.amount_unit}",
+                f"{done / measure.speed / seconds:,.0f} {measure.speed_unit}",
+            ]
         if 0 < done < total:
             left = int(seconds * (total - done) / done)
             parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")

@@ -1,89 +1,26 @@
-"""What there is to pack: folder trees, LibriSpeech trees and TSV manifests become one list of `Clip`; headers are read.
-
-A folder becomes a sorted list of its audio files. Inside it, a folder ``S/C`` that holds ``S-C.trans.txt`` is read as
-LibriSpeech's: transcripts from that file, the speaker from the path, the file's stem as id. A manifest keeps its order.
-"""
+"""What all searches for input share: walking folders, TSV manifests, unique ids, and how messages name places."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
-
 from d2v2ds.errors import ConfigError
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 MAX_LISTED = 5
 """Files or lines named in one error message."""
-_STREAMINFO_BYTES = 42
-_LARGEST_RATIO = 64
-"""Samples per byte of file that no format reaches with speech: above it a header's length is not believed."""
-
-Report = Callable[[int, int], None]
-"""Told of progress: (files, samples) since the last call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clip:
-    """One input file with what is known of it."""
+class ManifestLine:
+    """One file named by a TSV manifest."""
 
-    id: str
     path: str
-    """Where to open it."""
-    source: str
-    """How it is named in the shards: below its input folder, or as its manifest writes it."""
+    """As the manifest writes it, relative to the manifest."""
     place: str
-    """Where a message should point: the source, or the manifest's line."""
-    text: str | None = None
-    label: str | None = None
-    speaker: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """What opening a file told. `fault` says why it cannot be packed."""
-
-    bytes: int = 0
-    num_frames: int = 0
-    sample_rate_hz: int = 0
-    channels: int = 0
-    fault: str | None = None
-    missing: bool = False
-
-
-def find_clips(inputs: Sequence[Path], label_column: str = "label") -> list[Clip]:
-    """List the files of all inputs, in an order that depends on nothing else.
-
-    Args:
-        inputs: folders and TSV manifests.
-        label_column: the manifest column stored as label.
-
-    Raises:
-        ConfigError: if an input is missing or empty, a manifest is malformed, or ids are not unique.
-    """
-    clips: list[Clip] = []
-    for root in inputs:
-        if root.is_dir():
-            found = list(_clips_of_folder(root))
-        elif root.is_file():
-            found = _clips_of_manifest(root, label_column)
-        else:
-            raise ConfigError(f"--input {root}: expected a folder or a TSV manifest, found nothing there")
-        if not found:
-            raise ConfigError(f"--input {root}: expected audio ({', '.join(sorted(AUDIO_SUFFIXES))}), found none")
-        clips.extend(found)
-    _check_unique(clips)
-    return clips
-
-
-def read_headers(paths: Sequence[str], report: Report) -> list[Header]:
-    """Open every file once and read its header; nothing is decoded."""
-    headers = []
-    for path in paths:
-        headers.append(_read_header(path))
-        report(1, 0)
-    return headers
+    """Where a message should point."""
+    values: dict[str, str | None]
+    """The optional columns by name; None where the column is absent or empty."""
 
 
 def utf8(text: str) -> str:
@@ -99,62 +36,36 @@ def listed(places: Iterable[str], total: int) -> str:
     return "\n".join(lines)
 
 
-def parse_streaminfo(start: bytes) -> tuple[int, int, int] | None:
-    """(frames, sample rate in Hz, channels) from the first bytes of a FLAC file (RFC 9639, section 8.2).
+def check_unique(named: Iterable[tuple[str, str]]) -> None:
+    """Raise a `ConfigError` if an id of the (id, place) pairs occurs twice."""
+    first: dict[str, str] = {}
+    doubled = []
+    for id, place in named:
+        if id in first:
+            doubled.append(f"{id!r}: {first[id]} and {place}")
+        first.setdefault(id, place)
+    if doubled:
+        raise ConfigError(
+            f"{len(doubled)} ids occur more than once; give each file once, or add an 'id' column:\n"
+            f"{listed(doubled, len(doubled))}"
+        )
 
-    Three times as fast as opening the file through libsndfile, which counts when a corpus has 300,000 of them.
 
-    Returns:
-        None if this is no FLAC file that begins with its length; libsndfile then has to find out.
+def check_present(missing: Sequence[str]) -> None:
+    """Raise a `ConfigError` if a manifest names files that do not exist, given their places."""
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} files do not exist; correct the paths (relative to the manifest) or remove the lines:\n"
+            f"{listed(missing, len(missing))}"
+        )
+
+
+def walk(root: Path, suffixes: Collection[str]) -> list[tuple[str, list[str]]]:
+    """Folders below `root` that hold files of these suffixes (lower case), with the files' names; all sorted.
+
+    Links are followed, each real folder is entered once, hidden files and folders are left out.
     """
-    if len(start) < _STREAMINFO_BYTES or start[:4] != b"fLaC" or start[4] & 0x7F:
-        return None
-    packed = int.from_bytes(start[18:26], "big")  # 20 bits rate, 3 channels - 1, 5 sample size - 1, 36 frames
-    frames, rate = packed & ((1 << 36) - 1), packed >> 44
-    return (frames, rate, (packed >> 41 & 7) + 1) if frames and rate else None
-
-
-def _read_header(path: str) -> Header:
-    try:
-        size = os.stat(path).st_size  # noqa: PTH116  (a Path per file costs a tenth of the scan)
-        if size == 0:
-            return Header(fault="empty file (0 bytes)")
-        with open(path, "rb") as start:  # noqa: PTH123
-            known = parse_streaminfo(start.read(_STREAMINFO_BYTES))
-        if known is None:
-            with soundfile.SoundFile(path) as file:
-                known = file.frames, file.samplerate, file.channels
-        frames, rate, channels = known
-    except FileNotFoundError:
-        return Header(fault="no such file", missing=True)
-    except soundfile.LibsndfileError as error:
-        return Header(bytes=size, fault=f"unreadable: {error.error_string}")
-    except OSError as error:
-        return Header(fault=f"unreadable: {error.strerror}")
-    if channels < 1:
-        return Header(bytes=size, fault="zero channels")
-    if frames > size * _LARGEST_RATIO:  # a stream that was never closed has no length; the plan needs only an estimate
-        frames = size
-    fault = "no samples" if frames < 1 else None
-    return Header(bytes=size, num_frames=frames, sample_rate_hz=rate, channels=channels, fault=fault)
-
-
-def _clips_of_folder(root: Path) -> Iterator[Clip]:
-    for folder, names in sorted(_walk(root)):
-        transcripts = _librispeech_transcripts(Path(folder))
-        for name in sorted(names):
-            path = os.path.join(folder, name)  # noqa: PTH118  (300,000 files)
-            source = utf8(os.path.relpath(path, root).replace(os.sep, "/"))
-            if transcripts is None:
-                yield Clip(id=source, path=path, source=source, place=source)
-            else:
-                stem = utf8(Path(name).stem)
-                speaker = Path(folder).parent.name
-                yield Clip(id=stem, path=path, source=source, place=source, text=transcripts.get(stem), speaker=speaker)
-
-
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Folders below `root` with their audio files; links are followed, each real folder is entered once."""
+    found = []
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)  # noqa: PTH116
@@ -163,62 +74,52 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        audio = [name for name in names if Path(name).suffix.lower() in AUDIO_SUFFIXES and not name.startswith(".")]
-        if audio:
-            yield folder, audio
+        kept = [
+            name
+            for name in names
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")  # noqa: PTH122  (300,000 files)
+        ]
+        if kept:
+            found.append((folder, sorted(kept)))
+    return sorted(found)
 
 
-def _librispeech_transcripts(folder: Path) -> dict[str, str] | None:
-    """Utterance id to transcript, if this is a chapter folder ``speaker/chapter`` of LibriSpeech; else None."""
-    path = folder / f"{folder.parent.name}-{folder.name}.trans.txt"
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {key: text for key, _, text in (line.partition(" ") for line in lines)}
+def source_name(root: Path, path: str) -> str:
+    """How a file below an input folder is named in the shards."""
+    return utf8(os.path.relpath(path, root).replace(os.sep, "/"))
 
 
-def _clips_of_manifest(manifest: Path, label_column: str) -> list[Clip]:
+def read_manifest(manifest: Path, optional: Sequence[str], required: Sequence[str] = ()) -> Iterator[ManifestLine]:
+    """The lines of a TSV manifest with the column `path` and perhaps others.
+
+    Args:
+        manifest: UTF-8 with a header line.
+        optional: columns that `ManifestLine.values` shall have.
+        required: those of them that must be there.
+
+    Raises:
+        ConfigError: if it is malformed; lines are named.
+    """
     try:
         lines = manifest.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{manifest}: expected UTF-8 text, found {error}") from error
     columns = lines[0].split("\t") if lines else []
-    required = ["path"] if label_column == "label" else ["path", label_column]
-    if absent := [name for name in required if name not in columns]:
+    if absent := [name for name in ("path", *required) if name not in columns]:
         raise ConfigError(
             f"{manifest} line 1: expected tab-separated column names with {', '.join(map(repr, absent))}, "
-            f"found {columns}; 'id', 'text', 'speaker' and the label column are optional"
+            f"found {columns}; optional: {', '.join(map(repr, optional))}"
         )
     fields = [(number, line.split("\t")) for number, line in enumerate(lines[1:], start=2) if line.strip()]
     if wrong := [f"line {number}: {len(values)} fields" for number, values in fields if len(values) != len(columns)]:
         raise ConfigError(f"{manifest}: expected {len(columns)} tab-separated fields:\n{listed(wrong, len(wrong))}")
-    at = {name: columns.index(name) for name in ("path", "id", "text", "speaker", label_column) if name in columns}
+    at = {name: columns.index(name) for name in ("path", *optional) if name in columns}
     if empty := [f"line {number}" for number, values in fields if not values[at["path"]]]:
         raise ConfigError(f"{manifest}: column 'path' is empty:\n{listed(empty, len(empty))}")
-
-    def value(values: list[str], column: str) -> str | None:
-        return values[at[column]] or None if column in at else None
-
-    return [
-        Clip(
-            id=value(values, "id") or values[at["path"]],
-            path=os.path.join(manifest.parent, values[at["path"]]),  # noqa: PTH118
-            source=values[at["path"]],
-            place=f"{manifest} line {number}: {values[at['path']]}",
-            text=value(values, "text"),
-            label=value(values, label_column),
-            speaker=value(values, "speaker"),
-        )
-        for number, values in fields
-    ]
-
-
-def _check_unique(clips: Sequence[Clip]) -> None:
-    first: dict[str, Clip] = {}
-    doubled = [(first[clip.id], clip) for clip in clips if first.setdefault(clip.id, clip) is not clip]
-    if doubled:
-        places = [f"{clip.id!r}: {earlier.place} and {clip.place}" for earlier, clip in doubled]
-        raise ConfigError(
-            f"{len(doubled)} ids occur more than once; give each file once, or add an 'id' column:\n"
-            f"{listed(places, len(places))}"
+    for number, values in fields:
+        path = values[at["path"]]
+        yield ManifestLine(
+            path=path,
+            place=f"{manifest} line {number}: {path}",
+            values={name: values[at[name]] or None if name in at else None for name in optional},
         )

@@ -1,8 +1,8 @@
 """The shard contract: names, columns, dtypes and the JSON of a shard folder. pyarrow and numpy only, no torch.
 
-A folder holds ``audio-00000.arrow``, ``audio-00001.arrow``, ... (Arrow IPC files, one row per example),
-``rows.npy`` (one fixed-size record per row), ``skipped.tsv`` and, written last of all, ``index.json``.
-A folder without an index is an unfinished folder. `preprocessing/README.md` documents the bytes.
+A folder holds ``audio-00000.arrow``, ``audio-00001.arrow``, ... (Arrow IPC files, one row per example; ``image-`` and
+``text-`` alike), ``rows.npy`` (one fixed-size record per row), ``skipped.tsv`` and, written last of all,
+``index.json``. A folder without an index is an unfinished folder. `preprocessing/README.md` documents the bytes.
 """
 
 import json
@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from d2v2ds.errors import ShardError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INDEX_NAME = "index.json"
 ROWS_NAME = "rows.npy"
 SKIPPED_NAME = "skipped.tsv"
@@ -26,36 +27,109 @@ SKIPPED_NAME = "skipped.tsv"
 Codec = Literal["pcm16", "flac"]
 CODECS: tuple[Codec, ...] = ("pcm16", "flac")
 
-ROW_DTYPE = np.dtype([("shard", "<u4"), ("row", "<u4"), ("num_samples", "<i8")])
-"""One record of ``rows.npy``: number of the shard, row inside it, length of the waveform in samples."""
+ROW_DTYPE = np.dtype([("shard", "<u4"), ("row", "<u4"), ("size", "<i8")])
+"""One record of ``rows.npy``: number of the shard, row inside it, size of the row (`Layout.size`)."""
 
 SAMPLE_DTYPE = np.dtype("<i2")
 """A stored waveform: 16-bit little-endian, one channel; divided by `SAMPLE_SCALE` it lies in [-1, 1)."""
 SAMPLE_SCALE = 32768
-
-_AUDIO_FIELDS = [
-    pa.field("id", pa.large_string(), nullable=False),  # unique in the folder
-    pa.field("audio", pa.large_binary(), nullable=False),  # bytes of SAMPLE_DTYPE, or one FLAC stream
-    pa.field("num_samples", pa.int64(), nullable=False),
-    pa.field("mean", pa.float64(), nullable=False),  # of the stored samples / SAMPLE_SCALE, over the whole row
-    pa.field("var", pa.float64(), nullable=False),  # biased variance of the same
-    pa.field("text", pa.large_string()),
-    pa.field("label", pa.large_string()),
-    pa.field("speaker", pa.large_string()),
-    pa.field("source", pa.large_string(), nullable=False),  # path below the input; joined clips: one a line
-    pa.field("start_sample", pa.int64(), nullable=False),  # first sample of the row in its recording, at the row's rate
-]
+TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+"""Stored tokens by the index' `token_dtype`: the smallest that holds the vocabulary."""
 
 
-def audio_schema(codec: Codec, sample_rate_hz: int) -> pa.Schema:
-    """The Arrow schema of an audio shard; its metadata describes a shard that has lost its index."""
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the rows of one modality lie in a shard."""
+
+    fields: tuple[pa.Field, ...]
+    payload: str
+    """The column with the bytes of the example."""
+    size: tuple[str, ...]
+    """The columns whose product is the size of a row in ``rows.npy``."""
+    total: str
+    """Under which name of `Index.totals` the sum of all sizes stands."""
+    format: frozenset[str]
+    """What `Index.format` says."""
+
+
+def _column(name: str, kind: pa.DataType, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable)
+
+
+LAYOUTS = {
+    "audio": Layout(
+        fields=(
+            _column("id", pa.large_string()),  # unique in the folder
+            _column("audio", pa.large_binary()),  # bytes of SAMPLE_DTYPE, or one FLAC stream
+            _column("num_samples", pa.int64()),
+            _column("mean", pa.float64()),  # of the stored samples / SAMPLE_SCALE, over the whole row
+            _column("var", pa.float64()),  # biased variance of the same
+            _column("text", pa.large_string(), nullable=True),
+            _column("label", pa.large_string(), nullable=True),
+            _column("speaker", pa.large_string(), nullable=True),
+            _column("source", pa.large_string()),  # path below the input; joined clips: one a line
+            _column("start_sample", pa.int64()),  # first sample of the row in its recording, at the row's rate
+        ),
+        payload="audio",
+        size=("num_samples",),
+        total="samples",
+        format=frozenset({"codec", "sample_rate_hz"}),
+    ),
+    "image": Layout(
+        fields=(
+            _column("id", pa.large_string()),  # unique in the folder
+            _column("image", pa.large_binary()),  # an encoded image file
+            _column("width", pa.int32()),  # as displayed: after `orientation`
+            _column("height", pa.int32()),
+            _column("orientation", pa.int8()),  # EXIF: 1 to 8; what a reader still has to apply
+            _column("format", pa.large_string()),  # jpeg, png, ...
+            _column("label", pa.large_string(), nullable=True),
+            _column("source", pa.large_string()),  # path below the input; members of archives: ARCHIVE/MEMBER
+        ),
+        payload="image",
+        size=("width", "height"),
+        total="pixels",
+        format=frozenset({"shorter_side", "quality", "alpha_over"}),
+    ),
+    "text": Layout(
+        fields=(
+            _column("id", pa.large_string(), nullable=True),  # of rows that are one document each, else null
+            _column("tokens", pa.large_binary()),  # little-endian, of the index' token_dtype
+            _column("num_tokens", pa.int64()),
+            _column("label", pa.large_string(), nullable=True),  # as id
+            _column("source", pa.large_string()),  # where the block's first token comes from
+            _column("start", pa.int64()),  # number of the block inside its unit of packing
+        ),
+        payload="tokens",
+        size=("num_tokens",),
+        total="tokens",
+        format=frozenset({"token_dtype", "vocab_size", "block_tokens", "tokenizer", "tokenizer_file", "special"}),
+    ),
+}
+"""By modality, which is also the first word of the shards' names."""
+
+
+def shard_schema(modality: str, format: Mapping[str, Any]) -> pa.Schema:
+    """The Arrow schema of a shard; its metadata describes a shard that has lost its index.
+
+    Args:
+        modality: a key of `LAYOUTS`.
+        format: `Index.format`.
+    """
+    values = {"schema_version": SCHEMA_VERSION, "modality": modality, **format}
     metadata = {
-        "d2v2ds.schema_version": str(SCHEMA_VERSION),
-        "d2v2ds.modality": "audio",
-        "d2v2ds.codec": codec,
-        "d2v2ds.sample_rate_hz": str(sample_rate_hz),
+        f"d2v2ds.{name}": value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in values.items()
     }
-    return pa.schema(_AUDIO_FIELDS, metadata=metadata)
+    return pa.schema(LAYOUTS[modality].fields, metadata=metadata)
+
+
+def row_sizes(modality: str, batch: pa.RecordBatch) -> NDArray[np.int64]:
+    """(rows,) int64, the size of every row of a record batch as ``rows.npy`` has it."""
+    sizes = np.ones(batch.num_rows, dtype=np.int64)
+    for name in LAYOUTS[modality].size:
+        sizes *= batch.column(name).to_numpy()
+    return sizes
 
 
 def shard_name(modality: str, number: int) -> str:
@@ -69,8 +143,8 @@ class ShardEntry:
 
     file: str
     rows: int
-    samples: int
-    """Sum of the rows' lengths, in samples."""
+    size: int
+    """Sum of the rows' sizes: samples, pixels or tokens."""
     bytes: int
     crc32: str
     """CRC-32 (that of zlib and gzip) of the whole file, eight hexadecimal digits."""
@@ -91,22 +165,29 @@ class Index:
 
     schema_version: int = SCHEMA_VERSION
     modality: str
-    sample_rate_hz: int
-    codec: Codec
+    format: Mapping[str, Any]
+    """What a reader must know of every row, by names of `Layout.format`; audio: codec and rate."""
     settings: Mapping[str, Any]
     """The packer's options that change the bytes of the folder."""
     files: int
-    """Input files, the skipped ones included."""
+    """Input files, the skipped ones included; members of archives count one by one."""
     files_skipped: int
     plan_sha256: str
     """Fingerprint of the list of input files, their headers and annotations."""
     rows: int
-    samples: int
-    hours: float
+    totals: Mapping[str, Any]
+    """Sums over all rows; `Layout.total` names that of the sizes."""
     rows_file: FileEntry
+    files_beside: tuple[FileEntry, ...] = ()
+    """Other files that belong to the folder, such as a tokenizer."""
     shards: tuple[ShardEntry, ...]
     created_by: Mapping[str, Any] = field(default_factory=dict)
     """Command, date, worker count and library versions: the only part that may differ between equal folders."""
+
+    @property
+    def samples(self) -> int:
+        """Sum of the rows' sizes."""
+        return sum(entry.size for entry in self.shards)
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -138,12 +219,18 @@ def read_index(folder: Path) -> Index:
         )
     try:
         values["rows_file"] = FileEntry(**values["rows_file"])
+        values["files_beside"] = tuple(FileEntry(**entry) for entry in values["files_beside"])
         values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
-        return Index(**values)
+        index = Index(**values)
     except (KeyError, TypeError) as error:
         raise ShardError(
             f"{path}: expected the fields of schema version {SCHEMA_VERSION}, found {error}; pack the folder again"
         ) from error
+    if index.modality not in LAYOUTS:
+        raise ShardError(f"{path}: modality is {index.modality!r}, expected one of {', '.join(LAYOUTS)}")
+    if absent := sorted(LAYOUTS[index.modality].format - set(index.format)):
+        raise ShardError(f"{path}: expected {', '.join(absent)} in 'format', found {sorted(index.format)}")
+    return index
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -74,7 +74,7 @@ def generate(folder: Path, codec: str, num_clips: int) -> Path:
 
 def measure(shards: ArrowShards, repeats: int, num_steps: int) -> list[tuple[str, str, str]]:
     """Rows of the table for one folder."""
-    codec = shards.index.codec
+    codec = shards.index.format["codec"]
     plan = BatchPlan(shards.num_samples, sample_rate_hz=shards.sample_rate_hz, config=BATCHES, seed=0)
     micro = plan.window(0, 0)
     seconds = sum(len(m.rows) * m.num_samples for m in micro) / RATE

@@ -1,4 +1,4 @@
-"""`ArrowShards`: what was packed comes back, lazily, and damage is named."""
+"""`AudioShards`: what was packed comes back, lazily, and damage is named."""
 
 import gc
 import json
@@ -14,7 +14,7 @@ import soundfile
 
 from d2v2ds.data import shards as shards_module
 from d2v2ds.data.schema import ROW_DTYPE, FileEntry, Index, write_index
-from d2v2ds.data.shards import ArrowShards
+from d2v2ds.data.shards import AudioShards
 from d2v2ds.errors import ShardError
 from preprocessing.pack_audio import main as pack
 
@@ -43,7 +43,7 @@ def folder(request: pytest.FixtureRequest, clips: dict[str, np.ndarray], tmp_pat
 
 
 def test_rows_come_back_as_they_were_packed(folder: Path, clips: dict[str, np.ndarray]) -> None:
-    shards = ArrowShards(folder)
+    shards = AudioShards(folder)
     assert len(shards) == 16 and shards.sample_rate_hz == 16000 and len(shards.index.shards) > 1
     np.testing.assert_array_equal(shards.num_samples, [len(samples) for samples in clips.values()])
     for number, (name, samples) in enumerate(clips.items()):
@@ -58,7 +58,7 @@ def test_rows_come_back_as_they_were_packed(folder: Path, clips: dict[str, np.nd
 
 
 def test_crops_equal_slices_of_the_whole(folder: Path, clips: dict[str, np.ndarray]) -> None:
-    shards = ArrowShards(folder)
+    shards = AudioShards(folder)
     for number, samples in enumerate(clips.values()):
         for start, stop in ((0, 10), (1, len(samples)), (4097, 7999), (len(samples), len(samples))):
             np.testing.assert_array_equal(shards.read_audio(number, start, stop), samples[start:stop])
@@ -69,8 +69,8 @@ def test_crops_equal_slices_of_the_whole(folder: Path, clips: dict[str, np.ndarr
 
 
 def test_pcm16_samples_are_views_of_the_mapped_file(folder: Path) -> None:
-    shards = ArrowShards(folder)
-    if shards.index.codec != "pcm16":
+    shards = AudioShards(folder)
+    if shards.index.format["codec"] != "pcm16":
         pytest.skip("flac rows are decoded")
     samples = shards[3].samples
     allocated = pa.total_allocated_bytes()
@@ -80,9 +80,9 @@ def test_pcm16_samples_are_views_of_the_mapped_file(folder: Path) -> None:
 
 def test_rows_outlive_the_reader_and_its_open_shards(folder: Path, clips: dict[str, np.ndarray], monkeypatch) -> None:
     monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 1)
-    shards = ArrowShards(folder)
+    shards = AudioShards(folder)
     rows = [shards[number] for number in (0, 15, 7, 0)]
-    assert len(shards._open) == 1
+    assert len(shards._rows._open) == 1
     del shards
     gc.collect()
     expected = list(clips.values())
@@ -93,19 +93,19 @@ def test_rows_outlive_the_reader_and_its_open_shards(folder: Path, clips: dict[s
 def test_no_shard_is_opened_before_it_is_needed(folder: Path) -> None:
     for path in folder.glob("*.arrow"):
         path.unlink()
-    shards = ArrowShards(folder)
-    assert shards.num_samples.sum() == shards.index.samples
+    shards = AudioShards(folder)
+    assert shards.num_samples.sum() == shards.index.totals["samples"]
     with pytest.raises(ShardError, match=r"audio-00000\.arrow: expected \d+ bytes, found no such file"):
         shards[0]
 
 
-def _first_row(shards: ArrowShards) -> int:
+def _first_row(shards: AudioShards) -> int:
     return int(shards[0].samples.astype(np.int64).sum())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_readers_work_in_child_processes(folder: Path, method: str) -> None:
-    shards = ArrowShards(folder)
+    shards = AudioShards(folder)
     expected = _first_row(shards)
     with get_context(method).Pool(1) as pool:
         assert pool.apply(_first_row, (shards,)) == expected
@@ -123,13 +123,13 @@ def test_a_hundred_million_rows_open_without_being_read(tmp_path: Path) -> None:
     write_index(
         tmp_path,
         Index(
-            modality="audio", sample_rate_hz=16000, codec="pcm16", settings={}, files=0, files_skipped=0,
-            plan_sha256="", rows=count, samples=0, hours=0.0, shards=(),
+            modality="audio", format={"sample_rate_hz": 16000, "codec": "pcm16"}, settings={}, files=0,
+            files_skipped=0, plan_sha256="", rows=count, totals={"samples": 0, "hours": 0.0}, shards=(),
             rows_file=FileEntry(file="rows.npy", bytes=size, crc32=""),
         ),
     )  # fmt: skip
     before = _resident_bytes()
-    shards = ArrowShards(tmp_path)
+    shards = AudioShards(tmp_path)
     assert len(shards) == count
     assert isinstance(shards.num_samples, np.memmap) and isinstance(shards.records, np.memmap)
     assert shards.num_samples[[0, count // 2, count - 1]].tolist() == [0, 0, 0]
@@ -150,27 +150,27 @@ def test_a_folder_without_an_index_is_unfinished(folder: Path, tmp_path: Path) -
     (folder / "index.json").unlink()
     for path in (folder, tmp_path / "absent"):
         with pytest.raises(ShardError, match=r"found no index\.json"):
-            ArrowShards(path)
+            AudioShards(path)
 
 
 def test_another_schema_version_is_refused(folder: Path) -> None:
     change_index(folder, lambda values: values.update(schema_version=99))
-    with pytest.raises(ShardError, match=r"schema_version is 99.*reads 1"):
-        ArrowShards(folder)
+    with pytest.raises(ShardError, match=r"schema_version is 99.*reads 2"):
+        AudioShards(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}'])
 def test_a_damaged_index_is_named(folder: Path, text: str) -> None:
     (folder / "index.json").write_text(text)
     with pytest.raises(ShardError, match=r"index\.json"):
-        ArrowShards(folder)
+        AudioShards(folder)
 
 
 def test_a_shard_of_another_size_is_named_with_expected_and_found(folder: Path) -> None:
     path = folder / "audio-00001.arrow"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    shards = ArrowShards(folder)
+    shards = AudioShards(folder)
     shards[0]
     with pytest.raises(ShardError, match=rf"audio-00001\.arrow: expected {size} bytes, found {size - 1}"):
         shards[15 if len(shards.index.shards) == 2 else int(np.flatnonzero(shards.records["shard"] == 1)[0])]
@@ -182,24 +182,24 @@ def test_a_shard_with_broken_structure_is_named(folder: Path) -> None:
     data[-200:] = bytes(200)
     path.write_bytes(data)
     with pytest.raises(ShardError, match=r"audio-00000\.arrow: expected an Arrow IPC file"):
-        ArrowShards(folder)[0]
+        AudioShards(folder)[0]
 
 
 def test_a_shard_of_another_codec_or_rate_is_named(folder: Path) -> None:
-    change_index(folder, lambda values: values.update(sample_rate_hz=8000))
+    change_index(folder, lambda values: values["format"].update(sample_rate_hz=8000))
     with pytest.raises(ShardError, match=r"audio-00000\.arrow: .*sample_rate_hz: '8000'.*belongs to another folder"):
-        ArrowShards(folder)[0]
+        AudioShards(folder)[0]
 
 
 def test_a_truncated_rows_file_is_named(folder: Path) -> None:
     path = folder / "rows.npy"
     path.write_bytes(path.read_bytes()[:-16])
     with pytest.raises(ShardError, match=r"rows\.npy: expected \d+ bytes"):
-        ArrowShards(folder)
+        AudioShards(folder)
 
 
 def test_a_damaged_flac_row_is_a_shard_error(folder: Path) -> None:
-    if ArrowShards(folder).index.codec != "flac":
+    if AudioShards(folder).index.format["codec"] != "flac":
         pytest.skip("pcm16 has no structure to damage; `verify` sees it")
     path = folder / "audio-00000.arrow"
     data = bytearray(path.read_bytes())
@@ -207,4 +207,4 @@ def test_a_damaged_flac_row_is_a_shard_error(folder: Path) -> None:
     data[start : start + 4] = b"xxxx"
     path.write_bytes(data)
     with pytest.raises(ShardError, match=r"audio-00000\.arrow batch 0 row 0: expected a FLAC stream"):
-        ArrowShards(folder)[0]
+        AudioShards(folder)[0]

@@ -4,8 +4,8 @@ import sys
 
 from mpi4py import MPI
 
-from preprocessing import pack_audio
-from preprocessing.sources import Report
+from preprocessing import pack_audio, packing
+from preprocessing.progress import Report
 from preprocessing.writer import ShardJob, ShardResult, pack_shard
 
 
@@ -16,5 +16,5 @@ def fail(job: ShardJob, report: Report) -> ShardResult:
 
 
 if __name__ == "__main__":
-    pack_audio.pack_shard = fail
+    packing.pack_shard = fail
     sys.exit(pack_audio.main(["--input", sys.argv[1], "--output", sys.argv[2], *sys.argv[3:]]))

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from preprocessing import pack_audio
+from preprocessing import pack_audio, packing
 from preprocessing.plan import Skipped
 
 
@@ -13,5 +13,5 @@ def stop(folder: object, skipped: Sequence[Skipped]) -> None:
 
 
 if __name__ == "__main__":
-    pack_audio.write_skipped = stop
+    packing.write_skipped = stop
     pack_audio.main(["--input", sys.argv[1], "--output", sys.argv[2], *sys.argv[3:]])

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from preprocessing import pack_audio
-from preprocessing.pack_audio import main
+from preprocessing.audio_plan import AudioSettings
+from preprocessing.pack_audio import AudioPacker, main
+from preprocessing.packing import pack as pack_all
 from preprocessing.parallel import LocalTeam
-from preprocessing.plan import PackSettings
 from preprocessing.writer import PACKING_NAME, pack_shard
 from tests.preprocessing.helpers import clean_environment, contents, noise, run_module
 
@@ -39,7 +39,7 @@ def test_shards_open_with_plain_pyarrow(recordings: Path, tmp_path: Path) -> Non
     assert table.num_rows == index["rows"] == 24 and len(index["shards"]) > 3
     row = table.to_pylist()[0]
     samples, rate = soundfile.read(recordings / row["source"], dtype="int16")
-    assert rate == index["sample_rate_hz"] == 16000
+    assert rate == index["format"]["sample_rate_hz"] == 16000
     np.testing.assert_array_equal(np.frombuffer(row["audio"], dtype="<i2"), samples)
     assert table.schema.field("audio").type == pa.large_binary()
     assert {str(table.schema.field(name).type) for name in ("id", "text", "label", "speaker")} == {"large_string"}
@@ -334,5 +334,5 @@ def test_a_file_that_vanishes_while_packing_is_skipped(recordings: Path, tmp_pat
                 next(recordings.rglob("clip05*")).unlink()
             return super().map(work, jobs, report)
 
-    index = pack_audio.pack(Vanishing(1), [recordings], tmp_path / "out", PackSettings())
+    index = pack_all(Vanishing(1), [recordings], tmp_path / "out", AudioPacker(AudioSettings()))
     assert (index.files_skipped, index.rows) == (1, 23)

@@ -13,7 +13,7 @@ import pytest
 from d2v2ds.errors import ConfigError, D2V2Error
 from preprocessing.pack_audio import main
 from preprocessing.parallel import LocalTeam, check_world, choose_team
-from preprocessing.sources import Report
+from preprocessing.progress import Report
 from tests.preprocessing.helpers import clean_environment, contents, run_module
 
 MPIRUN = Path(sys.executable).parent / "mpirun"

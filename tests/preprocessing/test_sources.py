@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from d2v2ds.errors import ConfigError
-from preprocessing.sources import find_clips, parse_streaminfo, read_headers
+from preprocessing.audio_sources import find_clips, parse_streaminfo, read_headers
 
 
 def touch(path: Path, text: str = "") -> Path:

@@ -80,11 +80,11 @@ def test_a_missing_shard_is_named(packed: Path) -> None:
 def test_wrong_rows_file_is_named(packed: Path) -> None:
     rows = np.load(packed / "rows.npy")
     assert rows.dtype == ROW_DTYPE
-    rows["num_samples"][5] += 1
+    rows["size"][5] += 1
     np.save(packed / "rows.npy", rows)
     faults = verify(packed)
     assert any(fault.startswith("rows.npy: crc32") for fault in faults)
-    assert any(fault.startswith("rows.npy record 5: num_samples") for fault in faults)
+    assert any(fault.startswith("rows.npy record 5: size") for fault in faults)
 
 
 def test_wrong_totals_are_named(packed: Path) -> None:

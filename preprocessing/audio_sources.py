@@ -1,0 +1,162 @@
+"""Recordings to pack: folder trees, LibriSpeech trees and TSV manifests become one list of `Clip`; headers are read.
+
+A folder becomes a sorted list of its audio files. Inside it, a folder ``S/C`` that holds ``S-C.trans.txt`` is read as
+LibriSpeech's: transcripts from that file, the speaker from the path, the file's stem as id. A manifest keeps its order.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+
+from d2v2ds.errors import ConfigError
+from preprocessing.progress import Report
+from preprocessing.sources import check_unique, read_manifest, source_name, utf8, walk
+
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
+_STREAMINFO_BYTES = 42
+_LARGEST_RATIO = 64
+"""Samples per byte of file that no format reaches with speech: above it a header's length is not believed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """One input file with what is known of it."""
+
+    id: str
+    path: str
+    """Where to open it."""
+    source: str
+    """How it is named in the shards: below its input folder, or as its manifest writes it."""
+    place: str
+    """Where a message should point: the source, or the manifest's line."""
+    text: str | None = None
+    label: str | None = None
+    speaker: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What opening a file told. `fault` says why it cannot be packed."""
+
+    bytes: int = 0
+    num_frames: int = 0
+    sample_rate_hz: int = 0
+    channels: int = 0
+    fault: str | None = None
+    missing: bool = False
+
+
+def find_clips(inputs: Sequence[Path], label_column: str = "label") -> list[Clip]:
+    """List the files of all inputs, in an order that depends on nothing else.
+
+    Args:
+        inputs: folders and TSV manifests.
+        label_column: the manifest column stored as label.
+
+    Raises:
+        ConfigError: if an input is missing or empty, a manifest is malformed, or ids are not unique.
+    """
+    clips: list[Clip] = []
+    for root in inputs:
+        if root.is_dir():
+            found = list(_clips_of_folder(root))
+        elif root.is_file():
+            found = _clips_of_manifest(root, label_column)
+        else:
+            raise ConfigError(f"--input {root}: expected a folder or a TSV manifest, found nothing there")
+        if not found:
+            raise ConfigError(f"--input {root}: expected audio ({', '.join(sorted(AUDIO_SUFFIXES))}), found none")
+        clips.extend(found)
+    check_unique((clip.id, clip.place) for clip in clips)
+    return clips
+
+
+def read_headers(paths: Sequence[str], report: Report) -> list[Header]:
+    """Open every file once and read its header; nothing is decoded."""
+    headers = []
+    for path in paths:
+        headers.append(_read_header(path))
+        report(1, 0)
+    return headers
+
+
+def parse_streaminfo(start: bytes) -> tuple[int, int, int] | None:
+    """(frames, sample rate in Hz, channels) from the first bytes of a FLAC file (RFC 9639, section 8.2).
+
+    Three times as fast as opening the file through libsndfile, which counts when a corpus has 300,000 of them.
+
+    Returns:
+        None if this is no FLAC file that begins with its length; libsndfile then has to find out.
+    """
+    if len(start) < _STREAMINFO_BYTES or start[:4] != b"fLaC" or start[4] & 0x7F:
+        return None
+    packed = int.from_bytes(start[18:26], "big")  # 20 bits rate, 3 channels - 1, 5 sample size - 1, 36 frames
+    frames, rate = packed & ((1 << 36) - 1), packed >> 44
+    return (frames, rate, (packed >> 41 & 7) + 1) if frames and rate else None
+
+
+def _read_header(path: str) -> Header:
+    try:
+        size = os.stat(path).st_size  # noqa: PTH116  (a Path per file costs a tenth of the scan)
+        if size == 0:
+            return Header(fault="empty file (0 bytes)")
+        with open(path, "rb") as start:  # noqa: PTH123
+            known = parse_streaminfo(start.read(_STREAMINFO_BYTES))
+        if known is None:
+            with soundfile.SoundFile(path) as file:
+                known = file.frames, file.samplerate, file.channels
+        frames, rate, channels = known
+    except FileNotFoundError:
+        return Header(fault="no such file", missing=True)
+    except soundfile.LibsndfileError as error:
+        return Header(bytes=size, fault=f"unreadable: {error.error_string}")
+    except OSError as error:
+        return Header(fault=f"unreadable: {error.strerror}")
+    if channels < 1:
+        return Header(bytes=size, fault="zero channels")
+    if frames > size * _LARGEST_RATIO:  # a stream that was never closed has no length; the plan needs only an estimate
+        frames = size
+    fault = "no samples" if frames < 1 else None
+    return Header(bytes=size, num_frames=frames, sample_rate_hz=rate, channels=channels, fault=fault)
+
+
+def _clips_of_folder(root: Path) -> Iterator[Clip]:
+    for folder, names in walk(root, AUDIO_SUFFIXES):
+        transcripts = _librispeech_transcripts(Path(folder))
+        for name in names:
+            path = os.path.join(folder, name)  # noqa: PTH118  (300,000 files)
+            source = source_name(root, path)
+            if transcripts is None:
+                yield Clip(id=source, path=path, source=source, place=source)
+            else:
+                stem = utf8(Path(name).stem)
+                speaker = Path(folder).parent.name
+                yield Clip(id=stem, path=path, source=source, place=source, text=transcripts.get(stem), speaker=speaker)
+
+
+def _librispeech_transcripts(folder: Path) -> dict[str, str] | None:
+    """Utterance id to transcript, if this is a chapter folder ``speaker/chapter`` of LibriSpeech; else None."""
+    path = folder / f"{folder.parent.name}-{folder.name}.trans.txt"
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {key: text for key, _, text in (line.partition(" ") for line in lines)}
+
+
+def _clips_of_manifest(manifest: Path, label_column: str) -> list[Clip]:
+    required = [] if label_column == "label" else [label_column]
+    return [
+        Clip(
+            id=line.values["id"] or line.path,
+            path=os.path.join(manifest.parent, line.path),  # noqa: PTH118
+            source=line.path,
+            place=line.place,
+            text=line.values["text"],
+            label=line.values[label_column],
+            speaker=line.values["speaker"],
+        )
+        for line in read_manifest(manifest, ("id", "text", "speaker", label_column), required)
+    ]
