@@ -21,7 +21,7 @@ ALLOWED = {
     "interop": {"model", "shapes", "errors"},
     "evals": {"model", "data", "batch", "errors"},
     "config": {"model", "data", "train", "masking", "errors"},
-    "preprocessing": {"data.schema", "data.shards", "shapes", "errors"},
+    "preprocessing": {"data.schema", "data.shards", "data.pixels", "shapes", "errors"},
 }
 ENTRY_POINTS = {"__init__", "pretrain", "verify", "export", "probe", "demo", "provenance"}
 """May import everything of ours, but nothing may import them except another entry point."""
