@@ -61,15 +61,21 @@ _PLAN_NAME = "plan.json"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def common_parser(
-    modality: str, description: str | None, input_metavar: str, input_help: str
-) -> argparse.ArgumentParser:
-    """The options that every packer has; the modality adds its own."""
+def common_parser(name: str, description: str | None, input_metavar: str, input_help: str) -> argparse.ArgumentParser:
+    """The options that every packer has; the modality adds its own.
+
+    Args:
+        name: of the command, behind ``pack_``.
+        description: for ``--help``.
+        input_metavar: how ``--help`` calls an input.
+        input_help: what an input may be.
+    """
     parser = argparse.ArgumentParser(
-        prog=f"python -m preprocessing.pack_{modality}",
+        prog=f"python -m preprocessing.pack_{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(program=parser.prog)
     add = parser.add_argument
     add("--input", nargs="+", type=Path, required=True, metavar=input_metavar, help=input_help)
     add("--output", type=Path, required=True, metavar="DIR", help="new shard folder, or one to go on with")
@@ -94,7 +100,13 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
         team = choose_team(options.workers, options.mpi)
         leads = team.is_leader
         with team:
-            index = pack(team, options.input, options.output, packer, shlex.join(arguments or sys.argv[1:]))
+            index = pack(
+                team,
+                options.input,
+                options.output,
+                packer,
+                f"{options.program} {shlex.join(arguments or sys.argv[1:])}",
+            )
     except D2V2Error as error:
         if leads:
             print(f"error: {error}", file=sys.stderr)
@@ -253,7 +265,7 @@ def _finish(
         files_beside=tuple(_file_entry(output / name) for name in beside),
         shards=shards,
         created_by={
-            "command": utf8(f"python -m preprocessing.pack_{packer.modality} {command}"),
+            "command": utf8(command),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "processes": processes,
             "versions": {

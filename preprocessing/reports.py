@@ -47,7 +47,19 @@ def _audio() -> Report:
     return audio_report
 
 
-REPORTS: dict[str, Callable[[], Report]] = {"audio": _audio}
+def _text() -> Report:
+    from preprocessing import text_report
+
+    return text_report
+
+
+def _image() -> Report:
+    from preprocessing import image_report
+
+    return image_report
+
+
+REPORTS: dict[str, Callable[[], Report]] = {"audio": _audio, "image": _image, "text": _text}
 
 
 def fault(where: str, what: str, expected: object, found: object) -> str:
