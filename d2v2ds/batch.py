@@ -61,9 +61,10 @@ class Batch:
     modality: str
     """Name of the modality, the key of its encoder and decoder in the model."""
     source: Tensor
-    """Audio (B, S) float32 waveforms, already normalised."""
+    """Audio (B, S) float32 waveforms, already normalised; image (B, C, Y, X) uint8 pixels, or float32 already
+    normalised; text (B, S) int64 token ids."""
     padding: Tensor | None = None
-    """(B, S) bool, True = pad; None where nothing is padded."""
+    """(B, S) bool, True = pad: samples of audio, tokens of text. None where nothing is padded."""
     ids: Tensor
     """(B,) int64, row numbers of the samples in their dataset."""
     masks: MaskSet

@@ -1,4 +1,4 @@
-"""One row of an audio shard -> one normalised crop.
+"""Speech: its settings of data, and one row of an audio shard -> one normalised crop.
 
 In: int16 samples in the shard and the mean and variance of the whole recording that the packer stored beside
 them. Out: float32 with zero mean and unit variance *over the whole recording*, of which a crop is returned.
@@ -7,30 +7,161 @@ The reference normalises the recording before it crops (spec section 14); the st
 numbers while only the crop is read and decoded.
 """
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
+from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
+from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.data.schema import SAMPLE_SCALE
-from d2v2ds.masking import Stream, hash64, to_unit_interval
+from d2v2ds.errors import below
+from d2v2ds.masking import MaskConfig, Stream, hash64, to_unit_interval
 
 LAYER_NORM_EPS = 1e-5
 """Added to the variance of the recording, as layer norm does."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AudioDataConfig:
+    """Which recordings, how much of them at a time, and how they are masked."""
+
+    shards: Path
+    """Folder written by `preprocessing.pack_audio`."""
+    mask: MaskConfig
+    """Masks over the tokens of a clip."""
+    loss_weight: float = 1.0
+    """Of the speech loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    sample_rate_hz: int = 16000
+    """Rate the model is built for; shards of another rate are refused."""
+    global_batch_seconds: float
+    """Audio per optimizer step over all ranks (seconds, an upper limit; before the M masks multiply it)."""
+    micro_batch_seconds: float
+    """Audio per forward pass on one rank (seconds, an upper limit); decides the memory needed."""
+    min_seconds: float = 2.0
+    """Shorter clips are never drawn (seconds)."""
+    max_seconds: float = 20.0
+    """Longer clips are cropped to this, at a random offset (seconds)."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        where = "data.audio."
+        faults = below(self, where, sample_rate_hz=1, loss_weight=0)
+        if not 0.0 < self.min_seconds <= self.max_seconds:
+            faults.append(
+                f"{where}min_seconds {self.min_seconds} must be positive and at most max_seconds {self.max_seconds}"
+            )
+        amounts = (self.global_batch_seconds, self.micro_batch_seconds, self.max_seconds)
+        return faults + batch_faults(where, "seconds", *amounts)
+
+
 class AudioSource(Protocol):
-    """What decoding needs of a dataset; `ArrowShards` has it."""
+    """What decoding needs of a dataset; `AudioShards` has it."""
 
     @property
-    def num_samples(self) -> NDArray[np.int64]:
+    def sizes(self) -> NDArray[np.int64]:
         """(N,) lengths in samples."""
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Samples per second of every row."""
+
+    def __len__(self) -> int:
+        """N."""
 
     def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.int16]:
         """Samples `start` to `stop` (exclusive) of a row."""
 
     def read_stats(self, index: int) -> tuple[float, float]:
         """Mean and biased variance of a whole row, in units of full scale."""
+
+
+class AudioReader:
+    """A packed folder of recordings as clips of equal length; a `Reader` of `d2v2ds.data.collate`."""
+
+    modality = "audio"
+    unit = "seconds"
+
+    def __init__(self, shards: AudioSource, config: AudioDataConfig, model: ModelInput) -> None:
+        self.shards, self.config, self.model = shards, config, model
+        self.mask = config.mask
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) lengths in samples."""
+        return self.shards.sizes
+
+    def plan_config(self) -> PlanConfig:
+        """Limits in samples."""
+        config, rate = self.config, self.config.sample_rate_hz
+        return PlanConfig(
+            micro_size=round(config.micro_batch_seconds * rate),
+            num_micro=math.ceil(config.global_batch_seconds / config.micro_batch_seconds - 1e-9),
+            min_size=round(config.min_seconds * rate),
+            max_size=round(config.max_seconds * rate),
+            crops=True,
+        )
+
+    def num_tokens(self, size: int) -> int:
+        """T that the front end makes of `size` samples."""
+        return self.model.num_tokens(size)
+
+    def units(self, num_rows: int, size: int) -> float:
+        """Seconds."""
+        return num_rows * size / self.config.sample_rate_hz
+
+    def read(self, micro: MicroBatch, seed: int) -> Examples:
+        """Waveforms (B, S) float32, each at an offset of its own."""
+        lengths = np.asarray(self.sizes[micro.rows])  # (B,)
+        starts = crop_starts(lengths, micro.size, seed=seed, epoch=micro.epoch, rows=micro.rows)
+        waveforms = torch.empty(len(micro.rows), micro.size)  # (B, S)
+        for row, start, out in zip(micro.rows.tolist(), starts.tolist(), waveforms.numpy(), strict=True):
+            decode(self.shards, row, start, out)
+        return Examples(waveforms)
+
+    def read_whole(self, row: int) -> Tensor:
+        """(S,) float32, the whole recording."""
+        waveform = torch.empty(int(self.sizes[row]))
+        decode(self.shards, row, 0, waveform.numpy())
+        return waveform
+
+    def faults(self) -> list[str]:
+        """Why shards, settings and model do not fit, as sentences."""
+        config, rate, faults = self.config, self.config.sample_rate_hz, []
+        if self.shards.sample_rate_hz != rate:
+            faults.append(
+                f"data.audio.shards: sample_rate_hz is {self.shards.sample_rate_hz}, data.audio.sample_rate_hz is "
+                f"{rate}; repack with --resample"
+            )
+        if config.mask.kind == "block_2d":
+            faults.append("data.audio.mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
+        shortest = round(config.min_seconds * rate)
+        tokens = self.num_tokens(shortest)
+        if tokens < 2:
+            faults.append(
+                f"data.audio.min_seconds {config.min_seconds}: {shortest} samples make {tokens} tokens, expected 2 or "
+                "more; the front end sees more samples than that for one token"
+            )
+        elif config.mask.kind != "block_2d":
+            faults += mask_faults(
+                config.mask, tokens, f"data.audio.mask, for clips of data.audio.min_seconds {config.min_seconds}"
+            )
+        pieces = (self.sizes[i : i + 65536] for i in range(0, len(self), 65536))  # the first one answers, as a rule
+        if not any((piece >= shortest).any() for piece in pieces):
+            longest = self.sizes[:].max(initial=0) / rate
+            faults.append(
+                f"data.audio.shards: the longest clip has {longest:.2f} s, shorter than data.audio.min_seconds "
+                f"{config.min_seconds}; lower it, or join short clips of one speaker when packing (--join-seconds)"
+            )
+        return faults
 
 
 def decode(source: AudioSource, row: int, start: int, out: NDArray[np.float32]) -> None:

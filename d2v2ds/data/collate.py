@@ -1,56 +1,149 @@
-"""The clips of one micro-batch -> `Batch` with its masks.
+"""The rows of one micro-batch -> `Batch` with its masks.
 
-In: a `MicroBatch` (row numbers and a crop length). Out: waveforms (B, S) without padding, and M masks for each
-clip, drawn for exactly the T tokens that the front end makes of S samples. Runs in the data workers.
+In: a `MicroBatch` (row numbers and a size). Out: their inputs, brought to one size by the modality's reader, and M
+masks for each, drawn for exactly the T tokens that the model makes of them. Runs in the data workers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from d2v2ds.batch import Batch, MaskSet
-from d2v2ds.data.audio import AudioSource, crop_starts, decode
-from d2v2ds.data.sampler import MicroBatch
+from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count, visible_positions
-from d2v2ds.shapes import ConvLayer, conv_output_length
+
+
+class ModelInput(Protocol):
+    """What a reader must know of the model; the model's settings of each modality have it."""
+
+    @property
+    def input_size(self) -> int | None:
+        """Side of an image in pixels; None where inputs have no fixed size."""
+
+    def num_tokens(self, size: int) -> int:
+        """T that the model makes of an input of this size."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The inputs of one micro-batch."""
+
+    source: Tensor
+    """(B, ...) as in `Batch.source`."""
+    padding: Tensor | None = None
+    """As in `Batch.padding`."""
+
+
+class Reader(Protocol):
+    """One packed folder as the training sees it. Each modality has one, in its own file; picklable."""
+
+    modality: str
+    """The model's name for this input."""
+    unit: str
+    """What throughput counts, in the plural: seconds, images or tokens."""
+    mask: MaskConfig
+
+    def __len__(self) -> int:
+        """Rows of the folder."""
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) of all rows, as the plan counts them."""
+
+    def plan_config(self) -> PlanConfig:
+        """How rows are grouped into batches."""
+
+    def num_tokens(self, size: int) -> int:
+        """T that the model makes of an input of this size."""
+
+    def units(self, num_rows: int, size: int) -> float:
+        """How much `num_rows` inputs of this size are, in `unit`."""
+
+    def read(self, micro: MicroBatch, seed: int) -> Examples:
+        """The inputs of a micro-batch, cropped and augmented: a function of (seed, epoch, row) for each row.
+
+        Raises:
+            ShardError: a row cannot be read.
+        """
+
+    def read_whole(self, row: int) -> Tensor:
+        """One input as evaluation sees it, without crops by chance or augmentation, and without a batch dimension.
+
+        Raises:
+            ShardError: the row cannot be read.
+        """
+
+    def faults(self) -> list[str]:
+        """Why folder, settings and model do not fit each other, as sentences; empty if they do."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioCollator:
-    """Reads, crops, normalises and masks the clips of a micro-batch."""
+class Collator:
+    """Reads and masks the rows of a micro-batch."""
 
-    source: AudioSource
-    mask: MaskConfig
-    conv_layers: Sequence[ConvLayer]
-    """The front end of the model, which decides how many tokens a crop has."""
+    reader: Reader
     seed: int
-    modality: str = "audio"
-    """The model's name for this input."""
 
     def __call__(self, micro: MicroBatch) -> Batch:
         """
         Raises:
             ShardError: a row cannot be read.
-            ValueError: the crop is too short for the front end or for the mask settings.
+            ValueError: the input is too short for the model or for the mask settings.
         """
-        rows = micro.rows
-        num_tokens = conv_output_length(micro.num_samples, self.conv_layers)
-        num_masked = masked_count(self.mask, num_tokens)
-
-        lengths = np.asarray(self.source.num_samples[rows])  # (B,)
-        starts = crop_starts(lengths, micro.num_samples, seed=self.seed, epoch=micro.epoch, rows=rows)
-        waveforms = torch.empty(len(rows), micro.num_samples)  # (B, S)
-        for row, start, out in zip(rows.tolist(), starts.tolist(), waveforms.numpy(), strict=True):
-            decode(self.source, row, start, out)
-
-        masked = draw_masks(self.mask, num_tokens, seed=self.seed, epoch=micro.epoch, sample_ids=rows)  # (B, M, T)
+        mask, num_tokens = self.reader.mask, self.reader.num_tokens(micro.size)
+        num_masked = masked_count(mask, num_tokens)
+        examples = self.reader.read(micro, self.seed)
+        masked = draw_masks(mask, num_tokens, seed=self.seed, epoch=micro.epoch, sample_ids=micro.rows)  # (B, M, T)
         return Batch(
-            modality=self.modality,
-            source=waveforms,
-            ids=torch.from_numpy(rows),
+            modality=self.reader.modality,
+            source=examples.source,
+            padding=examples.padding,
+            ids=torch.from_numpy(micro.rows),
             masks=MaskSet(keep=torch.from_numpy(visible_positions(masked)), masked=torch.from_numpy(masked)),
-            num_masked=len(rows) * self.mask.num_masks * num_masked,
+            num_masked=len(micro.rows) * mask.num_masks * num_masked,
             loss_weight=micro.weight,
         )
+
+
+def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float, largest_row: float) -> list[str]:
+    """Batch limits that contradict each other, as sentences naming both.
+
+    Args:
+        where: section of the settings, such as `data.audio.`.
+        unit: of the three amounts, in the plural.
+        global_batch: of one optimizer step.
+        micro_batch: of one forward pass.
+        largest_row: the most that one row can be.
+    """
+    faults = []
+    if micro_batch < largest_row:
+        faults.append(
+            f"{where}micro_batch_{unit} {micro_batch:g} cannot hold one row of {largest_row:g} {unit}; raise the first "
+            "or lower the second"
+        )
+    if global_batch < micro_batch:
+        faults.append(
+            f"{where}global_batch_{unit} {global_batch:g} is less than micro_batch_{unit} {micro_batch:g}; lower the "
+            "second"
+        )
+    return faults
+
+
+def mask_faults(mask: MaskConfig, num_tokens: int, where: str) -> list[str]:
+    """Why these masks cannot be drawn, as sentences.
+
+    Args:
+        mask: settings.
+        num_tokens: T of the smallest input.
+        where: which input that is, for the message.
+    """
+    try:
+        mask.check()
+        masked_count(mask, num_tokens)
+    except ValueError as error:
+        return [f"{where}: {error}"]
+    return []

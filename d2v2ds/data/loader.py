@@ -1,7 +1,8 @@
 """Shards -> one optimizer step's `Batch`es at a time, on the CPU, without end.
 
-In: a dataset, a `BatchPlan`, a position in it, and which rank of how many this is. Out: `StepData`, this rank's
-micro-batches of one global batch together with the position to store once they are used.
+In: a `DataStream` for each modality (a reader and its `BatchPlan`), a position in each, and which rank of how many this is.
+Out: `StepData`, this rank's micro-batches of one global batch of every modality, together with the positions to store
+once they are used. Modalities come in one order on all ranks, so that all of them always run the same modules.
 
 The position travels with the data, so that workers which read ahead can never move it. What a batch contains
 is decided by the plan and by counter-based random numbers, so that the number of workers changes nothing.
@@ -13,7 +14,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -23,11 +24,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2v2ds.batch import Batch
-from d2v2ds.data.audio import AudioSource
-from d2v2ds.data.collate import AudioCollator
-from d2v2ds.data.sampler import BatchPlan, MicroBatch, SamplerState, for_rank
-from d2v2ds.masking import MaskConfig
-from d2v2ds.shapes import ConvLayer
+from d2v2ds.data.collate import Collator, Reader
+from d2v2ds.data.sampler import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a scheduler or a terminal sends to every process of a job. The training process answers them by
@@ -53,37 +51,40 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
-class StepData:
-    """One rank's share of one global batch."""
+class DataStream:
+    """One modality's data: what is read, and in which order."""
 
-    state_after: SamplerState
-    """Position of the stream once this step is done: what its checkpoint stores."""
+    reader: Reader
+    plan: BatchPlan
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One rank's share of one global batch of every modality."""
+
+    state_after: dict[str, SamplerState]
+    """Position of each modality once this step is done: what its checkpoint stores."""
     micro: list[Batch]
-    """In the plan's order; as many on every rank, fillers with `loss_weight` 0 included."""
+    """Modality by modality, each in its plan's order; the same number and order of modalities on every rank, fillers
+    with `loss_weight` 0 included."""
 
 
 def build_loader(
-    source: AudioSource,
-    plan: BatchPlan,
+    streams: Mapping[str, DataStream],
     *,
-    state: SamplerState,
+    state: Mapping[str, SamplerState],
     rank: int,
     world: int,
-    mask: MaskConfig,
-    conv_layers: Sequence[ConvLayer],
     config: LoaderConfig,
     pin_memory: bool = False,
 ) -> "StepLoader":
     """Read batches from a position on.
 
     Args:
-        source: the dataset; sent to the workers, so it must be picklable.
-        plan: the order of this dataset; its seed also decides crops and masks.
-        state: where to begin.
+        streams: by modality; the readers are sent to the workers. The seed of a plan also decides crops and masks.
+        state: where to begin, by modality.
         rank: this rank.
         world: number of ranks.
-        mask: mask settings.
-        conv_layers: front end of the model, which decides the number of tokens.
         config: workers and reading ahead.
         pin_memory: place batches in page-locked memory, for copies to a GPU.
 
@@ -96,7 +97,8 @@ def build_loader(
     config.check()
     if not 0 <= rank < world:
         raise ValueError(f"rank must lie in 0..{world - 1}, found {rank}")
-    collator = AudioCollator(source=source, mask=mask, conv_layers=conv_layers, seed=plan.seed)
+    collators = {name: Collator(reader=stream.reader, seed=stream.plan.seed) for name, stream in streams.items()}
+    plans = {name: stream.plan for name, stream in streams.items()}
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
         # Neither fork nor spawn: forking a process that has GPU, MPI or communication threads can deadlock the
@@ -110,8 +112,8 @@ def build_loader(
         }
     return StepLoader(
         DataLoader(
-            _MicroBatches(collator),
-            sampler=_RankOrder(plan, state, rank, world),
+            _MicroBatches(collators),
+            sampler=_RankOrder(plans, state, rank, world),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=config.num_workers,
@@ -148,33 +150,40 @@ class StepLoader(Iterator[StepData]):
 class _Request:
     """What a worker is asked for."""
 
+    modality: str
     micro: MicroBatch
-    state_after: SamplerState | None
+    state_after: dict[str, SamplerState] | None
     """Only with the last micro-batch of a step."""
 
 
 class _RankOrder(Sampler[_Request]):
     """One rank's micro-batches in order, without end. Runs in the training process."""
 
-    def __init__(self, plan: BatchPlan, state: SamplerState, rank: int, world: int) -> None:
-        self.plan, self.state, self.rank, self.world = plan, state, rank, world
+    def __init__(
+        self, plans: Mapping[str, BatchPlan], state: Mapping[str, SamplerState], rank: int, world: int
+    ) -> None:
+        self.plans, self.state, self.rank, self.world = plans, state, rank, world
 
     def __iter__(self) -> Iterator[_Request]:
-        for batch in self.plan.iter_from(self.state):
-            *first, last = for_rank(batch, self.rank, self.world)
-            for micro in first:
-                yield _Request(micro, None)
-            yield _Request(last, batch.state_after)
+        endless = {name: plan.iter_from(self.state[name]) for name, plan in self.plans.items()}
+        while True:
+            step: dict[str, GlobalBatch] = {name: next(batches) for name, batches in endless.items()}
+            *first, last = [
+                (name, micro) for name, batch in step.items() for micro in for_rank(batch, self.rank, self.world)
+            ]
+            for name, micro in first:
+                yield _Request(name, micro, None)
+            yield _Request(*last, {name: batch.state_after for name, batch in step.items()})
 
 
-class _MicroBatches(Dataset[tuple[Batch, SamplerState | None]]):
+class _MicroBatches(Dataset[tuple[Batch, dict[str, SamplerState] | None]]):
     """Reads what it is asked for. Runs in the workers."""
 
-    def __init__(self, collator: AudioCollator) -> None:
-        self.collator = collator
+    def __init__(self, collators: Mapping[str, Collator]) -> None:
+        self.collators = dict(collators)
 
-    def __getitem__(self, request: _Request) -> tuple[Batch, SamplerState | None]:
-        return self.collator(request.micro), request.state_after
+    def __getitem__(self, request: _Request) -> tuple[Batch, dict[str, SamplerState] | None]:
+        return self.collators[request.modality](request.micro), request.state_after
 
 
 def _stop(running: list[Any]) -> None:

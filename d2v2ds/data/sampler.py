@@ -1,12 +1,13 @@
-"""Which clips make which optimizer step: a pure function of (seed, epoch), independent of ranks and workers.
+"""Which rows make which optimizer step: a pure function of (seed, epoch), independent of ranks and workers.
 
-In: the length of every clip, a `BatchConfig` and a seed. Out: an endless sequence of global batches, each a
-fixed number of micro-batches, which `for_rank` deals out to any number of ranks.
+In: the size of every row, a `PlanConfig` and a seed. Out: an endless sequence of global batches, each a
+fixed number of micro-batches, which `for_rank` deals out to any number of ranks. A size counts what the modality
+counts: audio samples, pixels along the side of an image, text tokens.
 
     rows --permute--> windows --cut_micro_batches--> micro-batches --shuffle--> stream --every num_micro--> steps
 
 - A pseudo-random permutation of all rows is cut into windows of at most 65,536 rows. Inside a window the
-  clips are sorted by length, cut greedily into micro-batches, and the micro-batches are shuffled.
+  rows are sorted by size, cut greedily into micro-batches, and the micro-batches are shuffled.
 - The micro-batches of all windows and epochs form one stream without gaps; a global batch is its next
   `num_micro` elements. Nothing is dropped: the last global batch of an epoch is completed from the
   beginning of the next one, and a dataset smaller than a global batch repeats inside it.
@@ -14,8 +15,8 @@ fixed number of micro-batches, which `for_rank` deals out to any number of ranks
   the dataset has.
 
 Order within a window: spec section 14. A dataset of one window has exactly the reference's order.
-Differs from fairseq: a global batch is formed before it is split over ranks, and its size is stated in
-seconds, so that neither the batches nor their order change with the number of ranks.
+Differs from fairseq: a global batch is formed before it is split over ranks, and its size is stated as a whole, so
+that neither the batches nor their order change with the number of ranks.
 """
 
 import math
@@ -34,43 +35,19 @@ _FEISTEL_ROUNDS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """How much audio one optimizer step and one forward pass see."""
+class PlanConfig:
+    """How rows are grouped; made from the settings of a modality, which state it in seconds, images or tokens."""
 
-    global_batch_seconds: float
-    """Audio per optimizer step over all ranks (seconds, an upper limit; before the M masks multiply it)."""
-    micro_batch_seconds: float
-    """Audio per forward pass on one rank (seconds, an upper limit); decides the memory needed."""
-    min_seconds: float = 2.0
-    """Shorter clips are never drawn (seconds)."""
-    max_seconds: float = 20.0
-    """Longer clips are cropped to this, at a random offset (seconds)."""
-
-    def check(self) -> None:
-        """Refuse limits that contradict each other.
-
-        Raises:
-            ValueError: names both fields and their values.
-        """
-        if not 0.0 < self.min_seconds <= self.max_seconds:
-            raise ValueError(
-                f"min_seconds {self.min_seconds} must be positive and at most max_seconds {self.max_seconds}"
-            )
-        if self.micro_batch_seconds < self.max_seconds:
-            raise ValueError(
-                f"micro_batch_seconds {self.micro_batch_seconds} cannot hold one clip of max_seconds "
-                f"{self.max_seconds}; raise the first or lower the second"
-            )
-        if self.global_batch_seconds < self.micro_batch_seconds:
-            raise ValueError(
-                f"global_batch_seconds {self.global_batch_seconds} is less than micro_batch_seconds "
-                f"{self.micro_batch_seconds}; lower the second"
-            )
-
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches in one global batch."""
-        return math.ceil(self.global_batch_seconds / self.micro_batch_seconds - 1e-9)
+    micro_size: int
+    """Rows x largest size of one micro-batch stays within this; decides the memory needed."""
+    num_micro: int
+    """Micro-batches in one global batch."""
+    min_size: int
+    """Smaller rows are never drawn."""
+    max_size: int
+    """Larger rows count as this large."""
+    crops: bool
+    """True: the rows of a micro-batch are cropped to its smallest. False: they are padded to its largest."""
 
     def accumulation(self, world: int) -> int:
         """Micro-batches that each of `world` ranks runs per optimizer step, fillers included."""
@@ -79,14 +56,15 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The clips of one forward pass on one rank."""
+    """The rows of one forward pass on one rank."""
 
     epoch: int
-    """Decides crops and masks."""
+    """Decides crops, augmentation and masks."""
     rows: NDArray[np.int64]
     """(B,) row numbers in the dataset."""
-    num_samples: int
-    """S, the length to which every clip is cropped: the shortest clip, at most the configured maximum."""
+    size: int
+    """S, the size that every row is brought to: of the smallest row if the plan crops, else of the largest, and at
+    most the configured maximum."""
     weight: float = 1.0
     """0.0 for a filler, which keeps a rank busy but must not count in the loss."""
 
@@ -115,45 +93,38 @@ class EpochEstimate:
 
     steps: float
     """Optimizer steps per epoch."""
-    hours: float
-    """Audio seen per epoch, after cropping (hours)."""
-    seconds_per_step: float
-    """Audio in one global batch (seconds), at most `global_batch_seconds` rounded up to whole micro-batches."""
+    size: float
+    """Sum of the sizes seen per epoch, after cropping or padding."""
+    size_per_step: float
+    """The same of one global batch."""
 
 
 class BatchPlan:
     """The sequence of global batches over one dataset."""
 
-    def __init__(self, num_samples: NDArray[np.int64], *, sample_rate_hz: int, config: BatchConfig, seed: int) -> None:
+    def __init__(self, sizes: NDArray[np.int64], *, config: PlanConfig, seed: int) -> None:
         """
         Args:
-            num_samples: (N,) clip lengths in samples; may be memory-mapped, only windows of it are read.
-            sample_rate_hz: turns the seconds of `config` into samples.
-            config: limits of batches and clips.
+            sizes: (N,) of all rows; may be memory-mapped, only windows of it are read.
+            config: limits of batches and rows.
             seed: of the run.
 
         Raises:
-            ValueError: the configuration contradicts itself.
             ShardError: the dataset has no rows.
         """
-        config.check()
-        if len(num_samples) == 0:
-            raise ShardError("batch plan: expected at least one clip, the dataset has none; pack some audio first")
+        if len(sizes) == 0:
+            raise ShardError("batch plan: expected at least one row, the dataset has none; pack something first")
         self.config = config
         self.seed = seed
-        self.sample_rate_hz = sample_rate_hz
-        self.num_samples = np.asarray(num_samples)
-        self.num_rows = len(num_samples)
+        self.sizes = np.asarray(sizes)
+        self.num_rows = len(sizes)
         self.num_windows = math.ceil(self.num_rows / WINDOW_ROWS)
-        self.min_samples = round(config.min_seconds * sample_rate_hz)
-        self.max_samples = round(config.max_seconds * sample_rate_hz)
-        self.micro_samples = round(config.micro_batch_seconds * sample_rate_hz)
 
     def iter_from(self, state: SamplerState) -> Iterator[GlobalBatch]:
         """All global batches from a position on, without end.
 
         Raises:
-            ShardError: no clip of the dataset is long enough to be drawn.
+            ShardError: no row of the dataset is large enough to be drawn.
         """
         micro: list[MicroBatch] = []
         for batch, after in self._stream(state):
@@ -165,7 +136,7 @@ class BatchPlan:
     def _stream(self, state: SamplerState) -> Iterator[tuple[MicroBatch, SamplerState]]:
         """Each micro-batch with the position of the next one."""
         empty_windows = 0
-        while empty_windows < 2 * self.num_windows:  # an only clip may lie in the first window, then in the last
+        while empty_windows < 2 * self.num_windows:  # an only row may lie in the first window, then in the last
             batches = self.window(state.epoch, state.window)
             empty_windows = 0 if batches else empty_windows + 1
             following = self._next_window(state)
@@ -174,8 +145,7 @@ class BatchPlan:
                 yield batches[i], following if last else replace(state, micro=i + 1)
             state = following
         raise ShardError(
-            f"batch plan: no clip lasts {self.config.min_seconds} s; expected at least one among {self.num_rows} rows; "
-            "lower min_seconds or join short clips when packing"
+            f"batch plan: expected a row of size {self.config.min_size} or more, found none among {self.num_rows} rows"
         )
 
     def _next_window(self, state: SamplerState) -> SamplerState:
@@ -189,35 +159,28 @@ class BatchPlan:
         rows = permute(np.arange(start, stop), self.num_rows, hash64(self.seed, epoch, Stream.ORDER))
         batches = cut_micro_batches(
             rows,
-            self._lengths(rows),
-            min_samples=self.min_samples,
-            max_samples=self.max_samples,
-            micro_samples=self.micro_samples,
+            self._sizes_of(rows),
+            self.config,
         )
         order = np.argsort(hash64(self.seed, epoch, Stream.SHUFFLE, window, np.arange(len(batches))))
         return [MicroBatch(epoch, *batches[i]) for i in order]
 
-    def _lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Clip lengths of some rows, read in file order: twice as fast from a cold disk."""
+    def _sizes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sizes of some rows, read in file order: twice as fast from a cold disk."""
         order = np.argsort(rows)
-        lengths = np.empty(len(rows), dtype=np.int64)
-        lengths[order] = self.num_samples[rows[order]]
-        return lengths
-
-    def count_short_rows(self) -> int:
-        """Clips below `min_seconds`, which are never drawn. Reads all lengths, a piece at a time."""
-        pieces = range(0, self.num_rows, 1 << 22)
-        return sum(int(np.count_nonzero(self.num_samples[i : i + (1 << 22)] < self.min_samples)) for i in pieces)
+        sizes = np.empty(len(rows), dtype=np.int64)
+        sizes[order] = self.sizes[rows[order]]
+        return sizes
 
     def estimate_epoch(self) -> EpochEstimate:
-        """Steps and hours of one epoch, from its first window."""
+        """Steps and amount of one epoch, from its first window."""
         batches = self.window(0, 0)
-        seconds = sum(len(b.rows) * b.num_samples for b in batches) / self.sample_rate_hz
+        size = float(sum(len(b.rows) * b.size for b in batches))
         steps = len(batches) * self.num_windows / self.config.num_micro
         return EpochEstimate(
             steps=steps,
-            hours=seconds * self.num_windows / 3600,
-            seconds_per_step=seconds / len(batches) * self.config.num_micro if batches else 0.0,
+            size=size * self.num_windows,
+            size_per_step=size / len(batches) * self.config.num_micro if batches else 0.0,
         )
 
     def state_dict(self, state: SamplerState) -> dict[str, int]:
@@ -246,9 +209,9 @@ class BatchPlan:
         return {
             "num_rows": self.num_rows,
             "seed": self.seed,
-            "min_samples": self.min_samples,
-            "max_samples": self.max_samples,
-            "micro_samples": self.micro_samples,
+            "min_size": self.config.min_size,
+            "max_size": self.config.max_size,
+            "micro_size": self.config.micro_size,
         }
 
 
@@ -265,29 +228,27 @@ def for_rank(batch: GlobalBatch, rank: int, world: int) -> list[MicroBatch]:
 
 
 def cut_micro_batches(
-    rows: NDArray[np.int64], num_samples: NDArray[np.int64], *, min_samples: int, max_samples: int, micro_samples: int
+    rows: NDArray[np.int64], sizes: NDArray[np.int64], config: PlanConfig
 ) -> list[tuple[NDArray[np.int64], int]]:
-    """Group clips of similar length: sort by length, longest first, and cut greedily.
+    """Group rows of similar size: sort by size, largest first, and cut greedily.
 
     Args:
-        rows: (n,) row numbers in random order, which decides between clips of equal length.
-        num_samples: (n,) their lengths.
-        min_samples: shorter clips are left out.
-        max_samples: longer clips count as this long.
-        micro_samples: clips x longest clip of a group stays within this.
+        rows: (n,) row numbers in random order, which decides between rows of equal size.
+        sizes: (n,) their sizes.
+        config: limits; rows below `min_size` are left out.
 
     Returns:
-        Groups of (row numbers, length of the shortest clip), longest first.
+        Groups of (row numbers, size that every row is brought to), largest first.
     """
-    usable = num_samples >= min_samples
-    lengths = np.minimum(num_samples[usable], max_samples)
-    order = np.argsort(-lengths, kind="stable")
-    rows, lengths = rows[usable][order], lengths[order]
+    usable = sizes >= config.min_size
+    counted = np.minimum(sizes[usable], config.max_size)
+    order = np.argsort(-counted, kind="stable")
+    rows, counted = rows[usable][order], counted[order]
     groups = []
     start = 0
     while start < len(rows):
-        stop = min(start + micro_samples // int(lengths[start]), len(rows))
-        groups.append((rows[start:stop], int(lengths[stop - 1])))
+        stop = min(start + config.micro_size // int(counted[start]), len(rows))
+        groups.append((rows[start:stop], int(counted[stop - 1 if config.crops else start])))
         start = stop
     return groups
 

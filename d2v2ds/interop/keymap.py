@@ -15,6 +15,15 @@ def _of_modality(name: str, rows: list[Row]) -> list[Row]:
     return [(ours[mine[0]] + mine[1:], theirs[mine[0]] + official, offset) for mine, official, offset in rows]
 
 
+_PRENET: list[Row] = [
+    ("E.prenet.norm.{p}", ".context_encoder.norm.{p}", 0),
+    ("E.prenet.blocks.{p}", ".context_encoder.blocks.{p}", 0),
+]
+_DECODER: list[Row] = [
+    ("D.layers.{i}.conv.{p}", ".blocks.{i}.0.{p}", 0),
+    ("D.proj.{p}", ".proj.{p}", 0),
+]
+
 TABLE: list[Row] = [
     ("blocks.{p}", "blocks.{p}", 0),
     *_of_modality(
@@ -26,12 +35,35 @@ TABLE: list[Row] = [
             ("E.local.project.{p}", ".project_features.2.{p}", 0),
             ("E.positions.layers.{i}.conv.{p}", ".relative_positional_encoder.{i}.0.{p}", 1),
             ("E.alibi.scale", ".alibi_scale", 0),
-            ("E.prenet.norm.{p}", ".context_encoder.norm.{p}", 0),
-            ("E.prenet.blocks.{p}", ".context_encoder.blocks.{p}", 0),
-            ("D.layers.{i}.conv.{p}", ".blocks.{i}.0.{p}", 0),
-            ("D.proj.{p}", ".proj.{p}", 0),
+            *_PRENET,
+            *_DECODER,
         ],
     ),
+    *_of_modality(
+        "image",
+        [
+            ("E.local.proj.{p}", ".local_encoder.proj.{p}", 0),
+            ("E.local.proj.{p}", ".local_encoder.0.proj.{p}", 0),  # where the patches have a width of their own
+            ("E.local.widen.{p}", ".local_encoder.1.{p}", 0),
+            ("E.fixed_positions.table", ".fixed_positional_encoder.positions", 0),
+            ("E.extra.tokens", ".extra_tokens", 0),
+            *_PRENET,
+            *_DECODER,
+        ],
+    ),
+    *_of_modality(
+        "text",
+        [
+            ("E.local.tokens.{p}", ".local_encoder.embed_tokens.{p}", 0),
+            ("E.local.places.{p}", ".local_encoder.embed_positions.{p}", 0),
+            ("E.local.norm.{p}", ".local_encoder.layernorm_embedding.{p}", 0),
+            ("E.alibi.scale", ".alibi_scale", 0),
+            *_PRENET,
+            *_DECODER,
+        ],
+    ),
+    # last: the official text teacher is the list of shared blocks itself, so its names begin with a number
+    ("blocks.{i}.{p}", "{i}.{p}", 0),
 ]
 
 

@@ -5,22 +5,26 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from d2v2ds.errors import below
-from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.decoder import Decoder1d, DecoderConfig
+from d2v2ds.model.decoder import Decoder, DecoderConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.local import WaveformEncoder
+from d2v2ds.model.loss import LossConfig
+from d2v2ds.model.modality import build_alibi, common_faults
 from d2v2ds.model.positions import ConvPositions
-from d2v2ds.shapes import AUDIO_CONV_LAYERS, ConvLayer
+from d2v2ds.model.targets import TargetConfig
+from d2v2ds.shapes import AUDIO_CONV_LAYERS, ConvLayer, conv_output_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """Front end, positions, prenet and decoder of speech."""
+    """Front end, positions, prenet, decoder, targets and loss of speech."""
 
     prenet_depth: int
     """Speech blocks before the shared ones."""
     decoder: DecoderConfig
+    target: TargetConfig
+    loss: LossConfig = LossConfig()
     conv_layers: tuple[ConvLayer, ...] = field(default=AUDIO_CONV_LAYERS)
     """(channels, kernel, stride) of the front end."""
     position_depth: int = 5
@@ -43,15 +47,19 @@ class AudioConfig:
     """The teacher reads the student's local features (published). False gives it its own front end, which
     keeps small runs from collapsing to a code of position."""
 
-    def check(self, block: BlockConfig) -> list[str]:
+    num_extra_tokens = 0
+    input_size = None
+
+    def num_tokens(self, size: int) -> int:
+        """T of a waveform of `size` samples."""
+        return conv_output_length(size, self.conv_layers)
+
+    def check(self, block: BlockConfig, shared_depth: int) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        problems = self.decoder.check(block.width)
-        few = below(self, "", prenet_depth=0, position_depth=1, position_total_kernel=1, position_groups=1)
-        problems += few
+        few = below(self, "", position_depth=1, position_total_kernel=1, position_groups=1)
+        problems = common_faults(self, block, shared_depth) + few
         if not few and block.width % self.position_groups:
             problems.append(f"position_groups {self.position_groups} does not divide the model width {block.width}")
-        if not 0.0 <= self.prenet_dropout < 1.0:
-            problems.append(f"prenet_dropout is {self.prenet_dropout}, expected 0 <= rate < 1")
         if not self.conv_layers or min(min(layer) for layer in self.conv_layers) < 1:
             problems.append(
                 f"conv_layers are {self.conv_layers}, expected (channels, kernel, stride) of 1 or more each"
@@ -69,14 +77,6 @@ def build_audio_encoder(
             num_samples = (num_samples - kernel).div(stride, rounding_mode="floor") + 1
         return num_samples.clamp(min=0)
 
-    alibi = None
-    if config.alibi:
-        alibi = Alibi(
-            block.num_heads,
-            learned=config.alibi_learned,
-            per_head=config.alibi_per_head,
-            num_layers=config.prenet_depth + shared_depth if config.alibi_per_block else None,
-        )
     return ModalityEncoder(
         local=WaveformEncoder(config.conv_layers, block.width) if with_local else None,
         num_tokens=num_tokens,
@@ -86,12 +86,12 @@ def build_audio_encoder(
             total_kernel=config.position_total_kernel,
             groups=config.position_groups,
         ),
-        alibi=alibi,
+        alibi=build_alibi(config, block, shared_depth),
         prenet=Prenet(PrenetConfig(depth=config.prenet_depth, dropout=config.prenet_dropout), block),
         attention_path=block.attention_path,
     )
 
 
-def build_audio_decoder(config: AudioConfig, block: BlockConfig) -> Decoder1d:
+def build_audio_decoder(config: AudioConfig, block: BlockConfig) -> Decoder:
     """The decoder of speech."""
-    return Decoder1d(config.decoder, block.width)
+    return Decoder(config.decoder, block.width)

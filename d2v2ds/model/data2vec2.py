@@ -16,8 +16,10 @@ from d2v2ds.errors import below
 from d2v2ds.model.audio import AudioConfig, build_audio_decoder, build_audio_encoder
 from d2v2ds.model.block import Block, BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, run_blocks
-from d2v2ds.model.loss import LossConfig, regression_loss
-from d2v2ds.model.targets import TargetConfig
+from d2v2ds.model.image import ImageConfig, build_image_decoder, build_image_encoder
+from d2v2ds.model.loss import cls_loss, regression_loss
+from d2v2ds.model.modality import ModalityConfig
+from d2v2ds.model.text import TextConfig, build_text_decoder, build_text_encoder
 
 TeacherFn = Callable[[Batch, Tensor], Tensor]
 """(batch, local (B, T, D) detached) -> targets (B, T, D) fp32."""
@@ -28,8 +30,10 @@ class ModalitiesConfig:
     """One field per modality; None leaves it out."""
 
     audio: AudioConfig | None = None
+    image: ImageConfig | None = None
+    text: TextConfig | None = None
 
-    def active(self) -> dict[str, AudioConfig]:
+    def active(self) -> dict[str, ModalityConfig]:
         """Settings of the modalities in use, by name."""
         return {name: config for name, config in vars(self).items() if config is not None}
 
@@ -42,16 +46,14 @@ class ModelConfig:
     shared_depth: int
     """Blocks after the prenet, shared by all modalities."""
     modalities: ModalitiesConfig
-    target: TargetConfig
-    loss: LossConfig = LossConfig()
     layer_drop: float = 0.0
     """Probability of skipping a shared block in training, drawn once for all ranks."""
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        problems = self.block.check() + below(self, "", shared_depth=1) + self.target.check(self.shared_depth)
-        for config in self.modalities.active().values():
-            problems += config.check(self.block)
+        problems = self.block.check() + below(self, "", shared_depth=1)
+        for name, config in self.modalities.active().items():
+            problems += [f"modalities.{name}: {fault}" for fault in config.check(self.block, self.shared_depth)]
         if not self.modalities.active():
             problems.append("modalities: none is configured")
         if not 0.0 <= self.layer_drop < 1.0:
@@ -74,6 +76,10 @@ class StudentOutput(TypedDict):
     """(U, D) fp32 targets at the same places."""
     target: Tensor
     """(B, T, D) fp32 targets."""
+    cls: Tensor
+    """(R, D) encoder output at the last extra token, detached; (R, 0) without a CLS loss."""
+    cls_wanted: Tensor
+    """(R, D) fp32 mean over tokens of each row's target; (R, 0) likewise."""
 
 
 def total_loss(out: StudentOutput) -> Tensor:
@@ -81,8 +87,17 @@ def total_loss(out: StudentOutput) -> Tensor:
     return torch.stack(list(out["losses"].values())).sum()
 
 
-ENCODERS = {"audio": build_audio_encoder}
-DECODERS = {"audio": build_audio_decoder}
+Builder = Callable[..., nn.Module]
+ENCODERS: dict[str, Builder] = {
+    "audio": build_audio_encoder,
+    "image": build_image_encoder,
+    "text": build_text_encoder,
+}
+DECODERS: dict[str, Builder] = {
+    "audio": build_audio_decoder,
+    "image": build_image_decoder,
+    "text": build_text_decoder,
+}
 
 
 class Data2Vec2(nn.Module):
@@ -125,14 +140,21 @@ class Data2Vec2(nn.Module):
         if local.shape[1] != masked.shape[1]:
             raise ValueError(
                 f"masks are drawn for {masked.shape[1]} tokens, the local encoder makes {local.shape[1]} "
-                f"of source {tuple(batch.source.shape)}; conv_layers of data and model differ"
+                f"of source {tuple(batch.source.shape)}; data and model disagree on the number of tokens"
             )
         target = teacher(batch, local.detach())  # (B, T, D)
-        context = self.encode(local, batch, kept_blocks)  # (R, K, D)
+        encoded = self.encode(local, batch, kept_blocks)  # (R, E + K, D)
+        context = encoded[:, encoder.num_extra_tokens :]  # (R, K, D)
         decoded = self.decoders[batch.modality](context, keep, masked.shape[1])  # (R, T, D)
         pred = select_masked(decoded, masked, batch.num_masked)  # (U, D)
         wanted = select_masked(target.repeat_interleave(batch.masks.num_masks, 0), masked, batch.num_masked)
-        losses = {"regression": regression_loss(pred, wanted, self.config.loss)}
+        loss = self.config.modalities.active()[batch.modality].loss
+        losses = {"regression": regression_loss(pred, wanted, loss)}
+        cls, cls_wanted = encoded.new_empty(len(encoded), 0), target.new_empty(len(encoded), 0)
+        if loss.cls_weight:
+            cls = encoded[:, encoder.num_extra_tokens - 1]  # (R, D)
+            cls_wanted = target.mean(1).repeat_interleave(batch.masks.num_masks, 0)  # (R, D)
+            losses["cls"] = cls_loss(cls, cls_wanted, batch.num_masked, loss)
         return StudentOutput(
             losses=losses,
             local=local.detach(),
@@ -140,10 +162,12 @@ class Data2Vec2(nn.Module):
             pred=pred.detach(),
             wanted=wanted,
             target=target,
+            cls=cls.detach(),
+            cls_wanted=cls_wanted,
         )
 
     def encode(self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None) -> Tensor:
-        """Visible tokens through prenet and shared blocks: (B, T, D) -> (R, K, D)."""
+        """Extra and visible tokens through prenet and shared blocks: (B, T, D) -> (R, E + K, D)."""
         encoder: ModalityEncoder = self.encoders[batch.modality]  # type: ignore[assignment]
         prenet_depth = len(encoder.prenet.blocks)
         x, biases = encoder.visible(local, batch, prenet_depth + len(self.blocks))
@@ -163,11 +187,11 @@ class Data2Vec2(nn.Module):
 
         Args:
             modality: whose encoder.
-            source: as in `Batch`, audio (B, S).
-            padding: (B, S) bool, True = pad, or None.
+            source: as in `Batch`.
+            padding: as in `Batch`.
 
         Returns:
-            Input of the first block and output of every block, prenet first, each (B, T, D).
+            Input of the first block and output of every block, prenet first, each (B, T, D): without extra tokens.
         """
         encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
         blocks = [*encoder.prenet.blocks, *self.blocks]
@@ -176,7 +200,7 @@ class Data2Vec2(nn.Module):
         for block, bias in zip(blocks, biases, strict=True):
             x, _ = block(x, bias)
             outputs.append(x)
-        return outputs
+        return [x[:, encoder.num_extra_tokens :] for x in outputs]
 
 
 def select_masked(x: Tensor, masked: Tensor, num_masked: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from d2v2ds.errors import below
 from d2v2ds.model.dropout import dropout
 from d2v2ds.model.linear import Linear
-from d2v2ds.model.positions import SameConv
+from d2v2ds.model.positions import SameConv, SameConv2d
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,15 @@ class DecoderConfig:
     """Add a layer's input to its output wherever their widths agree."""
     mask_noise_std: float = 0.01
     """Standard deviation of the noise that stands for a masked token."""
+    projection_layers: int = 1
+    """Linear layers from the convolutions back to the model's width, with GELU between them."""
+    projection_ratio: float = 2.0
+    """Width of the hidden ones over that of the convolutions; not used by a single layer."""
 
     def check(self, model_width: int) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        problems = below(self, "decoder.", width=1, depth=1, kernel=1, groups=1, mask_noise_std=0)
+        counts = {"width": 1, "depth": 1, "kernel": 1, "groups": 1, "projection_layers": 1}
+        problems = below(self, "decoder.", **counts, mask_noise_std=0, projection_ratio=1e-6)
         for name, width in (("width", self.width), ("model width", model_width)):
             if not problems and width % self.groups:
                 problems.append(f"decoder: {name} {width} is not divisible by groups {self.groups}")
@@ -62,20 +67,39 @@ class MaskTokens(nn.Module):
         return noise.scatter(1, keep[..., None].expand(-1, -1, width), visible)
 
 
-class Decoder1d(nn.Module):
-    """Convolutions over the full token sequence, then one projection."""
+def _projection(config: DecoderConfig, model_width: int) -> nn.Module:
+    """One Linear, or several with GELU between: the first widens, those between keep that width, the last returns."""
+    if config.projection_layers == 1:
+        return Linear(config.width, model_width)
+    hidden = int(config.width * config.projection_ratio)
+    widths = [config.width] + [hidden] * (config.projection_layers - 1) + [model_width]
+    layers: list[nn.Module] = []
+    for w_in, w_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [Linear(w_in, w_out), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
 
-    def __init__(self, config: DecoderConfig, model_width: int) -> None:
+
+class Decoder(nn.Module):
+    """Convolutions over all token places, then a projection."""
+
+    def __init__(self, config: DecoderConfig, model_width: int, *, grid_side: int | None = None) -> None:
+        """
+        Args:
+            config: of this modality.
+            model_width: D.
+            grid_side: tokens per side of a square grid; None for a sequence.
+        """
         super().__init__()
         self.input_dropout = config.input_dropout
+        self.grid_side = grid_side
         self.mask_tokens = MaskTokens(config.mask_noise_std)
         widths = [model_width] + [config.width] * config.depth
+        conv = SameConv if grid_side is None else SameConv2d
         self.layers = nn.ModuleList(
-            SameConv(w_in, w_out, config.kernel, config.groups)
-            for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)
+            conv(w_in, w_out, config.kernel, config.groups) for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)
         )
         self.has_residual = [config.residual and a == b for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        self.proj = Linear(config.width, model_width)
+        self.proj = _projection(config, model_width)
 
     def forward(self, visible: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
         """
@@ -88,7 +112,11 @@ class Decoder1d(nn.Module):
             (R, T, D) predictions, at visible places too.
         """
         x = self.mask_tokens(dropout(visible, self.input_dropout, self.training), keep, num_tokens)
+        if self.grid_side is not None:
+            x = x.unflatten(1, (self.grid_side, self.grid_side))  # (R, Gh, Gw, D)
         for layer, residual in zip(self.layers, self.has_residual, strict=True):
-            y = layer(x)  # (R, T, C)
+            y = layer(x)  # (R, T, C) or (R, Gh, Gw, C)
             x = y + x if residual else y
+        if self.grid_side is not None:
+            x = x.flatten(1, 2)  # (R, T, C)
         return self.proj(x)

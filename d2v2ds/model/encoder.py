@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -26,6 +27,20 @@ class PrenetConfig:
     """Number of blocks; 0 leaves only the input norm."""
     dropout: float
     """Dropped fraction after the input norm."""
+    has_norm: bool = True
+    """Text without own blocks has no input norm."""
+
+
+class ExtraTokens(nn.Module):
+    """Learned tokens that stand before all others, such as CLS; they have no position."""
+
+    def __init__(self, number: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(1, number, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, N, D) -> (R, E + N, D)."""
+        return torch.cat((self.tokens.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
 
 
 class Prenet(nn.Module):
@@ -33,9 +48,10 @@ class Prenet(nn.Module):
 
     def __init__(self, prenet: PrenetConfig, block: BlockConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(block.width, eps=block.norm_eps)
+        self.norm = nn.LayerNorm(block.width, eps=block.norm_eps) if prenet.has_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(block) for _ in range(prenet.depth))
         self.dropout = prenet.dropout
+        self.width = block.width
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, D): what enters the first block."""
@@ -75,7 +91,7 @@ def run_blocks(
 
 
 class ModalityEncoder(nn.Module):
-    """Local encoder, positions, ALiBi and prenet of one modality.
+    """Local encoder, positions, ALiBi, extra tokens and prenet of one modality.
 
     Parameters live in submodules that are *called*, never in this module itself, because ZeRO-3 gathers a
     module's parameters when its forward begins.
@@ -85,18 +101,22 @@ class ModalityEncoder(nn.Module):
         self,
         *,
         local: nn.Module | None,
-        num_tokens: Callable[[Tensor], Tensor],
-        positions: nn.Module,
-        alibi: Alibi | None,
+        num_tokens: Callable[[Tensor], Tensor] | None = None,
+        fixed_positions: nn.Module | None = None,
+        positions: nn.Module | None = None,
+        alibi: Alibi | None = None,
+        num_extra_tokens: int = 0,
         prenet: Prenet,
         attention_path: AttentionPath,
     ) -> None:
         """
         Args:
             local: source -> (B, T, D); None in a teacher that reads the student's local features.
-            num_tokens: (B,) real samples -> (B,) real tokens, for padded inputs.
-            positions: (R, T, D) -> (R, T, D).
+            num_tokens: (B,) real samples -> (B,) real tokens, for padded inputs; None if padding counts tokens.
+            fixed_positions: (B, T, D) -> (B, T, D), added to the tokens before anything is masked; or None.
+            positions: (R, T, D) with masked tokens zeroed -> (R, T, D) to be added to the visible ones; or None.
             alibi: distance penalty, or None.
+            num_extra_tokens: E, learned tokens in front.
             prenet: input norm and own blocks.
             attention_path: of the blocks; decides whether the bias is written out.
         """
@@ -104,9 +124,15 @@ class ModalityEncoder(nn.Module):
         if local is not None:
             self.local = local
         self.num_tokens = num_tokens
-        self.positions = positions
+        if fixed_positions is not None:
+            self.fixed_positions = fixed_positions
+        if positions is not None:
+            self.positions = positions
         if alibi is not None:
             self.alibi = alibi
+        self.num_extra_tokens = num_extra_tokens
+        if num_extra_tokens:
+            self.extra = ExtraTokens(num_extra_tokens, prenet.width)
         self.prenet = prenet
         self.attention_path = attention_path
 
@@ -115,10 +141,10 @@ class ModalityEncoder(nn.Module):
         return self.local(batch.source)
 
     def visible(self, local: Tensor, batch: Batch, num_blocks: int) -> tuple[Tensor, list[DistanceBias | None]]:
-        """What the student's first block reads: visible tokens with their positions.
+        """What the student's first block reads: extra tokens, then visible ones with their positions.
 
-        The position convolutions see every row at full length with masked tokens set to zero, so that
-        neighbours cannot leak them; their output is then added to the visible tokens.
+        Position convolutions see every row at full length with masked tokens set to zero, so that neighbours cannot
+        leak them; their output is then added to the visible tokens.
 
         Args:
             local: (B, T, D).
@@ -126,19 +152,22 @@ class ModalityEncoder(nn.Module):
             num_blocks: blocks that need a bias.
 
         Returns:
-            (R, K, D) and one bias for each block.
+            (R, E + K, D) and one bias for each block.
         """
         keep, masked = batch.masks.rows()  # (R, K), (R, T)
-        num_masks = batch.masks.num_masks
-        width = local.shape[-1]
-        cloned = local.repeat_interleave(num_masks, 0)  # (R, T, D)
-        places = self.positions(cloned.masked_fill(masked[..., None], 0))  # (R, T, D)
-        index = keep[..., None].expand(-1, -1, width)
-        x = cloned.gather(1, index) + places.gather(1, index)  # (R, K, D)
+        samples, num_masks, num_visible = batch.masks.keep.shape
+        x = self._placed(local)
+        width = x.shape[-1]
+        every = batch.masks.keep.reshape(samples, -1, 1).expand(-1, -1, width)  # (B, M*K, D)
+        tokens = x.gather(1, every).view(-1, num_visible, width)  # (R, K, D)
+        if hasattr(self, "positions"):
+            cloned = x.repeat_interleave(num_masks, 0)  # (R, T, D)
+            places = self.positions(cloned.masked_fill(masked[..., None], 0))  # (R, T, D)
+            tokens = tokens + places.gather(1, keep[..., None].expand(-1, -1, width))
         padding = self.token_padding(batch.padding, local.shape[1])  # (B, T)
         if padding is not None:
             padding = padding.repeat_interleave(num_masks, 0).gather(1, keep)  # (R, K)
-        return self.prenet(x), self.biases(keep, padding, num_blocks)
+        return self._first_input(tokens), self.biases(keep, padding, num_blocks)
 
     def everything(
         self, local: Tensor, padding: Tensor | None, num_blocks: int
@@ -147,21 +176,29 @@ class ModalityEncoder(nn.Module):
 
         Args:
             local: (B, T, D).
-            padding: (B, S) bool, True = padded sample, or None.
+            padding: (B, S) bool, True = pad, or None.
             num_blocks: blocks that need a bias.
 
         Returns:
-            (B, T, D) and one bias for each block.
+            (B, E + T, D) and one bias for each block.
         """
-        x = local + self.positions(local)  # (B, T, D)
+        x = self._placed(local)
+        if hasattr(self, "positions"):
+            x = x + self.positions(x)  # (B, T, D)
         token_padding = self.token_padding(padding, local.shape[1])  # (B, T)
         order = torch.arange(local.shape[1], device=local.device)[None]  # (1, T): one bias serves all samples
-        return self.prenet(x), self.biases(order, token_padding, num_blocks)
+        return self._first_input(x), self.biases(order, token_padding, num_blocks)
+
+    def _placed(self, local: Tensor) -> Tensor:
+        return self.fixed_positions(local) if hasattr(self, "fixed_positions") else local
+
+    def _first_input(self, tokens: Tensor) -> Tensor:
+        return self.prenet(self.extra(tokens) if self.num_extra_tokens else tokens)
 
     def token_padding(self, padding: Tensor | None, length: int) -> Tensor | None:
-        """(B, S) sample-level padding -> (B, T) bool, True = this token is padding; None if nothing is padded."""
-        if padding is None:
-            return None
+        """(B, S) padding of the source -> (B, T) bool, True = this token is padding; None if nothing is padded."""
+        if padding is None or self.num_tokens is None:
+            return padding
         real = self.num_tokens(padding.logical_not().sum(1))  # (B,)
         return torch.arange(length, device=real.device) >= real[:, None]
 
@@ -175,6 +212,11 @@ class ModalityEncoder(nn.Module):
         """
         if padding is not None and not padding.any():
             padding = None
+        if (
+            self.num_extra_tokens and padding is not None
+        ):  # never padding, and never beside ALiBi: positions are not read
+            in_front = (self.num_extra_tokens, 0)
+            positions, padding = F.pad(positions, in_front), F.pad(padding, in_front)
         if not hasattr(self, "alibi"):
             if padding is None:
                 return [None] * num_blocks

@@ -3,36 +3,78 @@
 | module | weight | bias |
 |---|---|---|
 | front-end convolutions | Kaiming normal, fan-in, gain sqrt 2 | none |
+| patch convolution | Xavier uniform on (D, 3 * patch * patch) | the framework's uniform |
 | position and decoder convolutions | the framework's uniform | the framework's uniform |
 | norms | 1 | 0 |
 | every Linear | N(0, 0.02) | 0 |
-| then, for speech: projection of the front end and of the decoder | the framework's uniform | the framework's uniform |
+| every embedding, tokens and places | N(0, 0.02), the row of padding 0 | |
+| then, speech: projection of the front end; speech and images: of the decoder | the framework's uniform | the same |
 | ALiBi scale | 1 | |
+| extra tokens | N(0, 1) | |
 """
 
+import zlib
+from typing import Any
+
+import torch
 from torch import nn
 
 from d2v2ds.model.data2vec2 import Data2Vec2
-from d2v2ds.model.decoder import Decoder1d
-from d2v2ds.model.local import ConvLayerNorm, WaveformEncoder
+from d2v2ds.model.encoder import ExtraTokens
+from d2v2ds.model.local import ConvLayerNorm, PatchEncoder, WaveformEncoder
+from d2v2ds.model.positions import GridPositions
 
 _LINEAR_STD = 0.02
+_KEEPS_SMALL_PROJECTION = {"text"}
+"""Modalities whose decoder projection keeps N(0, 0.02)."""
 
 
-def initialise(model: Data2Vec2) -> None:
-    """Draw all parameters from torch's global generator; needs whole parameters, so it runs before ZeRO-3."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv1d):
-            module.reset_parameters()
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=_LINEAR_STD)
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-    for module in model.modules():
-        if isinstance(module, ConvLayerNorm):
-            nn.init.kaiming_normal_(module.conv.weight)
-        if isinstance(module, WaveformEncoder):
-            module.project.reset_parameters()
-        if isinstance(module, Decoder1d):
-            module.proj.reset_parameters()
+def initialise(model: Data2Vec2, seed: int) -> None:
+    """Draw all parameters; needs whole ones, so it runs before ZeRO-3.
+
+    Each part (shared blocks, encoder and decoder of each modality) has a stream of its own, so that a modality that is
+    left out does not change the start of the others. The state of torch's global generator is changed.
+
+    Args:
+        model: on any device.
+        seed: of the run.
+    """
+    parts: dict[str, Any] = {"blocks": model.blocks}
+    for kind, modules in (("encoders", model.encoders), ("decoders", model.decoders)):
+        parts |= {f"{kind}.{name}": module for name, module in modules.items()}
+    for name, part in parts.items():
+        torch.manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        for module in part.modules():
+            _draw(module)
+        for module in part.modules():
+            _redraw(module)
+        kind, _, modality = name.partition(".")
+        if kind == "decoders" and modality not in _KEEPS_SMALL_PROJECTION:
+            for module in part.proj.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
+
+
+def _draw(module: nn.Module) -> None:
+    """The rule of a module by its kind."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.LayerNorm | GridPositions):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=_LINEAR_STD)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=_LINEAR_STD)
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
+    elif isinstance(module, ExtraTokens):
+        nn.init.normal_(module.tokens)
+
+
+def _redraw(module: nn.Module) -> None:
+    """The rule of a module by its place, which wins."""
+    if isinstance(module, ConvLayerNorm):
+        nn.init.kaiming_normal_(module.conv.weight)
+    elif isinstance(module, WaveformEncoder):
+        module.project.reset_parameters()
+    elif isinstance(module, PatchEncoder):
+        nn.init.xavier_uniform_(module.proj.weight.view(len(module.proj.weight), -1))

@@ -1,10 +1,15 @@
-"""The local encoder of speech: a waveform to one feature vector every 20 ms (spec section 3.1)."""
+"""Local encoders: raw input to one feature vector per token, each seeing only its own surroundings.
+
+A waveform becomes one vector every 20 ms, an image one per patch, a text one per token (spec sections 3.1 to 3.3).
+"""
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v2ds.model.dropout import dropout
 from d2v2ds.model.linear import Linear
 from d2v2ds.model.positions import TokenConv
 from d2v2ds.shapes import ConvLayer
@@ -58,3 +63,72 @@ class WaveformEncoder(nn.Module):
         """(B, S) waveform -> (B, T, D)."""
         x = self.convs(source.to(self.project.weight.dtype))  # (B, T, C)
         return self.project(self.norm(x))
+
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+"""Of ImageNet's channels on the scale 0 to 1 (spec section 14)."""
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+def normalise_pixels(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, Y, X) uint8 pixels -> `dtype`, zero mean and unit variance by ImageNet's statistics.
+
+    Here and not in the data workers: bytes are a quarter of the memory that has to reach the device.
+    """
+    mean = torch.tensor(IMAGE_MEAN, device=source.device)[:, None, None] * 255
+    std = torch.tensor(IMAGE_STD, device=source.device)[:, None, None] * 255
+    return ((source.float() - mean) / std).to(dtype)
+
+
+class PatchEncoder(nn.Module):
+    """One convolution whose kernel is its stride: a vector for every patch."""
+
+    def __init__(self, patch_size: int, patch_width: int, width: int) -> None:
+        """
+        Args:
+            patch_size: side of a patch in pixels.
+            patch_width: channels of the convolution; if they are not `width`, a Linear follows.
+            width: D.
+        """
+        super().__init__()
+        self.proj = nn.Conv2d(3, patch_width, patch_size, stride=patch_size)
+        if patch_width != width:
+            self.widen = Linear(patch_width, width)
+
+    def forward(self, source: Tensor) -> Tensor:
+        """(B, 3, Y, X), uint8 or normalised float -> (B, T, D), row by row."""
+        dtype = self.proj.weight.dtype
+        pixels = normalise_pixels(source, dtype) if source.dtype == torch.uint8 else source.to(dtype)
+        x = self.proj(pixels).flatten(2).transpose(1, 2)  # (B, T, C)
+        return self.widen(x) if hasattr(self, "widen") else x
+
+
+PAD_ID = 1
+"""Token id of padding, in every vocabulary of this project (spec section 3.3)."""
+
+
+class TokenEncoder(nn.Module):
+    """Token embedding plus learned positions, norm, dropout."""
+
+    def __init__(self, vocab_size: int, max_tokens: int | None, width: int, rate: float) -> None:
+        """
+        Args:
+            vocab_size: V.
+            max_tokens: longest input; None leaves learned positions out.
+            width: D.
+            rate: dropped fraction of the result.
+        """
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width, padding_idx=PAD_ID)
+        if max_tokens is not None:
+            self.places = nn.Embedding(max_tokens + PAD_ID + 1, width, padding_idx=PAD_ID)
+        self.norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.rate = rate
+
+    def forward(self, source: Tensor) -> Tensor:
+        """(B, S) int64 -> (B, T, D). The i-th token that is no padding has position 1 + i; padding has row 1."""
+        x = self.tokens(source)  # (B, T, D)
+        if hasattr(self, "places"):
+            real = source != PAD_ID
+            x = x + self.places(real.cumsum(1) * real + PAD_ID)
+        return dropout(self.norm(x), self.rate, self.training)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2v2ds.errors import below
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -16,6 +18,20 @@ class LossConfig:
     """Factor on every element; None stands for 1 / sqrt(D)."""
     beta: float = 0.0
     """0: squared error. Above: smooth L1 that is quadratic below this difference."""
+    cls_weight: float = 0.0
+    """Of the error between the last extra token and the mean target; 0 switches it off."""
+    cls_rows: int | None = None
+    """Rows (samples x masks) over which `cls_weight` is meant to sum: the loss does not depend on the micro-batch
+    then. None sums over the rows of each micro-batch, as the reference does. Published: 256 (16 images x 16)."""
+
+    def check(self, num_extra_tokens: int) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        problems = below(self, "loss.", beta=0, cls_weight=0)
+        if self.cls_weight and not num_extra_tokens:
+            problems.append(f"loss.cls_weight is {self.cls_weight}, and there are no extra tokens to predict from")
+        if self.cls_rows is not None and self.cls_rows < 1:
+            problems.append(f"loss.cls_rows is {self.cls_rows}, expected 1 or more")
+        return problems
 
 
 def regression_loss(pred: Tensor, target: Tensor, config: LossConfig) -> Tensor:
@@ -34,6 +50,23 @@ def regression_loss(pred: Tensor, target: Tensor, config: LossConfig) -> Tensor:
     if config.beta == 0.0:
         return F.mse_loss(pred, target, reduction="sum") * scale
     return F.smooth_l1_loss(pred, target, beta=config.beta, reduction="sum") * scale
+
+
+def cls_loss(pred: Tensor, target: Tensor, num_masked: int, config: LossConfig) -> Tensor:
+    """The error of the CLS prediction, scaled so that division by the masked tokens leaves `cls_weight` times a sum
+    over rows (spec section 8).
+
+    Args:
+        pred: (R, D) encoder output at the last extra token.
+        target: (R, D) fp32, mean over tokens of each row's target.
+        num_masked: masked tokens of this micro-batch.
+        config: weight and form.
+
+    Returns:
+        Scalar fp32, to be added to the regression loss.
+    """
+    rows = 1.0 if config.cls_rows is None else config.cls_rows / len(pred)
+    return regression_loss(pred, target, config) * (config.cls_weight * rows * num_masked)
 
 
 def channel_moments(x: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
-"""Convolutions over token sequences, and the positions of speech that are made of them (spec section 3.1)."""
+"""Where a token is: convolutions over tokens for speech, a fixed table for images (spec sections 3.1 and 3.2).
 
+The convolutions of the decoders are the same and live here too.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,6 +44,22 @@ class SameConv(nn.Module):
         return F.gelu(F.layer_norm(x, x.shape[-1:]))
 
 
+class SameConv2d(nn.Module):
+    """`SameConv` over a square grid of tokens, row by row."""
+
+    def __init__(self, in_width: int, width: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_width, width, kernel, padding=kernel // 2, groups=groups)
+        self.trim = 1 - kernel % 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, Gh, Gw, C_in) -> (R, Gh, Gw, C)."""
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels last in memory throughout
+        if self.trim:
+            x = x[:, : -self.trim, : -self.trim]
+        return F.gelu(F.layer_norm(x, x.shape[-1:]))
+
+
 class ConvPositions(nn.Module):
     """A stack of wide convolutions that tells a token its surroundings, without residuals."""
 
@@ -60,3 +80,43 @@ class ConvPositions(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class GridPositions(nn.Module):
+    """A fixed table of 2-D sines and cosines, added to the patches of an image (spec section 3.2).
+
+    It is a parameter without gradient, because that is how the official checkpoints and parameter counts have it.
+    """
+
+    def __init__(self, width: int, side: int) -> None:
+        """
+        Args:
+            width: D, divisible by 4.
+            side: patches per side of the grid.
+        """
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(1, side * side, width), requires_grad=False)
+        self.side = side
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the table."""
+        self.table.data.copy_(sin_cos_grid(self.table.shape[-1], self.side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return x + self.table
+
+
+def sin_cos_grid(width: int, side: int) -> Tensor:
+    """(side * side, width) fp32: the first half of the channels encodes the column, the second the row.
+
+    Each half is [sin(p w_j), cos(p w_j)] with w_j = 10000^(-j / (width / 4)).
+    """
+    quarter = width // 4
+    rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates  # (side, width / 4)
+    line = torch.cat((angles.sin(), angles.cos()), dim=1)  # (side, width / 2)
+    columns = line[None, :, :].expand(side, -1, -1)
+    rows = line[:, None, :].expand(-1, side, -1)
+    return torch.cat((columns, rows), dim=2).reshape(side * side, width).float()

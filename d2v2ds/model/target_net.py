@@ -1,8 +1,8 @@
 """The teacher's network: unmasked tokens in, targets out (spec sections 1.9 and 7).
 
 Its parameter names are those of the student, which is how `dist.teacher` pairs the two. Which modules it
-has is the published scope: positions, ALiBi scale, prenet and shared blocks; the local encoder only where
-`share_local_encoder` is off; never the decoder.
+has is the published scope: positions, ALiBi scale, extra tokens, prenet and shared blocks; the local encoder only
+where `share_local_encoder` is off; never the decoder. Of text without own blocks that leaves the shared blocks alone.
 """
 
 from torch import Tensor, nn
@@ -40,10 +40,11 @@ class TargetNet(nn.Module):
             (B, T, D) fp32 targets.
         """
         encoder: ModalityEncoder = self.encoders[batch.modality]  # type: ignore[assignment]
-        if not self.config.modalities.active()[batch.modality].share_local_encoder:
+        modality = self.config.modalities.active()[batch.modality]
+        if not modality.share_local_encoder:
             local = encoder.embed(batch)
         prenet_depth = len(encoder.prenet.blocks)
-        x, biases = encoder.everything(local, batch.padding, prenet_depth + len(self.blocks))  # (B, T, D)
+        x, biases = encoder.everything(local, batch.padding, prenet_depth + len(self.blocks))  # (B, E + T, D)
         x, _ = run_blocks(encoder.prenet.blocks, x, biases[:prenet_depth])
-        _, layers = run_blocks(self.blocks, x, biases[prenet_depth:])  # L x (B, T, D)
-        return make_targets(layers, self.config.target)
+        _, layers = run_blocks(self.blocks, x, biases[prenet_depth:])  # L x (B, E + T, D)
+        return make_targets([layer[:, encoder.num_extra_tokens :] for layer in layers], modality.target)

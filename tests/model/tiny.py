@@ -20,7 +20,6 @@ def tiny_model_config(width: int = 16, *, share_local_encoder: bool = True, posi
             width=width, num_heads=4, attention_dropout=0.0, attention_output_dropout=0.0, mlp_dropout=0.0
         ),
         shared_depth=2,
-        target=TargetConfig(num_layers=2, layer_norms=("instance",)),
         modalities=ModalitiesConfig(
             audio=AudioConfig(
                 prenet_depth=1,
@@ -29,6 +28,7 @@ def tiny_model_config(width: int = 16, *, share_local_encoder: bool = True, posi
                 position_total_kernel=6,
                 position_groups=4,
                 share_local_encoder=share_local_encoder,
+                target=TargetConfig(num_layers=2, layer_norms=("instance",)),
                 decoder=DecoderConfig(width=8, depth=2, kernel=3, groups=4, input_dropout=0.0),
             )
         ),
