@@ -20,8 +20,8 @@ from PIL import Image
 
 from d2v2ds.data.pixels import SWAPS_SIDES, to_rgb
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is packed, as Pillow calls it. The content decides, not the name of the file."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is packed, as Pillow calls it; multi-picture files (MPO) open as JPEG. The content decides, not the name."""
 
 PILLOW_ERRORS = (
     OSError,
@@ -61,7 +61,7 @@ class ImageFacts:
     """Pixels, as displayed: after `orientation`."""
     height: int
     orientation: int
-    """EXIF orientation, 1 to 8."""
+    """EXIF orientation that Pillow leaves to be applied, 1 to 8; of TIFF always 1."""
 
 
 def examine(data: bytes, max_pixels: int, decode: bool = False) -> ImageFacts:
@@ -126,10 +126,10 @@ def _decoded(data: bytes, max_pixels: int, structure: tuple[str, int, int, int] 
     """As `_structure`, and decodes. Where the structure has told already, that stands."""
     with opened(data) as image:
         _check_pixels(*image.size, max_pixels)
-        if structure is None:
-            structure = _format_of(image), *image.size, _valid_orientation(image.getexif().get(_ORIENTATION))
         image.load()
         to_rgb(image)  # as training will
+        if structure is None:  # asked after loading, in which Pillow already turns a TIFF upright
+            structure = _format_of(image), *image.size, _valid_orientation(image.getexif().get(_ORIENTATION))
     return structure
 
 
