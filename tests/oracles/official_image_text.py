@@ -33,6 +33,16 @@ DECODER: dict[str, dict[str, Any]] = {
     "text": {"decoder_dim": 16, "decoder_groups": 1, "decoder_kernel": 5, "decoder_layers": 2, "input_dropout": 0,
              "decoder_residual": False, "projection_layers": 2, "projection_ratio": 2.0},
 }  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "num_heads": 12, "mlp_ratio": 4, "ema_encoder_only": True, "input_size": 224, "patch_size": 16,
+    "max_source_positions": 512, "decoder_dim": 384, "decoder_groups": 16, "decoder_kernel": 5, "decoder_layers": 5,
+    "projection_layers": 1,
+}  # fmt: skip
+"""What a weight's shape follows where a configuration leaves an option out (section 13)."""
+PATCH_WIDTH = 768
+"""Default width of an image's patches; the option is named as the model's width is."""
+ABSENT = object()
+"""In place of a value: the configuration does not name the option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +64,13 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         """The `model` section of the official configuration."""
-        own = OWN[self.modality] | dict(self.own)
-        own["decoder"] = DECODER[self.modality] | dict(self.decoder)
-        return (
-            MODEL[self.modality] | {"clone_batch": self.masks} | dict(self.model) | {"modalities": {self.modality: own}}
-        )
+        own = _changed(OWN[self.modality], self.own)
+        own["decoder"] = _changed(DECODER[self.modality], self.decoder)
+        return _changed(MODEL[self.modality], self.model) | {"modalities": {self.modality: own}}
+
+
+def _changed(options: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in (options | dict(changes)).items() if value is not ABSENT}
 
 
 def positions_2d(side: int, width: int) -> Tensor:
@@ -74,11 +86,13 @@ def positions_2d(side: int, width: int) -> Tensor:
 
 
 def _draw_weights(draw: Draw, modality: str, options: Mapping[str, Any]) -> None:
-    own, width, depth = options["modalities"][modality], options["embed_dim"], options["depth"]
-    prefix, decoder, prenet = f"modality_encoders.{modality.upper()}.", own["decoder"], own["prenet_depth"]
+    own, width, depth = DEFAULTS | options["modalities"][modality], options["embed_dim"], options["depth"]
+    prefix, decoder, prenet = f"modality_encoders.{modality.upper()}.", DEFAULTS | own["decoder"], own["prenet_depth"]
+    options = DEFAULTS | dict(options)
     w = draw.weights
     if modality == "image":
-        patch, inner, side = own["patch_size"], own["embed_dim"], own["input_size"] // own["patch_size"]
+        patch, inner = own["patch_size"], own.get("embed_dim", PATCH_WIDTH)
+        side = own["input_size"] // patch
         draw.linear(f"{prefix}local_encoder.{'proj' if inner == width else '0.proj'}", inner, 3, patch, patch)
         if inner != width:
             draw.linear(f"{prefix}local_encoder.1", width, inner)
@@ -119,7 +133,7 @@ def _draw_teacher(draw: Draw, modality: str, options: Mapping[str, Any]) -> Weig
     Text without `ema_encoder_only` is in no published configuration. Assumption: the rules of speech hold, that is the
     teacher owns scale, prenet and blocks under their full names, the embeddings only with `ema_local_encoder`.
     """
-    if options["ema_encoder_only"]:
+    if options.get("ema_encoder_only", True):
         return draw.teacher(lambda n: n.startswith("blocks."), bare="blocks.")
     own_local = options["modalities"][modality].get("ema_local_encoder", False)
     teacher = draw.teacher(lambda n: own_local or ".local_encoder." not in n)
@@ -134,7 +148,7 @@ def write_case(folder: Path, name: str, case: Case) -> None:
     teacher = _draw_teacher(draw, case.modality, options)
     padding = None
     if case.modality == "image":
-        own = options["modalities"]["image"]
+        own = DEFAULTS | options["modalities"]["image"]
         source, length = (
             draw.normal(case.samples, 3, *[own["input_size"]] * 2),
             (own["input_size"] // own["patch_size"]) ** 2,
