@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 LABEL_SUFFIXES = frozenset({"cls", "json", "txt"})
 """Members of a tar file that may hold the label of the image of the same key, best first: see `MemberReader`."""
-ARCHIVE_SUFFIXES = frozenset({".tar", ".parquet"})
+ARCHIVE_SUFFIXES = (".tar", ".parquet")
 MANIFEST_SUFFIXES = frozenset({".tsv", ".txt"})
 MISSING = -1
 """Size of a file that does not exist."""
@@ -114,7 +114,7 @@ class Listing:
 
     def paths(self) -> Iterator[str]:
         """Where to open the files."""
-        return (os.path.join(self.root, name) for name in self.names)  # noqa: PTH118
+        return (os.path.join(self.root, name) for name in self.names)  # noqa: PTH118  (a million)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -376,13 +376,15 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
 def _listings_of_folder(root: Path) -> list[Listing | Archive]:
     names: list[str] = []
     archives = []
-    for folder, files in walk(root, IMAGE_SUFFIXES | ARCHIVE_SUFFIXES):
+    for folder, files in walk(root, IMAGE_SUFFIXES.union(ARCHIVE_SUFFIXES)):
+        below = os.path.relpath(folder, root)
+        before = "" if below == os.curdir else f"{below}{os.sep}"
         for name in files:
-            path = os.path.join(folder, name)  # noqa: PTH118  (a million files)
-            if os.path.splitext(name)[1].lower() in ARCHIVE_SUFFIXES:  # noqa: PTH122
+            if name.lower().endswith(ARCHIVE_SUFFIXES):
+                path = os.path.join(folder, name)  # noqa: PTH118
                 archives.append(Archive(path=path, source=source_name(root, path)))
             else:
-                names.append(os.path.relpath(path, root))
+                names.append(before + name)
     return [Listing(root=str(root), names=names), *archives]
 
 

@@ -42,6 +42,9 @@ from preprocessing.plan import Plan, cut_shards, fingerprint
 from preprocessing.progress import MEBIBYTES
 from preprocessing.sources import check_present, check_unique, utf8
 
+_FILES_PER_JOB = 1 << 15
+"""Files whose size one process asks for in one go: less does not pay for starting it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -71,7 +74,7 @@ class ImagePacker:
         settings = self.settings
         found = team.share(lambda: find_images(inputs, settings.label_column))
         paths = [path for one in found if isinstance(one, Listing) for path in one.paths()]
-        sizes = read_all(team, file_sizes, paths, "listing") if paths else []
+        sizes = read_all(team, file_sizes, paths, "listing", _FILES_PER_JOB) if paths else []
         archives = [one for one in found if isinstance(one, Archive)]
         scan = ArchiveScan(
             part_bytes=part_bytes(settings.shard_bytes),
