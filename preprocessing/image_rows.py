@@ -34,6 +34,7 @@ PILLOW_MAX_PIXELS = 89_478_485
 _DRAFT_FACTOR = 2
 """A JPEG is decoded at a reduced scale that leaves so many times the wanted side: the rest is filtered away."""
 _TABLE_BATCH_ROWS = 64
+_TABLE_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +188,8 @@ def _suffix(name: str) -> str:
 
 
 def _read_table(unit: RowGroup, settings: ImageSettings) -> Iterator[Found]:
-    with pq.ParquetFile(unit.path) as table:
+    # without these two, the whole row group is read before its first row comes out
+    with pq.ParquetFile(unit.path, pre_buffer=False, buffer_size=_TABLE_BUFFER_BYTES) as table:
         labelled = settings.label_column in table.schema_arrow.names
         names = class_names(table.schema_arrow, settings.label_column)
         columns = [settings.image_column, *([settings.label_column] if labelled else [])]

@@ -24,6 +24,7 @@ from preprocessing.verify import verify
 from preprocessing.writer import PACKING_NAME
 from tests.preprocessing.helpers import clean_environment, contents
 from tests.preprocessing.pictures import class_folders, encoded, picture, with_orientation, write_tar
+from tests.preprocessing.test_parallel import mpirun, needs_mpi
 
 
 def pack(source: Path, output: Path, *options: object) -> int:
@@ -321,6 +322,16 @@ def test_bytes_do_not_depend_on_the_number_of_workers(mixed: Path, tmp_path: Pat
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
     assert len(list((tmp_path / "1").glob("*.arrow"))) > 4
     assert list(skipped(tmp_path / "1")) == ["ape/empty.jpg", "a.tar/9.jpg"]
+
+
+@needs_mpi
+@pytest.mark.distributed
+def test_mpi_ranks_write_the_same_bytes_as_one_worker(mixed: Path, tmp_path: Path) -> None:
+    options = ("--shard-bytes", "12K", "--max-skipped", 0.1)
+    assert pack(mixed, tmp_path / "one", *options) == 0
+    result = mpirun(2, "--input", mixed, "--output", tmp_path / "mpi", *options, module="preprocessing.pack_images")
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "mpi") == contents(tmp_path / "one")
 
 
 @pytest.mark.distributed
