@@ -139,7 +139,7 @@ def _read_files(unit: FileRun, settings: ImageSettings) -> Iterator[Found]:
         if unit.ids is not None and unit.labels is not None:
             id, label = unit.ids[number] or source, unit.labels[number]
         try:
-            with open(f"{unit.root}/{name}", "rb", buffering=0) as file:  # noqa: PTH123  (a million)
+            with open(os.path.join(unit.root, name), "rb", buffering=0) as file:  # noqa: PTH118, PTH123  (a million)
                 yield Found(source, id, file.readall(), label)
         except OSError as error:
             yield Found(source, id, b"", label, f"unreadable: {error.strerror}")

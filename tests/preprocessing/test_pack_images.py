@@ -89,11 +89,13 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 
 def test_manifest_gives_ids_and_labels(photos: Path, tmp_path: Path) -> None:
     manifest = photos / "m.tsv"
-    manifest.write_text("path\tid\tkind\nbee/001.jpg\tfirst\tinsect\nape/000.jpg\t\t\n")
+    absolute = photos / "cow" / "002.jpg"
+    manifest.write_text(f"path\tid\tkind\nbee/001.jpg\tfirst\tinsect\nape/000.jpg\t\t\n{absolute}\tthird\t\n")
     assert pack(manifest, tmp_path / "out", "--label-column", "kind") == 0
     rows = table_of(tmp_path / "out").to_pylist()
     assert [(row["id"], row["label"], row["source"]) for row in rows] == [
         ("first", "insect", "bee/001.jpg"), ("ape/000.jpg", None, "ape/000.jpg"),
+        ("third", None, str(absolute)),
     ]  # fmt: skip
 
 
