@@ -461,6 +461,7 @@ class _Batch:
         self._offsets = np.frombuffer(offsets, dtype=np.int64, count=len(column) + 1)
         self._batch = batch
         self._numbers: dict[str, NDArray[Any]] = {}
+        self._texts: dict[str, pa.Array] = {}
 
     def bounds(self, row: int) -> tuple[int, int]:
         """Where the payload of a row begins and ends in `data`."""
@@ -480,7 +481,10 @@ class _Batch:
 
     def text(self, name: str, row: int) -> str | None:
         """One value of a string column."""
-        value: str | None = self._batch.column(name)[row].as_py()
+        column = self._texts.get(name)
+        if column is None:
+            column = self._texts[name] = self._batch.column(name)
+        value: str | None = column[row].as_py()
         return value
 
 
