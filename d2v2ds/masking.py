@@ -35,6 +35,7 @@ class Stream(IntEnum):
     CROP = 2
     ORDER = 3
     SHUFFLE = 4
+    AUGMENT = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,24 @@
-"""What a decoded image means: RGB of 8 bits, upright. Needs Pillow, no torch.
+"""Encoded image files -> pixels, by Pillow: upright RGB of 8 bits. No torch.
 
 Packing (where it re-encodes) and reading go through the same functions, so that an image trains alike whether it was
 packed as it is or re-encoded.
+
+`decode_box` is the fast way to a part of an image. A JPEG is decoded at a reduced scale where the part is larger than
+needed, and not further down than the part reaches. Both leave out work without changing what remains: the scale is
+part of the format (ITU-T T.81, an inverse DCT of fewer frequencies), and rows are stored from the top.
 """
 
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from d2v2ds.errors import MissingExtraError
 
@@ -29,6 +43,94 @@ TRANSPOSES = {
 
 SWAPS_SIDES = frozenset({5, 6, 7, 8})
 """EXIF orientations whose stored width is the displayed height."""
+_MIRRORS_COLUMNS = frozenset({2, 3, 7, 8})
+"""EXIF orientations whose stored columns run against what they become."""
+_MIRRORS_ROWS = frozenset({3, 4, 6, 7})
+
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's readers raise on damaged files."""
+
+SCALES = (8, 4, 2)
+"""Reductions that a JPEG decoder offers, largest first."""
+_ROWS_OF_CONTEXT = 2
+"""Rows below the last one wanted that its colours are interpolated from."""
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG markers of a segment that begins with the size of the image."""
+_START_OF_SCAN = 0xDA
+
+
+class DecodeError(ValueError):
+    """Bytes that are no image, damaged, or of another size than expected; the text is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of an image, in pixels; `right` and `bottom` lie behind the last column and row."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self.bottom - self.top
+
+    def reduced(self, scale: int) -> "Box":
+        """The whole pixels of an image of 1 / scale that are nearest to this box: off by half of one at most."""
+        return Box(*((edge + scale // 2) // scale for edge in (self.left, self.top, self.right, self.bottom)))
+
+
+def stored_box(box: Box, width: int, height: int, orientation: int) -> Box:
+    """Where a part of the displayed image lies in the stored one.
+
+    Args:
+        box: in displayed coordinates.
+        width: of the displayed image (pixels).
+        height: likewise.
+        orientation: EXIF, 1 to 8.
+    """
+    left, top, right, bottom = box.left, box.top, box.right, box.bottom
+    if orientation in SWAPS_SIDES:
+        left, top, right, bottom = top, left, bottom, right
+        width, height = height, width
+    if orientation in _MIRRORS_COLUMNS:
+        left, right = width - right, width - left
+    if orientation in _MIRRORS_ROWS:
+        top, bottom = height - bottom, height - top
+    return Box(left, top, right, bottom)
+
+
+def displayed(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """A view of stored pixels (Y, X, C) as they are displayed; (X, Y, C) where the orientation swaps sides."""
+    if orientation in _MIRRORS_COLUMNS:
+        pixels = pixels[:, ::-1]
+    if orientation in _MIRRORS_ROWS:
+        pixels = pixels[::-1]
+    return pixels.swapaxes(0, 1) if orientation in SWAPS_SIDES else pixels
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Undo an EXIF orientation (1 to 8): the image as it is displayed."""
+    return image if orientation == 1 else image.transpose(TRANSPOSES[orientation])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -54,6 +156,106 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Undo an EXIF orientation (1 to 8): the image as it is displayed."""
-    return image if orientation == 1 else image.transpose(TRANSPOSES[orientation])
+def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least: int | None) -> NDArray[np.uint8]:
+    """Decode a part of an image file.
+
+    Args:
+        data: the file.
+        size: width and height that it should have, as stored.
+        box: the part, in stored coordinates.
+        least: pixels that must remain of both sides of the box where a JPEG is reduced; None: it is not reduced.
+
+    Returns:
+        (Y, X, C) uint8 of the box, or of `box.reduced` by a power of two. C is 1 (grey), 3 (RGB) or 4 (RGB and one that
+        holds nothing); usually a view of what Pillow decoded.
+
+    Raises:
+        DecodeError: the bytes cannot be decoded, or to another size.
+    """
+    file = io.BytesIO(data)
+    frame = _find_frame(data)
+    scale = 1
+    if frame is not None:
+        height, width = struct.unpack_from(">HH", data, frame)
+        _check_size((width, height), size)
+        scale = _reduction(box, least)
+        rows = (box.reduced(scale).bottom + _ROWS_OF_CONTEXT) * scale
+        if rows < height:  # told of fewer rows, the decoder stops early
+            with file.getbuffer() as buffer:
+                struct.pack_into(">H", buffer, frame, rows)
+    with _pillow():
+        image = Image.open(file)
+        if frame is None:
+            _check_size(image.size, size)
+        if scale > 1:
+            image.draft(None, (image.width // scale, image.height // scale))
+        part = box.reduced(scale)
+        cropped = image.crop((part.left, part.top, part.right, part.bottom))
+        if cropped.mode != "L" or cropped.has_transparency_data:
+            cropped = to_rgb(cropped)
+    return _pixels(cropped)
+
+
+def _reduction(box: Box, least: int | None) -> int:
+    """The largest scale at which the box still has `least` pixels on both sides."""
+    if least is None:
+        return 1
+    return next((scale for scale in SCALES if min(box.width, box.height) // scale >= least), 1)
+
+
+def _find_frame(data: memoryview | bytes) -> int | None:
+    """Where a JPEG says how high and wide it is: offset of two 16-bit numbers. None if this is no plain JPEG."""
+    if bytes(data[:3]) != b"\xff\xd8\xff":
+        return None
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] != _START_OF_SCAN:
+        if data[at + 1] in _FRAMES:
+            return at + 5
+        is_fill = data[at + 1] == 0xFF
+        at += 1 if is_fill else 2 + (data[at + 2] << 8 | data[at + 3])
+    return None
+
+
+def _check_size(found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise DecodeError(f"expected {expected[0]} x {expected[1]} pixels as stored, found {found[0]} x {found[1]}")
+
+
+@contextmanager
+def _pillow() -> Iterator[None]:
+    """Whatever Pillow raises, as one type. Its limit on pixels does not apply: packing has had its own."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    except DecodeError:
+        raise
+    except PILLOW_ERRORS as error:
+        raise DecodeError(f"does not decode: {error}".splitlines()[0]) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+class _Memory:
+    """The pixels of a decoded image where Pillow holds them, for `np.asarray`."""
+
+    def __init__(self, image: Image.Image) -> None:
+        values = pa.array(image)
+        if pa.types.is_fixed_size_list(values.type):
+            values = values.values
+        self.values = values  # keeps the memory
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (image.height, image.width, len(values) // (image.height * image.width)),
+            # not marked as read-only, of which torch would warn; nobody else has this image
+            "data": (values.buffers()[1].address + values.offset, False),
+        }
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """(Y, X, C) contiguous, of an image of mode RGB or L; C as `decode_box` says."""
+    try:
+        return np.asarray(_Memory(image))
+    except ValueError:  # Pillow holds a large image in pieces, which are no array without a copy
+        return np.array(image).reshape(image.height, image.width, -1)
