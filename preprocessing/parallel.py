@@ -189,13 +189,12 @@ def _run_worker(connection: Connection, work: Work[Job, Result], jobs: Sequence[
 class MpiTeam:
     """The ranks of an MPI job; rank 0 leads. An error on one rank ends all of them."""
 
-    _PROGRESS, _DONE = 1, 2
-
     def __init__(self, world: Any) -> None:
         self._world = world
         self.size: int = world.size
         self.is_leader: bool = world.rank == 0
         self._agreed = False
+        self._round = 0
 
     def share(self, decide: Callable[[], Result]) -> Result:
         outcome: tuple[bool, Any] = (True, None)
@@ -213,32 +212,41 @@ class MpiTeam:
         return result
 
     def map(self, work: Work[Job, Result], jobs: Sequence[Job], report: Report) -> list[Result]:
+        self._round += 1  # a quick rank may already be at the next call of `map`
+        tag = self._round
         mine = list(enumerate(jobs))[self._world.rank :: self.size]
         if not self.is_leader:
-            throttle = _Throttle(lambda files, size: self._world.send((files, size), dest=0, tag=self._PROGRESS))
+            throttle = _Throttle(lambda files, size: self._world.send(("progress", (files, size)), dest=0, tag=tag))
             done = [(number, work(job, throttle.add)) for number, job in mine]
             throttle.flush()
-            self._world.send(done, dest=0, tag=self._DONE)
+            self._world.send(("done", done), dest=0, tag=tag)
             return []
+
+        working = self.size - 1
+        gathered: list[tuple[int, Result]] = []
 
         def add(files: int, size: int) -> None:
             report(files, size)
-            self._listen(report, gathered)
+            listen()
 
-        gathered: list[tuple[int, Result]] = []
+        def listen() -> None:
+            """Take what other ranks have sent by now. Messages of one rank arrive in the order in which it sent them,
+            so behind its last one nothing is left: MPI may kill a rank that ends with messages on their way."""
+            nonlocal working
+            while self._world.iprobe(tag=tag):
+                kind, value = self._world.recv(tag=tag)
+                if kind == "progress":
+                    report(*value)
+                else:
+                    gathered.extend(value)
+                    working -= 1
+
         own = [(number, work(job, add)) for number, job in mine]
         gathered.extend(own)
-        while len(gathered) < len(jobs):
-            self._listen(report, gathered)
+        while working:
+            listen()
             time.sleep(_POLL_S)
         return [result for _, result in sorted(gathered, key=lambda pair: pair[0])]
-
-    def _listen(self, report: Report, gathered: list[tuple[int, Any]]) -> None:
-        """Take what other ranks have sent by now."""
-        while self._world.iprobe(tag=self._PROGRESS):
-            report(*self._world.recv(tag=self._PROGRESS))
-        while self._world.iprobe(tag=self._DONE):
-            gathered.extend(self._world.recv(tag=self._DONE))
 
     def _meet(self) -> None:
         """A barrier that sleeps: MPI's own would burn the cores on which other ranks still work."""

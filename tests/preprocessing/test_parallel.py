@@ -61,6 +61,14 @@ def test_mpi_ranks_write_the_same_bytes_as_one_worker(recordings: Path, tmp_path
 
 @needs_mpi
 @pytest.mark.distributed
+def test_mpi_results_and_progress_of_two_calls_in_a_row_are_not_mixed() -> None:
+    result = mpirun(3, module="tests.preprocessing.map_twice")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ("[['first 0', 'first 1', 'first 2', 'first 3'], ['second 0', 'second 1']] [4, 2]")
+
+
+@needs_mpi
+@pytest.mark.distributed
 def test_an_error_that_all_ranks_share_is_printed_once(tmp_path: Path) -> None:
     result = mpirun(3, "--input", tmp_path / "absent", "--output", tmp_path / "out")
     assert result.returncode == 2
