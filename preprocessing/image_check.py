@@ -18,24 +18,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from d2v2ds.data.pixels import SWAPS_SIDES, to_rgb
+from d2v2ds.data.pixels import PILLOW_ERRORS, SWAPS_SIDES, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is packed, as Pillow calls it; multi-picture files (MPO) open as JPEG. The content decides, not the name."""
-
-PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's readers raise on damaged files."""
 
 _ORIENTATION = 0x0112
 _BASIC_SCANS = frozenset({0xC0, 0xC1, 0xC2})
