@@ -7,6 +7,7 @@ All of them obey the model's contract (spec section 3.3): ``<s>`` 0, ``<pad>`` 1
 import functools
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
@@ -320,8 +321,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, normalization: No
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        most = re.search(r"<= (\d+)", str(error))  # it was asked for one less: ``<mask>`` comes last
+        advice = f"; --vocab-size {int(most[1]) + 1} is possible" if most else ""
         raise ConfigError(
-            f"--train-tokenizer --vocab-size {vocab_size}: sentencepiece cannot train on this text: {error}"
+            f"--train-tokenizer --vocab-size {vocab_size}: sentencepiece cannot train on this text: {error}{advice}"
         ) from error
     return model.getvalue() + _piece(MASK_NAME, _CONTROL)
 
