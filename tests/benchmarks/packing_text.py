@@ -1,6 +1,6 @@
 """Tokenizing and packing text against the tokenizer alone on the same documents in the same run.
 
-    python tests/benchmarks/packing_text.py [--data FOLDER] [--megabytes 60] [--rounds 3]
+    python tests/benchmarks/packing_text.py [--data FOLDER] [--megabytes 60] [--vocab-size 4000] [--rounds 3]
 
 Without ``--data`` the text is the language reference that comes with Python. It is copied until there are
 `--megabytes`, as plain text (paragraphs) and as JSON lines. "Alone" has all documents in memory as `str` and asks the
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from preprocessing.text_plan import TextSettings, make_plan
 from preprocessing.tokenization import BytePairTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
 from tests.benchmarks.packing import timed
 
-VOCAB_SIZE = 8000
 GOAL = 0.85
 
 
@@ -53,12 +53,12 @@ def write_corpora(texts: list[str], folder: Path, megabytes: float) -> dict[str,
 
 def batches_of(path: Path) -> list[list[str]]:
     """Documents as the packer reads them."""
-    settings = TextSettings(vocab_size=VOCAB_SIZE)
+    settings = TextSettings(vocab_size=1000)
     spans = [span for shard in make_plan([path], settings).shards for span in shard]
     return [batch.texts for span in spans for batch in read_documents(span, DocumentOptions())]
 
 
-def train_bpe(texts: list[str]) -> bytes:
+def train_bpe(texts: list[str], vocab_size: int) -> bytes:
     """A byte-level BPE with RoBERTa's ids, as the packer wants it."""
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -67,7 +67,7 @@ def train_bpe(texts: list[str]) -> bytes:
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 1,
+        vocab_size=vocab_size - 1,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -89,22 +89,23 @@ def alone(tokenizer: Tokenizer, batches: list[list[str]]) -> None:
                 _ = encoding.ids
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with text")
     parser.add_argument("--megabytes", type=float, default=60.0)
+    parser.add_argument("--vocab-size", type=int, default=4000, help="of tokenizers that are trained on the text first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="where to write; default: the system's temporary folder")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.data:
         files = find_text_files([options.data], DocumentOptions())
         texts = [Path(file.path).read_text(encoding="utf-8") for file in files if file.form == "text"]
     else:
         texts = [python_reference()]
     tokenizers: list[Tokenizer] = [
-        SentencePieceTokenizer(train_sentencepiece(texts, VOCAB_SIZE, "nmt_nfkc")),
-        BytePairTokenizer(train_bpe(texts)),
+        SentencePieceTokenizer(train_sentencepiece(texts, options.vocab_size, "nmt_nfkc")),
+        BytePairTokenizer(train_bpe(texts, options.vocab_size)),
     ]
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         scratch = Path(name)
@@ -115,12 +116,12 @@ def main() -> None:
             for form, folder in corpora.items():
                 batches = batches_of(folder)
                 size = sum(len(text.encode()) for batch in batches for text in batch)
-                arguments: list[object] = ["--input", folder, "--output", scratch / "output", "--workers", 1]
-                arguments += ["--tokenizer", scratch / tokenizer.file_name]
+                packing: list[object] = ["--input", folder, "--output", scratch / "output", "--workers", 1]
+                packing += ["--tokenizer", scratch / tokenizer.file_name]
                 best = [float("inf")] * 2
                 for _ in range(options.rounds):
                     best[0] = min(best[0], timed(partial(alone, tokenizer, batches))[0])
-                    best[1] = min(best[1], timed(partial(pack_quietly, arguments))[0])
+                    best[1] = min(best[1], timed(partial(pack_quietly, packing))[0])
                     index = json.loads((scratch / "output" / "index.json").read_text())
                     shutil.rmtree(scratch / "output")
                 assert index["totals"]["bytes"] == size, "both have to see the same documents"
@@ -130,7 +131,7 @@ def main() -> None:
                     f"{tokenizer.kind:<15}{form:<12}{million:>10.2f}{speeds}{best[0] / best[1]:>8.3f}{GOAL:>6}"
                 )
         load = os.getloadavg()[0]
-        print(f"{size / 1e6:.1f} MB of text, {VOCAB_SIZE} ids, best of {options.rounds}, machine load {load:.1f}")
+        print(f"{size / 1e6:.1f} MB of text, {options.vocab_size:,} ids, best of {options.rounds}, load {load:.1f}")
         print(
             f"{'tokenizer':<15}{'form':<12}{'M tokens':>10}{'alone MB/s':>14}{'packing MB/s':>14}"
             f"{'ratio':>8}{'goal':>6}"
