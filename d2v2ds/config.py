@@ -1,7 +1,8 @@
 """One YAML file describes one run: load it, override it, check it, print it.
 
-    python -m d2v2ds.config audio_large optim.clip_norm=0.5     prints the resolved run and exits
+    python -m d2v2ds.config audio_large optim.clip_norm=0.5 [--world 64]
 
+prints the resolved run, its parameter counts, memory per rank, steps, samples and operations, and exits.
 Precedence: default of the dataclass < YAML < `section.field=value` on the command line. Unknown keys, wrong
 types and contradictions are all reported in one `ConfigError`, before anything else starts.
 """
@@ -21,9 +22,10 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from d2v2ds.data.sampler import BatchConfig
+from d2v2ds.data.audio import AudioDataConfig
+from d2v2ds.data.image import ImageDataConfig
+from d2v2ds.data.text import TextDataConfig
 from d2v2ds.errors import ConfigError, below
-from d2v2ds.masking import MaskConfig
 from d2v2ds.model.data2vec2 import ModelConfig
 from d2v2ds.train.guard import HealthConfig
 from d2v2ds.train.optim import OptimConfig
@@ -40,8 +42,17 @@ class RunSection:
 
     dir: Path
     """Folder of the run: resolved configuration, checkpoints, metrics."""
-    total_steps: int
-    """Optimizer steps of the whole run; the learning rate reaches its minimum there."""
+    total_steps: int | None = None
+    """Optimizer steps of the whole run; the learning rate reaches its minimum there. Or let them follow from one of
+    `hours`, `epochs` and `tokens`, so that a run keeps its length when the global batch changes."""
+    hours: float | None = None
+    """Audio seen by the whole run, before the masks multiply it (hours)."""
+    epochs: float | None = None
+    """Passes over `epoch_images` images."""
+    epoch_images: int | None = None
+    """Images of one such pass, as the recipe counts them."""
+    tokens: float | None = None
+    """Text tokens seen by the whole run, before the masks multiply them."""
     seed: int = 1
     """Of weights, sample order, crops, masks, dropout and noise."""
     save_every_steps: int = 1000
@@ -55,29 +66,62 @@ class RunSection:
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        floors = {"total_steps": 1, "save_every_steps": 1, "log_every_steps": 1, "health_every_steps": 1}
-        return below(self, "run.", **floors, keep_checkpoints=0, seed=0)
+        floors = {"save_every_steps": 1, "log_every_steps": 1, "health_every_steps": 1}
+        problems = below(self, "run.", **floors, keep_checkpoints=0, seed=0)
+        given = [name for name in ("total_steps", "hours", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            problems.append(
+                "run: expected exactly one of total_steps, hours, epochs and tokens, found "
+                f"{', '.join(given) or 'none'}; set the others to null"
+            )
+        problems += [f"run.{n} is {getattr(self, n)}, expected more than 0" for n in given if getattr(self, n) <= 0]
+        if self.epochs is not None and (self.epoch_images is None or self.epoch_images < 1):
+            problems.append(f"run.epochs is given, and run.epoch_images is {self.epoch_images}, expected 1 or more")
+        return problems
+
+
+DataConfig = AudioDataConfig | ImageDataConfig | TextDataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """Where samples come from."""
+    """Where samples come from: one field per modality, those that the model has."""
 
-    shards: Path
-    """Folder written by `preprocessing.pack_audio`."""
-    sample_rate_hz: int = 16000
-    """Rate the model is built for; shards of another rate are refused."""
     num_workers: int = 2
     """Loader processes on each rank; 0 loads in the training process."""
+    audio: AudioDataConfig | None = None
+    image: ImageDataConfig | None = None
+    text: TextDataConfig | None = None
+
+    def active(self) -> dict[str, DataConfig]:
+        """Settings of the modalities in use, by name, in the order in which a step sees them."""
+        names = ("audio", "image", "text")
+        return {name: section for name in names if (section := getattr(self, name)) is not None}
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
-        problems = below(self, "data.", num_workers=0, sample_rate_hz=1)
-        if str(self.shards) == MISSING:
-            problems.append(
-                "data.shards: required, give data.shards=FOLDER (written by python -m preprocessing.pack_audio)"
-            )
+        problems = below(self, "data.", num_workers=0)
+        for name, section in self.active().items():
+            problems += section.check()
+            try:
+                section.mask.check()
+            except ValueError as error:
+                problems.append(f"data.{name}.mask: {error}")
         return problems
+
+    def missing(self) -> list[str]:
+        """Folders that the user still has to name, as sentences."""
+        active = self.active()
+        return [
+            f"data.{name}.shards: required, give data.{name + '.' if len(active) > 1 else ''}shards=FOLDER "
+            f"(written by python -m preprocessing.pack_{PACKERS[name]})"
+            for name, section in active.items()
+            if str(section.shards) == MISSING
+        ]
+
+
+PACKERS = {"audio": "audio", "image": "images", "text": "text"}
+"""Ending of the packer of each modality."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +142,6 @@ class RunConfig:
 
     run: RunSection
     data: DataSection
-    batch: BatchConfig
-    mask: MaskConfig
     model: ModelConfig
     optim: OptimConfig
     lr: LearningRateConfig
@@ -111,17 +153,41 @@ class RunConfig:
         """Contradictions within and between the sections, as sentences; empty if there are none."""
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += below(self.engine, "engine.", timeout_minutes=0.01) + self.lr.check()
-        problems += self.run.check() + self.optim.check() + self.ema.check()
-        for name, section in (("mask", self.mask), ("batch", self.batch)):
+        of_run = self.run.check()
+        problems += of_run + self.optim.check() + self.ema.check() + self.data.check()
+        data, model = self.data.active(), self.model.modalities.active()
+        for name in data.keys() ^ model.keys():
+            here, there = ("data", "model.modalities") if name in data else ("model.modalities", "data")
+            problems.append(f"{here}.{name} is configured and {there}.{name} is not; give both, or set both to null")
+        if not of_run:
             try:
-                section.check()
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
-        if self.lr.warmup_steps > self.run.total_steps:
-            problems.append(
-                f"lr.warmup_steps {self.lr.warmup_steps} is more than run.total_steps {self.run.total_steps}"
-            )
+                steps = self.total_steps
+            except (ValueError, ZeroDivisionError) as error:
+                return [*problems, str(error)]
+            if self.lr.warmup_steps > steps:
+                problems.append(f"lr.warmup_steps {self.lr.warmup_steps} is more than the {steps} steps of the run")
         return problems
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Raises:
+            ValueError: if they cannot follow, because the run has no such modality.
+        """
+        run, data = self.run, self.data
+        if run.total_steps is not None:
+            return run.total_steps
+        if run.hours is not None and data.audio is not None:
+            return round(run.hours * 3600 / data.audio.global_batch_seconds)
+        if run.epochs is not None and run.epoch_images is not None and data.image is not None:
+            return round(run.epochs * run.epoch_images / data.image.global_batch_images)
+        if run.tokens is not None and data.text is not None:
+            return round(run.tokens / data.text.global_batch_tokens)
+        raise ValueError(
+            "run: hours need data.audio, epochs data.image and tokens data.text, none of which is there; give "
+            "run.total_steps"
+        )
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -214,6 +280,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r}: expected section.field=value")
+    if parts == ["data", "shards"]:
+        parts = _shards_of_the_only_modality(values, override)
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
@@ -222,6 +290,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[parts[-1]] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _shards_of_the_only_modality(values: dict[str, Any], override: str) -> list[str]:
+    """What `data.shards` stands for where there is one modality."""
+    data = values.get("data")
+    names = [name for name in PACKERS if isinstance(data, dict) and isinstance(data.get(name), dict)]
+    if len(names) != 1:
+        raise ConfigError(f"override {override!r}: the run has data for {', '.join(names) or 'nothing'}; name one, "
+                          "such as data.audio.shards=FOLDER")  # fmt: skip
+    return ["data", names[0], "shards"]
 
 
 def _dataclasses_in(annotation: Any) -> Iterator[type]:
@@ -268,16 +346,21 @@ def to_yaml(config: RunConfig) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the resolved run."""
+    from d2v2ds.summary import summary  # here, for it reads the configuration itself
+
     parser = argparse.ArgumentParser(prog="python -m d2v2ds.config", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="name in d2v2ds/configs or path of a YAML file")
+    parser.add_argument("--world", type=int, default=1, help="ranks, for the memory of one (1)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
+        lines = summary(config, options.world)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     print(to_yaml(config), end="")
+    print("\n".join(f"# {line}" for line in lines))
     return 0
 
 

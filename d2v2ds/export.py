@@ -3,7 +3,7 @@
     python -m d2v2ds.export RUN --to model.safetensors [--weights student|teacher] [--checkpoint TAG]
 
 The file holds whole fp32 tensors under this project's names; its metadata holds the model's configuration, the
-step and where it came from, which is all that `load_model_file` needs.
+settings of data and step, which is all that `load_model_file` needs.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def export(run_dir: Path, to: Path, weights: Weights = "student", tag: str | Non
         "format": FORMAT,
         "weights": weights,
         "model": json.dumps(to_dict(model_of(checkpoint))),
-        "sample_rate_hz": str(config.data.sample_rate_hz),
+        "data": json.dumps(to_dict(config.data)),
         "step": str(read_manifest(checkpoint).counters["global_steps"]),
     }
     to.parent.mkdir(parents=True, exist_ok=True)

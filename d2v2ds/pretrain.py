@@ -14,7 +14,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,30 @@ import torch
 from d2v2ds import provenance
 from d2v2ds.batch import Batch
 from d2v2ds.config import RunConfig, config_error, read_config, to_dict, to_yaml
-from d2v2ds.data.loader import LoaderConfig, build_loader
-from d2v2ds.data.sampler import BatchPlan
-from d2v2ds.data.shards import ArrowShards
+from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
+from d2v2ds.data.readers import open_reader
+from d2v2ds.data.sampler import BatchPlan, SamplerState
 from d2v2ds.dist import checkpoint, comm, zero
 from d2v2ds.dist.consolidate import candidate_tags
 from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.dist.engine import Engine, build_student_engine
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.errors import CheckpointError, CollapseError, ConfigError, D2V2Error, NonFiniteError, ShardError
-from d2v2ds.masking import masked_count
+from d2v2ds.errors import (
+    CheckpointError,
+    CollapseError,
+    ConfigError,
+    D2V2Error,
+    MissingExtraError,
+    NonFiniteError,
+    ShardError,
+)
 from d2v2ds.model.block import Block
 from d2v2ds.model.data2vec2 import Data2Vec2
-from d2v2ds.model.flops import audio_step_flops
+from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
-from d2v2ds.shapes import ConvLayer, conv_output_length, conv_receptive_field
 from d2v2ds.train.guard import Guard
-from d2v2ds.train.loop import LoopConfig, Progress, Trainer
+from d2v2ds.train.loop import LoopConfig, ModalityInfo, Progress, Trainer
 from d2v2ds.train.metrics import Metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam
 from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops, use_all_cores
@@ -81,29 +87,23 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
         CheckpointError, CollapseError, NonFiniteError: while running.
     """
     launched = os.environ | comm.launcher_environment(dict(os.environ))
-    config, shards, ds_config = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
+    config, streams, ds_config = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     with comm.process_group(timedelta(minutes=config.engine.timeout_minutes)):
         start_logging(config.run.dir)
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if comm.device().type == "cpu":
             keep_large_blocks()
         student, teacher = build_engines(config, ds_config)
-        plan = BatchPlan(
-            shards.num_samples, sample_rate_hz=shards.sample_rate_hz, config=config.batch, seed=config.run.seed
-        )
-        guard, progress = Guard(config.health), Progress()
-        resume(config, student, teacher, plan, guard, progress)
+        guard, progress = Guard(config.health), Progress(sampler={name: SamplerState() for name in streams})
+        resume(config, student, teacher, streams, guard, progress)
         if comm.rank() == 0:
             provenance.write(config.run.dir, to_yaml(config), ds_config)
-        describe(config, plan, shards)
+        describe(config, streams)
         loader = build_loader(
-            shards,
-            plan,
+            streams,
             state=progress.sampler,
             rank=comm.rank(),
             world=comm.world(),
-            mask=config.mask,
-            conv_layers=audio_conv_layers(config),
             config=LoaderConfig(num_workers=config.data.num_workers),
             pin_memory=comm.device().type == "cuda",
         )
@@ -113,11 +113,11 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
                 student,
                 teacher,
                 recipe=recipe(config),
-                config=loop_config(config, zero.compute_dtype(student)),
+                config=loop_config(config, streams, zero.compute_dtype(student)),
                 guard=guard,
                 progress=progress,
                 metrics=metrics,
-                save=lambda at: save(config, student, teacher, plan, guard, at),
+                save=lambda at: save(config, student, teacher, streams, guard, at),
             ).run(loader)
         finally:
             loader.close()
@@ -126,14 +126,10 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
         logger.info("done: %d steps, run in %s", progress.step, config.run.dir)
 
 
-def audio_conv_layers(config: RunConfig) -> tuple[ConvLayer, ...]:
-    """Front end of the speech encoder."""
-    audio = config.model.modalities.audio
-    assert audio is not None, "checked by data_faults"
-    return audio.conv_layers
+Streams = Mapping[str, DataStream]
 
 
-def prepare(config_name: str, overrides: Sequence[str], world: int) -> tuple[RunConfig, ArrowShards, dict[str, Any]]:
+def prepare(config_name: str, overrides: Sequence[str], world: int) -> tuple[RunConfig, Streams, dict[str, Any]]:
     """Read configuration, data and DeepSpeed JSON, and check each by itself and against the others.
 
     Raises:
@@ -142,23 +138,42 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> tuple[Run
     config, problems = read_config(config_name, overrides)
     if config is None:
         raise config_error(config_name, problems)
-    shards, ds_config = None, None
-    data_problems = config.data.check()
+    streams: dict[str, DataStream] = {}
+    ds_config = None
+    data_problems = config.data.missing()
     if not data_problems:
+        streams, data_problems = open_streams(config)
+    if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
+        problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
+    if config.data.active():
         try:
-            shards = ArrowShards(config.data.shards)
-        except ShardError as error:
-            data_problems.append(f"data.shards: {error}")
-        else:
-            data_problems += data_faults(config, shards)
-    try:
-        ds_config = resolve_ds_config(config, world)
-    except ConfigError as error:
-        problems += str(error).splitlines()
+            ds_config = resolve_ds_config(config, {name: s.plan for name, s in streams.items()}, world)
+        except ConfigError as error:
+            problems += str(error).splitlines()
     problems += data_problems + run_dir_faults(config.run.dir)
-    if problems or shards is None or ds_config is None:
+    if problems or ds_config is None:
         raise config_error(config_name, problems)
-    return config, shards, ds_config
+    return config, streams, ds_config
+
+
+def open_streams(config: RunConfig) -> tuple[dict[str, DataStream], list[str]]:
+    """The data of every modality, in the order of the step, and why it cannot be trained on."""
+    streams: dict[str, DataStream] = {}
+    problems: list[str] = []
+    models = config.model.modalities.active()
+    for name, section in config.data.active().items():
+        if name not in models:
+            continue  # said by `RunConfig.check`
+        try:
+            reader = open_reader(name, section, models[name])
+            faults = reader.faults()
+            if not faults:
+                plan = BatchPlan(reader.sizes, config=reader.plan_config(), seed=config.run.seed)
+                streams[name] = DataStream(reader, plan)
+        except (ShardError, MissingExtraError) as error:
+            faults = [f"data.{name}.shards: {error}"]
+        problems += faults
+    return streams, problems
 
 
 def run_dir_faults(run_dir: Path) -> list[str]:
@@ -170,49 +185,14 @@ def run_dir_faults(run_dir: Path) -> list[str]:
     return [] if os.access(run_dir, os.W_OK) else [f"run.dir {run_dir}: not writable"]
 
 
-def data_faults(config: RunConfig, shards: ArrowShards) -> list[str]:
-    """Why this model cannot train on this data, as sentences; empty if it can."""
-    problems = []
-    if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
-        problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
-    audio, rate = config.model.modalities.audio, config.data.sample_rate_hz
-    if audio is None:
-        return [*problems, "model.modalities.audio: not configured, and data.shards holds speech"]
-    if shards.sample_rate_hz != rate:
-        problems.append(
-            f"data.shards: sample_rate_hz is {shards.sample_rate_hz}, data.sample_rate_hz is {rate}; "
-            "repack with --resample"
-        )
-    if config.mask.kind != "block_1d":
-        problems.append(f"mask.kind is {config.mask.kind!r}, speech needs 'block_1d'")
-    shortest = round(config.batch.min_seconds * rate)
-    tokens = conv_output_length(shortest, audio.conv_layers)
-    if tokens < 2:
-        problems.append(
-            f"batch.min_seconds {config.batch.min_seconds}: {shortest} samples make {tokens} tokens, "
-            f"expected 2 or more; the front end sees {conv_receptive_field(audio.conv_layers)} samples for one"
-        )
-    else:
-        try:
-            masked_count(config.mask, tokens)
-        except ValueError as error:
-            problems.append(f"mask, for clips of batch.min_seconds {config.batch.min_seconds}: {error}")
-    lengths = shards.num_samples
-    pieces = (lengths[i : i + 65536] for i in range(0, len(lengths), 65536))  # the first one answers, as a rule
-    if not any((piece >= shortest).any() for piece in pieces):
-        longest = lengths.max(initial=0) / rate
-        problems.append(
-            f"data.shards: the longest clip has {longest:.2f} s, shorter than batch.min_seconds "
-            f"{config.batch.min_seconds}; lower it, or join short clips of one speaker when packing (--join-seconds)"
-        )
-    return problems
+def resolve_ds_config(config: RunConfig, plans: Mapping[str, BatchPlan], world: int) -> dict[str, Any]:
+    """The DeepSpeed JSON with this run's numbers; contradictions are errors that name both sides.
 
-
-def resolve_ds_config(config: RunConfig, world: int) -> dict[str, Any]:
-    """The DeepSpeed JSON with this run's numbers; contradictions are errors that name both sides."""
-    accumulation = config.batch.accumulation(world)
+    Without plans, because there is no data, everything but the accumulation is checked.
+    """
+    accumulation = sum(plan.config.accumulation(world) for plan in plans.values()) or 1
     numbers = {
-        "train_micro_batch_size_per_gpu": 1,  # ours are seconds of audio; DeepSpeed only multiplies with it
+        "train_micro_batch_size_per_gpu": 1,  # ours are seconds, images or tokens; DeepSpeed only multiplies with it
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": accumulation * world,
         "gradient_clipping": config.optim.clip_norm,
@@ -239,9 +219,8 @@ def start_logging(run_dir: Path) -> None:
 
 def build_engines(config: RunConfig, ds_config: dict[str, Any]) -> tuple[Engine, Teacher]:
     """Student and teacher with the same weights on every rank, whatever their number."""
-    torch.manual_seed(config.run.seed)
     model = Data2Vec2(config.model, activation_checkpointing=config.engine.activation_checkpointing)
-    initialise(model)
+    initialise(model, config.run.seed)
     optimizer = EarlyEpsilonAdam([p for p in model.parameters() if p.requires_grad], lr=0.0, config=config.optim)
     student = build_student_engine(model, optimizer, ds_config, gather_units=[Block])
     student.train()
@@ -253,65 +232,77 @@ def recipe(config: RunConfig) -> Recipe:
     return Recipe(
         lr=config.lr,
         ema=config.ema,
-        total_steps=config.run.total_steps,
+        total_steps=config.total_steps,
         seed=config.run.seed,
         layer_drop=config.model.layer_drop,
         num_shared_blocks=config.model.shared_depth,
+        loss_weights={name: section.loss_weight for name, section in config.data.active().items()},
     )
 
 
-def loop_config(config: RunConfig, dtype: torch.dtype) -> LoopConfig:
+def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype) -> LoopConfig:
     """The numbers of the loop; the peak is measured here, in the engine's compute type, by all ranks at once."""
 
     def flops_of(batch: Batch) -> float:
-        return audio_step_flops(
+        return step_flops(
             config.model,
+            batch.modality,
             num_samples=batch.source.shape[0],
-            length=batch.source.shape[1],
+            size=batch.source.shape[-1],
             num_masks=batch.masks.num_masks,
             visible=batch.masks.num_visible,
         ).total
 
-    loss = config.model.loss
+    modalities = {}
+    for name, model in config.model.modalities.active().items():
+        scale = model.loss.scale if model.loss.scale is not None else config.model.block.width**-0.5
+        modalities[name] = ModalityInfo(
+            reader=streams[name].reader, loss_scale=None if model.loss.beta else scale, grid_side=model.grid_side
+        )
     comm.barrier()
     return LoopConfig(
         num_heads=config.model.block.num_heads,
-        loss_scale=None if loss.beta else loss.scale if loss.scale is not None else config.model.block.width**-0.5,
-        total_steps=config.run.total_steps,
+        modalities={name: modalities[name] for name in streams},
+        total_steps=config.total_steps,
         log_every_steps=config.run.log_every_steps,
         health_every_steps=config.run.health_every_steps,
         save_every_steps=config.run.save_every_steps,
-        sample_rate_hz=config.data.sample_rate_hz,
         peak_flops=matmul_peak_flops(comm.device(), dtype),
         flops_of=flops_of,
     )
 
 
-def describe(config: RunConfig, plan: BatchPlan, shards: ArrowShards) -> None:
-    """Say what is about to run: sizes, derived accumulation, length of an epoch."""
-    epoch = plan.estimate_epoch()
-    accumulation = config.batch.accumulation(comm.world())
+def describe(config: RunConfig, streams: Streams) -> None:
+    """Say what is about to run: sizes, derived steps and accumulation, length of an epoch."""
     logger.info(
-        "%d ranks on %s, %s: global batch %g s of audio = %d micro-batches of up to %g s, accumulation %d",
-        comm.world(), comm.device().type, config.engine.deepspeed, config.batch.global_batch_seconds,
-        config.batch.num_micro, config.batch.micro_batch_seconds, accumulation,
-    )  # fmt: skip
-    logger.info(
-        "%s: %d clips, %.2f h; %.0f steps per epoch, %.1f epochs in %d steps",
-        config.data.shards, len(shards), shards.index.samples / shards.sample_rate_hz / 3600,
-        epoch.steps, config.run.total_steps / max(epoch.steps, 1e-9), config.run.total_steps,
-    )  # fmt: skip
+        "%d ranks on %s, %s: %d steps", comm.world(), comm.device().type, config.engine.deepspeed, config.total_steps
+    )
+    for name, stream in streams.items():
+        reader, plan, epoch = stream.reader, stream.plan, stream.plan.estimate_epoch()
+        logger.info(
+            "%s: %s, %d rows; global batch %.6g %s in %d micro-batches, accumulation %d; epoch of %.0f steps, %.6g %s; "
+            "%.1f epochs in all",
+            name, config.data.active()[name].shards, len(reader), _units(stream, epoch.size_per_step), reader.unit,
+            plan.config.num_micro, plan.config.accumulation(comm.world()), epoch.steps, _units(stream, epoch.size),
+            reader.unit, config.total_steps / max(epoch.steps, 1e-9),
+        )  # fmt: skip
     logger.info("watch: tensorboard --logdir %s", config.run.dir / "tensorboard")
 
 
+def _units(stream: DataStream, size: float) -> float:
+    """A sum of sizes in the reader's unit."""
+    largest = stream.plan.config.max_size
+    return stream.reader.units(1, largest) * size / largest
+
+
 def save(
-    config: RunConfig, student: Engine, teacher: Teacher, plan: BatchPlan, guard: Guard, progress: Progress
+    config: RunConfig, student: Engine, teacher: Teacher, streams: Streams, guard: Guard, progress: Progress
 ) -> None:
     """Write one checkpoint. Every random draw is a function of (seed, step), so the step stands for all generators."""
     state = {
         "step": progress.step,
-        "audio_seconds": progress.audio_seconds,
-        "sampler": plan.state_dict(progress.sampler),
+        "seen": progress.seen,
+        "sampler": {name: stream.plan.state_dict(progress.sampler[name]) for name, stream in streams.items()},
         "guard": guard.state_dict(),
         "model": to_dict(config.model),
     }
@@ -343,7 +334,7 @@ def differing_fields(before: Any, now: Any, prefix: str = "") -> list[str]:
 
 
 def resume(
-    config: RunConfig, student: Engine, teacher: Teacher, plan: BatchPlan, guard: Guard, progress: Progress
+    config: RunConfig, student: Engine, teacher: Teacher, streams: Streams, guard: Guard, progress: Progress
 ) -> None:
     """Go on from the newest whole checkpoint of the run's folder, if it has any; on another number of ranks too."""
     folder = config.run.dir / "checkpoints"
@@ -360,8 +351,8 @@ def resume(
             f"{folder}: the checkpoint is of another model than this configuration ({'; '.join(differing)}); "
             "choose another run.dir"
         )
-    progress.step, progress.audio_seconds = state["step"], state["audio_seconds"]
-    progress.sampler = plan.load_state_dict(state["sampler"])
+    progress.step, progress.seen = state["step"], dict(state["seen"])
+    progress.sampler = {name: stream.plan.load_state_dict(state["sampler"][name]) for name, stream in streams.items()}
     guard.load_state_dict(state["guard"])
     logger.info("resumed at step %d", progress.step)
 

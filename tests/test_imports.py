@@ -20,7 +20,8 @@ ALLOWED = {
     "train": {"model", "data", "dist", "batch", "shapes", "errors"},
     "interop": {"model", "shapes", "errors"},
     "evals": {"model", "data", "batch", "errors"},
-    "config": {"model", "data", "train", "masking", "errors"},
+    "config": {"model", "data", "train", "masking", "errors", "summary"},  # summary: for the command alone
+    "summary": {"config", "model", "dist", "masking"},
     "preprocessing": {"data.schema", "data.shards", "data.pixels", "shapes", "errors"},
 }
 ENTRY_POINTS = {"__init__", "pretrain", "verify", "export", "probe", "demo", "provenance"}

@@ -30,13 +30,13 @@ SMALL = [
     "model.block.mlp_dropout=0.1",  # dropout draws must survive a resume too
     "model.shared_depth=3",
     "model.layer_drop=0.2",
-    "model.target.num_layers=2",
+    "model.modalities.audio.target.num_layers=2",
     "model.modalities.audio.prenet_depth=1",
     "model.modalities.audio.conv_layers=[[16,10,5],[16,8,8],[16,4,4],[16,2,2]]",
     "model.modalities.audio.decoder.width=16",
-    "batch.global_batch_seconds=6",
-    "batch.micro_batch_seconds=2",
-    "batch.max_seconds=2",
+    "data.audio.global_batch_seconds=6",
+    "data.audio.micro_batch_seconds=2",
+    "data.audio.max_seconds=2",
     f"run.total_steps={STEPS}",
     "run.save_every_steps=2",
     "run.log_every_steps=1",
@@ -211,7 +211,7 @@ def test_more_ranks_than_micro_batches_give_the_same_losses(unbroken: Path, shar
 @pytest.mark.distributed
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "inf"
-    extra = ["model.loss.scale=.inf", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
+    extra = ["model.modalities.audio.loss.scale=.inf", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
     done = subprocess.run(
         command("torchrun", 2, shards, run_dir, *extra),
         env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
@@ -309,14 +309,14 @@ def _prepare(shards: Path, *overrides: str) -> None:
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("data.sample_rate_hz=8000", "sample_rate_hz is 16000, data.sample_rate_hz is 8000"),
-        ("batch.min_seconds=0.02", "0.02: 320 samples make 0 tokens, expected 2 or more"),
-        ("mask.block_length=300", "mask, for clips of batch.min_seconds"),
+        ("data.audio.sample_rate_hz=8000", "sample_rate_hz is 16000, data.audio.sample_rate_hz is 8000"),
+        ("data.audio.min_seconds=0.02", "0.02: 320 samples make 0 tokens, expected 2 or more"),
+        ("data.audio.mask.block_length=300", "data.audio.mask, for clips of data.audio.min_seconds"),
         ("model.block.attention_path=flex", "no backward pass on a CPU"),
         ("model.modalities.audio=null", "modalities: none is configured"),
-        ("data.shards='???'", "data.shards: required"),
+        ("data.shards='???'", "data.audio.shards: required, give data.shards="),
         ("engine.deepspeed=zero4", "give a path or one of"),
-        ("mask.kind=block_2d", "mask.kind is 'block_2d', speech needs 'block_1d'"),
+        ("data.audio.mask.kind=block_2d", "data.audio.mask.kind is 'block_2d', speech needs 'block_1d'"),
         ("run.dir=/dev/null/run", "run.dir /dev/null/run: cannot be made"),
         ("data.num_workers=-1", "data.num_workers is -1, expected 0 or more"),
         ("model.block.num_heads=0", "block.num_heads is 0, expected 1 or more"),
@@ -335,7 +335,7 @@ def test_faults_of_config_data_and_json_appear_together(shards: Path, tmp_path: 
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_clipping": 5}))
     with pytest.raises(ConfigError) as caught:
         _prepare(
-            shards, "lr.pek=1", "ema.end_decay=7", "data.sample_rate_hz=8000", "mask.block_length=300",
+            shards, "lr.pek=1", "ema.end_decay=7", "data.audio.sample_rate_hz=8000", "data.audio.mask.block_length=300",
             "optim.eps=small", f"engine.deepspeed={path}",
         )  # fmt: skip
     text = str(caught.value)
@@ -344,16 +344,16 @@ def test_faults_of_config_data_and_json_appear_together(shards: Path, tmp_path: 
         "lr.pek: unknown key; did you mean lr.peak?",
         "optim.eps: Input should be a valid number",
         "ema.end_decay is 7.0",
-        "data.sample_rate_hz is 8000",
-        "mask, for clips",
+        "data.audio.sample_rate_hz is 8000",
+        "data.audio.mask, for clips",
         "mine.json says gradient_clipping = 5, the run says 1.0",
     ):
         assert part in text
 
 
 def test_clips_that_are_all_too_short_are_refused(shards: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the longest clip has 2\.\d+ s, shorter than batch.min_seconds 5.0"):
-        _prepare(shards, "batch.min_seconds=5", "batch.max_seconds=6", "batch.micro_batch_seconds=6")
+    with pytest.raises(ConfigError, match=r"the longest clip has 2\.\d+ s, shorter than data.audio.min_seconds 5.0"):
+        _prepare(shards, "data.audio.min_seconds=5", "data.audio.max_seconds=6", "data.audio.micro_batch_seconds=6")
 
 
 def test_unfinished_folder_is_refused_and_the_exit_code_is_2(tmp_path: Path) -> None:

@@ -115,8 +115,6 @@ TEXT: dict[str, dict[str, Any]] = {
     "twelve_heads": {"model": {"num_heads": 12, "embed_dim": 48}},
     "large_norm_eps": {"model": {"norm_eps": 0.05}},
     "no_positions": {"own": {"no_token_positional_embeddings": True}, "real_tokens": (12, 8)},
-    "students_fixed_alibi": {"own": {"use_alibi_encoder": True}},
-    "students_learned_alibi": {"own": ALIBI | {"no_token_positional_embeddings": True}, "real_tokens": (12, 8)},
     "alibi_per_block_with_prenet": {
         "own": ALIBI | {"learned_alibi_scale_per_layer": True, "prenet_depth": 1}, "model": OWNS_ENCODER,
     },
@@ -140,6 +138,8 @@ DECLINED: dict[str, tuple[dict[str, Any], str]] = {
     "image_blocks_alone_averaged": ({"model": {"ema_encoder_only": True}}, "ema_encoder_only=True"),
     "image_blocks_alone_by_default": ({"model": {"ema_encoder_only": ABSENT}}, "ema_encoder_only=True"),
     "text_prenet_of_the_student": ({"own": {"prenet_depth": 1}, "real_tokens": (12, 7)}, "ema_encoder_only=True"),
+    "text_students_fixed_alibi": ({"own": {"use_alibi_encoder": True}}, "use_alibi_encoder=True"),
+    "text_students_learned_alibi": ({"own": ALIBI, "real_tokens": (12, 8)}, "use_alibi_encoder=True"),
     "text_extra_token": (
         {"own": {"num_extra_tokens": 1, "use_alibi_encoder": True}, "model": OWNS_ENCODER},
         "modalities.text.num_extra_tokens=1",
@@ -156,22 +156,9 @@ def case(name: str, changes: dict[str, Any]) -> Case:
 
 CASES = {f"image_{name}": changes for name, changes in IMAGE.items()}
 CASES |= {f"text_{name}": changes for name, changes in TEXT.items()}
-OPEN = {
-    "image_defaults_spelled_out": "learned_alibi_scale of False is refused for images",
-    "image_one_linear_whatever_projection_layers": "projection_layers is refused; images ignore it (section 5)",
-    "image_cls_target_of_zero": "a quantity that is zero up to rounding is compared relative to itself",
-    "image_no_norm": "the average of targets is summed into the first block's own output",
-    "text_students_fixed_alibi": "the teacher wants a scale although it consists of blocks alone",
-    "text_students_learned_alibi": "the teacher wants a scale although it consists of blocks alone",
-}
-"""Known disagreements; a case that agrees again must leave this list."""
 
 
-def marked(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.xfail(reason=OPEN[name], strict=True) if name in OPEN else ())
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_model_agrees_with_the_second_implementation(name: str, tmp_path: Path) -> None:
     write_case(tmp_path, name, case(name, CASES[name]))
     report, problem = verify_case(tmp_path, name, tolerance=1e-4)

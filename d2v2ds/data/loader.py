@@ -1,8 +1,8 @@
 """Shards -> one optimizer step's `Batch`es at a time, on the CPU, without end.
 
-In: a `DataStream` for each modality (a reader and its `BatchPlan`), a position in each, and which rank of how many this is.
-Out: `StepData`, this rank's micro-batches of one global batch of every modality, together with the positions to store
-once they are used. Modalities come in one order on all ranks, so that all of them always run the same modules.
+In: a `DataStream` for each modality (a reader and its `BatchPlan`), a position in each, and which rank of how many
+this is. Out: `StepData`, this rank's micro-batches of one global batch of every modality, together with the positions
+to store once they are used. Modalities come in one order on all ranks, so that all of them always run the same modules.
 
 The position travels with the data, so that workers which read ahead can never move it. What a batch contains
 is decided by the plan and by counter-based random numbers, so that the number of workers changes nothing.

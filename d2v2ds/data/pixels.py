@@ -14,10 +14,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2v2ds.errors import MissingExtraError
@@ -166,8 +164,7 @@ def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least:
         least: pixels that must remain of both sides of the box where a JPEG is reduced; None: it is not reduced.
 
     Returns:
-        (Y, X, C) uint8 of the box, or of `box.reduced` by a power of two. C is 1 (grey), 3 (RGB) or 4 (RGB and one that
-        holds nothing); usually a view of what Pillow decoded.
+        (Y, X, C) uint8 of the box, or of `box.reduced` by a power of two; C = 3, or 1 if all of it is grey.
 
     Raises:
         DecodeError: the bytes cannot be decoded, or to another size.
@@ -193,7 +190,7 @@ def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least:
         cropped = image.crop((part.left, part.top, part.right, part.bottom))
         if cropped.mode != "L" or cropped.has_transparency_data:
             cropped = to_rgb(cropped)
-    return _pixels(cropped)
+    return np.array(cropped).reshape(part.height, part.width, -1)
 
 
 def _reduction(box: Box, least: int | None) -> int:
@@ -234,28 +231,3 @@ def _pillow() -> Iterator[None]:
         raise DecodeError(f"does not decode: {error}".splitlines()[0]) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-
-
-class _Memory:
-    """The pixels of a decoded image where Pillow holds them, for `np.asarray`."""
-
-    def __init__(self, image: Image.Image) -> None:
-        values = pa.array(image)
-        if pa.types.is_fixed_size_list(values.type):
-            values = values.values
-        self.values = values  # keeps the memory
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (image.height, image.width, len(values) // (image.height * image.width)),
-            # not marked as read-only, of which torch would warn; nobody else has this image
-            "data": (values.buffers()[1].address + values.offset, False),
-        }
-
-
-def _pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """(Y, X, C) contiguous, of an image of mode RGB or L; C as `decode_box` says."""
-    try:
-        return np.asarray(_Memory(image))
-    except ValueError:  # Pillow holds a large image in pieces, which are no array without a copy
-        return np.array(image).reshape(image.height, image.width, -1)

@@ -1,4 +1,4 @@
-"""Memory of weights, optimizer and teacher on one rank: what it should be, and what is really held.
+"""Memory of weights, optimizer and teacher on one rank: what it should be. Pure arithmetic; `dist.held` measures.
 
 Bytes for each trained element between two optimizer steps, with c bytes for a compute weight (bf16 2, fp32 4), g for
 an accumulated gradient, Adam's two moments, W ranks; a teacher element adds the last two columns:
@@ -16,12 +16,6 @@ gradient shard of 4/W in the step itself).
 
 from collections.abc import Mapping
 from typing import Any
-
-from deepspeed import DeepSpeedEngine
-from torch import Tensor
-
-from d2v2ds.dist import zero
-from d2v2ds.dist.teacher import Teacher
 
 
 def expected_bytes(
@@ -59,18 +53,3 @@ def expected_bytes(
         "teacher_average": 4 * teacher // shards,
         "teacher_weights": int(compute * teacher * working),
     }
-
-
-def held_bytes(engine: DeepSpeedEngine, teacher: Teacher | None) -> dict[str, int]:
-    """Bytes of the tensors that this rank holds now, by the same purposes; memory seen twice is counted once."""
-    tensors = zero.held_tensors(engine) | ({} if teacher is None else teacher.held_tensors())
-    seen: set[int] = set()
-    return {purpose: sum(_new_bytes(t, seen) for t in held) for purpose, held in tensors.items()}
-
-
-def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() in seen:
-        return 0
-    seen.add(storage.data_ptr())
-    return storage.nbytes()

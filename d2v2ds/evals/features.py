@@ -1,5 +1,6 @@
-"""Mean-pooled features of whole clips, nothing masked."""
+"""Mean-pooled features of whole inputs, nothing masked."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,16 +8,18 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from d2v2ds.data.audio import decode
-from d2v2ds.data.shards import ArrowShards
+from d2v2ds.data.collate import Reader
+from d2v2ds.data.shards import AudioShards, ImageShards, TextShards
 from d2v2ds.errors import ShardError
 from d2v2ds.model.data2vec2 import Data2Vec2
 
 COLUMNS = ("label", "speaker", "text")
 """Annotations that a shard row can have."""
+BATCH_ROWS = 32
+"""Inputs of one size that are encoded together."""
 
 
-def annotation(shards: ArrowShards, name: str) -> list[str | None]:
+def annotation(shards: AudioShards | ImageShards | TextShards, name: str) -> list[str | None]:
     """One annotation of every row, None where a row has none.
 
     Args:
@@ -28,7 +31,7 @@ def annotation(shards: ArrowShards, name: str) -> list[str | None]:
     """
     packed_as = shards.index.settings.get("label_column")
     column = "label" if name == packed_as else name
-    if column not in COLUMNS:
+    if column not in COLUMNS or (len(shards) and not hasattr(shards.read_labels(0), column)):
         raise ShardError(
             f"{shards.folder}: no annotation {name!r}; there are {', '.join(COLUMNS)}, label = {packed_as}"
         )
@@ -40,23 +43,32 @@ def annotation(shards: ArrowShards, name: str) -> list[str | None]:
 
 @torch.inference_mode()
 def pooled_features(
-    model: Data2Vec2, shards: ArrowShards, rows: Sequence[int], *, progress: str
+    model: Data2Vec2, reader: Reader, rows: Sequence[int], *, progress: str
 ) -> list[NDArray[np.float32]]:
-    """Mean over time of every layer, clip by clip, so that no clip is padded or cropped.
+    """Mean over tokens of every layer; only inputs of equal size share a batch, so none is padded or cropped.
 
     Args:
         model: in eval mode, on any device.
-        shards: the clips.
-        rows: which clips.
+        reader: the inputs.
+        rows: which of them.
         progress: label of the progress bar.
 
     Returns:
-        For the input of the first block and for each block: (N, D).
+        For the input of the first block and for each block: (N, D), in the order of `rows`.
     """
     device = next(model.parameters()).device
-    pooled: list[list[NDArray[np.float32]]] = []
-    for row in tqdm(rows, desc=progress, unit="clip", leave=False, disable=None):
-        waveform = torch.empty(1, int(shards.num_samples[row]))
-        decode(shards, row, 0, waveform.numpy()[0])
-        pooled.append([layer.mean(1)[0].float().cpu().numpy() for layer in model.layers("audio", waveform.to(device))])
-    return [np.stack(layer) for layer in zip(*pooled, strict=True)]
+    by_size = sorted(range(len(rows)), key=lambda i: int(reader.sizes[rows[i]]))
+    pooled: list[NDArray[np.float32]] = []
+    with tqdm(total=len(rows), desc=progress, unit="row", leave=False, disable=None) as bar:
+        for _, group in itertools.groupby(by_size, key=lambda i: int(reader.sizes[rows[i]])):
+            members = list(group)
+            for start in range(0, len(members), BATCH_ROWS):
+                chosen = members[start : start + BATCH_ROWS]
+                source = torch.stack([reader.read_whole(rows[i]) for i in chosen]).to(device)
+                layers = [layer.mean(1).float().cpu().numpy() for layer in model.layers(reader.modality, source)]
+                if not pooled:
+                    pooled = [np.empty((len(rows), layer.shape[1]), dtype=np.float32) for layer in layers]
+                for whole, part in zip(pooled, layers, strict=True):
+                    whole[chosen] = part
+                bar.update(len(chosen))
+    return pooled

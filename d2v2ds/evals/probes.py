@@ -2,14 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2v2ds.errors import ConfigError, MissingExtraError
 
-NEIGHBOURS = 5
-"""Of the kNN probe, by cosine similarity."""
+Matrix = Any
+"""(N, D) features: a NumPy array, or a sparse matrix of SciPy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Settings of both probes."""
+
+    c: float = 1.0
+    """Inverse strength of logistic regression's L2."""
+    neighbours: int = 5
+    """Of the kNN probe, by cosine similarity."""
 
 
 @dataclass(frozen=True)
@@ -19,21 +30,42 @@ class Score:
     logistic: float
     knn: float
     folds: dict[str, float]
-    """Logistic regression's accuracy on each left-out group."""
+    """Logistic regression's accuracy on each tested part."""
 
 
-def leave_one_out(features: NDArray[np.float32], labels: Sequence[str], groups: Sequence[str]) -> Score:
+@dataclass(frozen=True)
+class Fold:
+    """Which rows are fitted and which are tested."""
+
+    name: str
+    fitted: NDArray[np.bool_]
+    """(N,)"""
+    tested: NDArray[np.bool_]
+    """(N,)"""
+
+
+def leave_one_out(groups: Sequence[str]) -> list[Fold]:
     """Fit on all groups but one, test on that one, in turn.
-
-    Features are standardised with the fitted groups' mean and deviation; logistic regression has L2, C = 1.
-
-    Args:
-        features: (N, D).
-        labels: N classes.
-        groups: N groups, at least two different ones.
 
     Raises:
         ValueError: with fewer than two groups.
+    """
+    group, names = np.asarray(groups), sorted(set(groups))
+    if len(names) < 2:
+        raise ValueError(f"leave-one-out needs two groups or more, found {names}")
+    return [Fold(name, group != name, group == name) for name in names]
+
+
+def score(features: Matrix, labels: Sequence[str], folds: Sequence[Fold], config: ProbeConfig) -> Score:
+    """Logistic regression and nearest neighbours on features that are standardised by the fitted rows.
+
+    Args:
+        features: (N, D); a sparse matrix is taken as it is.
+        labels: N classes.
+        folds: at least one.
+        config: of the probes.
+
+    Raises:
         ConfigError: if too little is left to fit.
         MissingExtraError: without scikit-learn.
     """
@@ -43,22 +75,21 @@ def leave_one_out(features: NDArray[np.float32], labels: Sequence[str], groups: 
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise MissingExtraError("probes need scikit-learn: pip install 'd2v2ds[eval]'") from error
-    wanted, group = np.asarray(labels), np.asarray(groups)
-    names = sorted(set(groups))
-    if len(names) < 2:
-        raise ValueError(f"leave-one-out needs two groups or more, found {names}")
+    wanted = np.asarray(labels)
     logistic, knn = {}, {}
-    for name in names:
-        fitted, tested = group != name, group == name
-        if len(set(wanted[fitted])) < 2 or fitted.sum() < NEIGHBOURS:
+    for fold in folds:
+        classes = len(set(wanted[fold.fitted]))
+        if classes < 2 or fold.fitted.sum() < config.neighbours:
             raise ConfigError(
-                f"without {name}, {fitted.sum()} clips of {len(set(wanted[fitted]))} classes are left; expected "
-                f"{NEIGHBOURS} clips and two classes or more"
+                f"without {fold.name}, {fold.fitted.sum()} rows of {classes} classes are left; expected "
+                f"{config.neighbours} rows and two classes or more"
             )
-        scaler = StandardScaler().fit(features[fitted])
-        x, y = scaler.transform(features[fitted]), scaler.transform(features[tested])
-        classifier = LogisticRegression(C=1.0, max_iter=1000).fit(x, wanted[fitted])
-        logistic[name] = float(classifier.score(y, wanted[tested]))
-        neighbours = KNeighborsClassifier(NEIGHBOURS, metric="cosine").fit(x, wanted[fitted])
-        knn[name] = float(neighbours.score(y, wanted[tested]))
+        x, y = features[fold.fitted], features[fold.tested]
+        if isinstance(features, np.ndarray):
+            scaler = StandardScaler().fit(x)
+            x, y = scaler.transform(x), scaler.transform(y)
+        classifier = LogisticRegression(C=config.c, max_iter=1000).fit(x, wanted[fold.fitted])
+        logistic[fold.name] = float(classifier.score(y, wanted[fold.tested]))
+        neighbours = KNeighborsClassifier(config.neighbours, metric="cosine").fit(x, wanted[fold.fitted])
+        knn[fold.name] = float(neighbours.score(y, wanted[fold.tested]))
     return Score(float(np.mean(list(logistic.values()))), float(np.mean(list(knn.values()))), logistic)

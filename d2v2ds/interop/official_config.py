@@ -41,6 +41,8 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "start_drop_path_rate": (0,), "end_drop_path_rate": (0,), "norm_affine": (True,), "recon_loss": (0,),
     "d2v_loss": (1,), "dropout_input": (0,), "prenet_layerdrop": (0,), "num_extra_tokens": (0,),
     "local_grad_mult": (1,), "encoder_zero_mask": (True,), "learned_alibi": (False,), "use_alibi_encoder": (False,),
+    "learned_alibi_scale": (False,), "learned_alibi_scale_per_head": (False,),
+    "learned_alibi_scale_per_layer": (False,),
     "add_positions_masked": (False,), "add_positions_all": (False,), "projection_layers": (1,),
     "batch_norm_targets": (False,), "no_scale_embedding": (True,), "learned_pos": (True,), "in_chans": (3,),
     "layernorm_embedding": (True,), "fixed_positions": (True,),
@@ -121,7 +123,7 @@ class _Case:
     def decoder(self, fields: "_Fields", *, projections: bool) -> DecoderConfig:
         """The decoder's section; the image decoder always has one Linear."""
         inner = _Fields(fields("decoder", {}), f"{self.where}decoder.")
-        layers, ratio = (inner("projection_layers", 1), inner("projection_ratio", 2.0)) if projections else (1, 2.0)
+        layers, ratio = inner("projection_layers", 1), inner("projection_ratio", 2.0)
         config = DecoderConfig(
             width=inner("decoder_dim", 384),
             depth=inner("decoder_layers", 5),
@@ -130,7 +132,7 @@ class _Case:
             input_dropout=inner("input_dropout", 0.1),
             residual=inner("decoder_residual", True),
             mask_noise_std=self.values.get("mask_noise_std", 0.01),
-            projection_layers=layers,
+            projection_layers=layers if projections else 1,
             projection_ratio=ratio,
         )
         inner.finish()
@@ -251,6 +253,10 @@ def model_config(official: dict[str, Any], modality: str, vocab_size: int | None
     if encoder_only and not (section.share_local_encoder and section.prenet_depth == 0 and modality == "text"):
         raise UnsupportedOptionError(
             "ema_encoder_only=True (a teacher of nothing but shared blocks is known for text without prenet blocks)"
+        )
+    if encoder_only and isinstance(section, TextConfig) and section.alibi:
+        raise UnsupportedOptionError(
+            "use_alibi_encoder=True with ema_encoder_only=True (its teacher reads the student's scale, ours has its own)"
         )
     config = ModelConfig(
         block=BlockConfig(

@@ -49,6 +49,7 @@ class AudioConfig:
 
     num_extra_tokens = 0
     input_size = None
+    grid_side = None
 
     def num_tokens(self, size: int) -> int:
         """T of a waveform of `size` samples."""

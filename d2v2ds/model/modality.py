@@ -45,6 +45,10 @@ class ModalityConfig(Protocol):
     def input_size(self) -> int | None:
         """Side of an image in pixels; None where inputs have no fixed size."""
 
+    @property
+    def grid_side(self) -> int | None:
+        """Tokens per side where they form a square grid."""
+
     def num_tokens(self, size: int) -> int:
         """T of an input of this size."""
 

@@ -74,9 +74,9 @@ def make_targets(layers: Sequence[Tensor], config: TargetConfig) -> Tensor:
         x = layer.float()
         for kind in config.layer_norms:
             x = NORMS[kind](x)
-        total = x if total is None else total.add_(x)
+        total = x if total is None else total + x
     assert total is not None
-    total = total.div_(config.num_layers)
+    total = total / config.num_layers
     for kind in config.final_norms:
         total = NORMS[kind](total)
     return total

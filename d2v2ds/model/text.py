@@ -44,6 +44,7 @@ class TextConfig:
 
     num_extra_tokens = 0
     input_size = None
+    grid_side = None
 
     def num_tokens(self, size: int) -> int:
         """T of a text of `size` token ids."""

@@ -21,14 +21,22 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def mask_figure(masked: Tensor) -> Any:
+def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
     """The M masks of one sample.
 
     Args:
         masked: (M, T) bool, True = masked.
+        grid_side: tokens per side where they form a square grid; each mask is then a square of its own.
     """
-    figure, axes = _figure(1, 1, (10, 1 + 0.25 * masked.shape[0]))
-    axes[0, 0].imshow(masked.cpu().numpy(), aspect="auto", cmap="Greys", interpolation="nearest")
+    count, picture = masked.shape[0], masked.cpu().numpy()
+    if grid_side is not None:
+        squares = picture.reshape(count, grid_side, grid_side)
+        picture = squares.transpose(1, 0, 2).reshape(grid_side, count * grid_side)
+    figure, axes = _figure(1, 1, (10, 1 + (0.25 * count if grid_side is None else 10 / count)))
+    axes[0, 0].imshow(picture, aspect="auto" if grid_side is None else "equal", cmap="Greys", interpolation="nearest")
+    if grid_side is not None:
+        for edge in range(1, count):
+            axes[0, 0].axvline(edge * grid_side - 0.5, color="tab:red", linewidth=1)
     axes[0, 0].set(xlabel="token", ylabel="mask", title=f"masked (black): {float(masked.float().mean()):.1%}")
     return figure
 

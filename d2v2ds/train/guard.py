@@ -68,6 +68,16 @@ class Guard:
         """
         if step < self.config.warm_up_steps:
             return []
+        prefixes = [name.removesuffix("target/std") for name in values if name.endswith("target/std")]
+        alarms = [alarm for prefix in prefixes or [""] for alarm in self._alarms(values, prefix)]
+        for alarm in alarms:
+            logger.warning("step %d: possible collapse: %s", step, alarm)
+        if alarms and self.config.stop_on_collapse:
+            raise CollapseError(f"step {step}: " + "; ".join(alarms))
+        return alarms
+
+    def _alarms(self, values: Mapping[str, float], prefix: str) -> list[str]:
+        """The crossed floors of one modality; a prefix such as `audio/` says of which."""
         low_rank = "the targets have become a code of few dimensions; raise the EMA decay, lower lr.peak"
         floors = [
             ("target/effective_rank", self.config.min_effective_rank, low_rank),
@@ -76,20 +86,16 @@ class Guard:
             ("pred/std", min(self.config.min_std, 0.01), "the predictions hardly vary between tokens"),
         ]
         alarms = [
-            f"{name} is {values[name]:.3g}, floor {floor:.3g}: {cause}"
+            f"{prefix}{name} is {values[prefix + name]:.3g}, floor {floor:.3g}: {cause}"
             for name, floor, cause in floors
-            if name in values and values[name] < floor
+            if prefix + name in values and values[prefix + name] < floor
         ]
-        name, ceiling = "target/position_share", self.config.max_position_share
+        name, ceiling = f"{prefix}target/position_share", self.config.max_position_share
         if name in values and values[name] > ceiling:
             alarms.append(
                 f"{name} is {values[name]:.3g}, ceiling {ceiling:.3g}: the targets have become a code of position; "
-                "for small runs set model.modalities.audio.share_local_encoder=false"
+                "for small runs set share_local_encoder=false in the model's settings of the modality"
             )
-        for alarm in alarms:
-            logger.warning("step %d: possible collapse: %s", step, alarm)
-        if alarms and self.config.stop_on_collapse:
-            raise CollapseError(f"step {step}: " + "; ".join(alarms))
         return alarms
 
     def state_dict(self) -> dict[str, int]:

@@ -29,6 +29,8 @@ class Richness:
     """exp of the entropy of the normalised eigenvalues of the covariance; between 1 and D."""
     position_share: float
     """Fraction of the variance that a polynomial of degree 6 in position / length explains."""
+    exact_position_share: float
+    """Fraction of the variance that lies between exact positions, corrected for what chance puts there."""
 
 
 def effective_rank(x: Tensor) -> float:
@@ -60,26 +62,57 @@ def position_share(x: Tensor, places: Tensor) -> float:
     return float((basis.T @ centred).square().sum() / total)
 
 
+def exact_position_share(x: Tensor, positions: Tensor) -> float:
+    """Fraction of the variance of x between positions, each with a mean of its own.
+
+    Text with learned positions predicts them, which no polynomial shows. With few vectors at each position chance
+    alone puts variance between them; that is taken off (omega squared of an analysis of variance).
+
+    Args:
+        x: (U, D).
+        positions: (U,) int64.
+    """
+    _, groups, counts = torch.unique(positions, return_inverse=True, return_counts=True)
+    centred = x.double() - x.double().mean(0)
+    total, num_groups = centred.square().sum(), len(counts)
+    if total <= 0 or num_groups < 2 or num_groups >= len(x):
+        return 0.0
+    sums = torch.zeros(num_groups, x.shape[1], dtype=torch.float64).index_add_(0, groups, centred)
+    between = (sums.square().sum(1) / counts).sum()
+    within = (total - between) / (len(x) - num_groups)
+    return float(((between - (num_groups - 1) * within) / (total + within)).clamp(min=0))
+
+
 class Sample:
     """Vectors of one kind, collected over a few micro-batches, and their places in the sequence."""
 
     def __init__(self) -> None:
         self._vectors: list[Tensor] = []
+        self._positions: list[Tensor] = []
         self._places: list[Tensor] = []
 
-    def add(self, vectors: Tensor, places: Tensor) -> None:
+    def add(self, vectors: Tensor, positions: Tensor, length: int) -> None:
         """
         Args:
             vectors: (U, D); at most `MAX_ROWS / NUM_STEPS` evenly spread ones are kept.
-            places: (U,) position over length of each, 0 to 1.
+            positions: (U,) int64 place of each in its sequence.
+            length: T, tokens of the sequence.
         """
         stride = -(-vectors.shape[0] * NUM_STEPS // MAX_ROWS)
+        while math.gcd(stride, length) > 1:
+            stride += 1  # or only some positions would ever be seen
         self._vectors.append(vectors[::stride].detach().float().cpu())
-        self._places.append(places[::stride].cpu())
+        self._positions.append(positions[::stride].cpu())
+        self._places.append(positions[::stride].cpu() / length)
 
     def richness(self) -> Richness:
         """Statistics of all that was added; NaN if that is nothing (every step was skipped)."""
         if not self._vectors:
-            return Richness(math.nan, math.nan, math.nan)
+            return Richness(math.nan, math.nan, math.nan, math.nan)
         x, places = torch.cat(self._vectors), torch.cat(self._places)
-        return Richness(float(x.std(0, correction=0).mean()), effective_rank(x), position_share(x, places))
+        return Richness(
+            std=float(x.std(0, correction=0).mean()),
+            effective_rank=effective_rank(x),
+            position_share=position_share(x, places),
+            exact_position_share=exact_position_share(x, torch.cat(self._positions)),
+        )

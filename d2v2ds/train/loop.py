@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from d2v2ds.batch import Batch
+from d2v2ds.data.collate import Reader
 from d2v2ds.data.loader import StepData
 from d2v2ds.data.sampler import SamplerState
 from d2v2ds.dist import comm, zero
@@ -25,8 +26,8 @@ from d2v2ds.model.loss import channel_variances, mean_channel_std
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
-from d2v2ds.train.metrics import Metrics, peak_memory_gib
-from d2v2ds.train.step import Recipe, StepOutput, pretrain_step
+from d2v2ds.train.metrics import AMOUNTS, Metrics, peak_memory_gib
+from d2v2ds.train.step import ModalityOutput, Recipe, StepOutput, pretrain_step
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,21 @@ class Progress:
 
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
-    audio_seconds: float = 0.0
-    """Audio seen by all ranks."""
-    sampler: SamplerState = field(default_factory=SamplerState)
+    seen: dict[str, float] = field(default_factory=dict)
+    """What all ranks have seen of each modality, in the unit of its reader."""
+    sampler: dict[str, SamplerState] = field(default_factory=dict)
+    """Position of the data of each modality."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalityInfo:
+    """What turns the steps of one modality into numbers."""
+
+    reader: Reader
+    loss_scale: float | None
+    """What the squared errors of the loss are multiplied with; None if the loss is not a sum of squares."""
+    grid_side: int | None = None
+    """Tokens per side where they form a square grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +63,57 @@ class LoopConfig:
     log_every_steps: int
     health_every_steps: int
     save_every_steps: int
-    sample_rate_hz: int
+    modalities: dict[str, ModalityInfo]
+    """By name, in the order of the micro-batches."""
     peak_flops: float
     """Matrix-product peak of this rank's device, measured at start."""
     num_heads: int
-    loss_scale: float | None
-    """What the squared errors of the loss are multiplied with; None if the loss is not a sum of squares."""
     flops_of: Callable[[Batch], float]
     """Algorithmic operations of one micro-batch."""
+
+
+@dataclass
+class _ModalitySums:
+    """Sums of one modality since the last record, of this rank but for `num_masked`."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    num_masked: int = 0
+    moments: Tensor | None = None
+    masked_here: int = 0
+    tokens_here: int = 0
+    units_here: float = 0.0
+
+    def add_losses(self, part: ModalityOutput) -> None:
+        """Take in an applied step."""
+        self.num_masked += part.num_masked
+        self.moments = part.moments if self.moments is None else self.moments + part.moments
+        for name, loss in part.loss_sums.items():
+            self.losses[name] = self.losses.get(name, 0.0) + loss
+
+    def add_data(self, batch: Batch, reader: Reader) -> None:
+        """Count a micro-batch."""
+        self.masked_here += batch.num_masked
+        self.tokens_here += batch.masks.masked.numel()
+        self.units_here += reader.units(batch.source.shape[0], batch.source.shape[-1])
+
+    def numbers(self, width: int) -> list[float]:
+        """Everything to be summed over ranks, in one row; `read` takes it apart."""
+        moments = torch.zeros(2, 2, width, dtype=torch.float64) if self.moments is None else self.moments
+        counts = [float(self.masked_here), float(self.tokens_here), self.units_here]
+        return [*counts, *(float(self.losses[name]) for name in sorted(self.losses)), *moments.flatten().tolist()]
 
 
 @dataclass
 class _Interval:
     """Sums since the last record, of this rank. Skipped steps count in time and data, not in losses and norms."""
 
+    parts: dict[str, _ModalitySums]
     steps: int = 0
     applied: int = 0
     started: float = field(default_factory=time.perf_counter)
     data_wait_s: float = 0.0
     grad_norm: float = 0.0
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    num_masked: int = 0
-    masked_here: int = 0
-    tokens_here: int = 0
-    samples_here: int = 0
     flops: float = 0.0
-    moments: Tensor | None = None
 
     def add(self, out: StepOutput, micro: list[Batch], wait_s: float, config: LoopConfig) -> None:
         self.steps += 1
@@ -83,15 +121,11 @@ class _Interval:
         if out.applied:
             self.applied += 1
             self.grad_norm += out.grad_norm
-            self.num_masked += out.num_masked
-            self.moments = out.moments if self.moments is None else self.moments + out.moments
-            for name, loss in out.loss_sums.items():
-                self.losses[name] = self.losses.get(name, 0.0) + loss
+            for name, part in out.parts.items():
+                self.parts[name].add_losses(part)
         for batch in micro:
             if batch.loss_weight:
-                self.masked_here += batch.num_masked
-                self.tokens_here += batch.masks.masked.numel()
-                self.samples_here += batch.source.numel()
+                self.parts[batch.modality].add_data(batch, config.modalities[batch.modality].reader)
                 self.flops += config.flops_of(batch)
 
 
@@ -123,7 +157,7 @@ class Trainer:
         self.student, self.teacher = student, teacher
         self.recipe, self.config, self.guard = recipe, config, guard
         self.progress, self.metrics, self.save = progress, metrics, save
-        self.samples = _empty_samples()
+        self.samples = self._empty_samples()
 
     def run(self, data: Iterator[StepData]) -> None:
         """Train up to `total_steps`.
@@ -133,7 +167,7 @@ class Trainer:
             CollapseError: a health floor was crossed and the run asked to stop there.
         """
         config, progress = self.config, self.progress
-        interval, began, first = _Interval(), time.perf_counter(), progress.step
+        interval, began, first = self._new_interval(), time.perf_counter(), progress.step
         while progress.step < config.total_steps:
             asked = time.perf_counter()
             step_data = next(data)
@@ -144,67 +178,66 @@ class Trainer:
             self.guard.after_step(progress.step, out.applied)
             interval.add(out, step_data.micro, wait_s, config)
             if out.applied:
-                self._collect(out, step_data.micro[-1])
+                self._collect(out)
             is_saving = progress.step % config.save_every_steps == 0 or progress.step == config.total_steps
             if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving:
                 values = self._record(out, step_data, interval)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
                 self._say(values, elapsed * (config.total_steps - progress.step))
-                interval = _Interval()
+                interval = self._new_interval()
             if is_saving:
                 if self.metrics is not None:
                     self.metrics.flush()
                 self.save(progress)
-                self.samples = _empty_samples()  # a resumed run begins without them
+                self.samples = self._empty_samples()  # a resumed run begins without them
                 interval.started = time.perf_counter()
+
+    def _new_interval(self) -> _Interval:
+        return _Interval({name: _ModalitySums() for name in self.config.modalities})
+
+    def _name(self, modality: str, metric: str) -> str:
+        """What a metric of one modality is called in this run."""
+        return metric if len(self.config.modalities) == 1 else f"{modality}/{metric}"
 
     def _record(self, out: StepOutput, data: StepData, interval: _Interval) -> dict[str, float]:
         """Reduce, check and write one record; returns it on every rank."""
         progress = self.progress
         seconds = time.perf_counter() - interval.started
-        values = self._reduce(out, interval, seconds)
-        values["data/epoch"] = float(data.state_after.epoch)
-        values["data/hours"] = progress.audio_seconds / 3600
+        values = self._reduce_run(out, interval, seconds)
+        for name, part in interval.parts.items():
+            found = self._reduce_modality(name, part, out.parts[name], interval, seconds)
+            values |= found
+            values[self._name(name, "data/epoch")] = float(data.state_after[name].epoch)
+        if len(self.config.modalities) > 1 and interval.applied:
+            weights = self.recipe.loss_weights
+            values["loss/total"] = sum(
+                weights[name] * values[key]
+                for name, part in interval.parts.items()
+                for key in (self._name(name, f"loss/{loss}") for loss in part.losses)
+            )
         values["ema/student_distance"] = self.teacher.student_distance()
         if self._is_health_step():
             values |= self._health()
-            self._figures(data.micro[-1])
+            self._figures(out)
         if self.metrics is not None:
             self.metrics.write(progress.step, values)
         self.guard.check_health(progress.step, values)
         return values
 
-    def _reduce(self, out: StepOutput, interval: _Interval, seconds: float) -> dict[str, float]:
-        """Everything that is a sum, a mean or a maximum over ranks."""
-        config, width = self.config, out.last["target"].shape[-1]
-        names = sorted(interval.losses)
-        moments = torch.zeros(2, 2, width, dtype=torch.float64) if interval.moments is None else interval.moments
+    def _reduce_run(self, out: StepOutput, interval: _Interval, seconds: float) -> dict[str, float]:
+        """What belongs to the run as a whole."""
         flops_per_s = interval.flops / seconds
-        sums = comm.all_reduce_sum(
-            [
-                interval.masked_here,
-                interval.tokens_here,
-                interval.samples_here,
-                flops_per_s,
-                flops_per_s / max(config.peak_flops, 1.0),
-                *moments.flatten().tolist(),
-                *(float(interval.losses[name]) for name in names),
-            ]
-        )
-        masked, tokens, samples, flops, mfu = sums[:5]
+        flops, mfu = comm.all_reduce_sum([flops_per_s, flops_per_s / max(self.config.peak_flops, 1.0)])
         own = (
             1000 * seconds / interval.steps,
             1000 * interval.data_wait_s / interval.steps,
             peak_memory_gib(comm.device()),
         )
         step_ms, wait_ms, memory = (max(column) for column in zip(*comm.gather_objects(own), strict=True))
-        self.progress.audio_seconds += samples / config.sample_rate_hz
         values = {
             "optim/lr": out.lr,
             "optim/skipped_steps": float(self.guard.nonfinite_total),
             "ema/decay": out.decay,
-            "mask/fraction": masked / tokens,
-            "perf/audio_seconds_per_s": samples / config.sample_rate_hz / seconds,
             "perf/step_ms": step_ms,
             "perf/data_wait_ms": wait_ms,
             "perf/data_wait_fraction": wait_ms / step_ms,
@@ -213,59 +246,83 @@ class Trainer:
             "perf/memory_gib": memory,
         }
         if interval.applied:
-            losses = {
-                f"loss/{name}": s / interval.num_masked for name, s in zip(names, sums[-len(names) :], strict=True)
-            }
-            pred, target = torch.tensor(sums[5 : 5 + 4 * width], dtype=torch.float64).view(2, 2, width)
-            values |= losses
             values["optim/grad_norm"] = interval.grad_norm / interval.applied
-            values["pred/std"] = mean_channel_std(pred, interval.num_masked)
-            values["target/std"] = mean_channel_std(target, interval.num_masked)
-            if config.loss_scale is not None:
-                variance = float(channel_variances(target, interval.num_masked).sum())
-                values["target/explained"] = 1.0 - losses["loss/regression"] / (
-                    config.loss_scale * max(variance, 1e-12)
-                )
+        return values
+
+    def _reduce_modality(
+        self, name: str, part: _ModalitySums, out: ModalityOutput, interval: _Interval, seconds: float
+    ) -> dict[str, float]:
+        """What belongs to one modality: sums over ranks, and what follows from them."""
+        info, losses = self.config.modalities[name], sorted(part.losses)
+        assert out.last is not None
+        width = out.last["target"].shape[-1]
+        sums = comm.all_reduce_sum(part.numbers(width))
+        masked, tokens, units = sums[:3]
+        total, units_per_one, throughput = AMOUNTS[info.reader.unit]
+        self.progress.seen[name] = self.progress.seen.get(name, 0.0) + units
+        values = {
+            self._name(name, "mask/fraction"): masked / tokens,
+            total: self.progress.seen[name] / units_per_one,
+            throughput: units / seconds,
+        }
+        if not interval.applied:
+            return values
+        for loss, found in zip(losses, sums[3 : 3 + len(losses)], strict=True):
+            values[self._name(name, f"loss/{loss}")] = found / part.num_masked
+        pred, target = torch.tensor(sums[3 + len(losses) :], dtype=torch.float64).view(2, 2, width)
+        values[self._name(name, "pred/std")] = mean_channel_std(pred, part.num_masked)
+        values[self._name(name, "target/std")] = mean_channel_std(target, part.num_masked)
+        if info.loss_scale is not None:
+            variance = info.loss_scale * float(channel_variances(target, part.num_masked).sum())
+            explained = 1.0 - values[self._name(name, "loss/regression")] / max(variance, 1e-12)
+            values[self._name(name, "target/explained")] = explained
         return values
 
     def _is_health_step(self) -> bool:
         return self.progress.step == 1 or self.progress.step % self.config.health_every_steps == 0
 
-    def _collect(self, out: StepOutput, batch: Batch) -> None:
+    def _collect(self, out: StepOutput) -> None:
         """Keep some vectors of the last steps before health is looked at."""
         ahead = -self.progress.step % self.config.health_every_steps
         if self.progress.step > 1 and ahead >= NUM_STEPS:
             return
-        keep, masked = batch.masks.rows()  # (R, K), (R, T)
-        length = masked.shape[1]
-        every = torch.arange(length).repeat(len(out.last["local"])) / length  # (B*T,)
-        self.samples["local"].add(out.last["local"].flatten(0, 1), every)
-        self.samples["context"].add(out.last["context"].flatten(0, 1), keep.flatten() / length)
-        self.samples["target"].add(out.last["target"].flatten(0, 1), every)
-        self.samples["pred"].add(out.last["pred"], masked.nonzero()[:, 1] / length)
+        for name, part in out.parts.items():
+            samples, last = self.samples[name], part.last
+            assert last is not None
+            keep, masked = part.batch.masks.rows()  # (R, K), (R, T)
+            length = masked.shape[1]
+            every = torch.arange(length).repeat(len(last["local"]))  # (B*T,)
+            samples["local"].add(last["local"].flatten(0, 1), every, length)
+            samples["context"].add(last["context"].flatten(0, 1), keep.flatten(), length)
+            samples["target"].add(last["target"].flatten(0, 1), every, length)
+            samples["pred"].add(last["pred"], masked.nonzero()[:, 1], length)
 
     def _health(self) -> dict[str, float]:
-        """Richness of four sets of vectors, averaged over ranks; collecting begins anew."""
+        """Richness of four sets of vectors of each modality, averaged over ranks; collecting begins anew."""
         values: dict[str, float] = {}
-        for name, sample in self.samples.items():
-            found = sample.richness()
-            values[f"{name}/effective_rank"] = found.effective_rank
-            values[f"{name}/position_share"] = found.position_share
-            if name in ("local", "context"):
-                values[f"{name}/std"] = found.std
-        self.samples = _empty_samples()
+        for modality, samples in self.samples.items():
+            for name, sample in samples.items():
+                found, key = sample.richness(), self._name(modality, name)
+                values[f"{key}/effective_rank"] = found.effective_rank
+                values[f"{key}/position_share"] = found.position_share
+                values[f"{key}/exact_position_share"] = found.exact_position_share
+                if name in ("local", "context"):
+                    values[f"{key}/std"] = found.std
+        self.samples = self._empty_samples()
         means = comm.all_reduce_sum(list(values.values()))
         averages = {name: mean / comm.world() for name, mean in zip(values, means, strict=True)}
         return {name: mean for name, mean in averages.items() if math.isfinite(mean)}
 
-    def _figures(self, batch: Batch) -> None:
+    def _figures(self, out: StepOutput) -> None:
         """Masks of one sample and the ALiBi scale, to TensorBoard. Collective."""
         shards = zero.parameter_shards(self.student)
         scales = {name: zero.gather_shard(s, s.data) for name, s in shards.items() if name.endswith("alibi.scale")}
         if self.metrics is None:
             return
         try:
-            self.metrics.figure("masks", mask_figure(batch.masks.masked[0]), self.progress.step)
+            for modality, part in out.parts.items():
+                figure = mask_figure(part.batch.masks.masked[0], self.config.modalities[modality].grid_side)
+                self.metrics.figure(self._name(modality, "masks"), figure, self.progress.step)
             for name, scale in scales.items():
                 if scale is not None:
                     self.metrics.figure(
@@ -276,21 +333,30 @@ class Trainer:
                 logger.info("no figures in TensorBoard: %s", error)
 
     def _say(self, values: dict[str, Any], seconds_left: float) -> None:
-        progress = self.progress
+        progress, modalities = self.progress, self.config.modalities
+        losses = "  ".join(
+            ("" if len(modalities) == 1 else f"{name} ")
+            + f"{values.get(self._name(name, 'loss/regression'), math.nan):.3f}"
+            for name in modalities
+        )
+        speeds = "  ".join(
+            f"{name} {values[AMOUNTS[info.reader.unit][2]]:.0f} {info.reader.unit}/s"
+            for name, info in modalities.items()
+        )
         logger.info(
-            "step %d/%d  loss %.3f  ema %.6f  lr %.2e  audio %.0f s/s  left %s",
+            "step %d/%d  loss %s  ema %.6f  lr %.2e  %s  left %s",
             progress.step,
             self.config.total_steps,
-            values.get("loss/regression", float("nan")),
+            losses,
             values["ema/decay"],
             values["optim/lr"],
-            values["perf/audio_seconds_per_s"],
+            speeds,
             clock(seconds_left),
         )
 
-
-def _empty_samples() -> dict[str, Sample]:
-    return {name: Sample() for name in ("local", "context", "target", "pred")}
+    def _empty_samples(self) -> dict[str, dict[str, Sample]]:
+        kinds = ("local", "context", "target", "pred")
+        return {modality: {name: Sample() for name in kinds} for modality in self.config.modalities}
 
 
 def clock(seconds: float) -> str:

@@ -1,8 +1,9 @@
 """Metrics of a run: their names and units, how each is reduced over ranks, and where they are written.
 
 Rank 0 writes the same names to TensorBoard (`<run>/tensorboard`) and to `<run>/metrics.jsonl`, one line per
-record with its `step`. On resume, lines after the checkpoint's step are dropped, so the file equals that of a
-run that never stopped.
+record with its `step`. A run of several modalities writes those names that belong to one of them as
+`audio/loss/regression` and so on. On resume, lines after the checkpoint's step are dropped, so the file equals that of
+a run that never stopped.
 """
 
 import json
@@ -17,30 +18,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-UNITS = {
-    "loss/regression": "sum over channels per masked token; global sum over the interval / global masked tokens",
+SHARED_UNITS = {
+    "loss/total": "weighted sum of the modalities' losses per masked token; only with several modalities",
     "ema/decay": "weight kept by the teacher, 0 to 1; same on all ranks",
     "ema/student_distance": "|student - teacher| / |student|; norms over all ranks",
     "optim/lr": "learning rate; same on all ranks",
     "optim/grad_norm": "global L2 norm before clipping; mean over the interval",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
-    "mask/fraction": "masked tokens / tokens; global",
     "data/hours": "audio seen since the run began; sum over ranks, hours, not multiplied by masks",
-    "data/epoch": "passes over the data; same on all ranks",
-    "local/std": "mean channel standard deviation of local features; mean over ranks",
-    "local/effective_rank": "exp of the eigenvalue entropy, 1 to D; mean over ranks",
-    "local/position_share": "fraction of variance explained by position; mean over ranks",
-    "context/std": "of the last shared block's output; mean over ranks",
-    "context/effective_rank": "mean over ranks",
-    "context/position_share": "mean over ranks",
-    "target/std": "of the targets at masked tokens; over the interval and all ranks (target_var of the reference)",
-    "target/effective_rank": "mean over ranks",
-    "target/position_share": "mean over ranks",
-    "target/explained": "1 - loss / (loss scale x sum of the targets' channel variances): share predicted",
-    "pred/std": "of the predictions; over the interval and all ranks (pred_var of the reference)",
-    "pred/effective_rank": "mean over ranks",
-    "pred/position_share": "mean over ranks",
+    "data/images": "images seen since the run began; sum over ranks, not multiplied by masks",
+    "data/tokens": "text tokens seen since the run began; sum over ranks, not multiplied by masks",
     "perf/audio_seconds_per_s": "audio seconds per second of wall time; sum over ranks",
+    "perf/images_per_s": "images per second of wall time; sum over ranks",
+    "perf/tokens_per_s": "text tokens per second of wall time; sum over ranks",
     "perf/step_ms": "wall milliseconds per optimizer step; max over ranks",
     "perf/data_wait_ms": "milliseconds per step in which a rank waited for data; max over ranks",
     "perf/data_wait_fraction": "the same as a fraction of the step",
@@ -48,7 +38,44 @@ UNITS = {
     "perf/mfu": "the same over the matrix-product peak measured at start; mean over ranks",
     "perf/memory_gib": "peak memory of a rank (device, or resident on a CPU), GiB; max over ranks",
 }
-"""Every scalar of a run with its unit and reduction."""
+"""Scalars of a run as a whole, with unit and reduction."""
+
+MODALITY_UNITS = {
+    "loss/regression": "sum over channels per masked token; global sum over the interval / global masked tokens",
+    "loss/cls": "the same of the CLS loss, weight included",
+    "mask/fraction": "masked tokens / tokens; global",
+    "data/epoch": "passes over the data; same on all ranks",
+    "local/std": "mean channel standard deviation of local features; mean over ranks",
+    "local/effective_rank": "exp of the eigenvalue entropy, 1 to D; mean over ranks",
+    "local/position_share": "fraction of variance that a polynomial in the position explains; mean over ranks",
+    "local/exact_position_share": "fraction of variance between exact positions, corrected for chance; mean over ranks",
+    "context/std": "of the last shared block's output; mean over ranks",
+    "context/effective_rank": "mean over ranks",
+    "context/position_share": "mean over ranks",
+    "context/exact_position_share": "mean over ranks",
+    "target/std": "of the targets at masked tokens; over the interval and all ranks (target_var of the reference)",
+    "target/effective_rank": "mean over ranks",
+    "target/position_share": "mean over ranks",
+    "target/exact_position_share": "mean over ranks",
+    "target/explained": "1 - loss / (loss scale x sum of the targets' channel variances): share predicted",
+    "pred/std": "of the predictions; over the interval and all ranks (pred_var of the reference)",
+    "pred/effective_rank": "mean over ranks",
+    "pred/position_share": "mean over ranks",
+    "pred/exact_position_share": "mean over ranks",
+}
+"""Scalars of one modality, with unit and reduction."""
+
+AMOUNTS = {
+    "seconds": ("data/hours", 3600.0, "perf/audio_seconds_per_s"),
+    "images": ("data/images", 1.0, "perf/images_per_s"),
+    "tokens": ("data/tokens", 1.0, "perf/tokens_per_s"),
+}
+"""Unit of a reader -> name of what was seen so far, how many units make one of it, and name of the throughput."""
+
+
+def is_known(name: str) -> bool:
+    """Whether a scalar has a unit."""
+    return name in SHARED_UNITS or name in MODALITY_UNITS or name.partition("/")[2] in MODALITY_UNITS
 
 
 class Metrics:
@@ -69,11 +96,11 @@ class Metrics:
         """Append one record.
 
         Raises:
-            KeyError: for a name without an entry in `UNITS`.
+            KeyError: for a name without a unit.
         """
-        unknown = sorted(set(values) - set(UNITS))
+        unknown = sorted(name for name in values if not is_known(name))
         if unknown:
-            raise KeyError(f"metrics without a unit: {', '.join(unknown)}; add them to UNITS")
+            raise KeyError(f"metrics without a unit: {', '.join(unknown)}; add them to the tables above")
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

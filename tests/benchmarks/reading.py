@@ -18,10 +18,11 @@ import numpy as np
 import soundfile
 import torch
 
-from d2v2ds.data.collate import AudioCollator
-from d2v2ds.data.loader import LoaderConfig, build_loader
-from d2v2ds.data.sampler import BatchConfig, BatchPlan, MicroBatch, SamplerState
-from d2v2ds.data.shards import ArrowShards
+from d2v2ds.data.audio import AudioDataConfig, AudioReader
+from d2v2ds.data.collate import Collator
+from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
+from d2v2ds.data.sampler import BatchPlan, MicroBatch, SamplerState
+from d2v2ds.data.shards import AudioShards
 from d2v2ds.masking import MaskConfig, draw_masks, visible_positions
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
 from preprocessing.pack_audio import main as pack_audio
@@ -29,7 +30,6 @@ from preprocessing.pack_audio import main as pack_audio
 RATE = 16_000
 CROP_SECONDS = 10.0
 MASK = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=5, num_masks=8)
-BATCHES = BatchConfig(global_batch_seconds=60.0, micro_batch_seconds=60.0, min_seconds=2.0, max_seconds=CROP_SECONDS)
 GOALS = {"pcm16": 20_000, "flac": 2_000}
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folders = [options.shards]
         else:
             folders = [generate(Path(folder), codec, options.clips) for codec in GOALS]
-        rows = [row for path in folders for row in measure(ArrowShards(path), options.repeats, options.steps)]
+        rows = [row for path in folders for row in measure(AudioShards(path), options.repeats, options.steps)]
     rows += measure_masks(options.repeats)
     width = max(len(name) for name, _, _ in rows)
     for name, value, note in rows:
@@ -72,13 +72,35 @@ def generate(folder: Path, codec: str, num_clips: int) -> Path:
     return output
 
 
-def measure(shards: ArrowShards, repeats: int, num_steps: int) -> list[tuple[str, str, str]]:
+class Model:
+    """What the reader must know of the model."""
+
+    input_size = None
+
+    def num_tokens(self, size: int) -> int:
+        return conv_output_length(size, AUDIO_CONV_LAYERS)
+
+
+def settings(shards: AudioShards) -> AudioDataConfig:
+    """Batches of six crops."""
+    return AudioDataConfig(
+        shards=shards.folder,
+        mask=MASK,
+        global_batch_seconds=60.0,
+        micro_batch_seconds=60.0,
+        min_seconds=2.0,
+        max_seconds=CROP_SECONDS,
+    )
+
+
+def measure(shards: AudioShards, repeats: int, num_steps: int) -> list[tuple[str, str, str]]:
     """Rows of the table for one folder."""
     codec = shards.index.format["codec"]
-    plan = BatchPlan(shards.num_samples, sample_rate_hz=shards.sample_rate_hz, config=BATCHES, seed=0)
+    reader = AudioReader(shards, settings(shards), Model())
+    plan = BatchPlan(reader.sizes, config=reader.plan_config(), seed=0)
     micro = plan.window(0, 0)
-    seconds = sum(len(m.rows) * m.num_samples for m in micro) / RATE
-    collate = AudioCollator(source=shards, mask=MASK, conv_layers=AUDIO_CONV_LAYERS, seed=0)
+    seconds = sum(len(m.rows) * m.size for m in micro) / RATE
+    collate = Collator(reader=reader, seed=0)
 
     ours = best(lambda: [collate(m) for m in micro], repeats)
     limit, limit_name = LIMITS[codec](shards, micro, repeats)
@@ -89,52 +111,49 @@ def measure(shards: ArrowShards, repeats: int, num_steps: int) -> list[tuple[str
         (f"{codec}: {limit_name}", times(seconds, limit), f"the limit; we run at {limit / ours:.0%} of it"),
         (
             f"{codec}: the same through one worker process",
-            times(*through_worker(shards, plan, num_steps)),
+            times(*through_worker(reader, plan, num_steps)),
             "including transfer",
         ),
     ]
 
 
-def conversion_limit(shards: ArrowShards, micro: list[MicroBatch], repeats: int) -> tuple[float, str]:
+def conversion_limit(shards: AudioShards, micro: list[MicroBatch], repeats: int) -> tuple[float, str]:
     """Seconds to turn as many int16 samples into float32, batch by batch into new memory."""
-    samples = {m.num_samples: np.ones(m.num_samples, dtype=np.int16) for m in micro}
+    samples = {m.size: np.ones(m.size, dtype=np.int16) for m in micro}
 
     def convert() -> None:
         for m in micro:
-            out = np.empty((len(m.rows), m.num_samples), dtype=np.float32)
+            out = np.empty((len(m.rows), m.size), dtype=np.float32)
             for row in out:
-                row[:] = samples[m.num_samples]
+                row[:] = samples[m.size]
 
     return best(convert, repeats), "int16 to float32 of as many samples"
 
 
-def decode_limit(shards: ArrowShards, micro: list[MicroBatch], repeats: int) -> tuple[float, str]:
+def decode_limit(shards: AudioShards, micro: list[MicroBatch], repeats: int) -> tuple[float, str]:
     """Seconds that soundfile needs for as many samples of the same streams, each read from its start."""
 
     def read() -> None:
         for m in micro:
             for row in m.rows:
-                shards.read_audio(int(row), 0, m.num_samples)
+                shards.read_audio(int(row), 0, m.size)
 
     return best(read, repeats), "soundfile decoding of as many samples, without seeking"
 
 
-LIMITS: dict[str, Callable[[ArrowShards, list[MicroBatch], int], tuple[float, str]]] = {
+LIMITS: dict[str, Callable[[AudioShards, list[MicroBatch], int], tuple[float, str]]] = {
     "pcm16": conversion_limit,
     "flac": decode_limit,
 }
 
 
-def through_worker(shards: ArrowShards, plan: BatchPlan, num_steps: int) -> tuple[float, float]:
+def through_worker(reader: AudioReader, plan: BatchPlan, num_steps: int) -> tuple[float, float]:
     """Audio seconds and wall seconds of batches that arrive from one worker process, once it runs."""
     loader = build_loader(
-        shards,
-        plan,
-        state=SamplerState(),
+        {"audio": DataStream(reader, plan)},
+        state={"audio": SamplerState()},
         rank=0,
         world=1,
-        mask=MASK,
-        conv_layers=AUDIO_CONV_LAYERS,
         config=LoaderConfig(num_workers=1),
     )
     for _ in range(10):

@@ -27,15 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from d2v2ds.batch import Batch
 from d2v2ds.config import RunConfig, load_config
-from d2v2ds.data.collate import AudioCollator
+from d2v2ds.data.audio import AudioReader
+from d2v2ds.data.collate import Collator
 from d2v2ds.data.sampler import MicroBatch
 from d2v2ds.dist import comm
 from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.dist.engine import gradient_sum_factor, optimizer_step, set_lr
-from d2v2ds.dist.memory import expected_bytes, held_bytes
+from d2v2ds.dist.held import held_bytes
+from d2v2ds.dist.memory import expected_bytes
 from d2v2ds.dist.zero import full_shape
 from d2v2ds.model.data2vec2 import total_loss
-from d2v2ds.pretrain import audio_conv_layers, build_engines
+from d2v2ds.pretrain import build_engines
 from d2v2ds.train.metrics import peak_memory_gib
 from d2v2ds.train.perf import keep_large_blocks, use_all_cores
 
@@ -54,8 +56,12 @@ PHASES = ("forward", "backward", "optimizer", "ema")
 class RandomAudio:
     """A dataset of one clip of noise, as the collator wants it."""
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = np.array([num_samples])
+    def __init__(self, num_samples: int, sample_rate_hz: int) -> None:
+        self.sizes = np.array([num_samples])
+        self.sample_rate_hz = sample_rate_hz
+
+    def __len__(self) -> int:
+        return 1
 
     def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         return np.random.default_rng(comm.rank()).integers(-3000, 3000, stop - start).astype(np.int16)  # type: ignore[operator]
@@ -66,9 +72,12 @@ class RandomAudio:
 
 def make_batch(config: RunConfig, seconds: float) -> Batch:
     """One clip of noise with masks as the run draws them."""
-    length = round(seconds * config.data.sample_rate_hz)
-    collate = AudioCollator(source=RandomAudio(length), mask=config.mask, conv_layers=audio_conv_layers(config), seed=1)
-    return collate(MicroBatch(0, np.array([0]), length))
+    data, model = config.data.audio, config.model.modalities.audio
+    assert data is not None
+    assert model is not None
+    length = round(seconds * data.sample_rate_hz)
+    reader = AudioReader(RandomAudio(length, data.sample_rate_hz), data, model)
+    return Collator(reader=reader, seed=1)(MicroBatch(0, np.array([0]), length))
 
 
 @dataclass

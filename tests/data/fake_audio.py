@@ -1,6 +1,13 @@
-"""A small in-memory dataset with the interface of `ArrowShards` that decoding uses."""
+"""A small in-memory dataset with the interface of `AudioShards` that decoding uses."""
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from d2v2ds.data.audio import AudioDataConfig, AudioReader
+from d2v2ds.masking import MaskConfig
+from d2v2ds.shapes import conv_output_length
 
 RATE = 1000
 CONV_LAYERS = ((4, 10, 5), (4, 3, 2))
@@ -17,8 +24,13 @@ class FakeAudio:
             for n in rng.integers(RATE // 5, 3 * RATE, num_rows)
         ]
 
+    sample_rate_hz = RATE
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
     @property
-    def num_samples(self) -> np.ndarray:
+    def sizes(self) -> np.ndarray:
         return np.array([len(clip) for clip in self.clips])
 
     def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -27,3 +39,24 @@ class FakeAudio:
     def read_stats(self, index: int) -> tuple[float, float]:
         unit = self.clips[index] / 32768
         return float(unit.mean()), float(unit.var())
+
+
+class FakeModel:
+    """What a reader must know of the model."""
+
+    input_size = None
+
+    def num_tokens(self, size: int) -> int:
+        return conv_output_length(size, CONV_LAYERS)
+
+
+def fake_config(mask: MaskConfig, **changes: Any) -> AudioDataConfig:
+    """Settings for `FakeAudio`."""
+    limits: dict[str, Any] = {"min_seconds": 0.5, "max_seconds": 2.0, "sample_rate_hz": RATE}
+    batches = {"global_batch_seconds": 20.0, "micro_batch_seconds": 4.0}
+    return AudioDataConfig(shards=Path("fake"), mask=mask, **(limits | batches | changes))
+
+
+def fake_reader(source: FakeAudio, mask: MaskConfig, **changes: Any) -> AudioReader:
+    """A reader of it."""
+    return AudioReader(source, fake_config(mask, **changes), FakeModel())

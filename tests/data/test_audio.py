@@ -6,9 +6,10 @@ import soundfile
 import torch
 
 from d2v2ds.data.audio import crop_starts, decode
-from d2v2ds.data.shards import ArrowShards
+from d2v2ds.data.shards import AudioShards
+from d2v2ds.masking import MaskConfig
 from preprocessing.pack_audio import main as pack_audio
-from tests.data.fake_audio import FakeAudio
+from tests.data.fake_audio import FakeAudio, fake_config, fake_reader
 
 
 def crop(source, row, start, length):
@@ -34,7 +35,7 @@ def test_a_crop_from_shards_equals_the_crop_of_the_normalised_file(tmp_path, cod
         noise = rng.normal(0.1 * i, 0.05 * (i + 1), 16_000 * (i + 2)).clip(-1, 1)
         soundfile.write(tmp_path / f"{i}.wav", noise, 16_000, subtype="PCM_16")
     assert pack_audio(["--input", str(tmp_path), "--output", str(tmp_path / "shards"), "--codec", codec]) == 0
-    shards = ArrowShards(tmp_path / "shards")
+    shards = AudioShards(tmp_path / "shards")
     assert len(shards) == 3
     for row in range(3):
         whole, _ = soundfile.read(tmp_path / shards[row].id, dtype="float32")
@@ -66,3 +67,34 @@ def test_a_crop_depends_on_seed_epoch_and_row_only():
     assert first.tolist() == alone
     for change in ({"seed": 1}, {"epoch": 1}, {"rows": np.arange(50) + 50}):
         assert (crop_starts(lengths, 1000, **(origin | change)) != first).sum() > 45
+
+
+MASK = MaskConfig(masked_fraction=0.5, block_length=3, num_masks=2)
+
+
+def test_seconds_become_micro_batches_without_rounding_surprises():
+    for num_micro in range(1, 100):
+        limits = {"global_batch_seconds": num_micro * 0.1, "micro_batch_seconds": 0.1, "max_seconds": 0.1}
+        assert fake_reader(FakeAudio(2), MASK, min_seconds=0.1, **limits).plan_config().num_micro == num_micro
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_seconds": 9.0}, "min_seconds 9.0"),
+        ({"min_seconds": 0.0}, "min_seconds 0.0"),
+        ({"micro_batch_seconds": 1.0}, "micro_batch_seconds 1 cannot hold one row of 2 seconds"),
+        ({"global_batch_seconds": 3.0}, "global_batch_seconds 3 is less than micro_batch_seconds 4"),
+        ({"loss_weight": -1.0}, "loss_weight is -1.0"),
+    ],
+)
+def test_contradicting_limits_are_refused(changes, message):
+    assert fake_config(MASK).check() == []
+    (fault,) = fake_config(MASK, **changes).check()
+    assert fault.startswith("data.audio.") and message in fault
+
+
+def test_the_evaluation_view_is_the_whole_normalised_recording():
+    source = FakeAudio(3)
+    whole = fake_reader(source, MASK).read_whole(1)
+    assert torch.equal(whole, torch.from_numpy(crop(source, 1, 0, len(source.clips[1]))))

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from d2v2ds.data.audio import crop_starts
-from d2v2ds.data.collate import AudioCollator
+from d2v2ds.data.collate import Collator
 from d2v2ds.data.sampler import MicroBatch
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
 from d2v2ds.shapes import conv_output_length
-from tests.data.fake_audio import CONV_LAYERS, FakeAudio
+from tests.data.fake_audio import CONV_LAYERS, FakeAudio, fake_reader
 
 MASK = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=3, num_masks=4)
 
@@ -21,20 +21,20 @@ def source():
 
 @pytest.fixture
 def collate(source):
-    return AudioCollator(source=source, mask=MASK, conv_layers=CONV_LAYERS, seed=7)
+    return Collator(reader=fake_reader(source, MASK), seed=7)
 
 
 def make_micro(source, rows, epoch=2, weight=1.0):
     rows = np.array(rows)
-    return MicroBatch(epoch, rows, int(source.num_samples[rows].min()), weight)
+    return MicroBatch(epoch, rows, int(source.sizes[rows].min()), weight)
 
 
 def test_batch_has_the_declared_shapes(source, collate):
     micro = make_micro(source, [3, 9, 11])
     batch = collate(micro)
-    num_tokens = conv_output_length(micro.num_samples, CONV_LAYERS)
+    num_tokens = conv_output_length(micro.size, CONV_LAYERS)
     num_masked = masked_count(MASK, num_tokens)
-    assert batch.source.shape == (3, micro.num_samples) and batch.source.dtype == torch.float32
+    assert batch.source.shape == (3, micro.size) and batch.source.dtype == torch.float32
     assert batch.padding is None
     assert batch.ids.tolist() == [3, 9, 11]
     assert batch.masks.masked.shape == (3, 4, num_tokens)
@@ -51,10 +51,10 @@ def test_visible_and_masked_partition_the_tokens(source, collate):
 def test_rows_are_normalised_crops_at_their_own_offset(source, collate):
     micro = make_micro(source, [3, 9, 11])
     batch = collate(micro)
-    starts = crop_starts(source.num_samples[micro.rows], micro.num_samples, seed=7, epoch=2, rows=micro.rows)
+    starts = crop_starts(source.sizes[micro.rows], micro.size, seed=7, epoch=2, rows=micro.rows)
     for row, start, waveform in zip(micro.rows, starts, batch.source, strict=True):
         clip = source.clips[row] / 32768
-        expected = ((clip - clip.mean()) / np.sqrt(clip.var() + 1e-5))[start : start + micro.num_samples]
+        expected = ((clip - clip.mean()) / np.sqrt(clip.var() + 1e-5))[start : start + micro.size]
         np.testing.assert_allclose(waveform.numpy(), expected, atol=2e-5)
 
 

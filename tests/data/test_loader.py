@@ -13,31 +13,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v2ds.data.loader import LoaderConfig, build_loader
-from d2v2ds.data.sampler import BatchConfig, BatchPlan, SamplerState
+from d2v2ds.data.audio import AudioReader
+from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
+from d2v2ds.data.sampler import BatchPlan, SamplerState
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
-from tests.data.fake_audio import CONV_LAYERS, RATE, FakeAudio
+from tests.data.fake_audio import FakeAudio, FakeModel, fake_config, fake_reader
 
 MASK = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=3, num_masks=2)
-CONFIG = BatchConfig(global_batch_seconds=20.0, micro_batch_seconds=4.0, min_seconds=0.5, max_seconds=2.0)
 NUM_ROWS = 40
 
 
 def make_plan(source):
-    return BatchPlan(source.num_samples, sample_rate_hz=RATE, config=CONFIG, seed=5)
+    return BatchPlan(source.sizes, config=fake_reader(source, MASK).plan_config(), seed=5)
 
 
 def open_loader(num_workers=0, rank=0, world=1, state=None, source=None):
     source = source or FakeAudio(NUM_ROWS)
     return build_loader(
-        source,
-        make_plan(source),
-        state=state or SamplerState(),
+        {"audio": DataStream(fake_reader(source, MASK), make_plan(source))},
+        state=state or {"audio": SamplerState()},
         rank=rank,
         world=world,
-        mask=MASK,
-        conv_layers=CONV_LAYERS,
         config=LoaderConfig(num_workers=num_workers, prefetch_factor=2),
     )
 
@@ -61,10 +58,10 @@ def assert_same(first, second):
 def test_steps_follow_the_plan():
     source = FakeAudio(NUM_ROWS)
     for step, expected in zip(steps(30), make_plan(source).iter_from(SamplerState()), strict=False):
-        assert step.state_after == expected.state_after
+        assert step.state_after == {"audio": expected.state_after}
         assert [m.ids.tolist() for m in step.micro] == [m.rows.tolist() for m in expected.micro]
-        assert [m.source.shape[1] for m in step.micro] == [m.num_samples for m in expected.micro]
-    assert step.state_after.epoch >= 2, "epochs follow each other without a seam"
+        assert [m.source.shape[1] for m in step.micro] == [m.size for m in expected.micro]
+    assert step.state_after["audio"].epoch >= 2, "epochs follow each other without a seam"
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -84,8 +81,8 @@ def test_ranks_together_see_what_one_rank_sees(world):
     alone = steps(4)
     ranks = [steps(4, rank=rank, world=world) for rank in range(world)]
     for i, step in enumerate(alone):
-        assert {rank[i].state_after for rank in ranks} == {step.state_after}
-        assert {len(rank[i].micro) for rank in ranks} == {CONFIG.accumulation(world)}
+        assert {rank[i].state_after["audio"] for rank in ranks} == {step.state_after["audio"]}
+        assert {len(rank[i].micro) for rank in ranks} == {make_plan(FakeAudio(1)).config.accumulation(world)}
         together = [m for rank in ranks for m in rank[i].micro if m.loss_weight > 0]
         assert sum(m.num_masked for m in together) == sum(m.num_masked for m in step.micro)
         drawn = {tuple(m.ids.tolist()): m for m in together}
@@ -238,3 +235,51 @@ def test_workers_end_with_a_killed_training_process(tmp_path):
 def is_alive(process):
     stat = Path(f"/proc/{process}/stat")
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+# ---- several modalities ----
+
+
+class OtherReader(AudioReader):
+    modality = "other"
+
+
+def joint_streams():
+    """Two modalities with global batches of different sizes."""
+    streams = {}
+    for name, kind, seconds in (("audio", AudioReader, 20.0), ("other", OtherReader, 8.0)):
+        source = FakeAudio(NUM_ROWS, seed=len(name))
+        reader = kind(source, fake_config(MASK, global_batch_seconds=seconds), FakeModel())
+        streams[name] = DataStream(reader, BatchPlan(reader.sizes, config=reader.plan_config(), seed=5))
+    return streams
+
+
+def joint_steps(count, streams, rank=0, world=1, state=None):
+    state = state or {name: SamplerState() for name in streams}
+    config = LoaderConfig(num_workers=0)
+    with closing(build_loader(streams, state=state, rank=rank, world=world, config=config)) as loader:
+        return list(islice(loader, count))
+
+
+def test_modalities_come_in_one_order_and_each_as_if_it_were_alone():
+    streams = joint_streams()
+    together = joint_steps(6, streams)
+    assert {tuple(m.modality for m in step.micro) for step in together} == {("audio",) * 5 + ("other",) * 2}
+    for name in streams:
+        alone = joint_steps(6, {name: streams[name]})
+        for both, one in zip(together, alone, strict=True):
+            assert both.state_after[name] == one.state_after[name]
+            own = [m for m in both.micro if m.modality == name]
+            assert all(torch.equal(a.source, b.source) for a, b in zip(own, one.micro, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_runs_the_same_modalities_in_the_same_places(world):
+    orders = {tuple(m.modality for m in joint_steps(1, joint_streams(), rank, world)[0].micro) for rank in range(world)}
+    assert len(orders) == 1
+
+
+def test_each_modality_resumes_at_its_own_position():
+    streams = joint_streams()
+    unbroken = joint_steps(7, streams)
+    assert_same(joint_steps(3, streams, state=unbroken[3].state_after), unbroken[4:])

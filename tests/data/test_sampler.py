@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from d2v2ds.data import sampler
-from d2v2ds.data.sampler import BatchConfig, BatchPlan, SamplerState, cut_micro_batches, for_rank, permute
+from d2v2ds.data.sampler import BatchPlan, PlanConfig, SamplerState, cut_micro_batches, for_rank, permute
 from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.masking import hash64
 
 RATE = 100
-CONFIG = BatchConfig(global_batch_seconds=60.0, micro_batch_seconds=20.0, min_seconds=1.0, max_seconds=8.0)
+CONFIG = PlanConfig(micro_size=20 * RATE, num_micro=3, min_size=RATE, max_size=8 * RATE, crops=True)
 
 
 def lengths(num_rows, seed=0):
@@ -19,7 +19,7 @@ def lengths(num_rows, seed=0):
 
 
 def make_plan(num_samples, config=CONFIG, seed=3):
-    return BatchPlan(num_samples, sample_rate_hz=RATE, config=config, seed=seed)
+    return BatchPlan(num_samples, config=config, seed=seed)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def take(plan, count, state=None):
 
 
 def content(micro):
-    return [(m.epoch, m.rows.tolist(), m.num_samples) for m in micro]
+    return [(m.epoch, m.rows.tolist(), m.size) for m in micro]
 
 
 def first_epoch(plan):
@@ -73,11 +73,15 @@ def test_micro_batches_are_greedy_by_length():
     groups = cut_micro_batches(
         np.array([10, 11, 12, 13, 14, 15, 16]),
         np.array([300, 900, 800, 99, 500, 450, 310]),
-        min_samples=100,
-        max_samples=800,
-        micro_samples=2000,
+        PlanConfig(micro_size=2000, num_micro=1, min_size=100, max_size=800, crops=True),
     )
     assert [(rows.tolist(), length) for rows, length in groups] == [([11, 12], 800), ([14, 15, 16, 10], 300)]
+
+
+def test_rows_that_are_not_cropped_get_the_size_of_the_largest():
+    config = PlanConfig(micro_size=1024, num_micro=1, min_size=2, max_size=512, crops=False)
+    groups = cut_micro_batches(np.array([5, 6, 7, 8]), np.array([512, 30, 512, 1]), config)
+    assert [(rows.tolist(), size) for rows, size in groups] == [([5, 7], 512), ([6], 30)]
 
 
 def test_micro_batches_keep_their_limits():
@@ -85,7 +89,7 @@ def test_micro_batches_keep_their_limits():
     plan = make_plan(num_samples)
     for micro in plan.window(0, 0):
         assert len(micro.rows) * num_samples[micro.rows].clip(max=800).max() <= 20 * RATE
-        assert micro.num_samples == min(num_samples[micro.rows].min(), 800)
+        assert micro.size == min(num_samples[micro.rows].min(), 800)
         assert num_samples[micro.rows].min() >= RATE
 
 
@@ -95,15 +99,15 @@ def test_ties_and_order_of_micro_batches_are_random():
     groups = [{frozenset(rows) for _, rows, _ in window} for window in (first, second)]
     assert groups[0] != groups[1], "equally long clips meet others in each epoch"
     mixed = make_plan(np.arange(100, 700))
-    crops = [micro.num_samples for micro in mixed.window(0, 0)]
-    assert crops != sorted(crops, reverse=True) and sorted(crops) == sorted(m.num_samples for m in mixed.window(1, 0))
+    crops = [micro.size for micro in mixed.window(0, 0)]
+    assert crops != sorted(crops, reverse=True) and sorted(crops) == sorted(m.size for m in mixed.window(1, 0))
 
 
 def test_one_window_is_the_published_order():
     """An epoch of a small dataset is: sort by capped length, cut greedily, shuffle the cuts."""
     num_samples = lengths(300)
     plan = make_plan(num_samples)
-    ours = sorted((m.num_samples, len(m.rows)) for m in plan.window(0, 0))
+    ours = sorted((m.size, len(m.rows)) for m in plan.window(0, 0))
     usable = sorted((min(n, 800) for n in num_samples.tolist() if n >= RATE), reverse=True)
     published = []
     while usable:
@@ -122,7 +126,6 @@ def test_an_epoch_sees_every_long_enough_clip_exactly_once(small_windows, num_ro
     plan = make_plan(num_samples)
     seen = np.concatenate([m.rows for m in first_epoch(plan)])
     assert sorted(seen) == np.flatnonzero(num_samples >= RATE).tolist()
-    assert plan.count_short_rows() == (num_samples < RATE).sum()
 
 
 def test_global_batches_have_a_fixed_number_of_micro_batches_across_epochs(small_windows):
@@ -228,40 +231,17 @@ def test_estimate_is_exact_for_one_window():
     estimate = plan.estimate_epoch()
     micro = first_epoch(plan)
     assert estimate.steps == len(micro) / 3
-    assert estimate.hours == pytest.approx(sum(len(m.rows) * m.num_samples for m in micro) / RATE / 3600)
-    assert estimate.seconds_per_step <= 60.0
-
-
-def test_seconds_become_micro_batches_without_rounding_surprises():
-    for num_micro in range(1, 100):
-        config = BatchConfig(
-            global_batch_seconds=num_micro * 0.1, micro_batch_seconds=0.1, min_seconds=0.1, max_seconds=0.1
-        )
-        assert config.num_micro == num_micro
+    assert estimate.size == sum(len(m.rows) * m.size for m in micro)
+    assert estimate.size_per_step <= 60.0 * RATE
 
 
 # ---- refusals ----
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"min_seconds": 9.0}, "min_seconds 9.0"),
-        ({"min_seconds": 0.0}, "min_seconds 0.0"),
-        ({"micro_batch_seconds": 7.0}, "cannot hold one clip"),
-        ({"global_batch_seconds": 19.0}, "global_batch_seconds 19.0"),
-    ],
-)
-def test_contradicting_limits_are_refused(changes, message):
-    fields = {"global_batch_seconds": 60.0, "micro_batch_seconds": 20.0, "min_seconds": 1.0, "max_seconds": 8.0}
-    with pytest.raises(ValueError, match=message):
-        make_plan(lengths(10), BatchConfig(**(fields | changes)))
-
-
 def test_no_rows_and_no_long_enough_clip_are_errors(small_windows):
     with pytest.raises(ShardError, match="has none"):
         make_plan(np.array([], dtype=np.int64))
-    with pytest.raises(ShardError, match="no clip lasts 1.0 s"):
+    with pytest.raises(ShardError, match="a row of size 100 or more"):
         take(make_plan(np.full(120, RATE - 1)), 1)
 
 

@@ -10,7 +10,8 @@ import torch
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.ds_config import SHIPPED_FOLDER, load_ds_config, merge_ds_config, teacher_ds_config
 from d2v2ds.dist.engine import build_student_engine, optimizer_step
-from d2v2ds.dist.memory import expected_bytes, held_bytes
+from d2v2ds.dist.held import held_bytes
+from d2v2ds.dist.memory import expected_bytes
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import ConfigError
 from tests.dist import toy

@@ -9,7 +9,7 @@ from torch import Tensor
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.config import load_config
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, total_loss
-from d2v2ds.model.flops import audio_step_flops
+from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
@@ -22,7 +22,17 @@ def _config(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize(
     "name, student, decoder, teacher",
-    [("audio_base", 93_783_308, 619_776, 88_561_932), ("audio_large", 315_184_144, 1_908_736, 308_542_480)],
+    [
+        ("audio_base", 93_783_308, 619_776, 88_561_932),
+        ("audio_large", 315_184_144, 1_908_736, 308_542_480),
+        ("image_base", 88_383_744, 2_585_856, 85_797_888),
+        ("image_large", 309_268_480, 5_967_872, 303_300_608),
+        ("image_huge14", 637_403_392, 6_639_872, 630_763_520),
+        ("image_huge16", 637_556_992, 6_639_872, 630_917_120),
+        ("text_base", 152_961_792, 28_907_520, 85_054_464),
+        ("text_large", 385_379_584, 31_070_464, 302_309_376),
+        ("text_large_1m", 385_379_584, 31_070_464, 302_309_376),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, student: int, decoder: int, teacher: int) -> None:
     with torch.device("meta"):
@@ -34,8 +44,8 @@ def test_parameter_counts_are_the_published_ones(name: str, student: int, decode
 
 
 def test_flops_are_those_of_the_measured_cases() -> None:
-    base = audio_step_flops(_config("audio_base"), num_samples=1, length=160_000, num_masks=8, visible=250)
-    large = audio_step_flops(_config("audio_large"), num_samples=1, length=80_000, num_masks=12, visible=113)
+    base = step_flops(_config("audio_base"), "audio", num_samples=1, size=160_000, num_masks=8, visible=250)
+    large = step_flops(_config("audio_large"), "audio", num_samples=1, size=80_000, num_masks=12, visible=113)
     assert base.total == pytest.approx(1.42e12, rel=2e-3)
     assert large.total == pytest.approx(2.88e12, rel=2e-3)
 
@@ -53,7 +63,7 @@ def test_initialisation_follows_the_table() -> None:
         for p in model.parameters():
             p.fill_(7.0)
     model.encoders["audio"].alibi.scale.data.fill_(1.0)
-    initialise(model)
+    initialise(model, seed=0)
     fan_in = 128
     qkv, project = model.blocks[0].attn.qkv, model.encoders["audio"].local.project
     assert qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)

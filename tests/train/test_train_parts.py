@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from d2v2ds.errors import CollapseError, NonFiniteError
 from d2v2ds.train.figures import alibi_figure, mask_figure, save_curves
 from d2v2ds.train.guard import Guard, HealthConfig
-from d2v2ds.train.health import Sample, effective_rank, position_share
-from d2v2ds.train.metrics import UNITS, Metrics, read_metrics
+from d2v2ds.train.health import Sample, effective_rank, exact_position_share, position_share
+from d2v2ds.train.metrics import MODALITY_UNITS, SHARED_UNITS, Metrics, read_metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
 
@@ -136,11 +136,30 @@ def test_position_share_of_a_position_code_and_of_noise() -> None:
     assert position_share(torch.zeros(10, 3), places[:10]) == 0.0
 
 
+def test_exact_position_share_sees_what_no_polynomial_shows() -> None:
+    torch.manual_seed(0)
+    positions = torch.arange(64).repeat(60)
+    codes = torch.randn(64, 8)[positions]
+    assert exact_position_share(codes, positions) == pytest.approx(1.0, abs=1e-3)
+    assert position_share(codes, positions / 64) < 0.3
+    noise = torch.randn(len(positions), 8)
+    assert exact_position_share(noise, positions) < 0.01, "chance is taken off"
+    assert exact_position_share(codes + noise, positions) == pytest.approx(0.5, abs=0.05)
+    assert exact_position_share(noise[:64], positions[:64]) == 0.0, "one vector each says nothing"
+
+
+def test_samples_reach_every_position() -> None:
+    sample = Sample()
+    for _ in range(8):
+        sample.add(torch.randn(64 * 196, 4), torch.arange(196).repeat(64), 196)
+    assert len(torch.cat(sample._positions).unique()) == 196
+
+
 def test_sample_joins_micro_batches() -> None:
     sample = Sample()
     torch.manual_seed(0)
     for _ in range(4):
-        sample.add(torch.randn(300, 8).bfloat16(), torch.arange(300) / 300)
+        sample.add(torch.randn(300, 8).bfloat16(), torch.arange(300), 300)
     found = sample.richness()
     assert found.std == pytest.approx(1.0, rel=0.1)
     assert found.effective_rank > 7.5
@@ -158,6 +177,13 @@ def test_guard_counts_skipped_steps_and_ends_a_hopeless_run() -> None:
     again.load_state_dict(guard.state_dict())
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         again.after_step(2, False)
+
+
+def test_collapse_of_one_modality_is_named_with_it() -> None:
+    values = {f"{name}/target/{what}": 0.5 for name in ("audio", "text") for what in ("std", "effective_rank")}
+    values["audio/target/effective_rank"] = 50.0
+    (alarm,) = Guard(HealthConfig()).check_health(500, values)
+    assert alarm.startswith("text/target/effective_rank is 0.5, floor 8")
 
 
 def test_collapse_is_named_with_value_floor_and_cause() -> None:
@@ -205,8 +231,10 @@ def test_metric_without_a_unit_is_refused(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, resume_step=0)
     with pytest.raises(KeyError, match="loss/regresion"):
         metrics.write(1, {"loss/regresion": 1.0})
+    with pytest.raises(KeyError, match="audio/ema/decay"):
+        metrics.write(1, {"audio/ema/decay": 1.0})
     metrics.close()
-    assert all(UNITS.values())
+    assert all((SHARED_UNITS | MODALITY_UNITS).values())
 
 
 def test_torn_last_line_is_left_out(tmp_path: Path) -> None:

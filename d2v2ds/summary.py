@@ -1,0 +1,103 @@
+"""What a configuration amounts to, without data and without a process group: sizes, memory, steps, operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2v2ds.config import RunConfig
+from d2v2ds.dist.ds_config import load_ds_config
+from d2v2ds.dist.memory import expected_bytes
+from d2v2ds.masking import masked_count
+from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.model.flops import step_flops
+from d2v2ds.model.target_net import TargetNet
+
+
+def _audio(data: Any, model: Any) -> tuple[float, int]:
+    """Clips of the greatest length."""
+    return data.global_batch_seconds / data.max_seconds, round(data.max_seconds * data.sample_rate_hz)
+
+
+def _image(data: Any, model: Any) -> tuple[float, int]:
+    return data.global_batch_images, model.image_size
+
+
+def _text(data: Any, model: Any) -> tuple[float, int]:
+    return data.global_batch_tokens / model.max_tokens, model.max_tokens
+
+
+SAMPLES: dict[str, Callable[[Any, Any], tuple[float, int]]] = {"audio": _audio, "image": _image, "text": _text}
+"""(settings of data, settings of the model) -> samples per optimizer step, and the size of each."""
+AMOUNTS: dict[str, Callable[[Any], tuple[float, str]]] = {
+    "audio": lambda data: (data.global_batch_seconds / 3600, "hours of audio"),
+    "image": lambda data: (data.global_batch_images, "images"),
+    "text": lambda data: (data.global_batch_tokens, "tokens"),
+}
+"""Settings of data -> what one optimizer step sees, and its unit."""
+
+
+def _count(module: nn.Module, *, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+
+
+def summary(config: RunConfig, world: int = 1) -> list[str]:
+    """Lines for a reader.
+
+    Args:
+        config: a whole run; its shards need not exist.
+        world: ranks, for the memory of one.
+
+    Raises:
+        ConfigError: if there is no such DeepSpeed configuration.
+    """
+    with torch.device("meta"):
+        student, teacher = Data2Vec2(config.model), TargetNet(config.model)
+    decoders = _count(student.decoders)
+    whole, trained = _count(student), _count(student, trained_only=True)
+    lines = [
+        f"parameters: student {whole:,} (trained {trained:,}), of these decoder {decoders:,}; without decoder "
+        f"{whole - decoders:,}; teacher {_count(teacher):,}"
+    ]
+    lines += _memory(config, student, teacher, world)
+    lines += _length(config)
+    return lines
+
+
+def _memory(config: RunConfig, student: nn.Module, teacher: nn.Module, world: int) -> list[str]:
+    ds_config = load_ds_config(config.engine.deepspeed)
+    section = ds_config.get("zero_optimization", {})
+    stage, threshold = section.get("stage", 0), section.get("stage3_param_persistence_threshold", 0)
+    kept_whole = sum(p.numel() for p in student.parameters() if p.numel() <= threshold) if stage == 3 else 0
+    held = expected_bytes(_count(student, trained_only=True), _count(teacher), world, ds_config, kept_whole)
+    total = sum(held.values()) / 2**30
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
+    return [
+        f"memory of one of {world} rank(s) with {config.engine.deepspeed} (stage {stage}): {total:.2f} GiB ({parts}); "
+        "activations come on top"
+    ]
+
+
+def _length(config: RunConfig) -> list[str]:
+    steps, flops, lines = config.total_steps, 0.0, [f"length: {config.total_steps:,} optimizer steps"]
+    models = config.model.modalities.active()
+    for name, data in config.data.active().items():
+        model = models[name]
+        samples, size = SAMPLES[name](data, model)
+        amount, unit = AMOUNTS[name](data)
+        tokens = model.num_tokens(size)
+        masked = masked_count(data.mask, tokens)
+        one = step_flops(
+            config.model, name, num_samples=1, size=size, num_masks=data.mask.num_masks, visible=tokens - masked
+        )
+        flops += steps * samples * one.total
+        lines.append(
+            f"{name}: {amount:,.6g} {unit} per step x {data.mask.num_masks} masks, {amount * steps:,.6g} {unit} "
+            f"in all; {tokens} tokens a sample, {masked} masked and {tokens - masked} visible"
+        )
+    lines.append(
+        f"operations: {flops / steps / 1e12:,.1f} TFLOP per step, {flops:.3g} FLOP in all "
+        "(visible tokens only, teacher included)"
+    )
+    return lines
