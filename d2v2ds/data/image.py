@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2v2ds.data.pixels import displayed
 from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
 from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.data.shards import EncodedImage
@@ -143,13 +142,11 @@ class ImageReader:
             flip_probability=config.flip_probability,
         )
         source = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)  # (B, 3, Y, X)
-        boxes, flips, out = boxes.tolist(), flips.tolist(), source.numpy()
-        for start in range(0, len(rows), 8):
-            part = slice(start, start + 8)
-            decoded = [self._decode(*one, side) for one in zip(rows[part], images[part], boxes[part], strict=True)]
-            for k, pixels in enumerate(decoded, start):
-                view = displayed(resize(pixels, side, side), images[k].orientation)
-                out[k] = (view[:, ::-1] if flips[k] else view).transpose(2, 0, 1)
+        for row, image, box, flip, out in zip(
+            rows, images, boxes.tolist(), flips.tolist(), source.numpy(), strict=True
+        ):
+            pixels = self._pixels(row, image, (side, side), box, side)  # (Y, X, C)
+            out[:] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
         return Examples(source)
 
     def read_whole(self, row: int) -> Tensor:
@@ -184,16 +181,6 @@ class ImageReader:
         elif not faults:
             faults += mask_faults(self.mask, tokens, f"data.image.mask, for images of {side} x {side} pixels")
         return faults
-
-    def _decode(self, row, image, corners, least):
-        from d2v2ds.data.pixels import SWAPS_SIDES, Box, DecodeError, decode_box, displayed, stored_box
-
-        turn = image.orientation
-        box = stored_box(Box(*corners), image.width, image.height, turn)
-        whole = (image.width, image.height)
-        if turn in SWAPS_SIDES:
-            whole = whole[::-1]
-        return decode_box(image.data, whole, box, least)
 
     def _pixels(
         self,

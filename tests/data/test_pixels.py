@@ -35,7 +35,7 @@ def decoded(data: bytes, scale: int = 1) -> np.ndarray:
 
 
 def part_of(data: bytes, box: Box, least: int | None = None) -> np.ndarray:
-    part = decode_box(data, Image.open(io.BytesIO(data)).size, box, least)[..., :3]
+    part = decode_box(data, Image.open(io.BytesIO(data)).size, box, least)
     return np.broadcast_to(part, (*part.shape[:2], 3))
 
 
@@ -131,7 +131,7 @@ def test_a_file_of_another_size_than_its_row_says_is_refused():
             decode_box(data, (41, 30), Box(0, 0, 40, 30), None)
 
 
-def test_large_images_that_pillow_holds_in_pieces_are_read():
+def test_large_images_are_read():
     data = encode(Image.new("RGB", (3000, 2000), (7, 8, 9)), "PNG")
     assert (part_of(data, Box(0, 0, 3000, 2000)) == (7, 8, 9)).all()
 
@@ -139,7 +139,7 @@ def test_large_images_that_pillow_holds_in_pieces_are_read():
 def test_the_limit_on_pixels_is_that_of_packing(monkeypatch):
     data = encode(photo(60, 50), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert decode_box(data, (60, 50), Box(0, 0, 60, 50), None).shape == (50, 60, 4)
+    assert decode_box(data, (60, 50), Box(0, 0, 60, 50), None).shape == (50, 60, 3)
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
