@@ -249,13 +249,14 @@ def blocks_2d(numbers: NDArray[np.float64], side: int, block_length: int) -> NDA
     rows = np.clip(centres[..., None] // side + offsets, 0, side - 1)  # (..., c, l)
     columns = np.clip(centres[..., None] % side + offsets, 0, side - 1)  # (..., c, l)
     covered = rows[..., :, None] * side + columns[..., None, :]  # (..., c, l, l)
-    return _mark(covered.reshape(*centres.shape, -1), side * side)
+    return _mark(covered.reshape(*centres.shape, block_length**2), side * side)
 
 
 def _mark(covered: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:
     """(..., c, l) positions to (..., T) bool."""
     marked = np.zeros((*covered.shape[:-2], num_tokens), dtype=bool)
-    np.put_along_axis(marked, covered.reshape(*covered.shape[:-2], -1), True, axis=-1)
+    positions = covered.shape[-2] * covered.shape[-1]  # not -1: few tokens may have no block at all
+    np.put_along_axis(marked, covered.reshape(*covered.shape[:-2], positions), True, axis=-1)
     return marked
 
 

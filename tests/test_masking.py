@@ -225,3 +225,11 @@ def test_statistics_agree_with_the_reference_summary(setting):
 def test_statistics_agree_with_the_reference_files(setting):
     entry, means, first_bins = golden_statistics(REFERENCE, setting)
     check_statistics(setting, entry, means, first_bins, {name: golden_rows(name, entry["rows"]) for name in means})
+
+
+@pytest.mark.parametrize("kind", ["block_1d", "block_2d"])
+def test_few_tokens_without_any_block_still_have_the_exact_count(kind: str) -> None:
+    config = MaskConfig(masked_fraction=0.8, num_masks=2, kind=kind, block_length=3, inverse=True)
+    masked = draw_masks(config, 9, seed=0, epoch=0, sample_ids=[1, 2])
+    assert num_blocks(config, 9) == 0
+    assert (masked.sum(-1) == masked_count(config, 9)).all()

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/step.py                                  # audio_base, 10 s, M 8, on this CPU
     python tests/benchmarks/step.py --config audio_large --seconds 5
+    python tests/benchmarks/step.py --config image_base --batch 2    # or text_base: blocks of 512 tokens
     python tests/benchmarks/step.py --device cuda --paths sdpa,explicit --compile both --batch 6
 
 Needs torch and numpy. The peak is that of a large matrix product of the same precision in the same run; operations
@@ -27,12 +28,14 @@ from d2v2ds.model.audio import AudioConfig
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.data2vec2 import Data2Vec2, ModalitiesConfig, ModelConfig, total_loss
 from d2v2ds.model.decoder import DecoderConfig
-from d2v2ds.model.flops import audio_step_flops
+from d2v2ds.model.flops import step_flops
+from d2v2ds.model.image import ImageConfig
 from d2v2ds.model.init import initialise
 from d2v2ds.model.linear import Linear
+from d2v2ds.model.loss import LossConfig
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.model.targets import TargetConfig
-from d2v2ds.shapes import conv_output_length
+from d2v2ds.model.text import TextConfig
 from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops
 
 SAMPLE_RATE_HZ = 16000
@@ -43,47 +46,109 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Size:
     """One model and its masks, without YAML so that torch and numpy suffice."""
 
+    modality: str
     model: ModelConfig
     mask: MaskConfig
 
 
-def _size(width: int, heads: int, prenet: int, depth: int, decoder: int, top: int, mask: MaskConfig) -> Size:
+INSTANCE = ("instance",)
+
+
+def _audio(width: int, heads: int, prenet: int, depth: int, decoder: int, top: int, mask: MaskConfig) -> Size:
     audio = AudioConfig(
         prenet_depth=prenet,
         prenet_dropout=0.1,
         decoder=DecoderConfig(width=decoder, depth=4, kernel=7, groups=16),
+        target=TargetConfig(num_layers=top, layer_norms=INSTANCE),
     )
-    target = TargetConfig(num_layers=top, layer_norms=("instance",))
     block = BlockConfig(width=width, num_heads=heads)
-    return Size(
-        ModelConfig(block=block, shared_depth=depth, target=target, modalities=ModalitiesConfig(audio=audio)), mask
+    return Size("audio", ModelConfig(block=block, shared_depth=depth, modalities=ModalitiesConfig(audio=audio)), mask)
+
+
+def _image(width: int, heads: int, prenet: int, depth: int, decoder: DecoderConfig, image_size: int, kept: str) -> Size:
+    image = ImageConfig(
+        prenet_depth=prenet,
+        image_size=image_size,
+        decoder=decoder,
+        target=TargetConfig(num_layers=depth, layer_norms=INSTANCE, final_norms=("layer",)),
+        loss=LossConfig(cls_weight=0.01),
     )
+    dropouts = {"attention_dropout": 0.0, "attention_output_dropout": 0.0, "mlp_dropout": 0.0}
+    block = BlockConfig(width=width, num_heads=heads, norm_eps=1e-6, **dropouts)
+    mask = {
+        "base": MaskConfig(
+            masked_fraction=0.8, adjust=0.07, num_masks=16, kind="block_2d", block_length=3, inverse=True
+        ),
+        "large": MaskConfig(
+            masked_fraction=0.75, adjust=0.1, num_masks=16, kind="block_2d", block_length=3, inverse=True
+        ),
+    }[kept]
+    return Size("image", ModelConfig(block=block, shared_depth=depth, modalities=ModalitiesConfig(image=image)), mask)
 
 
+def _text(width: int, heads: int, depth: int, decoder: DecoderConfig, vocab: int, tokens: int, masked: float) -> Size:
+    text = TextConfig(
+        prenet_depth=0,
+        vocab_size=vocab,
+        max_tokens=tokens,
+        decoder=decoder,
+        target=TargetConfig(num_layers=depth, layer_norms=INSTANCE),
+        loss=LossConfig(scale=1.0),
+    )
+    block = BlockConfig(width=width, num_heads=heads)
+    mask = MaskConfig(masked_fraction=masked, num_masks=8, kind="random")
+    return Size("text", ModelConfig(block=block, shared_depth=depth, modalities=ModalitiesConfig(text=text)), mask)
+
+
+def _text_decoder(width: int) -> DecoderConfig:
+    return DecoderConfig(width=width, depth=5, kernel=9, groups=1, residual=False, projection_layers=2)
+
+
+SPEECH_BASE = MaskConfig(masked_fraction=0.5, num_masks=8, block_length=5, adjust=0.05)
 SIZES = {
-    "audio_base": _size(
-        768, 12, 0, 12, 384, 8, MaskConfig(masked_fraction=0.5, num_masks=8, block_length=5, adjust=0.05)
-    ),
-    "audio_large": _size(
+    "audio_base": _audio(768, 12, 0, 12, 384, 8, SPEECH_BASE),
+    "audio_large": _audio(
         1024, 16, 8, 16, 768, 16, MaskConfig(masked_fraction=0.55, num_masks=12, block_length=5, adjust=0.1)
     ),
-    "tiny": _size(64, 4, 1, 2, 32, 2, MaskConfig(masked_fraction=0.5, num_masks=2, block_length=5, adjust=0.05)),
+    "image_base": _image(
+        768, 12, 2, 10, DecoderConfig(width=768, depth=6, kernel=3, groups=16, input_dropout=0.0), 224, "base"
+    ),
+    "image_large": _image(
+        1024, 16, 0, 24, DecoderConfig(width=1024, depth=3, kernel=5, groups=16, input_dropout=0.0), 224, "large"
+    ),
+    "text_base": _text(768, 12, 12, _text_decoder(768), 50265, 512, 0.48),
+    "text_large": _text(1024, 16, 24, _text_decoder(768), 50265, 512, 0.5),
+    "tiny": _audio(64, 4, 1, 2, 32, 2, replace(SPEECH_BASE, num_masks=2)),
+    "image_tiny": _image(
+        64, 4, 1, 2, DecoderConfig(width=32, depth=2, kernel=3, groups=16, input_dropout=0.0), 80, "base"
+    ),
+    "text_tiny": _text(64, 4, 2, _text_decoder(32), 100, 64, 0.48),
 }
 
 
-def make_batch(size: Size, clips: int, seconds: float) -> Batch:
-    """Random audio with masks as the run would draw them."""
-    audio = size.model.modalities.audio
-    assert audio is not None
-    length = round(seconds * SAMPLE_RATE_HZ)
-    tokens = conv_output_length(length, audio.conv_layers)
-    masked = torch.from_numpy(draw_masks(size.mask, tokens, seed=0, epoch=0, sample_ids=range(clips)))
+def _input(size: Size, samples: int, seconds: float) -> torch.Tensor:
+    """Noise of the right kind."""
+    model = size.model.modalities
+    if model.audio is not None:
+        return torch.randn(samples, round(seconds * SAMPLE_RATE_HZ))
+    if model.image is not None:
+        side = model.image.image_size
+        return torch.randint(0, 256, (samples, 3, side, side), dtype=torch.uint8)
+    assert model.text is not None
+    return torch.randint(4, model.text.vocab_size, (samples, model.text.max_tokens))
+
+
+def make_batch(size: Size, samples: int, seconds: float) -> Batch:
+    """Noise with masks as the run would draw them."""
+    source = _input(size, samples, seconds)
+    tokens = size.model.modalities.active()[size.modality].num_tokens(source.shape[-1])
+    masked = torch.from_numpy(draw_masks(size.mask, tokens, seed=0, epoch=0, sample_ids=range(samples)))
     visible = tokens - masked_count(size.mask, tokens)
     keep = masked.to(torch.uint8).argsort(dim=-1, stable=True)[..., :visible]
     return Batch(
-        modality="audio",
-        source=torch.randn(clips, length),
-        ids=torch.arange(clips),
+        modality=size.modality,
+        source=source,
+        ids=torch.arange(samples),
         masks=MaskSet(keep=keep, masked=masked),
         num_masked=int(masked.sum()),
     )
@@ -112,7 +177,7 @@ def benchmark(
     """Seconds of one step, algorithmic operations of it, and peak bytes on a CUDA device."""
     torch.manual_seed(0)
     student, teacher = Data2Vec2(size.model), TargetNet(size.model).eval()
-    initialise(student)
+    initialise(student, seed=0)
     student, teacher = student.to(device, dtype), teacher.to(device, dtype).requires_grad_(False)
     if compiled:
         for block in [*student.modules(), *teacher.modules()]:
@@ -128,10 +193,11 @@ def benchmark(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elapsed = measure(step, device, repeats)
-    flops = audio_step_flops(
+    flops = step_flops(
         size.model,
+        size.modality,
         num_samples=clips,
-        length=batch.source.shape[1],
+        size=batch.source.shape[-1],
         num_masks=batch.masks.num_masks,
         visible=batch.masks.num_visible,
     ).total
@@ -152,8 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Print one line per precision, attention path and compile setting."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", choices=sorted(SIZES), default="audio_base")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
-    parser.add_argument("--batch", type=int, default=1, help="clips")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip (speech)")
+    parser.add_argument("--batch", type=int, default=1, help="clips, images or blocks of text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--paths", default="auto", help="attention paths, comma-separated")
@@ -164,9 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cpu":
         keep_large_blocks()
-    print(f"{options.config}, {options.batch} x {options.seconds:g} s, torch {torch.__version__}, {device}", end="")
+    print(
+        f"{options.config}, batch {options.batch}, speech {options.seconds:g} s, torch {torch.__version__}, {device}",
+        end="",
+    )
     print(f", {torch.get_num_threads()} threads" if device.type == "cpu" else f", {torch.cuda.get_device_name(device)}")
-    print(f"{'precision':9} {'attention':9} {'compile':7} {'s/step':>8} {'clips/s':>8} {'TFLOP/s':>8} {'peak':>8} "
+    print(f"{'precision':9} {'attention':9} {'compile':7} {'s/step':>8} {'inputs/s':>8} {'TFLOP/s':>8} {'peak':>8} "
           f"{'share':>6} {'of best':>7} {'GiB':>6}")  # fmt: skip
     for precision in options.dtypes.split(","):
         dtype = DTYPES[precision]

@@ -4,14 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BLOCKED = ("deepspeed", "pyarrow", "pydantic", "yaml", "tensorboard", "safetensors", "soundfile", "matplotlib", "tqdm")
 
 
-def test_step_benchmark_needs_only_torch_and_numpy() -> None:
+@pytest.mark.parametrize("size", ["tiny", "image_tiny", "text_tiny"])
+def test_step_benchmark_needs_only_torch_and_numpy(size: str) -> None:
     script = Path(__file__).with_name("step.py")
     code = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); "
-        f"sys.argv = ['step.py', '--config', 'tiny', '--seconds', '1', '--repeats', '1', '--paths', 'auto,explicit']; "
+        f"sys.argv = ['step.py', '--config', {size!r}, '--seconds', '1', '--repeats', '1', '--paths', 'auto,explicit']; "
         f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
