@@ -121,8 +121,9 @@ class TextPacker:
 
     def versions(self) -> dict[str, str]:
         """The tokenizer's library."""
-        names = ["sentencepiece"] if self.settings.tokenizer is None else ["sentencepiece", "tokenizers"]
-        return {name: version(name) for name in names}
+        given = self.settings.tokenizer
+        library = SentencePieceTokenizer.library if given is None else read_tokenizer(given).library
+        return {library: version(library)}
 
 
 def _tokenizer_in(folder: Path) -> tuple[str, Path] | None:
@@ -141,8 +142,9 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
 
 def _parser() -> argparse.ArgumentParser:
     defaults, documents = TextSettings(), DocumentOptions()
-    parser = common_parser("text", __doc__, "FILES", "text files and folders of them, also .gz and .zst")
-    parser.set_defaults(shard_bytes=defaults.shard_bytes)
+    parser = common_parser(
+        "text", __doc__, "FILES", "text files and folders of them, also .gz and .zst", defaults.shard_bytes
+    )
     add = parser.add_argument
     add("--document", choices=DOCUMENT_KINDS, default=documents.document,
         help="what is a document in plain text: a line, lines between blank lines, a file (%(default)s)")  # fmt: skip

@@ -61,7 +61,13 @@ _PLAN_NAME = "plan.json"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def common_parser(name: str, description: str | None, input_metavar: str, input_help: str) -> argparse.ArgumentParser:
+def common_parser(
+    name: str,
+    description: str | None,
+    input_metavar: str,
+    input_help: str,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> argparse.ArgumentParser:
     """The options that every packer has; the modality adds its own.
 
     Args:
@@ -69,6 +75,7 @@ def common_parser(name: str, description: str | None, input_metavar: str, input_
         description: for ``--help``.
         input_metavar: how ``--help`` calls an input.
         input_help: what an input may be.
+        shard_bytes: default size of a shard.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m preprocessing.pack_{name}",
@@ -81,7 +88,13 @@ def common_parser(name: str, description: str | None, input_metavar: str, input_
     add("--output", type=Path, required=True, metavar="DIR", help="new shard folder, or one to go on with")
     add("--workers", type=int, metavar="N", help="local processes (default: one per core)")
     add("--mpi", action="store_true", help="use MPI even if no launcher is detected")
-    add("--shard-bytes", type=parse_bytes, default=DEFAULT_SHARD_BYTES, metavar="BYTES", help="about this size (256M)")
+    add(
+        "--shard-bytes",
+        type=parse_bytes,
+        default=shard_bytes,
+        metavar="BYTES",
+        help=f"about this size ({shard_bytes >> 20}M)",
+    )
     add("--max-skipped", type=float, default=0.01, metavar="SHARE", help="exit 3 above this share (%(default)s)")
     return parser
 

@@ -42,6 +42,8 @@ class Tokenizer(Protocol):
 
     kind: str
     """A key of `TOKENIZERS`."""
+    library: str
+    """The package that does the work."""
     file_name: str
     """Under which it lies in a shard folder."""
     data: bytes
@@ -72,7 +74,7 @@ class SentencePieceTokenizer:
         ConfigError: if the data is no sentencepiece model.
     """
 
-    kind = "sentencepiece"
+    kind = library = "sentencepiece"
     file_name = "tokenizer.model"
 
     def __init__(self, data: bytes, place: str = "tokenizer.model") -> None:
@@ -124,6 +126,7 @@ class BytePairTokenizer:
     """
 
     kind = "bpe"
+    library = "tokenizers"
     file_name = "tokenizer.json"
 
     def __init__(self, data: bytes, place: str = "tokenizer.json") -> None:

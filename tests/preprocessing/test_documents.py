@@ -156,10 +156,23 @@ def test_compressed_files_and_documents_that_are_files_stay_whole(tmp_path: Path
     assert not can_be_divided(packed, PARAGRAPHS)
 
 
-def test_a_stretch_without_boundary_is_scanned_once(tmp_path: Path) -> None:
+def test_a_stretch_without_boundary_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = text_file(write(tmp_path / "a.txt", b"x" * 1000 + b"\n\nend"))
+    scan, scanned = documents._next_boundary, []
+    monkeypatch.setattr(documents, "_next_boundary", lambda *given: scanned.append(given[1]) or scan(*given))
     assert document_boundaries(file, range(10, 1000, 10), PARAGRAPHS) == [1002] * 99
+    assert scanned == [10]
     assert document_boundaries(file, [1001, 1003], PARAGRAPHS) == [1005, 1005]
+
+
+@pytest.mark.parametrize("scan_bytes", range(1, 9))
+def test_a_boundary_is_found_wherever_a_read_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan_bytes: int
+) -> None:
+    monkeypatch.setattr(documents, "_SCAN_BYTES", scan_bytes)
+    file = text_file(write(tmp_path / "a.txt", b"one\ntwo\n \t \r\nthree\n\nfour"))
+    assert document_boundaries(file, [1], PARAGRAPHS) == [13]
+    assert document_boundaries(file, [1], LINES) == [4]
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

@@ -99,6 +99,19 @@ def test_blocks_are_all_documents_joined_and_cut(
     assert index["format"]["tokenizer"] == kind
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+def test_documents_in_pieces_give_the_same_bytes(
+    stories: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    given = model if kind == "sentencepiece" else write_gpt2_files(tmp_path / "gpt2")
+    options = ("--tokenizer", given, "--document", "file")
+    pack(stories, tmp_path / "whole", *options)
+    monkeypatch.setattr(documents, "PIECE_CHARS", 200)
+    pack(stories, tmp_path / "pieces", *options)
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    assert index_of(tmp_path / "whole")["totals"]["documents"] == 6
+
+
 def test_the_source_of_a_block_is_that_of_its_first_token(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name, count in (("a", 40), ("b", 3), ("c", 200)):

@@ -219,6 +219,7 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(tmp_path: Path, 
             rest = rest[cut:]
         assert "".join([*pieces, rest]) == text and max(map(len, pieces)) <= most
         assert tokenizer.encode([*pieces, rest])[0].tolist() == one_by_one(tokenizer, text)
+    assert piece_end("a b   c", 5) == 1, "not between two white spaces: GPT-2 has tokens for runs of them"
     assert piece_end("x" * 2 * PIECE_CHARS) == PIECE_CHARS
 
 
