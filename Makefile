@@ -1,11 +1,13 @@
 # make setup   create .venv            make check   format, lint, types, import table
-# make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder)
+# make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder);
+#              MODALITY=image, text or joint for the others
 # make test    all tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RUNS ?= runs
 DATA ?=
-DEMO := $(RUNS)/demo
+MODALITY ?= audio
+DEMO := $(RUNS)/demo-$(MODALITY)
 STAMP := .venv/.installed
 
 .PHONY: setup demo test check
@@ -28,4 +30,4 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)
-	$(BIN)/python -m d2v2ds.demo --runs $(DEMO) $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python -m d2v2ds.demo --modality $(MODALITY) --runs $(DEMO) $(if $(DATA),--data '$(DATA)')

@@ -1,0 +1,99 @@
+"""One optimizer step over three modalities on two ranks: its gradient is the weighted sum of one mean for each."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from d2v2ds.dist import comm, zero
+from d2v2ds.dist.engine import build_student_engine
+from d2v2ds.dist.teacher import Teacher
+from d2v2ds.model.block import Block
+from d2v2ds.model.data2vec2 import Data2Vec2, total_loss
+from d2v2ds.model.init import initialise
+from d2v2ds.model.target_net import TargetNet
+from d2v2ds.train.schedule import EmaConfig, LearningRateConfig
+from d2v2ds.train.step import Recipe, pretrain_step
+from tests.dist import toy
+from tests.distributed import run_distributed
+from tests.model.tiny_joint import joint_batch, joint_model_config
+
+LR = 0.01
+WEIGHTS = {"audio": 1.0, "image": 0.5, "text": 0.25}
+SAMPLES = {("audio", 0): 2, ("audio", 1): 3, ("image", 0): 4, ("image", 1): 1, ("text", 0): 1, ("text", 1): 2}
+"""Of each (modality, rank): means of means would be wrong."""
+TEXT_FILLER_RANK = 1
+"""Has a second micro-batch of text that only keeps it busy."""
+
+
+def micro_batches(rank: int) -> list[Any]:
+    """Two modalities with one micro-batch on each rank, text with two."""
+    found = [joint_batch(name, seed=7 * rank + i, samples=SAMPLES[name, rank]) for i, name in enumerate(WEIGHTS)]
+    second = joint_batch("text", seed=50 + rank, samples=2)
+    return [*found, replace(second, loss_weight=0.0 if rank == TEXT_FILLER_RANK else 1.0)]
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        lr=LearningRateConfig(peak=LR, warmup_steps=0),
+        ema=EmaConfig(start_decay=0.9, end_decay=0.9, anneal_steps=0),
+        total_steps=100,
+        seed=3,
+        layer_drop=0.0,
+        num_shared_blocks=2,
+        loss_weights=WEIGHTS,
+    )
+
+
+def joint_step(stage: int) -> dict[str, Any]:
+    """What plain SGD was given, and the masked counts, on rank 0."""
+    config = joint_model_config()
+    model = Data2Vec2(config)
+    initialise(model, seed=5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    ds_config = toy.ds_config(stage, "fp32", accumulation=4) | {"gradient_clipping": 0.0}
+    engine = build_student_engine(model, optimizer, ds_config, [Block])
+    teacher = Teacher(TargetNet(config), engine)
+    before = {name: full.clone() for name, full in zero.gather_master(engine) if full is not None}
+    out = pretrain_step(engine, teacher, micro_batches(comm.rank()), step=0, recipe=recipe())
+    after = {name: full.clone() for name, full in zero.gather_master(engine) if full is not None}
+    counts = {name: part.num_masked for name, part in out.parts.items()}
+    losses = {name: comm.all_reduce_sum([float(part.loss_sums["regression"])])[0] for name, part in out.parts.items()}
+    return {
+        "gradient": {name: (before[name] - after[name]) / LR for name in before},
+        "counts": counts,
+        "losses": losses,
+        "applied": out.applied,
+    }
+
+
+def reference() -> dict[str, Any]:
+    """The same in one process: every batch by itself, each modality divided by its own count."""
+    config = joint_model_config()
+    model, teacher = Data2Vec2(config), TargetNet(config).eval()
+    initialise(model, seed=5)
+    teacher.load_state_dict({name: model.state_dict()[name] for name in teacher.state_dict()})
+    batches = [b for rank in range(2) for b in micro_batches(rank) if b.loss_weight]
+    counts = {name: sum(b.num_masked for b in batches if b.modality == name) for name in WEIGHTS}
+    losses = dict.fromkeys(WEIGHTS, 0.0)
+    for batch in batches:
+        out = model(batch, torch.no_grad()(teacher.__call__))
+        losses[batch.modality] += float(out["losses"]["regression"].detach())
+        (total_loss(out) * WEIGHTS[batch.modality] / counts[batch.modality]).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"gradient": gradient, "counts": counts, "losses": losses}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradient_is_the_weighted_sum_of_one_mean_per_modality(stage: int) -> None:
+    found, expected = run_distributed(joint_step, 2, stage)[0], reference()
+    assert found["applied"]
+    assert found["counts"] == expected["counts"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for name, gradient in expected["gradient"].items()
+               if not name.endswith("attn.qkv.bias")), "every parameter learns in every step"  # fmt: skip
+    for name, wanted in expected["gradient"].items():
+        worst = (found["gradient"][name] - wanted).abs().max() / max(float(wanted.abs().max()), 1e-2)
+        assert worst < 2e-3, (name, float(worst))
