@@ -246,7 +246,7 @@ def test_a_byte_is_counted_from_the_beginning_of_the_file_in_any_span(tmp_path: 
 
 
 BAD_JSON = {
-    '{"text": "x"': "expected a JSON object, found Expecting ',' delimiter",
+    '{"text": "x"': "expected one JSON object, found Expecting ',' delimiter",
     "[1]": "expected one JSON object, found '[1]'",
     '{"text": "x"}{"text": "y"}': "expected one JSON object, found",
     '{"words": "x"}': "expected text in field 'text', found the fields ['words']; name the field by --text-field",
