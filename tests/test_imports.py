@@ -85,7 +85,7 @@ def test_a_wrong_edge_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     file = tmp_path / "d2v2ds" / "model" / "bad.py"
     file.parent.mkdir(parents=True)
-    file.write_text("import deepspeed\nfrom d2v2ds.data.shards import ArrowShards\nfrom d2v2ds import config\n")
+    file.write_text("import deepspeed\nfrom d2v2ds.data.shards import AudioShards\nfrom d2v2ds import config\n")
     faults = faults_in(file)
     assert [fault.split(": ", 1)[1][:32] for fault in faults] == [
         "deepspeed belongs in ['dist'], n",

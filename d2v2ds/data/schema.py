@@ -184,11 +184,6 @@ class Index:
     created_by: Mapping[str, Any] = field(default_factory=dict)
     """Command, date, worker count and library versions: the only part that may differ between equal folders."""
 
-    @property
-    def samples(self) -> int:
-        """Sum of the rows' sizes."""
-        return sum(entry.size for entry in self.shards)
-
 
 def write_index(folder: Path, index: Index) -> None:
     """Write ``index.json`` so that it is either absent or whole, even after a power cut."""

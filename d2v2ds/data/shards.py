@@ -297,9 +297,6 @@ class TextShards:
         return start, stop
 
 
-ArrowShards = AudioShards
-"""The name from before there were images and text."""
-
 READERS: dict[str, type[AudioShards] | type[ImageShards] | type[TextShards]] = {
     "audio": AudioShards,
     "image": ImageShards,
