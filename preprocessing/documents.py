@@ -326,7 +326,7 @@ def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBat
 
 
 def _parsed(line: str) -> Any:
-    """One line of JSON. What orjson refuses goes to Python's decoder, which takes half a character, and says why not."""
+    """One line of JSON. What orjson refuses goes to Python's decoder, which takes half a character or says why not."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:

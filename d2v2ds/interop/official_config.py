@@ -139,6 +139,16 @@ class _Case:
         return config
 
 
+def _alibi(fields: "_Fields") -> dict[str, bool]:
+    """The distance penalty of speech or text."""
+    return {
+        "alibi": fields("use_alibi_encoder", False),
+        "alibi_learned": fields("learned_alibi_scale", False),
+        "alibi_per_head": fields("learned_alibi_scale_per_head", False),
+        "alibi_per_block": fields("learned_alibi_scale_per_layer", False),
+    }
+
+
 def _audio(case: _Case) -> AudioConfig:
     fields = _Fields(case.values, case.where)
     config = AudioConfig(
@@ -150,10 +160,7 @@ def _audio(case: _Case) -> AudioConfig:
         position_total_kernel=fields("conv_pos_width", 95),
         position_groups=fields("conv_pos_groups", 16),
         prenet_dropout=fields("prenet_dropout", 0.0),
-        alibi=fields("use_alibi_encoder", False),
-        alibi_learned=fields("learned_alibi_scale", False),
-        alibi_per_head=fields("learned_alibi_scale_per_head", False),
-        alibi_per_block=fields("learned_alibi_scale_per_layer", False),
+        **_alibi(fields),
         share_local_encoder=not fields("ema_local_encoder", False),
         decoder=case.decoder(fields, projections=True),
     )
@@ -193,10 +200,7 @@ def _text(case: _Case) -> TextConfig:
         learned_positions=not fields("no_token_positional_embeddings", False),
         embedding_dropout=fields("dropout", 0.1),
         prenet_dropout=fields("prenet_dropout", 0.0),
-        alibi=fields("use_alibi_encoder", False),
-        alibi_learned=fields("learned_alibi_scale", False),
-        alibi_per_head=fields("learned_alibi_scale_per_head", False),
-        alibi_per_block=fields("learned_alibi_scale_per_layer", False),
+        **_alibi(fields),
         share_local_encoder=not fields("ema_local_encoder", False),
         decoder=case.decoder(fields, projections=True),
     )
@@ -256,7 +260,7 @@ def model_config(official: dict[str, Any], modality: str, vocab_size: int | None
         )
     if encoder_only and isinstance(section, TextConfig) and section.alibi:
         raise UnsupportedOptionError(
-            "use_alibi_encoder=True with ema_encoder_only=True (its teacher reads the student's scale, ours has its own)"
+            "use_alibi_encoder=True with ema_encoder_only=True (its teacher reads the student's scale, ours its own)"
         )
     config = ModelConfig(
         block=BlockConfig(

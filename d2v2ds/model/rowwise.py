@@ -1,10 +1,11 @@
-"""Attention for training on a CPU: one student row at a time, with the gradient of the distance penalty.
+"""Attention for training on a CPU: a few student rows at a time, with the gradient of the distance penalty.
 
 No fused CPU kernel returns a gradient for an additive bias, and the explicit path walks several times over
-R x H x N x N numbers in main memory. Row by row the same numbers stay in the cache, no bias is ever written out, and
-the penalty's gradient is one product per row.
+R x H x N x N numbers in main memory. A few rows at a time the same numbers stay in the cache, no bias is ever written
+out, and the penalty's gradient is one product per row.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from torch import Tensor
 
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.dropout import keep_mask, num_dropped_levels, scale_of
+
+_CACHED_LOGITS = 1 << 18
+"""Logits of the rows that are taken together: 1 MiB in fp32. Long rows come one by one."""
+
+
+def _slices(probs: Tensor) -> Iterator[slice]:
+    """Rows to take together, given (R, H, N, N) probabilities."""
+    step = max(1, _CACHED_LOGITS // max(probs[0].numel(), 1)) if len(probs) else 1
+    return (slice(start, start + step) for start in range(0, len(probs), step))
 
 
 class _RowwiseAttention(torch.autograd.Function):
@@ -31,15 +41,15 @@ class _RowwiseAttention(torch.autograd.Function):
         kept = keep_mask(probs.shape, dropped_levels) if dropped_levels else None
         out = torch.empty_like(q)
         scale = q.shape[-1] ** -0.5
-        for r in range(q.shape[0]):
-            logits = ((q[r] * scale) @ k[r].transpose(1, 2)).float()  # (H, N, N)
+        for rows in _slices(probs):
+            logits = ((q[rows] * scale) @ k[rows].transpose(2, 3)).float()  # (r, H, N, N)
             if penalty is not None and places is not None:
-                logits.addcmul_(_distance(places, r), penalty[:, None, None], value=-1)
+                logits.addcmul_(_distance(places, rows)[:, None], penalty[:, None, None], value=-1)
             if padding is not None:
-                logits.masked_fill_(padding[r], float("-inf"))
-            probs[r] = logits.softmax(-1)
-            weights = probs[r] if kept is None else probs[r].mul(kept[r]).mul_(scale_of(dropped_levels))
-            torch.bmm(weights, v[r], out=out[r])
+                logits.masked_fill_(padding[rows, None, None], float("-inf"))
+            probs[rows] = logits.softmax(-1)
+            weights = probs[rows] if kept is None else probs[rows].mul(kept[rows]).mul_(scale_of(dropped_levels))
+            out[rows] = weights @ v[rows]
         ctx.save_for_backward(q, k, v, penalty, places, probs, kept)
         ctx.dropped_levels = dropped_levels
         return out
@@ -50,26 +60,27 @@ class _RowwiseAttention(torch.autograd.Function):
         scale, kept_scale = q.shape[-1] ** -0.5, scale_of(ctx.dropped_levels)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dpenalty = None if penalty is None else torch.zeros_like(penalty)
-        for r in range(q.shape[0]):
-            dout = grads[0][r]
-            weights, dprobs = probs[r], dout @ v[r].transpose(1, 2)  # (H, N, N)
+        for rows in _slices(probs):
+            dout = grads[0][rows]
+            weights, dprobs = probs[rows], dout @ v[rows].transpose(2, 3)  # (r, H, N, N)
             if kept is not None:
-                weights = weights.mul(kept[r]).mul_(kept_scale)
-                dprobs.mul_(kept[r]).mul_(kept_scale)
-            torch.bmm(weights.transpose(1, 2), dout, out=dv[r])
-            dlogits = torch._softmax_backward_data(dprobs.float(), probs[r].float(), -1, torch.float32)
+                weights = weights.mul(kept[rows]).mul_(kept_scale)
+                dprobs.mul_(kept[rows]).mul_(kept_scale)
+            dv[rows] = weights.transpose(2, 3) @ dout
+            dlogits = torch._softmax_backward_data(dprobs.float(), probs[rows].float(), -1, torch.float32)
             if dpenalty is not None:
-                dpenalty.sub_(dlogits.flatten(1) @ _distance(places, r).flatten())
+                for one, distance in zip(dlogits, _distance(places, rows).expand(len(dlogits), -1, -1), strict=True):
+                    dpenalty.sub_(one.flatten(1) @ distance.flatten())
             scaled = dlogits.mul_(scale).to(q.dtype)
-            torch.bmm(scaled, k[r], out=dq[r])
-            torch.bmm(scaled.transpose(1, 2), q[r], out=dk[r])
+            dq[rows] = scaled @ k[rows]
+            dk[rows] = scaled.transpose(2, 3) @ q[rows]
         return dq, dk, dv, dpenalty, None, None, None
 
 
-def _distance(places: Tensor, row: int) -> Tensor:
-    """(N, N) fp32: |i - j| of one row's places."""
-    own = places[min(row, len(places) - 1)]
-    return (own[None, :] - own[:, None]).abs_()
+def _distance(places: Tensor, rows: slice) -> Tensor:
+    """(r or 1, N, N) fp32: |i - j| of some rows' places; one row of places may serve all."""
+    own = places[rows] if len(places) > 1 else places
+    return (own[:, None, :] - own[:, :, None]).abs_()
 
 
 def rowwise(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:

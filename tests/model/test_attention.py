@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from d2v2ds.model import rowwise
 from d2v2ds.model.alibi import Alibi, DistanceBias, alibi_slopes, dense_bias
 from d2v2ds.model.attention import attend
 
@@ -123,3 +124,21 @@ def test_bias_is_fp32_and_built_from_visible_tokens_only() -> None:
 def test_scale_of_each_block_gives_one_penalty_per_block() -> None:
     assert Alibi(HEADS, learned=True, per_head=True, num_layers=5)().shape == (5, HEADS)
     assert Alibi(HEADS, learned=True, per_head=False, num_layers=None)().shape == (1, HEADS)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 7])
+@pytest.mark.parametrize("biased", [True, False])
+def test_rows_taken_together_change_nothing(together: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows one by one, in pairs with one left over, and all at once; also with one row of places for all."""
+    monkeypatch.setattr(rowwise, "_CACHED_LOGITS", together * HEADS * TOKENS**2)
+    torch.manual_seed(0)
+    qkv = [torch.randn(7, HEADS, TOKENS, WIDTH, requires_grad=True) for _ in range(3)]
+    scale = torch.tensor([0.5, 2.0, -1.0, 1.0], requires_grad=True)
+    places = torch.arange(TOKENS)[None]
+    results = []
+    for path in ("rowwise", "explicit"):
+        out = attend(*qkv, _bias(scale, places, None) if biased else None, path=path)  # type: ignore[arg-type]
+        leaves = [*qkv, scale] if biased else qkv
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
