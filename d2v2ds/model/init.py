@@ -43,7 +43,7 @@ def initialise(model: Data2Vec2, seed: int) -> None:
     for kind, modules in (("encoders", model.encoders), ("decoders", model.decoders)):
         parts |= {f"{kind}.{name}": module for name, module in modules.items()}
     for name, part in parts.items():
-        torch.manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # a CPU generator reads 32 bits of a seed
         for module in part.modules():
             _draw(module)
         for module in part.modules():
