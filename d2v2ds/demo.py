@@ -98,7 +98,7 @@ def prepare_image(runs: Path, data: Path | None) -> Prepared:
     if not (data / "train").is_dir() or not (data / "valid").is_dir():
         return Prepared(pack("images", data, runs / f"images-{key_of(data)}"))
     train, valid = (pack("images", data / part, runs / f"images-{part}-{key_of(data)}") for part in ("train", "valid"))
-    return Prepared(train, (), ("--shards", str(train), "--test-shards", str(valid), "--baseline"))
+    return Prepared(train, (), ("--shards", str(train), "--test-shards", str(valid)))
 
 
 BLOCKS = ("--block-tokens", "128")

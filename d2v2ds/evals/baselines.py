@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from d2v2ds.data.collate import Reader
 from d2v2ds.errors import MissingExtraError
 
-PIXEL_SIDE = 32
+PIXEL_SIDE = 16
 """Images are averaged down to this many pixels a side."""
 
 

@@ -69,8 +69,12 @@ def save_curves(records: Sequence[dict[str, float]], names: Sequence[str], path:
         path: file to write.
         title: over the whole picture.
     """
-    figure, axes = _figure(1, len(names), (5 * len(names), 3.5))
-    for axis, name in zip(axes[0], names, strict=True):
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    figure, axes = _figure(rows, columns, (5 * columns, 3.5 * rows))
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
         points = [(record["step"], record[name]) for record in records if name in record]
         axis.plot([step for step, _ in points], [value for _, value in points])
         axis.set(xlabel="step", title=name)
