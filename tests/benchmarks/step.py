@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
                 rate = flops / elapsed
                 print(
                     f"{precision:9} {path:9} {'on' if compiled else 'off':7} {elapsed:8.3f} "
-                    f"{options.batch / elapsed:8.2f} {rate / 1e12:8.3f} {peak / 1e12:8.3f} {rate / peak:6.1%} "
+                    f"{options.batch / elapsed:8.2f} {rate / 1e12:8.5f} {peak / 1e12:8.3f} {rate / peak:6.1%} "
                     f"{rate / best:7.1%} {memory / 2**30:6.1f}",
                     flush=True,
                 )

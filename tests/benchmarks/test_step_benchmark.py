@@ -14,7 +14,7 @@ def test_step_benchmark_needs_only_torch_and_numpy(size: str) -> None:
     script = Path(__file__).with_name("step.py")
     code = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); "
-        f"sys.argv = ['step.py', '--config', {size!r}, '--seconds', '1', '--repeats', '1', "
+        f"sys.argv = ['step.py', '--config', {size!r}, '--seconds', '1', '--batch', '4', '--repeats', '1', "
         f"'--paths', 'auto,explicit']; "
         f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
