@@ -36,6 +36,7 @@ RUN = [
     "model.block.mlp_dropout=0.1",  # draws must survive a resume too
     "model.shared_depth=2",
     "health.warm_up_steps=1000",
+    "optim.clip_norm=1",  # of the joint and the single recipes alike
 ]
 OF = {
     "audio": [
