@@ -95,8 +95,7 @@ class DataSection:
 
     def active(self) -> dict[str, DataConfig]:
         """Settings of the modalities in use, by name, in the order in which a step sees them."""
-        names = ("audio", "image", "text")
-        return {name: section for name in names if (section := getattr(self, name)) is not None}
+        return {name: section for name, section in vars(self).items() if name in PACKERS and section is not None}
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
@@ -184,10 +183,9 @@ class RunConfig:
             return round(run.epochs * run.epoch_images / data.image.global_batch_images)
         if run.tokens is not None and data.text is not None:
             return round(run.tokens / data.text.global_batch_tokens)
-        raise ValueError(
-            "run: hours need data.audio, epochs data.image and tokens data.text, none of which is there; give "
-            "run.total_steps"
-        )
+        needed = {"hours": "data.audio", "epochs": "data.image", "tokens": "data.text"}
+        given = next(name for name in needed if getattr(run, name) is not None)
+        raise ValueError(f"run.{given} needs {needed[given]}, which is not configured; give run.total_steps")
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:

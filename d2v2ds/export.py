@@ -28,7 +28,7 @@ from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
 logger = logging.getLogger(__name__)
 
 Weights = Literal["student", "teacher"]
-FORMAT = "d2v2ds-model-1"
+FORMAT = "d2v2ds-model-2"
 """Name and version of the exported file."""
 
 

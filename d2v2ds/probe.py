@@ -119,7 +119,16 @@ def _reader(config: RunConfig, folder: Path) -> Reader:
     sections, models = config.data.active(), config.model.modalities.active()
     if modality not in sections:
         raise ConfigError(f"{folder}: holds {modality}, the run has {', '.join(sections)}")
-    return open_reader(modality, replace(sections[modality], shards=folder), models[modality])
+    reader = open_reader(modality, replace(sections[modality], shards=folder), models[modality])
+    problems = reader.misfits()
+    own = sections[modality].shards
+    if own.is_dir() and open_shards(own).index.files_beside != open_shards(folder).index.files_beside:
+        problems.append(
+            f"its tokenizer is not that of {own}, on which the run was trained; pack with --tokenizer from there"
+        )
+    if problems:
+        raise ConfigError(f"{folder}: " + "; ".join(problems))
+    return reader
 
 
 def _leave_one_out_task(reader: Reader, folder: Path, label: str, leave_out: str) -> Task:

@@ -160,7 +160,10 @@ def test_steps_follow_from_the_length_and_the_global_batch() -> None:
     [
         (["run.total_steps=5"], "found total_steps, hours; set the others to null"),
         (["run.hours=null"], "exactly one of total_steps, hours, epochs and tokens, found none"),
-        (["run.hours=null", "run.tokens=5"], "tokens data.text, none of which is there"),
+        (
+            ["run.hours=null", "run.tokens=5"],
+            "run.tokens needs data.text, which is not configured; give run.total_steps",
+        ),
         (["run.hours=null", "run.epochs=5"], "run.epoch_images is None, expected 1 or more"),
         (["run.hours=-2"], "run.hours is -2.0, expected more than 0"),
         (["data.image.global_batch_images=4"], "data.image.shards: required, not given"),

@@ -133,14 +133,19 @@ class AudioReader:
         decode(self.shards, row, 0, waveform.numpy())
         return waveform
 
+    def misfits(self) -> list[str]:
+        """Why the model cannot read these shards, as sentences."""
+        found, wanted = self.shards.sample_rate_hz, self.config.sample_rate_hz
+        if found == wanted:
+            return []
+        return [
+            f"data.audio.shards: sample_rate_hz is {found}, data.audio.sample_rate_hz is {wanted}; "
+            "repack with --resample"
+        ]
+
     def faults(self) -> list[str]:
         """Why shards, settings and model do not fit, as sentences."""
-        config, rate, faults = self.config, self.config.sample_rate_hz, []
-        if self.shards.sample_rate_hz != rate:
-            faults.append(
-                f"data.audio.shards: sample_rate_hz is {self.shards.sample_rate_hz}, data.audio.sample_rate_hz is "
-                f"{rate}; repack with --resample"
-            )
+        config, rate, faults = self.config, self.config.sample_rate_hz, self.misfits()
         if config.mask.kind == "block_2d":
             faults.append("data.audio.mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
         shortest = round(config.min_seconds * rate)

@@ -80,6 +80,9 @@ class Reader(Protocol):
     def faults(self) -> list[str]:
         """Why folder, settings and model do not fit each other, as sentences; empty if they do."""
 
+    def misfits(self) -> list[str]:
+        """The part of `faults` that matters to evaluation too: why the model cannot read this folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:

@@ -167,6 +167,10 @@ class ImageReader:
         source.numpy()[:] = pixels[top : top + side, left : left + side].transpose(2, 0, 1)
         return source
 
+    def misfits(self) -> list[str]:
+        """Why the model cannot read these shards: images of any size become one."""
+        return []
+
     def faults(self) -> list[str]:
         """Why settings and model do not fit, as sentences."""
         kind, side = self.mask.kind, self.model.input_size

@@ -101,10 +101,15 @@ class TextReader:
         return PlanConfig(
             micro_size=config.micro_batch_tokens,
             num_micro=math.ceil(config.global_batch_tokens / config.micro_batch_tokens - 1e-9),
-            min_size=2,
+            min_size=self._smallest(),
             max_size=self.shards.block_tokens,
             crops=False,
         )
+
+    def _smallest(self) -> int:
+        """The fewest tokens of which some can be masked and some seen; shorter rows are never drawn."""
+        sizes = range(2, self.shards.block_tokens)
+        return next((n for n in sizes if not mask_faults(self.mask, n, "")), self.shards.block_tokens)
 
     def num_tokens(self, size: int) -> int:
         """T: the size itself."""
@@ -131,6 +136,21 @@ class TextReader:
 
     def faults(self) -> list[str]:
         """Why shards, settings and model do not fit, as sentences."""
+        faults = self.misfits()
+        block, micro = self.shards.block_tokens, self.config.micro_batch_tokens
+        if self.config.mask.kind == "block_2d":
+            faults.append("data.text.mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
+        else:
+            faults += mask_faults(self.config.mask, block, f"data.text.mask, for blocks of {block} tokens")
+        if micro < block:
+            faults.append(
+                f"data.text.micro_batch_tokens {micro} cannot hold one block of {block} tokens; raise the first or "
+                "pack with a smaller --block-tokens"
+            )
+        return faults
+
+    def misfits(self) -> list[str]:
+        """Why the model cannot read these shards, as sentences."""
         faults = []
         if self.shards.vocab_size > self.model.vocab_size:
             faults.append(
@@ -141,15 +161,5 @@ class TextReader:
             faults.append(
                 f"data.text.shards: blocks of {self.shards.block_tokens} tokens, model.modalities.text.max_tokens is "
                 f"{self.model.max_tokens}; raise the second or pack with a smaller --block-tokens"
-            )
-        block, micro = self.shards.block_tokens, self.config.micro_batch_tokens
-        if self.config.mask.kind == "block_2d":
-            faults.append("data.text.mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
-        else:
-            faults += mask_faults(self.config.mask, block, f"data.text.mask, for blocks of {block} tokens")
-        if micro < block:
-            faults.append(
-                f"data.text.micro_batch_tokens {micro} cannot hold one block of {block} tokens; raise the first or "
-                "pack with a smaller --block-tokens"
             )
         return faults

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial"

@@ -94,6 +94,11 @@ def merge_ds_config(
             f"{source} asks for fp32 gradient accumulation in bf16 at stage 1, where DeepSpeed changes to another "
             "optimizer class; use stage 2 or 3, or remove data_types.grad_accum_dtype"
         )
+    if stage == 1 and merged["zero_optimization"].get("overlap_comm"):
+        faults.append(
+            f"{source} has overlap_comm at stage 1, where DeepSpeed reduces only gradients of modules that ran in the last "
+            "micro-batch of a step; set it to false, or use stage 2 or 3"
+        )
     offload = merged.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload == "nvme":
         faults.append(f'{source} offloads the optimizer to NVMe; the teacher reads the master weights: use "cpu"')

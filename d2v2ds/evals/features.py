@@ -31,9 +31,11 @@ def annotation(shards: AudioShards | ImageShards | TextShards, name: str) -> lis
     """
     packed_as = shards.index.settings.get("label_column")
     column = "label" if name == packed_as else name
-    if column not in COLUMNS or (len(shards) and not hasattr(shards.read_labels(0), column)):
+    known = [known for known in COLUMNS if len(shards) and hasattr(shards.read_labels(0), known)]
+    if column not in known:
         raise ShardError(
-            f"{shards.folder}: no annotation {name!r}; there are {', '.join(COLUMNS)}, label = {packed_as}"
+            f"{shards.folder}: no annotation {name!r} to predict or leave out; there are {', '.join(known) or 'none'} "
+            f"(label = {packed_as}); or test on another folder with --test-shards"
         )
     values = [getattr(shards.read_labels(i), column) for i in range(len(shards))]
     if not any(values):

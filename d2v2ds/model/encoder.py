@@ -210,8 +210,11 @@ class ModalityEncoder(nn.Module):
             padding: (R, N) bool or None.
             num_blocks: prenet and shared blocks together.
         """
-        if padding is not None and not padding.any():
-            padding = None
+        if padding is not None:
+            # Masks may hit every real token of a short text (spec section 6.4). A row that sees nothing but padding
+            # attends to it: softmax over no key at all would make the whole step NaN, as it does in the reference.
+            padding = padding & ~padding.all(1, keepdim=True)
+            padding = padding if padding.any() else None
         if (
             self.num_extra_tokens and padding is not None
         ):  # never padding, and never beside ALiBi: positions are not read

@@ -50,7 +50,7 @@ class Guard:
         if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
             raise NonFiniteError(
                 f"step {step}: {self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite; "
-                "lower lr.peak, set optim.clip_norm, or look at the clips of these steps; the last checkpoint is intact"
+                "lower lr.peak, set optim.clip_norm, or look at the inputs; the last checkpoint is intact"
             )
 
     def check_health(self, step: int, values: Mapping[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from d2v2ds.data.sampler import BatchPlan, MicroBatch, SamplerState
 from d2v2ds.data.shards import TextShards
 from d2v2ds.data.text import PAD_ID, TextDataConfig, TextReader
-from d2v2ds.masking import MaskConfig
+from d2v2ds.masking import MaskConfig, masked_count
 from tests.preprocessing.tiny_text import pack_tiny, tokens_of
 
 LENGTHS = [64, 64, 30, 64, 7, 64]
@@ -90,3 +90,11 @@ def test_faults_name_settings_and_folder(shards: TextShards) -> None:
     ):
         assert any(words in fault for fault in faults), words
     assert config(micro_batch_tokens=0, loss_weight=-1.0).check()
+
+
+@pytest.mark.parametrize(("fraction", "smallest"), [(0.48, 2), (0.6, 3), (0.9, 11)])
+def test_rows_too_short_for_the_masks_are_never_drawn(shards: TextShards, fraction: float, smallest: int) -> None:
+    mask = MaskConfig(masked_fraction=fraction, num_masks=1, kind="random")
+    reader = TextReader(shards, config(mask=mask), Model())
+    assert reader.plan_config().min_size == smallest
+    assert 0 < masked_count(mask, smallest) < smallest

@@ -75,6 +75,7 @@ def test_all_contradictions_are_reported_at_once_with_both_sides() -> None:
         ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, {}, "NVMe"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "use stage 3"),
         ({"stage": 1}, {"data_types": {"grad_accum_dtype": "fp32"}}, "another optimizer class"),
+        ({"stage": 1, "overlap_comm": True}, {}, "only gradients of modules that ran in the last micro-batch"),
     ],
 )
 def test_combinations_that_deepspeed_gets_wrong_are_refused(zero_section: dict, extra: dict, part: str) -> None:

@@ -154,3 +154,24 @@ def test_extra_tokens_are_no_targets_and_no_features() -> None:
     assert out["target"].shape == (2, 16, 16)
     assert out["context"].shape[1] == batch.masks.num_visible
     assert {layer.shape for layer in student.layers("image", batch.source)} == {(2, 16, 16)}
+
+
+def test_row_that_sees_nothing_but_padding_stays_finite() -> None:
+    """Text masks may hit every real token of a short row; one such row must not spoil the step of all ranks."""
+    student, teacher = built(joint_model_config())
+    batch = joint_batch("text", seed=0, samples=2, num_masks=1)
+    padding = torch.zeros_like(batch.source, dtype=torch.bool)
+    padding[1, 3:] = True  # three real tokens
+    keep = batch.masks.keep.clone()
+    keep[1, 0] = torch.arange(20 - keep.shape[2], 20)  # only padding is visible
+    masked = torch.ones_like(batch.masks.masked).scatter(2, keep, False)
+    batch = replace(
+        batch,
+        source=batch.source.masked_fill(padding, PAD_ID),
+        padding=padding,
+        masks=MaskSet(keep=keep, masked=masked),
+    )
+    out = student(batch, torch.no_grad()(teacher.__call__))
+    out["losses"]["regression"].backward()
+    assert torch.isfinite(out["losses"]["regression"])
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from d2v2ds.dist import comm, zero
+from d2v2ds.dist.ds_config import load_ds_config
 from d2v2ds.dist.engine import build_student_engine
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.model.block import Block
@@ -46,13 +47,21 @@ def recipe() -> Recipe:
     )
 
 
+def shipped_flags(stage: int) -> dict[str, Any]:
+    """How the shipped configuration of a stage communicates: what ran in which micro-batch may matter to it."""
+    if stage == 0:
+        return {}
+    section = load_ds_config(f"zero{stage}_bf16")["zero_optimization"]
+    return {key: section[key] for key in ("overlap_comm", "contiguous_gradients", "reduce_scatter") if key in section}
+
+
 def joint_step(stage: int) -> dict[str, Any]:
     """What plain SGD was given, and the masked counts, on rank 0."""
     config = joint_model_config()
     model = Data2Vec2(config)
     initialise(model, seed=5)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    ds_config = toy.ds_config(stage, "fp32", accumulation=4) | {"gradient_clipping": 0.0}
+    ds_config = toy.ds_config(stage, "fp32", accumulation=4, **shipped_flags(stage)) | {"gradient_clipping": 0.0}
     engine = build_student_engine(model, optimizer, ds_config, [Block])
     teacher = Teacher(TargetNet(config), engine)
     before = {name: full.clone() for name, full in zero.gather_master(engine) if full is not None}
