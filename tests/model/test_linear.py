@@ -1,10 +1,30 @@
 """The oneDNN linear layer is the framework's."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from d2v2ds.model import linear
 from d2v2ds.model.linear import Linear
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "framework"], autouse=True)
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, whatever this processor would take."""
+    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this build of torch has no oneDNN linear operator")
+    monkeypatch.setattr(linear, "_USES_ONEDNN", request.param)
+
+
+def test_maker_of_the_processor_is_read_where_linux_says_it(tmp_path: Path) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("vendor_id\t: GenuineIntel\n")
+    assert linear._is_intel(facts)
+    facts.write_text("vendor_id\t: AuthenticAMD\n")
+    assert not linear._is_intel(facts)
+    assert not linear._is_intel(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (3, 2, 1, 12)])
