@@ -14,6 +14,9 @@ from collections.abc import Sequence
 ConvLayer = tuple[int, int, int]
 """One layer of the waveform front end: (channels, kernel, stride)."""
 
+PAD_ID = 1
+"""Token id of padding, in every vocabulary of this project (spec section 3.3)."""
+
 AUDIO_CONV_LAYERS: tuple[ConvLayer, ...] = (
     (512, 10, 5),
     (512, 3, 2),
@@ -41,12 +44,4 @@ def conv_output_length(num_samples: int, layers: Sequence[ConvLayer]) -> int:
     length = num_samples
     for _, kernel, stride in layers:
         length = (length - kernel) // stride + 1 if length >= kernel else 0
-    return length
-
-
-def conv_receptive_field(layers: Sequence[ConvLayer]) -> int:
-    """The shortest waveform, in samples, that gives one token."""
-    length = 1
-    for _, kernel, stride in reversed(layers):
-        length = (length - 1) * stride + kernel
     return length

@@ -3,7 +3,7 @@
 A modality is imported only when a folder of it is looked at, so that text needs no audio library and vice versa.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,8 +88,3 @@ def distinct_line(rows: Sequence[Any], name: str, of: str) -> str:
     """How many different values an annotation has."""
     values = {getattr(row, name) for row in rows} - {None}
     return f"{name + 's':<9} {len(values):,}{of}"
-
-
-def format_words(format: Mapping[str, Any]) -> str:
-    """`Index.format` in one line."""
-    return ", ".join(f"{name} {value}" for name, value in format.items())

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from d2v2ds.data.schema import TOKEN_DTYPES
 from d2v2ds.errors import ConfigError, MissingExtraError
+from d2v2ds.shapes import PAD_ID
 from preprocessing.documents import piece_end
 
-BOS, PAD, EOS, UNK = 0, 1, 2, 3
+BOS, PAD, EOS, UNK = 0, PAD_ID, 2, 3
 SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>")
 MASK_NAME = "<mask>"
 Normalization = Literal["nmt_nfkc", "identity"]

@@ -8,6 +8,7 @@ numbers while only the crop is read and decoded.
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -110,10 +111,6 @@ class AudioReader:
             crops=True,
         )
 
-    def num_tokens(self, size: int) -> int:
-        """T that the front end makes of `size` samples."""
-        return self.model.num_tokens(size)
-
     def units(self, num_rows: int, size: int) -> float:
         """Seconds."""
         return num_rows * size / self.config.sample_rate_hz
@@ -149,11 +146,12 @@ class AudioReader:
         if config.mask.kind == "block_2d":
             faults.append("data.audio.mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
         shortest = round(config.min_seconds * rate)
-        tokens = self.num_tokens(shortest)
+        tokens = self.model.num_tokens(shortest)
         if tokens < 2:
+            needed = bisect_left(range(1 << 30), 2, key=self.model.num_tokens)
             faults.append(
                 f"data.audio.min_seconds {config.min_seconds}: {shortest} samples make {tokens} tokens, expected 2 or "
-                "more; the front end sees more samples than that for one token"
+                f"more; the front end needs {needed} samples for that"
             )
         elif config.mask.kind != "block_2d":
             faults += mask_faults(

@@ -47,6 +47,10 @@ class Reader(Protocol):
     """What throughput counts, in the plural: seconds, images or tokens."""
     mask: MaskConfig
 
+    @property
+    def model(self) -> ModelInput:
+        """What the model makes of the inputs."""
+
     def __len__(self) -> int:
         """Rows of the folder."""
 
@@ -56,9 +60,6 @@ class Reader(Protocol):
 
     def plan_config(self) -> PlanConfig:
         """How rows are grouped into batches."""
-
-    def num_tokens(self, size: int) -> int:
-        """T that the model makes of an input of this size."""
 
     def units(self, num_rows: int, size: int) -> float:
         """How much `num_rows` inputs of this size are, in `unit`."""
@@ -97,7 +98,7 @@ class Collator:
             ShardError: a row cannot be read.
             ValueError: the input is too short for the model or for the mask settings.
         """
-        mask, num_tokens = self.reader.mask, self.reader.num_tokens(micro.size)
+        mask, num_tokens = self.reader.mask, self.reader.model.num_tokens(micro.size)
         num_masked = masked_count(mask, num_tokens)
         examples = self.reader.read(micro, self.seed)
         masked = draw_masks(mask, num_tokens, seed=self.seed, epoch=micro.epoch, sample_ids=micro.rows)  # (B, M, T)

@@ -122,10 +122,6 @@ class ImageReader:
             crops=False,
         )
 
-    def num_tokens(self, size: int) -> int:
-        """T, the patches of an image of `size` x `size` pixels."""
-        return self.model.num_tokens(size)
-
     def units(self, num_rows: int, size: int) -> float:
         """Images."""
         return float(num_rows)
@@ -179,7 +175,7 @@ class ImageReader:
             faults.append(f"data.image.mask.kind is {kind!r}, images need 'block_2d' or 'random'")
         if side is None or side < 1:
             return [*faults, f"the model's input_size for images is {side}, expected 1 pixel or more"]
-        tokens = self.num_tokens(side)
+        tokens = self.model.num_tokens(side)
         if tokens < 2:
             faults.append(f"images of {side} x {side} pixels make {tokens} tokens, expected 2 or more")
         elif not faults:

@@ -117,11 +117,6 @@ class AudioShards:
         return self._rows.records["size"]
 
     @property
-    def num_samples(self) -> NDArray[np.int64]:
-        """`sizes` by the name that audio has for them."""
-        return self.sizes
-
-    @property
     def records(self) -> NDArray[np.void]:
         """(len(self),) of `ROW_DTYPE`, where every row lies; memory-mapped."""
         return self._rows.records

@@ -17,8 +17,7 @@ from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
 from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.errors import below
 from d2v2ds.masking import MaskConfig
-
-PAD_ID = 1
+from d2v2ds.shapes import PAD_ID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +109,6 @@ class TextReader:
         """The fewest tokens of which some can be masked and some seen; shorter rows are never drawn."""
         sizes = range(2, self.shards.block_tokens)
         return next((n for n in sizes if not mask_faults(self.mask, n, "")), self.shards.block_tokens)
-
-    def num_tokens(self, size: int) -> int:
-        """T: the size itself."""
-        return self.model.num_tokens(size)
 
     def units(self, num_rows: int, size: int) -> float:
         """Tokens, padding included."""

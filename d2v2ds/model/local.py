@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2v2ds.model.dropout import dropout
 from d2v2ds.model.linear import Linear
 from d2v2ds.model.positions import TokenConv
-from d2v2ds.shapes import ConvLayer
+from d2v2ds.shapes import PAD_ID, ConvLayer
 
 _NORM_EPS = 1e-5
 
@@ -101,10 +101,6 @@ class PatchEncoder(nn.Module):
         pixels = normalise_pixels(source, dtype) if source.dtype == torch.uint8 else source.to(dtype)
         x = self.proj(pixels).flatten(2).transpose(1, 2)  # (B, T, C)
         return self.widen(x) if hasattr(self, "widen") else x
-
-
-PAD_ID = 1
-"""Token id of padding, in every vocabulary of this project (spec section 3.3)."""
 
 
 class TokenEncoder(nn.Module):

@@ -97,7 +97,7 @@ class _ModalitySums:
         self.units_here += reader.units(batch.source.shape[0], batch.source.shape[-1])
 
     def numbers(self, width: int) -> list[float]:
-        """Everything to be summed over ranks, in one row; `read` takes it apart."""
+        """Everything to be summed over ranks, in one row; `Trainer._reduce_modality` takes it apart."""
         moments = torch.zeros(2, 2, width, dtype=torch.float64) if self.moments is None else self.moments
         counts = [float(self.masked_here), float(self.tokens_here), self.units_here]
         return [*counts, *(float(self.losses[name]) for name in sorted(self.losses)), *moments.flatten().tolist()]

@@ -16,7 +16,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +52,26 @@ def multiply(source: Path, folder: Path, hours: float) -> tuple[list[Path], floa
     return paths, sum(seconds) * times
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
+Times = tuple[float, float]
+"""Seconds of wall time and of processor time."""
+
+
+def timed(work: Callable[[], object]) -> Times:
     """Seconds of wall time and of processor time (this process and its children), after the disk has come to rest."""
     os.sync()
     start, processor = time.perf_counter(), _processor_seconds()
     work()
     return time.perf_counter() - start, _processor_seconds() - processor
+
+
+def best_of(rounds: int, work: Mapping[str, Callable[[], object]], clear: Callable[[], None]) -> dict[str, Times]:
+    """The best `timed` of each piece of work, taken in turn; `clear` removes what the one before wrote."""
+    best = dict.fromkeys(work, (float("inf"), float("inf")))
+    for _ in range(rounds):
+        for label, function in work.items():
+            clear()
+            best[label] = min(best[label], timed(function))
+    return best
 
 
 def _processor_seconds() -> float:
@@ -99,11 +113,7 @@ def main() -> None:
             "packing, 1 worker": lambda: packing(1),
             "packing, 2 workers": lambda: packing(2),
         }
-        best = dict.fromkeys(work, (float("inf"), float("inf")))
-        for _ in range(options.rounds):
-            for label, function in work.items():
-                shutil.rmtree(output, ignore_errors=True)
-                best[label] = min(best[label], timed(function))
+        best = best_of(options.rounds, work, lambda: shutil.rmtree(output, ignore_errors=True))
         load = os.getloadavg()[0]
         print(f"{len(paths):,} FLAC files, {seconds / 3600:.2f} h, best of {options.rounds}, machine load {load:.1f}")
         print(f"{'':<24}{'wall s':>10}{'x real time':>14}{'processor s':>14}")

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from preprocessing.pack_images import main as pack
-from tests.benchmarks.packing import timed
+from tests.benchmarks.packing import best_of
 
 GOAL = 0.5
 _ORIGINALS = 400
@@ -95,12 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "packing, 1 worker": lambda: packing(1),
             "packing, 2 workers": lambda: packing(2),
         }
-        best = dict.fromkeys(work, (float("inf"), float("inf")))
-        for _ in range(options.rounds):
-            for label, function in work.items():
-                shutil.rmtree(output, ignore_errors=True)
-                (scratch / "copy").unlink(missing_ok=True)
-                best[label] = min(best[label], timed(function))
+
+        def clear() -> None:
+            shutil.rmtree(output, ignore_errors=True)
+            (scratch / "copy").unlink(missing_ok=True)
+
+        best = best_of(options.rounds, work, clear)
         load = os.getloadavg()[0]
         mean = size / len(paths) / 1000
         print(

@@ -45,7 +45,7 @@ def folder(request: pytest.FixtureRequest, clips: dict[str, np.ndarray], tmp_pat
 def test_rows_come_back_as_they_were_packed(folder: Path, clips: dict[str, np.ndarray]) -> None:
     shards = AudioShards(folder)
     assert len(shards) == 16 and shards.sample_rate_hz == 16000 and len(shards.index.shards) > 1
-    np.testing.assert_array_equal(shards.num_samples, [len(samples) for samples in clips.values()])
+    np.testing.assert_array_equal(shards.sizes, [len(samples) for samples in clips.values()])
     for number, (name, samples) in enumerate(clips.items()):
         row = shards[number]
         assert (row.index, row.id, row.label, row.speaker) == (number, name, str(number % 4), f"speaker{number % 2}")
@@ -94,7 +94,7 @@ def test_no_shard_is_opened_before_it_is_needed(folder: Path) -> None:
     for path in folder.glob("*.arrow"):
         path.unlink()
     shards = AudioShards(folder)
-    assert shards.num_samples.sum() == shards.index.totals["samples"]
+    assert shards.sizes.sum() == shards.index.totals["samples"]
     with pytest.raises(ShardError, match=r"audio-00000\.arrow: expected \d+ bytes, found no such file"):
         shards[0]
 
@@ -131,8 +131,8 @@ def test_a_hundred_million_rows_open_without_being_read(tmp_path: Path) -> None:
     before = _resident_bytes()
     shards = AudioShards(tmp_path)
     assert len(shards) == count
-    assert isinstance(shards.num_samples, np.memmap) and isinstance(shards.records, np.memmap)
-    assert shards.num_samples[[0, count // 2, count - 1]].tolist() == [0, 0, 0]
+    assert isinstance(shards.sizes, np.memmap) and isinstance(shards.records, np.memmap)
+    assert shards.sizes[[0, count // 2, count - 1]].tolist() == [0, 0, 0]
     assert _resident_bytes() - before < 50_000_000
 
 

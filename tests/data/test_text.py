@@ -11,8 +11,9 @@ import torch
 
 from d2v2ds.data.sampler import BatchPlan, MicroBatch, SamplerState
 from d2v2ds.data.shards import TextShards
-from d2v2ds.data.text import PAD_ID, TextDataConfig, TextReader
+from d2v2ds.data.text import TextDataConfig, TextReader
 from d2v2ds.masking import MaskConfig, masked_count
+from d2v2ds.shapes import PAD_ID
 from tests.preprocessing.tiny_text import pack_tiny, tokens_of
 
 LENGTHS = [64, 64, 30, 64, 7, 64]
@@ -61,7 +62,7 @@ def test_rows_of_one_length_have_no_padding(shards: TextShards) -> None:
     assert reader.read(micro(0, 1, 3), seed=0).padding is None
     assert reader.read(micro(4, 4), seed=0).padding is None
     assert reader.read_whole(4).tolist() == tokens_of(4, 7, 1000).tolist()
-    assert (reader.units(3, 64), reader.num_tokens(30), len(reader)) == (192.0, 30, 6)
+    assert (reader.units(3, 64), reader.model.num_tokens(30), len(reader)) == (192.0, 30, 6)
 
 
 def test_every_row_is_drawn_once_an_epoch_and_micro_batches_stay_within_their_tokens(shards: TextShards) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
 from d2v2ds.model.init import initialise
-from d2v2ds.model.local import IMAGE_MEAN, IMAGE_STD, PAD_ID, TokenEncoder
+from d2v2ds.model.local import IMAGE_MEAN, IMAGE_STD, TokenEncoder
 from d2v2ds.model.positions import sin_cos_grid
 from d2v2ds.model.target_net import TargetNet
+from d2v2ds.shapes import PAD_ID
 from tests.model.tiny_joint import joint_batch, joint_model_config
 
 
