@@ -58,7 +58,11 @@ class RunSection:
     save_every_steps: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept; 0 keeps all."""
+    """Newest checkpoints kept; 0 keeps all. The one with the lowest validation loss is kept besides."""
+    keep_every_steps: int | None = None
+    """Checkpoints whose step is a multiple of it are kept for good."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on; takes host memory for a copy of this rank's part."""
     log_every_steps: int = 50
     """Optimizer steps between lines of metrics."""
     health_every_steps: int = 500
@@ -75,6 +79,13 @@ class RunSection:
                 f"{', '.join(given) or 'none'}; set the others to null"
             )
         problems += [f"run.{n} is {getattr(self, n)}, expected more than 0" for n in given if getattr(self, n) <= 0]
+        if self.keep_every_steps is not None and (
+            self.keep_every_steps < 1 or self.keep_every_steps % self.save_every_steps
+        ):
+            problems.append(
+                f"run.keep_every_steps is {self.keep_every_steps}, expected a multiple of run.save_every_steps "
+                f"{self.save_every_steps}"
+            )
         if self.epochs is not None and (self.epoch_images is None or self.epoch_images < 1):
             problems.append(f"run.epochs is given, and run.epoch_images is {self.epoch_images}, expected 1 or more")
         return problems
@@ -153,7 +164,7 @@ class RunConfig:
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += below(self.engine, "engine.", timeout_minutes=0.01) + self.lr.check()
         of_run = self.run.check()
-        problems += of_run + self.optim.check() + self.ema.check() + self.data.check()
+        problems += of_run + self.health.check() + self.optim.check() + self.ema.check() + self.data.check()
         data, model = self.data.active(), self.model.modalities.active()
         for name in data.keys() ^ model.keys():
             here, there = ("data", "model.modalities") if name in data else ("model.modalities", "data")

@@ -23,6 +23,18 @@ class CheckpointError(D2V2Error):
     """A checkpoint is missing, torn, or belongs to another model, stage or world size."""
 
 
+class SaveError(CheckpointError):
+    """Checkpoints could not be written twice in a row; the earlier ones are intact."""
+
+
+class PreemptedError(D2V2Error):
+    """A signal asked the run to stop; everything is saved, and the same command goes on."""
+
+
+class DamagedDataError(ShardError):
+    """More rows of the data could not be read than the run allows."""
+
+
 class CollapseError(D2V2Error):
     """A health statistic crossed its floor in a run that was asked to stop there."""
 

@@ -7,7 +7,8 @@ whose folder holds a checkpoint goes on from it. Everything that can be wrong wi
 at once, before any process group starts.
 
 Exit codes: 0 done, 2 configuration or data, 3 collapse (only if health.stop_on_collapse), 4 too many steps that
-were not finite, 5 no usable checkpoint.
+were not finite, 5 no usable checkpoint, 6 too many rows that could not be read, 7 two checkpoints in a row could not
+be written, 75 stopped by a signal (TERM, USR1, USR2, HUP or INT to any rank) with everything saved: start again.
 """
 
 import argparse
@@ -27,18 +28,21 @@ from d2v2ds.config import RunConfig, config_error, read_config, to_dict, to_yaml
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
 from d2v2ds.data.readers import open_reader
 from d2v2ds.data.sampler import BatchPlan, SamplerState
-from d2v2ds.dist import checkpoint, comm, zero
-from d2v2ds.dist.consolidate import candidate_tags
+from d2v2ds.dist import comm, zero
 from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.dist.engine import Engine, build_student_engine
+from d2v2ds.dist.saver import Keep
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import (
     CheckpointError,
     CollapseError,
     ConfigError,
     D2V2Error,
+    DamagedDataError,
     MissingExtraError,
     NonFiniteError,
+    PreemptedError,
+    SaveError,
     ShardError,
 )
 from d2v2ds.model.block import Block
@@ -46,11 +50,13 @@ from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
+from d2v2ds.train.checkpointing import Checkpoints, Progress
 from d2v2ds.train.guard import Guard
-from d2v2ds.train.loop import LoopConfig, ModalityInfo, Progress, Trainer
+from d2v2ds.train.loop import LoopConfig, ModalityInfo, Trainer
 from d2v2ds.train.metrics import Metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam
 from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops, use_all_cores
+from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import Recipe
 
 logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main__" under a launcher
@@ -58,7 +64,10 @@ logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main_
 EXIT_CODES: list[tuple[type[D2V2Error], int]] = [
     (CollapseError, 3),
     (NonFiniteError, 4),
+    (SaveError, 7),
     (CheckpointError, 5),
+    (DamagedDataError, 6),
+    (PreemptedError, 75),
     (D2V2Error, 2),
 ]
 
@@ -84,20 +93,32 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
 
     Raises:
         ConfigError: before any process group exists.
-        CheckpointError, CollapseError, NonFiniteError: while running.
+        CheckpointError, CollapseError, DamagedDataError, NonFiniteError, PreemptedError, SaveError: while running.
     """
     launched = os.environ | comm.launcher_environment(dict(os.environ))
     config, streams, ds_config = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
-    with comm.process_group(timedelta(minutes=config.engine.timeout_minutes)):
+    with StopRequest() as stop, comm.process_group(timedelta(minutes=config.engine.timeout_minutes)):
         start_logging(config.run.dir)
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if comm.device().type == "cpu":
             keep_large_blocks()
         student, teacher = build_engines(config, ds_config)
         guard, progress = Guard(config.health), Progress(sampler={name: SamplerState() for name in streams})
-        resume(config, student, teacher, streams, guard, progress)
-        if comm.rank() == 0:
-            provenance.write(config.run.dir, to_yaml(config), ds_config)
+        checkpoints = Checkpoints(
+            student,
+            teacher,
+            config.run.dir,
+            plans={name: stream.plan for name, stream in streams.items()},
+            guard=guard,
+            progress=progress,
+            model=to_dict(config.model),
+            keep=Keep(last=config.run.keep_checkpoints or None, every_steps=config.run.keep_every_steps),
+            asynchronous=config.run.async_checkpoints,
+        )
+        checkpoints.resume()
+        restarts = provenance.count_starts(config.run.dir)
+        if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), ds_config)):
+            raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")
         describe(config, streams)
         loader = build_loader(
             streams,
@@ -113,11 +134,11 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
                 student,
                 teacher,
                 recipe=recipe(config),
-                config=loop_config(config, streams, zero.compute_dtype(student)),
+                config=loop_config(config, streams, zero.compute_dtype(student), restarts),
                 guard=guard,
-                progress=progress,
+                checkpoints=checkpoints,
+                stop=stop,
                 metrics=metrics,
-                save=lambda at: save(config, student, teacher, streams, guard, at),
             ).run(loader)
         finally:
             loader.close()
@@ -240,7 +261,7 @@ def recipe(config: RunConfig) -> Recipe:
     )
 
 
-def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype) -> LoopConfig:
+def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype, restarts: int) -> LoopConfig:
     """The numbers of the loop; the peak is measured here, in the engine's compute type, by all ranks at once."""
 
     def flops_of(batch: Batch) -> float:
@@ -267,6 +288,7 @@ def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype) -> Loop
         log_every_steps=config.run.log_every_steps,
         health_every_steps=config.run.health_every_steps,
         save_every_steps=config.run.save_every_steps,
+        restarts=restarts,
         peak_flops=matmul_peak_flops(comm.device(), dtype),
         flops_of=flops_of,
     )
@@ -293,68 +315,6 @@ def _units(stream: DataStream, size: float) -> float:
     """A sum of sizes in the reader's unit."""
     largest = stream.plan.config.max_size
     return stream.reader.units(1, largest) * size / largest
-
-
-def save(
-    config: RunConfig, student: Engine, teacher: Teacher, streams: Streams, guard: Guard, progress: Progress
-) -> None:
-    """Write one checkpoint. Every random draw is a function of (seed, step), so the step stands for all generators."""
-    state = {
-        "step": progress.step,
-        "seen": progress.seen,
-        "sampler": {name: stream.plan.state_dict(progress.sampler[name]) for name, stream in streams.items()},
-        "guard": guard.state_dict(),
-        "model": to_dict(config.model),
-    }
-    checkpoint.save(
-        student,
-        teacher,
-        config.run.dir / "checkpoints",
-        f"step{progress.step:08d}",
-        client_state=state,
-        rank_state={},
-        keep_last=config.run.keep_checkpoints or None,
-    )
-
-
-FREE_FIELDS = {"block.attention_path"}
-"""Fields of the model that a resumed run may change: they compute the same thing."""
-
-
-def differing_fields(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """`field: value before -> value now` for each leaf in which two nested dicts differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted(before.keys() | now.keys())
-        return [
-            line
-            for name in names
-            for line in differing_fields(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
-        ]
-    return [] if before == now else [f"{prefix}: {before!r} -> {now!r}"]
-
-
-def resume(
-    config: RunConfig, student: Engine, teacher: Teacher, streams: Streams, guard: Guard, progress: Progress
-) -> None:
-    """Go on from the newest whole checkpoint of the run's folder, if it has any; on another number of ranks too."""
-    folder = config.run.dir / "checkpoints"
-    if not comm.broadcast_object(bool(candidate_tags(folder))):  # a shared file system may show ranks different lists
-        return
-    state = checkpoint.load(student, teacher, folder, reshard=True).client_state
-    differing = [
-        field
-        for field in differing_fields(state["model"], to_dict(config.model))
-        if field.split(":")[0] not in FREE_FIELDS
-    ]
-    if differing:
-        raise ConfigError(
-            f"{folder}: the checkpoint is of another model than this configuration ({'; '.join(differing)}); "
-            "choose another run.dir"
-        )
-    progress.step, progress.seen = state["step"], dict(state["seen"])
-    progress.sampler = {name: stream.plan.load_state_dict(state["sampler"][name]) for name, stream in streams.items()}
-    guard.load_state_dict(state["guard"])
-    logger.info("resumed at step %d", progress.step)
 
 
 if __name__ == "__main__":

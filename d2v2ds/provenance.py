@@ -35,6 +35,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def count_starts(run_dir: Path) -> int:
+    """How often the run was started before."""
+    file = run_dir / "starts.jsonl"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+
+
 def write(run_dir: Path, config_yaml: str, ds_config: dict[str, Any]) -> None:
     """Write `config.yaml`, `deepspeed.json` and append one line to `starts.jsonl`."""
     run_dir.mkdir(parents=True, exist_ok=True)

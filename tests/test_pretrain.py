@@ -8,103 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 
 from d2v2ds.dist.comm import free_port
-from d2v2ds.dist.consolidate import iterate_student, iterate_teacher
 from d2v2ds.errors import ConfigError
 from d2v2ds.export import export, load_model_file, load_student
 from d2v2ds.pretrain import main, prepare
 from d2v2ds.probe import main as probe_main
-from d2v2ds.train.metrics import read_metrics
-from preprocessing.pack_audio import main as pack
-
-RATE = 16000
-STEPS = 8
-SMALL = [
-    "model.block.width=32",
-    "model.block.mlp_dropout=0.1",  # dropout draws must survive a resume too
-    "model.shared_depth=3",
-    "model.layer_drop=0.2",
-    "model.modalities.audio.target.num_layers=2",
-    "model.modalities.audio.prenet_depth=1",
-    "model.modalities.audio.conv_layers=[[16,10,5],[16,8,8],[16,4,4],[16,2,2]]",
-    "model.modalities.audio.decoder.width=16",
-    "data.audio.global_batch_seconds=6",
-    "data.audio.micro_batch_seconds=2",
-    "data.audio.max_seconds=2",
-    f"run.total_steps={STEPS}",
-    "run.save_every_steps=2",
-    "run.log_every_steps=1",
-    "run.health_every_steps=4",
-    "lr.warmup_steps=2",
-    "ema.anneal_steps=8",
-]
+from tests.runs import SMALL, STEPS, attempt, command, deterministic, environment, launch, pack_clips, weights
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short clips of two speakers, labelled, packed."""
-    folder = tmp_path_factory.mktemp("speech")
-    rng = np.random.default_rng(0)
-    lines = ["path\tlabel\tspeaker"]
-    for number in range(40):
-        seconds = rng.uniform(1.2, 3.0)
-        tone = np.sin(2 * np.pi * (150 + 40 * (number % 4)) * np.arange(int(seconds * RATE)) / RATE)
-        soundfile.write(folder / f"{number:02d}.wav", 0.3 * tone + 0.05 * rng.standard_normal(tone.shape), RATE)
-        lines.append(f"{number:02d}.wav\t{number % 4}\t{'ab'[number % 2 ^ number // 4 % 2]}")
-    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
-    assert pack(["--input", str(folder / "manifest.tsv"), "--output", str(folder / "packed"), "--workers", "1"]) == 0
-    return folder / "packed"
-
-
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return dict(os.environ, OMP_NUM_THREADS="1", PATH=path)
-
-
-def command(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str) -> list[str]:
-    module = [
-        "d2v2ds.pretrain",
-        "--config",
-        "audio_tiny",
-        f"data.shards={shards}",
-        f"run.dir={run_dir}",
-        *SMALL,
-        *extra,
-    ]
-    bins = Path(sys.executable).parent
-    port = str(free_port())
-    return {
-        "deepspeed": [str(bins / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", *module],
-        "torchrun": [str(bins / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={port}", "-m", *module],
-        "plain": [sys.executable, "-m", *module],
-    }[launcher]
-
-
-def launch(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str) -> str:
-    done = subprocess.run(
-        command(launcher, ranks, shards, run_dir, *extra),
-        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout + done.stderr
-
-
-def deterministic(run_dir: Path) -> list[dict[str, float]]:
-    """Metrics less those of the clock and of memory."""
-    records = read_metrics(run_dir / "metrics.jsonl")
-    return [{name: v for name, v in record.items() if not name.startswith("perf/")} for record in records]
-
-
-def weights(run_dir: Path, step: int) -> dict[str, Any]:
-    folder = run_dir / "checkpoints" / f"step{step:08d}"
-    found = {f"student {name}": tensor for name, tensor in iterate_student(folder)}
-    return found | {f"teacher {name}": tensor for name, tensor in iterate_teacher(folder)}
+    return pack_clips(tmp_path_factory.mktemp("speech"))
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +129,7 @@ def test_more_ranks_than_micro_batches_give_the_same_losses(unbroken: Path, shar
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "inf"
     extra = ["model.modalities.audio.loss.scale=.inf", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
-    done = subprocess.run(
-        command("torchrun", 2, shards, run_dir, *extra),
-        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+    done = attempt("torchrun", 2, shards, run_dir, *extra)
     assert done.returncode != 0
     assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
     records = deterministic(run_dir)
@@ -243,10 +157,7 @@ def test_other_model_is_refused_and_leaves_the_run_alone(unbroken: Path, shards:
     run_dir = tmp_path / "refused"
     shutil.copytree(unbroken, run_dir)
     before = (run_dir / "config.yaml").read_text()
-    done = subprocess.run(
-        command("plain", 1, shards, run_dir, "model.block.mlp_dropout=0.3"),
-        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+    done = attempt("plain", 1, shards, run_dir, "model.block.mlp_dropout=0.3")
     assert done.returncode == 2
     assert "block.mlp_dropout: 0.1 -> 0.3" in done.stderr
     assert (run_dir / "config.yaml").read_text() == before

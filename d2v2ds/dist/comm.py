@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -157,6 +157,21 @@ def broadcast_object(value: T) -> T:
     holder: list[object] = [value]
     torch_dist.broadcast_object_list(holder, src=0, device=device())
     return cast(T, holder[0])
+
+
+def on_rank0(action: Callable[[], object]) -> str:
+    """Let rank 0 touch the disk while the others wait.
+
+    Returns:
+        What went wrong, on every rank; empty if nothing did.
+    """
+    fault = ""
+    if rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            fault = f"rank 0: {error}"
+    return broadcast_object(fault)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -10,7 +10,8 @@ A checkpoint is a folder `<folder>/<tag>/`:
     client.pt, client.rank00000.pt          the caller's state, common and per rank (plain containers and tensors)
 
 Each shard file says in its metadata where its pieces begin in the flattened whole parameters, so the files of any
-number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/latest` names the newest finished tag.
+number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/latest` names the newest finished tag,
+`<folder>/best` the one with the lowest validation loss.
 """
 
 import json
@@ -23,13 +24,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v2ds.errors import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Version 2 knew no validation loss, and its manifest had no checksum."""
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
 PARTIAL = ".partial"
 """Ending of a folder that is being written."""
 
@@ -57,10 +61,13 @@ class Manifest:
     """Optimizer states that are one number, as {"kind": "tensor" or "number", "value": ...}."""
     files: dict[str, dict[str, int]]
     """Bytes and crc32 of every file but the manifest."""
+    validation_loss: float | None = None
+    """Of these weights; None if they were not validated."""
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        """The text of manifest.json, with a checksum of itself."""
+        content = asdict(self)
+        return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str, where: str) -> "Manifest":
@@ -74,11 +81,21 @@ class Manifest:
             version = content["format_version"]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{where}: not a checkpoint manifest: {error!r}") from error
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise CheckpointError(
-                f"{where}: checkpoint format {version}, this version of d2v2ds reads {FORMAT_VERSION}; see CHANGELOG.md"
+                f"{where}: checkpoint format {version}, this version of d2v2ds reads {READABLE_VERSIONS}; see "
+                "CHANGELOG.md"
             )
-        return Manifest(**content)
+        if version > 2 and content.pop("checksum", None) != _checksum(content):
+            raise CheckpointError(f"{where}: damaged, its checksum differs from its content")
+        try:
+            return Manifest(**content)
+        except TypeError as error:
+            raise CheckpointError(f"{where}: not the manifest of a checkpoint of format {version}: {error}") from error
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def shard_file(kind: str, rank: int) -> str:
@@ -98,23 +115,44 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_json(file.read_text(encoding="utf-8"), str(file))
 
 
-def latest_tag(folder: Path) -> str | None:
-    """The tag that `latest` names, if there is one."""
-    file = folder / LATEST
+def named_tag(folder: Path, name: str) -> str | None:
+    """The tag that `latest` or `best` names, if there is one."""
+    file = folder / name
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
 def candidate_tags(folder: Path) -> list[str]:
     """Finished checkpoints in the order in which to try them: `latest`, then by falling step number."""
     steps: dict[str, int] = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.suffix != PARTIAL and (path / MANIFEST).is_file():
+    for path in _checkpoint_folders(folder):
+        if (path / MANIFEST).is_file():
             try:
                 steps[path.name] = read_manifest(path).counters.get("global_steps", 0)
             except CheckpointError:
                 steps[path.name] = -1
-    latest = latest_tag(folder)
+    latest = named_tag(folder, LATEST)
     return sorted(steps, key=lambda tag: (tag != latest, -steps[tag], tag))
+
+
+def lost_tags(folder: Path) -> list[str]:
+    """Checkpoints of which something is left and that cannot be read: without a manifest, or named and not there.
+
+    A save that was interrupted leaves none: its folder has another name until it is whole.
+    """
+    lost = {path.name for path in _checkpoint_folders(folder) if not (path / MANIFEST).is_file()}
+    named = (named_tag(folder, LATEST), named_tag(folder, BEST))
+    return sorted(lost | {tag for tag in named if tag is not None and not (folder / tag / MANIFEST).is_file()})
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in paths if path.is_dir() and path.suffix != PARTIAL]
+
+
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong into a checkpoint, by name."""
+    kept = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
 
 
 def crc32_of(path: Path) -> int:

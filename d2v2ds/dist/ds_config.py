@@ -96,8 +96,8 @@ def merge_ds_config(
         )
     if stage == 1 and merged["zero_optimization"].get("overlap_comm"):
         faults.append(
-            f"{source} has overlap_comm at stage 1, where DeepSpeed reduces only gradients of modules that ran in the last "
-            "micro-batch of a step; set it to false, or use stage 2 or 3"
+            f"{source} has overlap_comm at stage 1, where DeepSpeed reduces only gradients of modules that ran in the "
+            "last micro-batch of a step; set it to false, or use stage 2 or 3"
         )
     offload = merged.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload == "nvme":

@@ -1,12 +1,14 @@
-"""Checks on a running job: steps that are not finite, and collapse."""
+"""Checks on a running job: steps that are not finite, rows that cannot be read, and collapse."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from d2v2ds.errors import CollapseError, NonFiniteError
+from d2v2ds.errors import CollapseError, DamagedDataError, NonFiniteError, below
 
 logger = logging.getLogger(__name__)
+
+_COUNTS = ("nonfinite_in_a_row", "nonfinite_total", "damaged_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,12 @@ class HealthConfig:
     """When to warn and when to stop."""
 
     max_nonfinite_steps: int = 10
-    """Skipped steps in a row (loss or gradient not finite) that end the run."""
+    """Skipped steps in a row (loss or gradient not finite) after which the run goes back to its last good checkpoint,
+    and on with the data that follows."""
+    max_rollbacks: int = 3
+    """Returns to one and the same checkpoint; the next one ends the run instead."""
+    max_damaged_rows: int = 100
+    """Rows that could not be read and were left out, counted over the whole run, that end it."""
     min_effective_rank: float = 8.0
     """Floor of the targets' effective rank; healthy small runs have 50 to 58 of 192, collapsed ones 2 to 5."""
     max_position_share: float = 0.2
@@ -25,6 +32,16 @@ class HealthConfig:
     """Optimizer steps before a collapse is looked for."""
     stop_on_collapse: bool = False
     """Raise `CollapseError` instead of warning."""
+    late_factor: float = 10.0
+    """A step that takes this many times the median of the last ones is looked into: which rank is late, and where."""
+    late_seconds: float = 60.0
+    """But never before so many seconds."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        return below(
+            self, "health.", max_nonfinite_steps=1, max_rollbacks=0, max_damaged_rows=0, late_factor=1, late_seconds=0.1
+        )
 
 
 class Guard:
@@ -34,23 +51,56 @@ class Guard:
         self.config = config
         self.nonfinite_in_a_row = 0
         self.nonfinite_total = 0
+        self.damaged_rows = 0
 
-    def after_step(self, step: int, applied: bool) -> None:
+    def after_step(self, step: int, applied: bool) -> bool:
         """Count a skipped step.
 
-        Raises:
-            NonFiniteError: too many in a row.
+        Returns:
+            Whether the run should go back to its last good checkpoint.
         """
         if applied:
             self.nonfinite_in_a_row = 0
-            return
+            return False
         self.nonfinite_in_a_row += 1
         self.nonfinite_total += 1
         logger.warning("step %d skipped: gradient is not finite (%d in a row)", step, self.nonfinite_in_a_row)
-        if self.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
-            raise NonFiniteError(
-                f"step {step}: {self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite; "
-                "lower lr.peak, set optim.clip_norm, or look at the inputs; the last checkpoint is intact"
+        return self.nonfinite_in_a_row >= self.config.max_nonfinite_steps
+
+    def after_rollback(self, step: int, rollbacks: int) -> None:
+        """Begin to count anew at a checkpoint.
+
+        Args:
+            step: at which the run stood.
+            rollbacks: to this checkpoint, this one included.
+
+        Raises:
+            NonFiniteError: too many.
+        """
+        if rollbacks > self.config.max_rollbacks:
+            raise NonFiniteError(self.nonfinite(step, f"after {self.config.max_rollbacks} returns to one checkpoint"))
+        self.nonfinite_in_a_row = 0
+
+    def nonfinite(self, step: int, when: str) -> str:
+        """What to say when a run ends for its steps that are not finite."""
+        return (
+            f"step {step}: {self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite, {when}; "
+            "lower lr.peak, set optim.clip_norm, or look at the inputs named in bad_batches.jsonl; the last checkpoint "
+            "is intact"
+        )
+
+    def after_reading(self, damaged: int) -> None:
+        """Count rows that were left out of the last step, on all ranks together.
+
+        Raises:
+            DamagedDataError: too many over the whole run.
+        """
+        self.damaged_rows += damaged
+        if self.damaged_rows > self.config.max_damaged_rows:
+            raise DamagedDataError(
+                f"{self.damaged_rows} rows could not be read and were left out so far, health.max_damaged_rows allows "
+                f"{self.config.max_damaged_rows}; the warnings above name them: run python -m preprocessing.verify on "
+                "the folder, copy its shards again, and start the same command"
             )
 
     def check_health(self, step: int, values: Mapping[str, float]) -> list[str]:
@@ -100,9 +150,9 @@ class Guard:
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run goes on counting from."""
-        return {"nonfinite_in_a_row": self.nonfinite_in_a_row, "nonfinite_total": self.nonfinite_total}
+        return {name: getattr(self, name) for name in _COUNTS}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """The counterpart of `state_dict`."""
-        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-        self.nonfinite_total = state["nonfinite_total"]
+        for name in _COUNTS:
+            setattr(self, name, state.get(name, 0))  # older checkpoints have no damaged_rows

@@ -17,31 +17,20 @@ from torch import Tensor
 from d2v2ds.batch import Batch
 from d2v2ds.data.collate import Reader
 from d2v2ds.data.loader import StepData
-from d2v2ds.data.sampler import SamplerState
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.errors import MissingExtraError
+from d2v2ds.errors import MissingExtraError, PreemptedError
 from d2v2ds.model.loss import channel_variances, mean_channel_std
+from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
 from d2v2ds.train.metrics import AMOUNTS, Metrics, peak_memory_gib
+from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import ModalityOutput, Recipe, StepOutput, pretrain_step
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; stored in every checkpoint."""
-
-    step: int = 0
-    """Finished optimizer steps, skipped ones included."""
-    seen: dict[str, float] = field(default_factory=dict)
-    """What all ranks have seen of each modality, in the unit of its reader."""
-    sampler: dict[str, SamplerState] = field(default_factory=dict)
-    """Position of the data of each modality."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +52,8 @@ class LoopConfig:
     log_every_steps: int
     health_every_steps: int
     save_every_steps: int
+    restarts: int
+    """Earlier starts of this run."""
     modalities: dict[str, ModalityInfo]
     """By name, in the order of the micro-batches."""
     peak_flops: float
@@ -140,9 +131,9 @@ class Trainer:
         recipe: Recipe,
         config: LoopConfig,
         guard: Guard,
-        progress: Progress,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
         metrics: Metrics | None,
-        save: Callable[[Progress], None],
     ) -> None:
         """
         Args:
@@ -150,21 +141,25 @@ class Trainer:
             recipe: numbers of the step.
             config: intervals.
             guard: non-finite and collapse checks.
-            progress: where to begin; advanced in place.
+            checkpoints: with the progress at which to begin, which is advanced in place.
+            stop: notes signals that reach this rank.
             metrics: writer on rank 0, None elsewhere.
-            save: writes a checkpoint; collective.
         """
         self.student, self.teacher = student, teacher
         self.recipe, self.config, self.guard = recipe, config, guard
-        self.progress, self.metrics, self.save = progress, metrics, save
+        self.checkpoints, self.progress = checkpoints, checkpoints.progress
+        self.stop, self.metrics = stop, metrics
         self.samples = self._empty_samples()
 
     def run(self, data: Iterator[StepData]) -> None:
         """Train up to `total_steps`.
 
         Raises:
-            NonFiniteError: too many steps in a row were skipped.
+            PreemptedError: a signal asked for it, and everything is saved.
+            NonFiniteError: too many steps in a row were skipped, and going back did not help.
             CollapseError: a health floor was crossed and the run asked to stop there.
+            DamagedDataError: too many rows could not be read.
+            SaveError: two checkpoints in a row could not be written.
         """
         config, progress = self.config, self.progress
         interval, began, first = self._new_interval(), time.perf_counter(), progress.step
@@ -175,11 +170,18 @@ class Trainer:
             out = pretrain_step(self.student, self.teacher, step_data.micro, step=progress.step, recipe=self.recipe)
             progress.step += 1
             progress.sampler = step_data.state_after
-            self.guard.after_step(progress.step, out.applied)
             interval.add(out, step_data.micro, wait_s, config)
             if out.applied:
                 self._collect(out)
-            is_saving = progress.step % config.save_every_steps == 0 or progress.step == config.total_steps
+            else:
+                self._note_bad_batch(out, step_data)
+            if self.guard.after_step(progress.step, out.applied):
+                self._roll_back()
+                interval, began, first = self._new_interval(), time.perf_counter(), progress.step
+                continue
+            is_stopping = self._ask_all_ranks()
+            is_last = progress.step == config.total_steps
+            is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping
             if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving:
                 values = self._record(out, step_data, interval)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
@@ -188,9 +190,47 @@ class Trainer:
             if is_saving:
                 if self.metrics is not None:
                     self.metrics.flush()
-                self.save(progress)
+                self.checkpoints.begin()
                 self.samples = self._empty_samples()  # a resumed run begins without them
                 interval.started = time.perf_counter()
+            if is_stopping and not is_last:
+                self.checkpoints.finish()
+                raise PreemptedError(
+                    f"step {progress.step}: stopped by {self._signals()}, everything is saved; "
+                    "start the same command to go on"
+                )
+        self.checkpoints.finish()
+
+    def _ask_all_ranks(self) -> bool:
+        """Exchange what each rank knows alone, once a step; returns whether one of them was asked to stop."""
+        asked, busy = comm.all_reduce_sum([self.stop.received is not None, self.checkpoints.is_busy])
+        self.checkpoints.advance(any_busy=busy > 0)
+        return asked > 0
+
+    def _signals(self) -> str:
+        """Who was asked to stop, and how."""
+        received = comm.gather_objects(None if self.stop.received is None else self.stop.received.name)
+        return ", ".join(f"{name} to rank {rank}" for rank, name in enumerate(received) if name is not None)
+
+    def _note_bad_batch(self, out: StepOutput, data: StepData) -> None:
+        """Write down which samples a skipped step saw, and where its loss was not finite."""
+        own = [{"modality": batch.modality, "ids": batch.ids.tolist()} for batch in data.micro if batch.loss_weight]
+        finite = {
+            name: all(math.isfinite(float(v)) for v in part.loss_sums.values()) for name, part in out.parts.items()
+        }
+        ranks = comm.gather_objects({"batches": own, "loss_is_finite": finite})
+        if self.metrics is not None:
+            epochs = {name: state.epoch for name, state in data.state_after.items()}
+            self.metrics.note_bad_batch({"step": self.progress.step, "epoch_after": epochs, "ranks": ranks})
+
+    def _roll_back(self) -> None:
+        """Go on from the last good checkpoint; its later records are taken back."""
+        if self.metrics is not None:
+            self.metrics.flush()
+        self.checkpoints.roll_back()
+        if self.metrics is not None:
+            self.metrics.rewind(self.progress.step)
+        self.samples = self._empty_samples()
 
     def _new_interval(self) -> _Interval:
         return _Interval({name: _ModalitySums() for name in self.config.modalities})
@@ -237,6 +277,9 @@ class Trainer:
         values = {
             "optim/lr": out.lr,
             "optim/skipped_steps": float(self.guard.nonfinite_total),
+            "data/damaged_rows": float(self.guard.damaged_rows),
+            "perf/restarts": float(self.config.restarts),
+            "perf/checkpoint_stall_ms": 1000 * self.checkpoints.stall_s,
             "ema/decay": out.decay,
             "perf/step_ms": step_ms,
             "perf/data_wait_ms": wait_ms,
@@ -245,6 +288,7 @@ class Trainer:
             "perf/mfu": mfu / comm.world(),
             "perf/memory_gib": memory,
         }
+        self.checkpoints.stall_s = 0.0
         if interval.applied:
             values["optim/grad_norm"] = interval.grad_norm / interval.applied
         return values

@@ -9,7 +9,7 @@ a run that never stopped.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ SHARED_UNITS = {
     "optim/lr": "learning rate; same on all ranks",
     "optim/grad_norm": "global L2 norm before clipping; mean over the interval",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
+    "perf/restarts": "earlier starts of this run; same on all ranks",
+    "data/damaged_rows": "rows that could not be read and were left out, since the run began; sum over ranks",
     "data/hours": "audio seen since the run began; sum over ranks, hours, not multiplied by masks",
     "data/images": "images seen since the run began; sum over ranks, not multiplied by masks",
     "data/tokens": "text tokens seen since the run began, padding included; sum over ranks, not multiplied by masks",
@@ -34,6 +36,7 @@ SHARED_UNITS = {
     "perf/step_ms": "wall milliseconds per optimizer step; max over ranks",
     "perf/data_wait_ms": "milliseconds per step in which a rank waited for data; max over ranks",
     "perf/data_wait_fraction": "the same as a fraction of the step",
+    "perf/checkpoint_stall_ms": "milliseconds of the interval in which rank 0's training waited for checkpoints",
     "perf/tflops": "algorithmic 10^12 operations per second and rank, visible tokens only; mean over ranks",
     "perf/mfu": "the same over the matrix-product peak measured at start; mean over ranks",
     "perf/memory_gib": "peak memory of a rank (device, or resident on a CPU), GiB; max over ranks",
@@ -79,7 +82,11 @@ def is_known(name: str) -> bool:
 
 
 class Metrics:
-    """Writes records. Only rank 0 has one."""
+    """Writes records. Only rank 0 has one.
+
+    A run is worth more than its curves: where a disk is full, a folder cannot be written or a file is taken away, it
+    warns once, and goes on trying at each record.
+    """
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         """
@@ -87,10 +94,21 @@ class Metrics:
             run_dir: folder of the run.
             resume_step: step of the checkpoint the run goes on from, 0 for a new run.
         """
-        self.path = run_dir / "metrics.jsonl"
-        _drop_lines_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self.path, self.bad_batches_path = run_dir / "metrics.jsonl", run_dir / "bad_batches.jsonl"
+        self._tensorboard_dir = run_dir / "tensorboard"
+        self._warned: set[str] = set()
+        self._known: set[Path] = set()
+        self._is_torn = False
+        self._writer: SummaryWriter | None = None
+        self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Take back the records after a step."""
+        self._attempt("metrics.jsonl", lambda: _drop_lines_after(self.path, step))
+        if self._writer is not None:
+            self._attempt("TensorBoard", self._writer.close)
+        self._purge_step = step + 1
+        self._writer = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record.
@@ -101,32 +119,76 @@ class Metrics:
         unknown = sorted(name for name in values if not is_known(name))
         if unknown:
             raise KeyError(f"metrics without a unit: {', '.join(unknown)}; add them to the tables above")
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        self._append(self.path, {"step": step, **values})
+
+        def scalars(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._to_tensorboard(scalars)
+
+    def note_bad_batch(self, record: Mapping[str, Any]) -> None:
+        """Append which samples a skipped step saw to `bad_batches.jsonl`."""
+        self._append(self.bad_batches_path, record)
 
     def figure(self, name: str, figure: Any, step: int) -> None:
         """Add a matplotlib figure to TensorBoard and close it."""
-        self.writer.add_figure(name, figure, step)
+        self._to_tensorboard(lambda writer: writer.add_figure(name, figure, step))
 
     def flush(self) -> None:
         """Put everything on disk; called before a checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.writer.flush()
+        self._to_tensorboard(lambda writer: writer.flush())
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self.flush()
-        self._file.close()
-        self.writer.close()
+        """Flush and close TensorBoard's file."""
+        if self._writer is not None:
+            self._attempt("TensorBoard", self._writer.close)
+
+    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
+        """One line, on disk when this returns. The file is opened each time: someone may have taken it away."""
+        line = json.dumps(record) + "\n"
+
+        def append() -> None:
+            if path in self._known and not path.exists():
+                logger.warning("%s is gone; writing a new one", path)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if self._is_torn else "") + line)
+                file.flush()
+                os.fsync(file.fileno())
+            self._known.add(path)
+
+        self._is_torn = not self._attempt(path.name, append)
+
+    def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
+        def attempt() -> None:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
+            write(self._writer)
+
+        if not self._attempt("TensorBoard", attempt):
+            self._writer = None  # its thread has died of the error; the next record starts another
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> bool:
+        """Whether it could be written; if not, says so once until it works again."""
+        try:
+            action()
+        except OSError as error:
+            if what not in self._warned:
+                logger.warning("%s cannot be written, the run goes on without: %s", what, error)
+            self._warned.add(what)
+            return False
+        if what in self._warned:
+            logger.warning("%s can be written again; the records between are lost", what)
+            self._warned.discard(what)
+        return True
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Records of a `metrics.jsonl`, in order; a torn last line is left out with a warning."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line:
+            continue  # between a torn line and the next
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

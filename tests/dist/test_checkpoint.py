@@ -1,20 +1,26 @@
 """Stop and resume, damage, other numbers of ranks, and reading checkpoints without DeepSpeed."""
 
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from d2v2ds.dist import checkpoint, comm, zero
-from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_teacher, latest_tag, read_manifest
+from d2v2ds.dist import checkpoint, comm, saver, zero
+from d2v2ds.dist.consolidate import (
+    candidate_tags,
+    iterate_student,
+    iterate_teacher,
+    named_tag,
+    read_manifest,
+)
 from d2v2ds.dist.engine import optimizer_step
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import CheckpointError
@@ -68,7 +74,7 @@ def resume(stage: int, dtype: str, folder: Path) -> dict[str, Any]:
     random.seed(50 + comm.rank())
     engine, teacher = start(stage, dtype)
     train(engine, teacher, 0, 3)
-    checkpoint.save(engine, teacher, folder, "step3", {"position": 3}, rank_state())
+    saver.save(engine, teacher, folder, "step3", {"position": 3}, rank_state())
     averages, masters = teacher.full_state_dict(), dict(zero.gather_master(engine))
     unbroken = train(engine, teacher, 3, 6)
     end = everything(engine, teacher)
@@ -105,22 +111,22 @@ def refusals(folder: Path) -> dict[str, str]:
         checkpoint.load(engine, teacher, folder / "1-bf16")
     seen["other stage"] = str(other_stage.value)
     with pytest.raises(ValueError, match="plain containers"):
-        checkpoint.save(engine, teacher, folder / "odd", "x", {"path": Path("/")}, {})
+        saver.save(engine, teacher, folder / "odd", "x", {"path": Path("/")}, {})
     train(engine, teacher, 0, 1)
     for step in (1, 2, 3):
-        checkpoint.save(engine, teacher, folder / "pruned", f"step{step}", {}, {}, keep_last=2)
+        saver.save(engine, teacher, folder / "pruned", f"step{step}", {}, {}, keep=saver.Keep(last=2))
         train(engine, teacher, step, step + 1)
     if comm.rank() == 1:  # a disk that fills up on one rank
-        checkpoint.save_file = _full_disk
+        saver.save_file = _full_disk
     with pytest.raises(CheckpointError) as full:
-        checkpoint.save(engine, teacher, folder / "pruned", "step4", {}, {})
+        saver.save(engine, teacher, folder / "pruned", "step4", {}, {})
     seen["full disk"] = str(full.value)
     with pytest.raises(CheckpointError, match="rank 0: "):  # the folder's name is taken by a file
-        checkpoint.save(engine, teacher, folder / "pruned" / "latest", "step4", {}, {})
+        saver.save(engine, teacher, folder / "pruned" / "latest", "step4", {}, {})
     toy.backward(engine, *toy.micro_batch(0, 0, comm.rank()), 16)
     optimizer_step(engine)
     with pytest.raises(ValueError, match="between the micro-batches"):
-        checkpoint.save(engine, teacher, folder / "odd", "x", {}, {})
+        saver.save(engine, teacher, folder / "odd", "x", {}, {})
     engine.destroy()
     return seen
 
@@ -139,7 +145,7 @@ def killed_in_save(folder: Path, moment: str) -> None:
     """Save once, train on, and lose rank 1 in the middle of the second save."""
     engine, teacher = start(3, "bf16")
     train(engine, teacher, 0, 1)
-    checkpoint.save(engine, teacher, folder, "step1", {}, {})
+    saver.save(engine, teacher, folder, "step1", {}, {})
     train(engine, teacher, 1, 2)
     victim = 1 if moment == "shards" else 0
 
@@ -148,10 +154,10 @@ def killed_in_save(folder: Path, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "shards":
-        checkpoint._sync = die
+        saver._sync = die
     else:
-        checkpoint._replace_text = die  # all files are there, only `latest` is not moved
-    checkpoint.save(engine, teacher, folder, "step2", {}, {})
+        saver._replace_text = die  # all files are there, only `latest` is not moved
+    saver.save(engine, teacher, folder, "step2", {}, {})
 
 
 def read_on_one_rank(folder: Path, damaged: Path, killed: Path) -> dict[str, Any]:
@@ -231,9 +237,9 @@ def read(folder: Path, saved: dict[Any, Any], killed: dict[str, str]) -> dict[st
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    manifest = json.loads((damaged / "step9" / "manifest.json").read_text())
-    manifest["counters"]["global_steps"] = 9
-    (damaged / "step9" / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(damaged / "step9")
+    newer = replace(manifest, counters=manifest.counters | {"global_steps": 9})
+    (damaged / "step9" / "manifest.json").write_text(newer.to_json())
     (damaged / "latest").write_text("step9")
     return run_distributed(read_on_one_rank, 1, folder, damaged, folder / "killed")[0]
 
@@ -296,9 +302,9 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(read: dict) -> None:
 
 def test_rank_killed_while_saving_leaves_the_old_checkpoint(folder: Path, killed: dict, read: dict) -> None:
     assert "SIGKILL" in killed["shards"]
-    assert latest_tag(folder / "killed" / "shards") == "step1"
+    assert named_tag(folder / "killed" / "shards", "latest") == "step1"
     assert candidate_tags(folder / "killed" / "shards") == ["step1"]
-    assert latest_tag(folder / "killed" / "latest") is None or latest_tag(folder / "killed" / "latest") == "step1"
+    assert named_tag(folder / "killed" / "latest", "latest") == "step1"
     assert read["killed"] == {"shards": "step1", "latest": "step1"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2v2ds.errors import CollapseError, NonFiniteError
+from d2v2ds.errors import CollapseError, DamagedDataError, NonFiniteError
 from d2v2ds.train.figures import alibi_figure, mask_figure, save_curves
 from d2v2ds.train.guard import Guard, HealthConfig
 from d2v2ds.train.health import Sample, effective_rank, exact_position_share, position_share
@@ -168,15 +168,27 @@ def test_sample_joins_micro_batches() -> None:
 # ------------------------------------------------------------------ guard
 
 
-def test_guard_counts_skipped_steps_and_ends_a_hopeless_run() -> None:
-    guard = Guard(HealthConfig(max_nonfinite_steps=3))
+def test_guard_counts_skipped_steps_goes_back_and_ends_a_hopeless_run() -> None:
+    guard = Guard(HealthConfig(max_nonfinite_steps=3, max_rollbacks=1))
     for applied in (False, False, True, False, False):
-        guard.after_step(1, applied)
+        assert not guard.after_step(1, applied)
     assert guard.nonfinite_total == 4
-    again = Guard(HealthConfig(max_nonfinite_steps=3))
+    again = Guard(guard.config)
     again.load_state_dict(guard.state_dict())
-    with pytest.raises(NonFiniteError, match="3 steps in a row"):
-        again.after_step(2, False)
+    assert again.after_step(2, False), "three in a row"
+    again.after_rollback(2, rollbacks=1)
+    assert (again.nonfinite_in_a_row, again.nonfinite_total) == (0, 5)
+    assert [again.after_step(step, False) for step in (2, 3, 4)] == [False, False, True]
+    with pytest.raises(NonFiniteError, match="3 steps in a row .* after 1 returns to one checkpoint"):
+        again.after_rollback(4, rollbacks=2)
+
+
+def test_guard_allows_some_damaged_rows() -> None:
+    guard = Guard(HealthConfig(max_damaged_rows=3))
+    guard.after_reading(2)
+    guard.after_reading(1)
+    with pytest.raises(DamagedDataError, match="4 rows could not be read .* allows 3"):
+        guard.after_reading(1)
 
 
 def test_collapse_of_one_modality_is_named_with_it() -> None:
