@@ -30,6 +30,7 @@ from d2v2ds.model.data2vec2 import ModelConfig
 from d2v2ds.train.guard import HealthConfig
 from d2v2ds.train.optim import OptimConfig
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig
+from d2v2ds.train.validate import ValidationConfig
 
 MISSING = "???"
 """What a shipped YAML says where the user must give a value."""
@@ -158,17 +159,28 @@ class RunConfig:
     ema: EmaConfig
     engine: EngineSection = EngineSection()
     health: HealthConfig = HealthConfig()
+    valid: ValidationConfig = ValidationConfig()
 
     def check(self) -> list[str]:
         """Contradictions within and between the sections, as sentences; empty if there are none."""
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += below(self.engine, "engine.", timeout_minutes=0.01) + self.lr.check()
         of_run = self.run.check()
-        problems += of_run + self.health.check() + self.optim.check() + self.ema.check() + self.data.check()
+        of_valid = self.valid.check()
+        problems += of_run + of_valid + self.health.check()
+        problems += self.optim.check() + self.ema.check() + self.data.check()
         data, model = self.data.active(), self.model.modalities.active()
         for name in data.keys() ^ model.keys():
             here, there = ("data", "model.modalities") if name in data else ("model.modalities", "data")
             problems.append(f"{here}.{name} is configured and {there}.{name} is not; give both, or set both to null")
+        for name in self.valid.folders().keys() - data.keys():
+            problems.append(f"valid.{name} is given and data.{name} is not; validation needs the settings of its data")
+        save, validate = self.run.save_every_steps, self.valid.every_steps
+        if self.valid.folders() and not (of_run or of_valid) and max(save, validate) % min(save, validate):
+            problems.append(
+                f"run.save_every_steps is {save} and valid.every_steps {validate}, expected one to be a multiple of "
+                "the other: the best checkpoint is chosen among those that were validated"
+            )
         if not of_run:
             try:
                 steps = self.total_steps

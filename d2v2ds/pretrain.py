@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ from d2v2ds.train.optim import EarlyEpsilonAdam
 from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops, use_all_cores
 from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import Recipe
+from d2v2ds.train.validate import Validation
+from d2v2ds.train.watchdog import Watchdog
 
 logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main__" under a launcher
 
@@ -128,18 +131,23 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
             config=LoaderConfig(num_workers=config.data.num_workers),
             pin_memory=comm.device().type == "cuda",
         )
+        of_loop = loop_config(config, streams, zero.compute_dtype(student), restarts)
+        validation = build_validation(config, student, teacher, of_loop) if config.valid.folders() else None
         metrics = Metrics(config.run.dir, resume_step=progress.step) if comm.rank() == 0 else None
         try:
-            Trainer(
-                student,
-                teacher,
-                recipe=recipe(config),
-                config=loop_config(config, streams, zero.compute_dtype(student), restarts),
-                guard=guard,
-                checkpoints=checkpoints,
-                stop=stop,
-                metrics=metrics,
-            ).run(loader)
+            with Watchdog(config.health.late_factor, config.health.late_seconds) as watchdog:
+                Trainer(
+                    student,
+                    teacher,
+                    recipe=recipe(config),
+                    config=of_loop,
+                    guard=guard,
+                    checkpoints=checkpoints,
+                    stop=stop,
+                    watchdog=watchdog,
+                    validation=validation,
+                    metrics=metrics,
+                ).run(loader)
         finally:
             loader.close()
             if metrics is not None:
@@ -194,7 +202,23 @@ def open_streams(config: RunConfig) -> tuple[dict[str, DataStream], list[str]]:
         except (ShardError, MissingExtraError) as error:
             faults = [f"data.{name}.shards: {error}"]
         problems += faults
-    return streams, problems
+    return streams, problems + held_out_faults(config)
+
+
+def held_out_faults(config: RunConfig) -> list[str]:
+    """Why the folders of the validation cannot be used, as sentences."""
+    data, models, problems = config.data.active(), config.model.modalities.active(), []
+    for name, path in config.valid.folders().items():
+        if name not in data or name not in models:
+            continue  # said by `RunConfig.check`
+        if path == data[name].shards:
+            problems.append(f"valid.{name} is data.{name}.shards, {path}; expected a folder that is not trained on")
+        try:
+            reader = open_reader(name, replace(data[name], shards=path), models[name])
+            problems += [f"valid.{name} {path}: {fault}" for fault in reader.faults()]
+        except (ShardError, MissingExtraError) as error:
+            problems.append(f"valid.{name}: {error}")
+    return problems
 
 
 def run_dir_faults(run_dir: Path) -> list[str]:
@@ -288,9 +312,23 @@ def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype, restart
         log_every_steps=config.run.log_every_steps,
         health_every_steps=config.run.health_every_steps,
         save_every_steps=config.run.save_every_steps,
+        validate_every_steps=config.valid.every_steps,
         restarts=restarts,
         peak_flops=matmul_peak_flops(comm.device(), dtype),
         flops_of=flops_of,
+    )
+
+
+def build_validation(config: RunConfig, student: Engine, teacher: Teacher, loop: LoopConfig) -> Validation:
+    """What looks at the held-out folders; `prepare` has checked that they can be read."""
+    data, models = config.data.active(), config.model.modalities.active()
+    return Validation(
+        student,
+        teacher,
+        {n: open_reader(n, replace(data[n], shards=path), models[n]) for n, path in config.valid.folders().items()},
+        loss_scales={name: info.loss_scale for name, info in loop.modalities.items()},
+        loss_weights={name: section.loss_weight for name, section in data.items()},
+        config=config.valid,
     )
 
 

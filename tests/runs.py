@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import soundfile
@@ -14,6 +16,7 @@ from d2v2ds.dist.consolidate import iterate_student, iterate_teacher
 from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack
 
+ROOT = Path(__file__).parents[1]
 RATE = 16000
 STEPS = 8
 SMALL = [
@@ -66,16 +69,14 @@ def environment() -> dict[str, str]:
     return dict(os.environ, OMP_NUM_THREADS="1", PATH=path)
 
 
+def arguments_of(shards: Path, run_dir: Path, *extra: str) -> list[str]:
+    """What follows the module's name."""
+    return ["--config", "audio_tiny", f"data.shards={shards}", f"run.dir={run_dir}", *SMALL, *extra]
+
+
 def command(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str) -> list[str]:
-    module = [
-        "d2v2ds.pretrain",
-        "--config",
-        "audio_tiny",
-        f"data.shards={shards}",
-        f"run.dir={run_dir}",
-        *SMALL,
-        *extra,
-    ]
+    """How a launcher starts a run."""
+    module = ["d2v2ds.pretrain", *arguments_of(shards, run_dir, *extra)]
     bins = Path(sys.executable).parent
     port = str(free_port())
     return {
@@ -110,3 +111,59 @@ def weights(run_dir: Path, step: int) -> dict[str, Any]:
     folder = run_dir / "checkpoints" / f"step{step:08d}"
     found = {f"student {name}": tensor for name, tensor in iterate_student(folder)}
     return found | {f"teacher {name}": tensor for name, tensor in iterate_teacher(folder)}
+
+
+class Ranks:
+    """The processes of one run, each started as `srun` would, so that every one has an exit code and a log of its own.
+
+    A context manager: whatever still runs at its end is killed.
+    """
+
+    def __init__(self, world: int, shards: Path, run_dir: Path, *extra: str, logs: Path) -> None:
+        """With a `fault=` among the extra arguments, `tests.faulty` runs in place of `d2v2ds.pretrain`."""
+        module = "tests.faulty" if any(e.startswith("fault=") for e in extra) else "d2v2ds.pretrain"
+        common = environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"rank{rank}" for rank in range(world)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            with log.open("a") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, *arguments_of(shards, run_dir, *extra)],
+                        env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT,
+                    )
+                )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def wait(self, timeout_s: float = 240.0) -> list[int]:
+        """Exit codes in rank order; negative for a signal."""
+        return [process.wait(timeout=timeout_s) for process in self.processes]
+
+    def printed(self, rank: int) -> str:
+        """What a rank has said so far."""
+        return self.logs[rank].read_text()
+
+    def until(self, holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        """Wait for something to become true while all ranks live."""
+        deadline = time.monotonic() + timeout_s
+        while not holds():
+            for rank, process in enumerate(self.processes):
+                assert process.poll() is None, self.printed(rank)[-3000:]
+            assert time.monotonic() < deadline, self.printed(0)[-3000:]
+            time.sleep(0.01)
+
+
+def records(run_dir: Path) -> int:
+    """Lines of metrics so far."""
+    file = run_dir / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0

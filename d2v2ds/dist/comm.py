@@ -174,6 +174,21 @@ def on_rank0(action: Callable[[], object]) -> str:
     return broadcast_object(fault)
 
 
+def side_store(timeout: timedelta = timedelta(seconds=10)) -> torch_dist.Store:
+    """A key-value store beside the process group, which any thread may use at any time. Collective to make.
+
+    It lives in rank 0's process; its calls raise RuntimeError when that one does not answer within the timeout.
+    """
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    store: torch_dist.Store | None = None
+    if rank() == 0:
+        store = torch_dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    port = broadcast_object(store.port if isinstance(store, torch_dist.TCPStore) else 0)
+    if store is None:
+        store = torch_dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    return store
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's picklable object, in rank order, on every rank."""
     if world() == 1:

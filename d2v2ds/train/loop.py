@@ -29,6 +29,8 @@ from d2v2ds.train.health import NUM_STEPS, Sample
 from d2v2ds.train.metrics import AMOUNTS, Metrics, peak_memory_gib
 from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import ModalityOutput, Recipe, StepOutput, pretrain_step
+from d2v2ds.train.validate import Validation
+from d2v2ds.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class LoopConfig:
     log_every_steps: int
     health_every_steps: int
     save_every_steps: int
+    validate_every_steps: int
     restarts: int
     """Earlier starts of this run."""
     modalities: dict[str, ModalityInfo]
@@ -133,6 +136,8 @@ class Trainer:
         guard: Guard,
         checkpoints: Checkpoints,
         stop: StopRequest,
+        watchdog: Watchdog,
+        validation: Validation | None,
         metrics: Metrics | None,
     ) -> None:
         """
@@ -143,12 +148,15 @@ class Trainer:
             guard: non-finite and collapse checks.
             checkpoints: with the progress at which to begin, which is advanced in place.
             stop: notes signals that reach this rank.
+            watchdog: is told of every step.
+            validation: on held-out data, if the run has any.
             metrics: writer on rank 0, None elsewhere.
         """
         self.student, self.teacher = student, teacher
         self.recipe, self.config, self.guard = recipe, config, guard
         self.checkpoints, self.progress = checkpoints, checkpoints.progress
-        self.stop, self.metrics = stop, metrics
+        self.stop, self.watchdog, self.metrics = stop, watchdog, metrics
+        self.validation = validation
         self.samples = self._empty_samples()
 
     def run(self, data: Iterator[StepData]) -> None:
@@ -175,23 +183,29 @@ class Trainer:
                 self._collect(out)
             else:
                 self._note_bad_batch(out, step_data)
+            self.watchdog.step_done(progress.step)
             if self.guard.after_step(progress.step, out.applied):
                 self._roll_back()
+                self.watchdog.touch(progress.step)
                 interval, began, first = self._new_interval(), time.perf_counter(), progress.step
                 continue
             is_stopping = self._ask_all_ranks()
             is_last = progress.step == config.total_steps
             is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping
-            if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving:
-                values = self._record(out, step_data, interval)
+            is_validating = self.validation is not None and (
+                progress.step % config.validate_every_steps == 0 or is_last
+            )
+            if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving or is_validating:
+                values = self._record(out, step_data, interval, is_validating)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
                 self._say(values, elapsed * (config.total_steps - progress.step))
                 interval = self._new_interval()
             if is_saving:
                 if self.metrics is not None:
                     self.metrics.flush()
-                self.checkpoints.begin()
+                self.checkpoints.begin(values.get("valid/loss/total"))
                 self.samples = self._empty_samples()  # a resumed run begins without them
+                self.watchdog.touch(progress.step)
                 interval.started = time.perf_counter()
             if is_stopping and not is_last:
                 self.checkpoints.finish()
@@ -239,7 +253,7 @@ class Trainer:
         """What a metric of one modality is called in this run."""
         return metric if len(self.config.modalities) == 1 else f"{modality}/{metric}"
 
-    def _record(self, out: StepOutput, data: StepData, interval: _Interval) -> dict[str, float]:
+    def _record(self, out: StepOutput, data: StepData, interval: _Interval, is_validating: bool) -> dict[str, float]:
         """Reduce, check and write one record; returns it on every rank."""
         progress = self.progress
         seconds = time.perf_counter() - interval.started
@@ -259,9 +273,21 @@ class Trainer:
         if self._is_health_step():
             values |= self._health()
             self._figures(out)
+        if is_validating:
+            values |= self._validate()
         if self.metrics is not None:
             self.metrics.write(progress.step, values)
         self.guard.check_health(progress.step, values)
+        return values
+
+    def _validate(self) -> dict[str, float]:
+        """Metrics on held-out data, and the weighted sum of their losses."""
+        assert self.validation is not None
+        found = self.validation()
+        self.watchdog.touch(self.progress.step)
+        values = {self._name(name, metric): v for name, part in found.items() for metric, v in part.items()}
+        values["valid/loss/total"] = self.validation.total(found)
+        logger.info("step %d  validation loss %.4f", self.progress.step, values["valid/loss/total"])
         return values
 
     def _reduce_run(self, out: StepOutput, interval: _Interval, seconds: float) -> dict[str, float]:

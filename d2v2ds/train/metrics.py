@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SHARED_UNITS = {
     "loss/total": "weighted sum of the modalities' losses per masked token; only with several modalities",
+    "valid/loss/total": "weighted sum of all losses per masked token on held-out data; `best` has the lowest",
     "ema/decay": "weight kept by the teacher, 0 to 1; same on all ranks",
     "ema/student_distance": "|student - teacher| / |student|; norms over all ranks",
     "optim/lr": "learning rate; same on all ranks",
@@ -65,6 +66,13 @@ MODALITY_UNITS = {
     "pred/effective_rank": "mean over ranks",
     "pred/position_share": "mean over ranks",
     "pred/exact_position_share": "mean over ranks",
+    "valid/loss/regression": "as loss/regression, on held-out data, without dropout; global",
+    "valid/loss/cls": "as loss/cls, on held-out data; global",
+    "valid/target/std": "of the teacher's targets on held-out data; over all ranks",
+    "valid/target/effective_rank": "mean over ranks",
+    "valid/target/explained": "share of the targets' variance that the student predicts on held-out data",
+    "valid/pred/std": "of the student's predictions on held-out data; over all ranks",
+    "valid/pred/effective_rank": "mean over ranks",
 }
 """Scalars of one modality, with unit and reduction."""
 

@@ -1,0 +1,159 @@
+"""Loss of the student against the teacher's targets on held-out data: deterministic, and without any update.
+
+The same rows, crops, masks and noise every time and on any number of ranks, no dropout and no layer drop, so that two
+numbers differ only where the weights do. Nothing of the training is touched: its draws are functions of its own steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d2v2ds.batch import Batch
+from d2v2ds.data.collate import Collator, Reader
+from d2v2ds.data.sampler import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
+from d2v2ds.dist import comm
+from d2v2ds.dist.engine import Engine
+from d2v2ds.dist.teacher import Teacher
+from d2v2ds.errors import below
+from d2v2ds.model.loss import channel_moments, channel_variances, mean_channel_std
+from d2v2ds.train.health import Sample
+from d2v2ds.train.step import step_seed
+
+SEED = 0
+"""Of crops, masks and noise. Not the run's: runs of several seeds are compared on the same inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Which packed folders are held out, and how often they are looked at."""
+
+    audio: Path | None = None
+    """Folder of held-out recordings; None validates no speech."""
+    image: Path | None = None
+    text: Path | None = None
+    every_steps: int = 1000
+    """Optimizer steps between validations."""
+    micro_batches: int = 32
+    """Micro-batches of each modality that are looked at, over all ranks; fewer if the folder has fewer."""
+
+    def folders(self) -> dict[str, Path]:
+        """Those that are given, by modality."""
+        return {name: path for name in ("audio", "image", "text") if (path := getattr(self, name)) is not None}
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        return below(self, "valid.", every_steps=1, micro_batches=1)
+
+
+@dataclass
+class _Sums:
+    """Sums over this rank's micro-batches of one modality."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    num_masked: int = 0
+    moments: Tensor | None = None
+    target: Sample = field(default_factory=Sample)
+    pred: Sample = field(default_factory=Sample)
+
+
+class Validation:
+    """Validates one run. Calling it is collective."""
+
+    def __init__(
+        self,
+        student: Engine,
+        teacher: Teacher,
+        readers: Mapping[str, Reader],
+        *,
+        loss_scales: Mapping[str, float | None],
+        loss_weights: Mapping[str, float],
+        config: ValidationConfig,
+    ) -> None:
+        """
+        Args:
+            student, teacher: engine and sharded average.
+            readers: of the held-out folders, by modality.
+            loss_scales: what the squared errors of each modality's loss are multiplied with; None if it is no such sum.
+            loss_weights: of the modalities in `valid/loss/total`.
+            config: how much is looked at.
+
+        Raises:
+            ShardError: a folder has no row that is large enough.
+        """
+        self._student, self._teacher = student, teacher
+        self._scales, self._weights = loss_scales, loss_weights
+        self._collators = {name: Collator(reader=reader, seed=SEED) for name, reader in readers.items()}
+        self._micro = {name: _first_micro_batches(reader, config.micro_batches) for name, reader in readers.items()}
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, dict[str, float]]:
+        """Metrics by modality, named `valid/...`; the same on every rank.
+
+        Raises:
+            ShardError: a row cannot be read.
+        """
+        self._student.eval()
+        found = {name: self._modality(name) for name in self._collators}
+        self._student.train()
+        return found
+
+    def total(self, found: Mapping[str, Mapping[str, float]]) -> float:
+        """Weighted sum of all losses: what the best checkpoint has the least of."""
+        losses = {name: (v for metric, v in values.items() if "/loss/" in metric) for name, values in found.items()}
+        return sum(self._weights[name] * sum(values) for name, values in losses.items())
+
+    def _modality(self, name: str) -> dict[str, float]:
+        sums, place = _Sums(), comm.rank()
+        for micro in for_rank(self._micro[name], comm.rank(), comm.world()):
+            self._add(sums, self._collators[name](micro), place)
+            place += comm.world()
+        return self._reduce(name, sums)
+
+    def _add(self, sums: _Sums, batch: Batch, place: int) -> None:
+        torch.manual_seed(step_seed(SEED, 0, batch.modality, place))
+        out = self._student(batch.to(comm.device()), self._teacher, None)
+        weight = 1.0 if batch.loss_weight else 0.0
+        for loss, value in out["losses"].items():
+            sums.losses[loss] = sums.losses.get(loss, 0.0) + float(value) * weight
+        here = torch.stack((channel_moments(out["pred"]), channel_moments(out["wanted"]))).cpu() * weight
+        sums.moments = here if sums.moments is None else sums.moments + here
+        if weight:
+            sums.num_masked += batch.num_masked
+            _, masked = batch.masks.rows()
+            positions, length = masked.nonzero()[:, 1], masked.shape[1]
+            sums.pred.add(out["pred"], positions, length)
+            sums.target.add(out["wanted"], positions, length)
+
+    def _reduce(self, name: str, sums: _Sums) -> dict[str, float]:
+        assert sums.moments is not None
+        losses, width = sorted(sums.losses), sums.moments.shape[-1]
+        ranks = [sums.target.richness().effective_rank, sums.pred.richness().effective_rank]
+        has_ranks = float(sums.num_masked > 0)  # a rank with nothing but a filler has no vectors
+        own = [float(sums.num_masked), has_ranks, *(has_ranks and value for value in ranks)]
+        own += [sums.losses[loss] for loss in losses] + sums.moments.flatten().tolist()
+        masked, num_ranks, target_rank, pred_rank, *rest = comm.all_reduce_sum(own)
+        values = {f"valid/loss/{loss}": total / masked for loss, total in zip(losses, rest, strict=False)}
+        pred, target = torch.tensor(rest[len(losses) :], dtype=torch.float64).view(2, 2, width)
+        values["valid/pred/std"] = mean_channel_std(pred, int(masked))
+        values["valid/target/std"] = mean_channel_std(target, int(masked))
+        values["valid/pred/effective_rank"] = pred_rank / num_ranks
+        values["valid/target/effective_rank"] = target_rank / num_ranks
+        scale = self._scales[name]
+        if scale is not None:
+            variance = scale * float(channel_variances(target, int(masked)).sum())
+            values["valid/target/explained"] = 1.0 - values["valid/loss/regression"] / max(variance, 1e-12)
+        return values
+
+
+def _first_micro_batches(reader: Reader, count: int) -> GlobalBatch:
+    """The first micro-batches of a fixed order of the folder, each row at most once."""
+    plan = BatchPlan(reader.sizes, config=replace(reader.plan_config(), num_micro=1), seed=SEED)
+    batches: list[MicroBatch] = []
+    for batch in plan.iter_from(SamplerState()):
+        if batch.micro[0].epoch > 0 or len(batches) == count:
+            break
+        batches += batch.micro
+    return GlobalBatch(tuple(batches), SamplerState())
