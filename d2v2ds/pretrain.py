@@ -32,7 +32,7 @@ from d2v2ds.data.sampler import BatchPlan, SamplerState
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.dist.engine import Engine, build_student_engine
-from d2v2ds.dist.saver import Keep
+from d2v2ds.dist.retention import Keep
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import (
     CheckpointError,

@@ -40,29 +40,19 @@ from d2v2ds.dist.consolidate import (
     MANIFEST,
     PARTIAL,
     Manifest,
-    candidate_tags,
     crc32_of,
     named_tag,
     persistent_buffers,
     read_manifest,
     shard_file,
 )
+from d2v2ds.dist.retention import Keep, remove, superseded_tags
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """Which checkpoints outlive the next one. `best` and the newest always do."""
-
-    last: int | None = None
-    """This many of the newest; None keeps all."""
-    every_steps: int | None = None
-    """Those whose step is a multiple of it, for good; None keeps none for its number."""
 
 
 @dataclass(frozen=True)
@@ -343,26 +333,6 @@ def _is_best(folder: Path, validation_loss: float) -> bool:
     except CheckpointError:
         return True  # it is gone or damaged
     return before is None or validation_loss < before
-
-
-def superseded_tags(folder: Path, keep: Keep) -> list[str]:
-    """Finished checkpoints that the policy does not keep, oldest first."""
-    if keep.last is None:
-        return []
-    newest_first = candidate_tags(folder)
-    kept = {*newest_first[: max(keep.last, 1)], named_tag(folder, LATEST), named_tag(folder, BEST)}
-    dropped = [tag for tag in reversed(newest_first) if tag not in kept]
-    if keep.every_steps is None:
-        return dropped
-    steps = {tag: read_manifest(folder / tag).counters["global_steps"] for tag in dropped}
-    return [tag for tag in dropped if steps[tag] % keep.every_steps]
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; under another name first, so that a removal that is interrupted leaves no half one."""
-    doomed = path.with_name(f"{path.name}.old{PARTIAL}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _begin(folder: Path, partial: Path) -> None:

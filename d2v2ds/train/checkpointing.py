@@ -17,7 +17,8 @@ from d2v2ds.data.sampler import BatchPlan, SamplerState
 from d2v2ds.dist import checkpoint, comm
 from d2v2ds.dist.consolidate import candidate_tags, lost_tags
 from d2v2ds.dist.engine import Engine
-from d2v2ds.dist.saver import Keep, SaveOutcome, Saver
+from d2v2ds.dist.retention import Keep
+from d2v2ds.dist.saver import SaveOutcome, Saver
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
 from d2v2ds.train.guard import Guard

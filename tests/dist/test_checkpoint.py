@@ -22,6 +22,7 @@ from d2v2ds.dist.consolidate import (
     read_manifest,
 )
 from d2v2ds.dist.engine import optimizer_step
+from d2v2ds.dist.retention import Keep
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import CheckpointError
 from tests.dist import toy
@@ -114,7 +115,7 @@ def refusals(folder: Path) -> dict[str, str]:
         saver.save(engine, teacher, folder / "odd", "x", {"path": Path("/")}, {})
     train(engine, teacher, 0, 1)
     for step in (1, 2, 3):
-        saver.save(engine, teacher, folder / "pruned", f"step{step}", {}, {}, keep=saver.Keep(last=2))
+        saver.save(engine, teacher, folder / "pruned", f"step{step}", {}, {}, keep=Keep(last=2))
         train(engine, teacher, step, step + 1)
     if comm.rank() == 1:  # a disk that fills up on one rank
         saver.save_file = _full_disk
