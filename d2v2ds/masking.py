@@ -36,6 +36,7 @@ class Stream(IntEnum):
     ORDER = 3
     SHUFFLE = 4
     AUGMENT = 5
+    MIXTURE = 6
 
 
 @dataclass(frozen=True, kw_only=True)

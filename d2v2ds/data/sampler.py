@@ -1,13 +1,13 @@
 """Which rows make which optimizer step: a pure function of (seed, epoch), independent of ranks and workers.
 
-In: the size of every row, a `PlanConfig` and a seed. Out: an endless sequence of global batches, each a
-fixed number of micro-batches, which `for_rank` deals out to any number of ranks. A size counts what the modality
-counts: audio samples, pixels along the side of an image, text tokens.
+In: the size of every row of one or several datasets, a `PlanConfig` and a seed. Out: an endless sequence of global
+batches, each a fixed number of micro-batches, which `for_rank` deals out to any number of ranks. A size counts what the
+modality counts: audio samples, pixels along the side of an image, text tokens.
 
     rows --permute--> windows --cut_micro_batches--> micro-batches --shuffle--> stream --every num_micro--> steps
 
-- A pseudo-random permutation of all rows is cut into windows of at most 65,536 rows. Inside a window the
-  rows are sorted by size, cut greedily into micro-batches, and the micro-batches are shuffled.
+- A pseudo-random permutation of the rows of an epoch (`mixture.py` says which) is cut into windows of at most 65,536
+  rows. Inside a window the rows are sorted by size, cut greedily into micro-batches, and those are shuffled.
 - The micro-batches of all windows and epochs form one stream without gaps; a global batch is its next
   `num_micro` elements. Nothing is dropped: the last global batch of an epoch is completed from the
   beginning of the next one, and a dataset smaller than a global batch repeats inside it.
@@ -20,18 +20,20 @@ that neither the batches nor their order change with the number of ranks.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v2ds.data.mixture import Dataset, Mixture
+from d2v2ds.data.permutation import permute
 from d2v2ds.errors import CheckpointError, ShardError
-from d2v2ds.masking import Stream, hash64, mix64
+from d2v2ds.masking import Stream, hash64
 
 WINDOW_ROWS = 65_536
 """Most rows that are sorted by length together."""
-_FEISTEL_ROUNDS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,25 +102,26 @@ class EpochEstimate:
 
 
 class BatchPlan:
-    """The sequence of global batches over one dataset."""
+    """The sequence of global batches over one dataset, or over a mixture of several."""
 
-    def __init__(self, sizes: NDArray[np.int64], *, config: PlanConfig, seed: int) -> None:
+    def __init__(self, data: NDArray[np.int64] | Sequence[Dataset], *, config: PlanConfig, seed: int) -> None:
         """
         Args:
-            sizes: (N,) of all rows; may be memory-mapped, only windows of it are read.
+            data: the datasets, or (N,) the sizes of the rows of the only one; may be memory-mapped, only windows of
+                them are read.
             config: limits of batches and rows.
             seed: of the run.
 
         Raises:
-            ShardError: the dataset has no rows.
+            ShardError: a dataset has no rows.
         """
-        if len(sizes) == 0:
-            raise ShardError("batch plan: expected at least one row, the dataset has none; pack something first")
         self.config = config
         self.seed = seed
-        self.sizes = np.asarray(sizes)
-        self.num_rows = len(sizes)
-        self.num_windows = math.ceil(self.num_rows / WINDOW_ROWS)
+        self.mixture = Mixture([Dataset(sizes=data)] if isinstance(data, np.ndarray) else data, seed)
+
+    def num_windows(self, epoch: int) -> int:
+        """Windows that an epoch is cut into."""
+        return math.ceil(self.mixture.num_rows(epoch) / WINDOW_ROWS)
 
     def iter_from(self, state: SamplerState) -> Iterator[GlobalBatch]:
         """All global batches from a position on, without end.
@@ -136,7 +139,9 @@ class BatchPlan:
     def _stream(self, state: SamplerState) -> Iterator[tuple[MicroBatch, SamplerState]]:
         """Each micro-batch with the position of the next one."""
         empty_windows = 0
-        while empty_windows < 2 * self.num_windows:  # an only row may lie in the first window, then in the last
+        while empty_windows < 2 * self.num_windows(
+            state.epoch
+        ):  # an only row may lie in the first window, then in the last
             batches = self.window(state.epoch, state.window)
             empty_windows = 0 if batches else empty_windows + 1
             following = self._next_window(state)
@@ -145,57 +150,54 @@ class BatchPlan:
                 yield batches[i], following if last else replace(state, micro=i + 1)
             state = following
         raise ShardError(
-            f"batch plan: expected a row of size {self.config.min_size} or more, found none among {self.num_rows} rows"
+            f"batch plan: expected a row of size {self.config.min_size} or more, found none among "
+            f"{self.mixture.num_rows(state.epoch)} rows"
         )
 
     def _next_window(self, state: SamplerState) -> SamplerState:
-        if state.window + 1 < self.num_windows:
+        if state.window + 1 < self.num_windows(state.epoch):
             return SamplerState(state.epoch, state.window + 1, 0)
         return SamplerState(state.epoch + 1, 0, 0)
 
     def window(self, epoch: int, window: int) -> list[MicroBatch]:
         """The micro-batches of one window, in the order in which they are seen."""
-        start, stop = (i * self.num_rows // self.num_windows for i in (window, window + 1))
-        rows = permute(np.arange(start, stop), self.num_rows, hash64(self.seed, epoch, Stream.ORDER))
-        batches = cut_micro_batches(
-            rows,
-            self._sizes_of(rows),
-            self.config,
-        )
+        num_rows, num_windows = self.mixture.num_rows(epoch), self.num_windows(epoch)
+        start, stop = (i * num_rows // num_windows for i in (window, window + 1))
+        places = permute(np.arange(start, stop), num_rows, hash64(self.seed, epoch, Stream.ORDER))
+        rows = self.mixture.rows(epoch, places)
+        batches = cut_micro_batches(rows, self.mixture.sizes(rows), self.config)
         order = np.argsort(hash64(self.seed, epoch, Stream.SHUFFLE, window, np.arange(len(batches))))
         return [MicroBatch(epoch, *batches[i]) for i in order]
-
-    def _sizes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sizes of some rows, read in file order: twice as fast from a cold disk."""
-        order = np.argsort(rows)
-        sizes = np.empty(len(rows), dtype=np.int64)
-        sizes[order] = self.sizes[rows[order]]
-        return sizes
 
     def estimate_epoch(self) -> EpochEstimate:
         """Steps and amount of one epoch, from its first window."""
         batches = self.window(0, 0)
         size = float(sum(len(b.rows) * b.size for b in batches))
-        steps = len(batches) * self.num_windows / self.config.num_micro
+        num_windows = self.num_windows(0)
+        steps = len(batches) * num_windows / self.config.num_micro
         return EpochEstimate(
             steps=steps,
-            size=size * self.num_windows,
+            size=size * num_windows,
             size_per_step=size / len(batches) * self.config.num_micro if batches else 0.0,
         )
 
-    def state_dict(self, state: SamplerState) -> dict[str, int]:
-        """A position, with everything that gives it its meaning, as plain integers."""
-        return asdict(state) | self._identity()
+    def state_dict(self, state: SamplerState) -> dict[str, Any]:
+        """A position, with everything that gives it its meaning, as a few plain values."""
+        return asdict(state) | self._settings() | self.mixture.state_dict()
 
-    def load_state_dict(self, stored: Mapping[str, int]) -> SamplerState:
+    def load_state_dict(self, stored: Mapping[str, Any], allow_grown: bool = False) -> SamplerState:
         """The position stored by `state_dict`.
+
+        Args:
+            stored: what that returned.
+            allow_grown: whether datasets may have got more rows since. The epoch under way ends without them.
 
         Raises:
             CheckpointError: the stored position counts micro-batches of another dataset or another plan.
         """
         differing = [
             f"{name} was {stored.get(name)}, is {value}"
-            for name, value in self._identity().items()
+            for name, value in self._settings().items()
             if stored.get(name) != value
         ]
         if differing:
@@ -203,11 +205,13 @@ class BatchPlan:
                 f"data position of the checkpoint does not fit this run: {'; '.join(differing)}; "
                 "resume with the same shards and batch settings, or start a new run from the weights"
             )
-        return SamplerState(epoch=stored["epoch"], window=stored["window"], micro=stored["micro"])
+        state = SamplerState(epoch=stored["epoch"], window=stored["window"], micro=stored["micro"])
+        has_begun = (state.window, state.micro) != (0, 0)
+        self.mixture.load_state_dict(stored, next_epoch=state.epoch + has_begun, allow_grown=allow_grown)
+        return state
 
-    def _identity(self) -> dict[str, int]:
+    def _settings(self) -> dict[str, int]:
         return {
-            "num_rows": self.num_rows,
             "seed": self.seed,
             "min_size": self.config.min_size,
             "max_size": self.config.max_size,
@@ -251,33 +255,3 @@ def cut_micro_batches(
         groups.append((rows[start:stop], int(counted[stop - 1 if config.crops else start])))
         start = stop
     return groups
-
-
-def permute(positions: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where a pseudo-random permutation of 0..size-1 sends given positions, in O(1) each.
-
-    A Feistel network permutes the smallest square power of two that holds `size`; a value outside the range
-    is sent through it again until it falls inside, which keeps the whole a permutation (cycle walking).
-
-    Args:
-        positions: (n,) integers below `size`.
-        size: length of the permuted sequence.
-        key: (1,) chooses the permutation.
-
-    Returns:
-        (n,) int64 below `size`.
-    """
-    half_bits = max(2, math.ceil((size - 1).bit_length() / 2))
-    half, low, high = np.uint64(half_bits), np.uint64((1 << half_bits) - 1), np.uint64(64 - half_bits)
-    round_keys = hash64(key, np.arange(_FEISTEL_ROUNDS))
-
-    def network(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = values >> half, values & low
-        for round_key in round_keys:
-            left, right = right, left ^ (mix64(right ^ round_key) >> high)
-        return (left << half) | right
-
-    values = network(positions.astype(np.uint64))
-    while (outside := values >= size).any():
-        values[outside] = network(values[outside])
-    return values.astype(np.int64)

@@ -1,0 +1,197 @@
+"""Which rows of which datasets make an epoch: a pure function of (seed, epoch). No files, no torch.
+
+In: the sizes of the rows of one or several packed folders, and how often each folder is seen. Out: the places of an
+epoch, 0 to `num_rows(epoch) - 1`, and which row lies at each.
+
+- An epoch sees every row of the folders with the largest weight once. Of a folder with half that weight it sees every
+  second row, the others in the next epoch: over 1 / share epochs each row is seen exactly once, in an order that is
+  drawn anew after each such round.
+- A row's number is `dataset << DATASET_BITS | row in the dataset`, so that it stays the same when datasets grow.
+- A dataset may grow between two starts of a run. The epoch under way ends with the rows it began with, so that the
+  position stays what it was; the next one has all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from d2v2ds.data.permutation import permute
+from d2v2ds.errors import CheckpointError, ShardError
+from d2v2ds.masking import Stream, hash64
+
+DATASET_BITS = 40
+"""A row's number inside its dataset is below 2 to this; the number of the dataset is above."""
+
+
+class Identity(Protocol):
+    """What tells a packed folder from another one and from its own earlier state."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the folder."""
+
+    def digest(self, num_shards: int) -> str:
+        """Of its first shards: the same if and only if their rows are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One packed folder."""
+
+    sizes: NDArray[np.int64]
+    """(N,) of its rows; may be memory-mapped."""
+    weight: float = 1.0
+    """How often its rows are seen, relative to those of the other datasets."""
+    identity: Identity | None = None
+    """None for rows that lie in no folder: then their number alone tells them from others."""
+
+
+def split_row_numbers(rows: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The dataset of each row, and its number in there."""
+    numbers = np.asarray(rows, dtype=np.int64)
+    return numbers >> DATASET_BITS, numbers & ((1 << DATASET_BITS) - 1)
+
+
+class Mixture:
+    """The rows of all datasets, epoch by epoch."""
+
+    def __init__(self, datasets: Sequence[Dataset], seed: int) -> None:
+        """
+        Args:
+            datasets: in an order that stays; more may follow later.
+            seed: of the run.
+
+        Raises:
+            ShardError: a dataset has no rows.
+            ValueError: a weight is not positive.
+        """
+        if not datasets or any(len(dataset.sizes) == 0 for dataset in datasets):
+            raise ShardError("batch plan: expected at least one row, the dataset has none; pack something first")
+        if any(not dataset.weight > 0 for dataset in datasets):
+            raise ValueError(f"weights of datasets: expected more than 0, found {[d.weight for d in datasets]}")
+        self.datasets = tuple(datasets)
+        self.seed = seed
+        largest = max(dataset.weight for dataset in datasets)
+        self._shares = [dataset.weight / largest for dataset in datasets]
+        self.history: list[tuple[int, list[int]]] = [(0, [len(dataset.sizes) for dataset in datasets])]
+        """(first epoch, rows of each dataset), oldest first: which rows an epoch is made of."""
+
+    def num_rows(self, epoch: int) -> int:
+        """Rows that an epoch sees."""
+        return sum(last - first for first, last in self._intervals(epoch))
+
+    def rows(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the rows at some places of an epoch.
+
+        Args:
+            epoch: which.
+            places: (n,) below `num_rows(epoch)`.
+
+        Returns:
+            (n,) int64.
+        """
+        counts, found, before = self._counts(epoch), np.empty(len(places), dtype=np.int64), 0
+        for dataset, (first, last) in enumerate(self._intervals(epoch)):
+            inside = (places >= before) & (places < before + last - first)
+            positions = places[inside] - before + first
+            found[inside] = (dataset << DATASET_BITS) | self._row_at(dataset, counts[dataset], positions)
+            before += last - first
+        return found
+
+    def sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) sizes of some rows, read in file order: twice as fast from a cold disk."""
+        order = np.argsort(rows)
+        numbers, local = split_row_numbers(rows[order])
+        sizes = np.empty(len(rows), dtype=np.int64)
+        for dataset in np.unique(numbers):
+            inside = numbers == dataset
+            sizes[order[inside]] = self.datasets[dataset].sizes[local[inside]]
+        return sizes
+
+    def _row_at(self, dataset: int, count: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows at positions of the endless sequence of a dataset's rows."""
+        if self._shares[dataset] == 1.0:
+            return positions % count  # every epoch has all of them; the plan shuffles the whole epoch anyway
+        rounds = positions // count
+        rows = np.empty(len(positions), dtype=np.int64)
+        for number in np.unique(rounds):
+            inside = rounds == number
+            key = hash64(self.seed, int(number), Stream.MIXTURE, dataset)
+            rows[inside] = permute(positions[inside] % count, count, key)
+        return rows
+
+    def _intervals(self, epoch: int) -> list[tuple[int, int]]:
+        """Of each dataset: which positions of the endless sequence of its rows an epoch sees."""
+        return [
+            (int(epoch * share * count), int((epoch + 1) * share * count))
+            for share, count in zip(self._shares, self._counts(epoch), strict=True)
+        ]
+
+    def _counts(self, epoch: int) -> list[int]:
+        """Rows of each dataset in an epoch; 0 for those that came later."""
+        counts = next(counts for first, counts in reversed(self.history) if first <= epoch)
+        return [*counts, *[0] * (len(self.datasets) - len(counts))]
+
+    # ---------------------------------------------------------------- what a checkpoint stores
+
+    def state_dict(self) -> dict[str, Any]:
+        """What gives a position its meaning, as plain values."""
+        return {
+            "datasets": [
+                {
+                    "rows": len(dataset.sizes),
+                    "weight": dataset.weight,
+                    "shards": 0 if dataset.identity is None else dataset.identity.num_shards,
+                    "digest": "" if dataset.identity is None else dataset.identity.digest(dataset.identity.num_shards),
+                }
+                for dataset in self.datasets
+            ],
+            "history": [[first, list(counts)] for first, counts in self.history],
+        }
+
+    def load_state_dict(self, stored: Mapping[str, Any], *, next_epoch: int, allow_grown: bool) -> None:
+        """Go on with the epochs of a checkpoint.
+
+        Args:
+            stored: by `state_dict`.
+            next_epoch: the first one that has not begun.
+            allow_grown: whether rows may have been added since.
+
+        Raises:
+            CheckpointError: other datasets, or grown ones without `allow_grown`; names what differs.
+        """
+        before, now = stored["datasets"], self.state_dict()["datasets"]
+        faults, grown = [], [f"dataset {number} is new" for number in range(len(before), len(now))]
+        if len(before) > len(now):
+            faults.append(f"there were {len(before)} datasets, there are {len(now)}")
+        for number, (old, new) in enumerate(zip(before, now, strict=False)):
+            if old["weight"] != new["weight"]:
+                faults.append(f"the weight of dataset {number} was {old['weight']}, is {new['weight']}")
+            if (old["rows"], old["digest"]) != (new["rows"], new["digest"]):
+                change = f"dataset {number} had {old['rows']} rows, has {new['rows']}"
+                (grown if self._has_grown(number, old) else faults).append(change)
+        if faults:
+            raise CheckpointError(
+                f"data position of the checkpoint does not fit this run: {'; '.join(faults)}, and its first rows are "
+                "not the same; resume with the same shards, or start a new run from the weights"
+            )
+        if grown and not allow_grown:
+            raise CheckpointError(
+                f"the data has grown since the checkpoint: {'; '.join(grown)}; start with --allow-grown to finish the "
+                "epoch with the rows it began with and go on with all of them"
+            )
+        self.history = [(first, list(counts)) for first, counts in stored["history"]]
+        if grown:
+            self.history = [entry for entry in self.history if entry[0] < next_epoch]
+            self.history.append((next_epoch, [len(dataset.sizes) for dataset in self.datasets]))
+
+    def _has_grown(self, number: int, old: Mapping[str, Any]) -> bool:
+        identity = self.datasets[number].identity
+        return (
+            identity is not None
+            and 0 < old["shards"] < identity.num_shards
+            and identity.digest(old["shards"]) == old["digest"]
+        )

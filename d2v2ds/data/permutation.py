@@ -1,0 +1,40 @@
+"""A pseudo-random permutation of any number of rows, of which only the places asked for are computed."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v2ds.masking import hash64, mix64
+
+_FEISTEL_ROUNDS = 6
+
+
+def permute(positions: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where a pseudo-random permutation of 0..size-1 sends given positions, in O(1) each.
+
+    A Feistel network permutes the smallest square power of two that holds `size`; a value outside the range
+    is sent through it again until it falls inside, which keeps the whole a permutation (cycle walking).
+
+    Args:
+        positions: (n,) integers below `size`.
+        size: length of the permuted sequence.
+        key: (1,) chooses the permutation.
+
+    Returns:
+        (n,) int64 below `size`.
+    """
+    half_bits = max(2, math.ceil((size - 1).bit_length() / 2))
+    half, low, high = np.uint64(half_bits), np.uint64((1 << half_bits) - 1), np.uint64(64 - half_bits)
+    round_keys = hash64(key, np.arange(_FEISTEL_ROUNDS))
+
+    def network(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> half, values & low
+        for round_key in round_keys:
+            left, right = right, left ^ (mix64(right ^ round_key) >> high)
+        return (left << half) | right
+
+    values = network(positions.astype(np.uint64))
+    while (outside := values >= size).any():
+        values[outside] = network(values[outside])
+    return values.astype(np.int64)
