@@ -24,7 +24,7 @@ ALLOWED = {
     "summary": {"config", "model", "dist", "masking"},
     "preprocessing": {"data.schema", "data.shards", "data.pixels", "shapes", "errors"},
 }
-ENTRY_POINTS = {"__init__", "pretrain", "verify", "export", "probe", "demo", "provenance", "checkpoints"}
+ENTRY_POINTS = {"__init__", "pretrain", "verify", "export", "probe", "demo", "provenance", "checkpoints", "restart"}
 """May import everything of ours, but nothing may import them except another entry point."""
 
 ONLY_IN = {"deepspeed": {"dist"}, "mpi4py": {"preprocessing"}, "pyarrow": {"data", "preprocessing"}}

@@ -1,0 +1,166 @@
+# Shared body of the job scripts: they `source` it, it is not submitted itself.
+#
+# In:  what SLURM sets in a job, the site values below, the arguments behind the script's name.
+# Out: the functions `pretrain`, `preprocess` and `export_model`, of which a script calls one.
+#
+# Arguments are passed on as words and never evaluated, so spaces, quotes and `$` in them are only characters.
+
+set -euo pipefail
+: "${SLURM_JOB_ID:?submit this script with sbatch}"
+D2V2DS_HOME=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+# ------------------------------------------------------------------ site values
+# Change them in slurm/site.env, of which site.env.example is a template; git does not know that file.
+# Partition and account are read by sbatch before this file is: that template says how they are given.
+
+D2V2DS_MODULES=()                # `module load` these
+D2V2DS_VENV=$D2V2DS_HOME/.venv   # Python environment to activate; empty for none
+D2V2DS_PREFIX=()                 # words before `python`, such as those that enter a container
+D2V2DS_SRUN=()                   # more options of srun
+D2V2DS_MPI=pmi2                  # how packers find their MPI ranks; `srun --mpi=list` names the others
+D2V2DS_RAW=$D2V2DS_HOME/raw      # raw data: audio/, image/, text/
+D2V2DS_DATA=$D2V2DS_HOME/data    # packed shards: audio/, image/, text/
+D2V2DS_RUNS=$D2V2DS_HOME/runs    # a folder for each run, named like its configuration
+
+D2V2DS_SITE=${D2V2DS_SITE:-$D2V2DS_HOME/slurm/site.env}
+# shellcheck source=/dev/null
+if [[ -f $D2V2DS_SITE ]]; then source "$D2V2DS_SITE"; fi
+
+# ------------------------------------------------------------------ helpers
+
+say() { printf '%(%F %T)T job %s: %s\n' -1 "$SLURM_JOB_ID" "$*"; }
+
+fail() {
+    say "error: $*" >&2
+    exit 2
+}
+
+# Modules, Python and the numbers that tasks need to find each other.
+prepare() {
+    set +u # other people's scripts
+    if ((${#D2V2DS_MODULES[@]})); then module load "${D2V2DS_MODULES[@]}"; fi
+    if [[ $D2V2DS_VENV ]]; then source "$D2V2DS_VENV/bin/activate"; fi
+    set -u
+    export PYTHONPATH="$D2V2DS_HOME${PYTHONPATH:+:$PYTHONPATH}" # the code beside these scripts
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    # since 22.05 srun does not take it over from sbatch by itself
+    if [[ ${SLURM_CPUS_PER_TASK-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+}
+
+# The first node of the job, and a port that two jobs on one node do not share.
+rendezvous() {
+    local nodes
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR=${nodes[0]:?scontrol cannot expand the node list $SLURM_JOB_NODELIST}
+    export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+}
+
+# ------------------------------------------------------------------ signals
+# TERM, USR1 or HUP to this shell become USR1 to srun, which passes it to every rank: all save and exit with 75. (TERM
+# would make srun end the step.)
+
+warned='' interrupted='' step=''
+
+warn() {
+    warned=$1 interrupted=1
+    say "got SIG$1; asking all ranks to save"
+    if [[ $step ]]; then kill -USR1 "$step" 2>/dev/null || true; fi
+}
+
+# Run a command in the background, where a trap runs at once; the result is its own exit status in `code`.
+run_step() {
+    "$@" </dev/null &
+    step=$!
+    interrupted=1
+    while [[ $interrupted ]]; do # `wait` also ends when a trap has run
+        interrupted='' code=0
+        wait "$step" || code=$?
+    done
+    step=''
+}
+
+# ------------------------------------------------------------------ what scripts call
+
+# Train, and go back into the queue if the run is not finished and can go on.
+#   pretrain CONFIG [section.field=value ...]; a later `--config NAME` or value wins
+pretrain() {
+    local config=$1 run='' overrides=() log code=0 restart=${SLURM_RESTART_COUNT:-0} verdict
+    shift
+    while (($#)); do
+        case $1 in
+        --config) config=${2:?--config needs a name} && shift ;;
+        --config=*) config=${1#*=} ;;
+        run.dir=*) run=${1#*=} ;;
+        *) overrides+=("$1") ;;
+        esac
+        shift
+    done
+    run=${run:-$D2V2DS_RUNS/$config}
+    if [[ ${SLURM_GPUS_ON_NODE:-0} != 0 && ${SLURM_NTASKS_PER_NODE-} != "$SLURM_GPUS_ON_NODE" ]]; then
+        fail "expected a task for each GPU, found --ntasks-per-node=${SLURM_NTASKS_PER_NODE-}" \
+            "and $SLURM_GPUS_ON_NODE GPUs on a node; give both options the same number"
+    fi
+    trap 'warn USR1' USR1
+    trap 'warn TERM' TERM
+    trap 'warn HUP' HUP
+    prepare
+    rendezvous
+    mkdir -p -- "$run/logs" || fail "run.dir $run cannot be made"
+    log=$run/logs/job$SLURM_JOB_ID.restart$restart.log
+    say "restart $restart on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks; what they say: $log"
+    # A rank that ends must not have the others killed, for all ranks end with 75 one after another; but one that is
+    # left alone hangs, so that the step ends a minute after the first rank.
+    run_step srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label --open-mode=append --output="${log//%/%%}" \
+        "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
+        python -m d2v2ds.pretrain --config "$config" "${overrides[@]}" run.dir="$run"
+    say "ranks ended with $code"
+    trap '' USR1 TERM HUP
+    verdict=$("${D2V2DS_PREFIX[@]}" python -m d2v2ds.restart --run "$run" --code "$code" --job "$SLURM_JOB_ID" \
+        --restart "$restart" --warned "$warned") || say "no verdict, so this job stops"
+    if [[ $verdict == requeue ]]; then requeue; fi
+    exit "$code"
+}
+
+# Back into the queue, unless SLURM is ending this job: then it was cancelled, or is being requeued by SLURM itself.
+requeue() {
+    local try answer state
+    for try in 1 2 3 4 5 6; do
+        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>&1) || true
+        if [[ $state =~ ^(COMPLETING|CANCELLED|PENDING|PREEMPTED|NODE_FAIL|TIMEOUT)$ ]]; then
+            say "not requeued from here: SLURM itself is ending or requeuing this job ($state)"
+            return
+        fi
+        if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+            say "requeued"
+            return
+        fi
+        say "attempt $try to requeue failed: $answer"
+        sleep 10
+    done
+    say "NOT REQUEUED: submit the same command again to go on" >&2
+}
+
+# Pack shards with one MPI rank per task; in a job array, only this task's part of the shards and no index.
+#   preprocess MODULE [option ...]
+preprocess() {
+    local module=$1 part=()
+    shift
+    if [[ ${SLURM_ARRAY_TASK_ID-} ]]; then
+        if ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_MAX + 1 != SLURM_ARRAY_TASK_COUNT)); then
+            fail "expected --array=0-N without gaps, found $SLURM_ARRAY_TASK_COUNT tasks from" \
+                "$SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX; a missing part is packed by the last job, without --array"
+        fi
+        part=(--part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
+    fi
+    prepare
+    exec srun --export=ALL --mpi="$D2V2DS_MPI" --kill-on-bad-exit=1 "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
+        python -m "$module" "$@" "${part[@]}" </dev/null
+}
+
+# Write a run's weights as one file.
+#   export_model RUN --to FILE [option ...]
+export_model() {
+    prepare
+    exec srun --export=ALL --nodes=1 --ntasks=1 "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
+        python -m d2v2ds.export "$@" </dev/null
+}
