@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.train_tokenizer != (options.vocab_size is not None):
         parser.error("--train-tokenizer and --vocab-size N belong together")
+    if options.part and options.train_tokenizer:
+        parser.error("--part with --train-tokenizer: parts on two machines could train two tokenizers; train one on a "
+                     "sample first and give its file as --tokenizer")  # fmt: skip
     settings = TextSettings(
         documents=DocumentOptions(
             document=options.document,

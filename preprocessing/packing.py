@@ -2,7 +2,9 @@
 
 The inputs are scanned, a plan is made, each shard is packed by one process, and the leader writes the index at the
 end. Killed and started again with the same command, a packing keeps finished shards and ends with the same bytes.
-What a modality adds is its `Packer`; ``pack_MODALITY.py`` holds that and the command line.
+Several commands may pack a part of the shards each at the same time (`--part`); one without a part then finds all of
+them finished and writes the index. What a modality adds is its `Packer`; ``pack_MODALITY.py`` holds that and the
+command line.
 
 Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but more files than
 --max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run again.
@@ -13,6 +15,7 @@ import datetime
 import json
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import sys
@@ -31,6 +34,7 @@ from d2v2ds.data.schema import (
     FileEntry,
     Index,
     file_crc32,
+    move_into_place,
     read_index,
     write_index,
     write_json,
@@ -95,6 +99,13 @@ def common_parser(
         metavar="BYTES",
         help=f"about this size ({shard_bytes >> 20}M)",
     )
+    add(
+        "--part",
+        type=parse_part,
+        metavar="I/N",
+        help="pack every N-th shard from shard I on and write no index, beside N - 1 commands that pack the others; "
+        "the same command without --part, after all of them, writes it",
+    )
     add("--max-skipped", type=float, default=0.01, metavar="SHARE", help="exit 3 above this share (%(default)s)")
     return parser
 
@@ -119,6 +130,7 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
                 options.output,
                 packer,
                 f"{options.program} {shlex.join(arguments or sys.argv[1:])}",
+                options.part,
             )
     except D2V2Error as error:
         if leads:
@@ -127,6 +139,10 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if index is None:
+        if leads:
+            print(f"{options.output}: part {'/'.join(map(str, options.part))} is packed; no index yet")
+        return 0
     share = index.files_skipped / max(1, index.files)
     too_many = share > options.max_skipped
     if leads:
@@ -140,19 +156,38 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
     return EXIT_TOO_MANY_SKIPPED if too_many else 0
 
 
-def pack(team: Team, inputs: Sequence[Path], output: Path, packer: Packer, command: str = "") -> Index:
+def pack(
+    team: Team,
+    inputs: Sequence[Path],
+    output: Path,
+    packer: Packer,
+    command: str = "",
+    part: tuple[int, int] | None = None,
+) -> Index | None:
     """Pack `inputs` into the shard folder `output`; every process of the team calls this.
+
+    Args:
+        team: who packs.
+        inputs: what `Packer.scan` takes.
+        output: a new folder, or one to go on with.
+        packer: of the modality.
+        command: noted in the index.
+        part: (I, N) packs only shards whose number is I modulo N and writes no index; None packs all.
+
+    Returns:
+        The index; None after a part, unless the folder was finished before.
 
     Raises:
         ConfigError: if inputs, settings or the output folder do not fit; nothing has been packed then.
         ShardError: if the disk is full.
     """
     plan = packer.scan(team, inputs)
-    results = team.share(lambda: _prepare(output, packer, plan))
+    results = team.share(lambda: _prepare(output, packer, plan, part))
     if isinstance(results, Index):
         return results
     beside = team.share(lambda: packer.make_beside(output, plan))
-    todo = [number for number, result in enumerate(results) if result is None]
+    first, step = part or (0, 1)
+    todo = [number for number in range(first, len(results), step) if results[number] is None]
     jobs = [ShardJob(number=number, folder=output, units=plan.shards[number], packer=packer) for number in todo]
     units = [unit for job in jobs for unit in job.units]
     progress = Progress("packing", sum(unit.files for unit in units), sum(unit.size for unit in units), packer.measure)
@@ -160,6 +195,8 @@ def pack(team: Team, inputs: Sequence[Path], output: Path, packer: Packer, comma
         results[number] = result
     if team.is_leader:
         progress.finish()
+    if part is not None:
+        return None
     finished: list[ShardResult] = [result for result in results if result is not None]
     return team.share(lambda: _finish(output, packer, plan, finished, beside, command, team.size))
 
@@ -205,7 +242,17 @@ def parse_bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _prepare(output: Path, packer: Packer, plan: Plan) -> Index | list[ShardResult | None]:
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse ``I/N``, a number from 0 to N - 1 and how many parts there are."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, such as 0/10, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _prepare(
+    output: Path, packer: Packer, plan: Plan, part: tuple[int, int] | None
+) -> Index | list[ShardResult | None]:
     """Make or recognise the output folder: the index if it is finished, else what is finished of each shard.
 
     Raises:
@@ -219,18 +266,22 @@ def _prepare(output: Path, packer: Packer, plan: Plan) -> Index | list[ShardResu
         _check_same(output, {**index.settings, **{name: getattr(index, name) for name in own}}, wanted)
         shutil.rmtree(packing, ignore_errors=True)
         return index
+    # looked for before the plan: another part may begin meanwhile, and writes its plan before its first shard
+    is_foreign = output.exists() and any(path.name != PACKING_NAME for path in output.iterdir())
     if (packing / _PLAN_NAME).exists():
         _check_same(output, json.loads((packing / _PLAN_NAME).read_text(encoding="utf-8")), wanted)
-        for leftover in packing.glob("*.tmp"):
+        for leftover in packing.glob("*.tmp") if part is None else ():  # another part may be writing them
             leftover.unlink(missing_ok=True)
         return [finished_shard(output, packer.modality, number) for number in range(len(plan.shards))]
-    if output.exists() and any(path.name != PACKING_NAME for path in output.iterdir()):
+    if is_foreign:
         raise ConfigError(
             f"--output {output}: expected an empty folder or an unfinished packing, found other files; "
             "take another folder or empty this one"
         )
     packing.mkdir(parents=True, exist_ok=True)
-    write_json(packing / _PLAN_NAME, wanted)
+    draft = packing / f"{secrets.token_hex(8)}.tmp"  # parts on two machines may have the same process id
+    write_json(draft, wanted)
+    move_into_place(draft, packing / _PLAN_NAME)
     return [None] * len(plan.shards)
 
 

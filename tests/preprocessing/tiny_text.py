@@ -95,6 +95,8 @@ class TinyPacker:
         return {}
 
 
-def pack_tiny(output: Path, lengths: Sequence[int], workers: int = 1, **settings: Any) -> Index:
-    """A folder of text with rows of these lengths."""
-    return pack(LocalTeam(workers), [], output, TinyPacker(TinySettings(tuple(lengths), **settings)))
+def pack_tiny(
+    output: Path, lengths: Sequence[int], workers: int = 1, part: tuple[int, int] | None = None, **settings: Any
+) -> Any:
+    """A folder of text with rows of these lengths, or a part of it: its index, None for a part."""
+    return pack(LocalTeam(workers), [], output, TinyPacker(TinySettings(tuple(lengths), **settings)), part=part)
