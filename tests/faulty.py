@@ -62,6 +62,15 @@ def install(name: str, rank: int, at_step: int) -> None:
 
     if name == "poison":
         poison()
+    elif name == "kill_in_return":
+        poison()
+        inner_return = loop.Trainer._roll_back
+
+        def killed(self: loop.Trainer) -> None:
+            inner_return(self)
+            _die()
+
+        loop.Trainer._roll_back = killed  # type: ignore[method-assign]
     elif name == "sleep":
         before(lambda: time.sleep(30))
     elif name == "stop":

@@ -8,13 +8,16 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
-from d2v2ds.dist.consolidate import candidate_tags, named_tag, read_manifest
-from tests.runs import STEPS, Ranks, deterministic, pack_clips, records, weights
+from d2v2ds.dist.consolidate import candidate_tags, file_faults, named_tag, read_manifest
+from tests.runs import ROOT, STEPS, Ranks, deterministic, pack_clips, records, weights
 
 pytestmark = pytest.mark.distributed
 
@@ -72,11 +75,8 @@ def kill_all_at_random(count: int, shards: Path, unbroken: Path, tmp_path: Path,
                 ranks.until(lambda goal=goal: records(run_dir) >= min(goal, STEPS - 1))  # type: ignore[misc]
             else:
                 ranks.until(lambda: "ranks on cpu" in ranks.printed(0))  # it is about to begin
-            threshold = draws.uniform(0.0, 0.25)
-            try:
-                ranks.processes[0].wait(timeout=threshold)
-            except Exception as error:  # noqa: BLE001
-                assert type(error).__name__ == "TimeoutExpired"
+            with suppress(subprocess.TimeoutExpired):
+                ranks.processes[0].wait(timeout=draws.uniform(0.0, 0.25))
             for process in ranks.processes:
                 process.kill()
             ranks.wait()
@@ -130,16 +130,63 @@ def test_signalled_run_saves_within_a_step_and_goes_on(
 # ------------------------------------------------------------------ other ranks, other stages
 
 
-@pytest.fixture
-def half_way(unbroken: Path, tmp_path: Path) -> Path:
-    """The unbroken run as it stood after step 4."""
-    shutil.copytree(unbroken, tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoints"
-    for tag in candidate_tags(folder):
-        if tag > "step00000004":
-            shutil.rmtree(folder / tag)
-    (folder / "latest").write_text("step00000004")
-    return tmp_path / "run"
+EXACT = ["run.total_steps=24", "run.save_every_steps=4", "run.keep_checkpoints=0", "run.health_every_steps=100"]
+EXACT_STEPS = 24
+
+
+def fp32(stage: int, folder: Path) -> str:
+    """The shipped configuration of a stage, in fp32, so that sums in another order differ by little."""
+    name = f"zero{stage}_bf16.json" if stage else "zero0_fp32_debug.json"
+    shipped = json.loads((ROOT / "ds_configs" / name).read_text())
+    shipped["bf16"] = {"enabled": False}
+    shipped.pop("data_types", None)
+    path = folder / f"zero{stage}_fp32.json"
+    path.write_text(json.dumps(shipped))
+    return f"engine.deepspeed={path}"
+
+
+@pytest.fixture(scope="module")
+def exact(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks at stage 3 in fp32, without a break."""
+    folder = tmp_path_factory.mktemp("exact")
+    with Ranks(2, shards, folder / "run", *EXACT, fp32(3, folder), logs=folder) as ranks:
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([(2, 3), (1, 3)], id="2-to-1"),
+        pytest.param([(2, 3), (2, 1), (2, 3)], id="stage-3-to-1-to-3"),
+        pytest.param([(2, 3), (4, 3)], id="2-to-4", marks=pytest.mark.slow),
+        pytest.param([(4, 3), (2, 3)], id="4-to-2", marks=pytest.mark.slow),
+        pytest.param([(1, 2), (3, 1), (1, 0), (2, 3)], id="all-stages", marks=pytest.mark.slow),
+    ],
+)
+def test_run_goes_on_with_other_ranks_and_stages(
+    parts: list[tuple[int, int]], shards: Path, exact: Path, tmp_path: Path
+) -> None:
+    """Each part but the last is stopped by a signal; the whole has seen the same batches and learned the same."""
+    run_dir, stops = tmp_path / "run", [EXACT_STEPS * (i + 1) // len(parts) for i in range(len(parts) - 1)]
+    for number, (world, stage) in enumerate(parts):
+        extra = [*EXACT, fp32(stage, tmp_path)]
+        with Ranks(world, shards, run_dir, *extra, logs=tmp_path / str(number)) as ranks:
+            if number < len(stops):
+                ranks.until(lambda goal=stops[number] - 2: records(run_dir) >= goal)  # type: ignore[misc]
+                ranks.processes[-1].send_signal(signal.SIGTERM)
+                assert ranks.wait() == [75] * world, ranks.printed(0)[-3000:]
+            else:
+                assert ranks.wait() == [0] * world, ranks.printed(0)[-3000:]
+    expected, found = deterministic(exact), deterministic(run_dir)
+    for a, b in zip(expected, found, strict=True):
+        for name in ("step", "data/hours", "data/epoch", "mask/fraction", "optim/lr", "ema/decay"):
+            assert a[name] == b[name], name
+        assert b["loss/regression"] == pytest.approx(a["loss/regression"], rel=1e-4)
+    wanted, got = weights(exact, EXACT_STEPS), weights(run_dir, EXACT_STEPS)
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(tensor, got[name], rtol=1e-3, atol=2e-5), name
 
 
 # ------------------------------------------------------------------ damaged checkpoints
@@ -209,31 +256,54 @@ def test_bad_data_is_noted_and_left_behind(shards: Path, unbroken: Path, tmp_pat
 
 def test_run_that_went_back_remembers_the_data_it_left_behind(shards: Path, tmp_path: Path) -> None:
     """Killed right after the return, it does not run into the same data again."""
-    run_dir = tmp_path / "run"
-    extra = ["health.max_nonfinite_steps=3", "fault=poison,1,4", "run.total_steps=12"]
-    with Ranks(2, shards, run_dir, *extra, logs=tmp_path / "whole") as ranks:
-        assert ranks.wait() == [0, 0]
-    shutil.copytree(run_dir, tmp_path / "other")
-    folder = tmp_path / "other" / "checkpoints"
-    assert named_tag(folder, "latest") == "step00000012"
-    # As it stood after the return: the checkpoint it went back to is still the newest.
-    with Ranks(2, shards, tmp_path / "first", *extra, "run.keep_checkpoints=0", logs=tmp_path / "first") as ranks:
-        ranks.until(lambda: (tmp_path / "first" / "rollbacks.jsonl").exists())
-        for process in ranks.processes:
-            process.kill()
-    tags = candidate_tags(tmp_path / "first" / "checkpoints")
-    if tags[0] != "step00000002":
-        pytest.skip("it had saved again before the kill")
-    finish(2, shards, tmp_path / "first", "run.total_steps=12", "run.keep_checkpoints=0")
-    after, expected = deterministic(tmp_path / "first"), deterministic(run_dir)
-    assert [record["loss/regression"] for record in after[4:]] == [r["loss/regression"] for r in expected[4:]]
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    extra = ["health.max_nonfinite_steps=4", "run.total_steps=12"]
+    with Ranks(2, shards, whole, *extra, "fault=poison,1,4", logs=whole.parent) as ranks:
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+    with Ranks(2, shards, killed, *extra, "fault=kill_in_return,1,4", logs=killed.parent) as ranks:
+        assert ranks.wait() == [-signal.SIGKILL, -signal.SIGKILL]
+    finish(2, shards, killed, *extra)  # without the poison: it lies behind
+    assert deterministic(killed)[3:] == deterministic(whole)[3:]
+
+
+def test_run_ends_where_going_back_does_not_help(shards: Path, tmp_path: Path) -> None:
+    extra = ["health.max_nonfinite_steps=2", "health.max_rollbacks=1", "run.save_every_steps=1", "fault=poison,1,3"]
+    with Ranks(2, shards, tmp_path / "run", *extra, logs=tmp_path) as ranks:
+        assert ranks.wait() == [4, 4], ranks.printed(0)[-3000:]
+        assert "2 steps in a row had a loss or gradient that is not finite, after 1 returns" in ranks.printed(0)
+
+
+# ------------------------------------------------------------------ ranks that are late
+
+
+LATE = ["health.late_seconds=2", "health.late_factor=5"]
+
+
+def test_late_rank_is_named_with_the_line_it_is_in(shards: Path, tmp_path: Path) -> None:
+    with Ranks(2, shards, tmp_path / "run", *LATE, "fault=sleep,1,4", logs=tmp_path) as ranks:
+        ranks.until(lambda: "rank 1 is late in" in ranks.printed(0))
+        ranks.until(lambda: "wait for others" in ranks.printed(0))
+        said = ranks.printed(0)
+    assert "the step after 3 takes" in said
+    assert "time.sleep(30)" in said.split("rank 1 is late in")[1]
+    assert "ranks 0 wait for others" in said
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_stopped_rank_is_missed(stopped: int, shards: Path, tmp_path: Path) -> None:
+    """A process that does nothing at all leaves no word; if it is rank 0, the others cannot even ask."""
+    with Ranks(2, shards, tmp_path / "run", *LATE, f"fault=stop,{stopped},4", logs=tmp_path) as ranks:
+        other = 1 - stopped
+        expected = "no word from ranks 1: stopped, gone" if stopped else "rank 0 does not answer: it is stopped or gone"
+        ranks.until(lambda: expected in ranks.printed(other))
+
+
+# ------------------------------------------------------------------ disks and clocks
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB."""
-    import subprocess
-
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], check=False)
@@ -241,6 +311,57 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a small file system needs the right to mount")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_ends_the_run_at_the_second_failure(shards: Path, small_disk: Path, tmp_path: Path) -> None:
+    """One checkpoint of 2 MB fits, the next does not: it says so and goes on; the third ends it, the first is whole."""
+    run_dir = small_disk / "run"
+    with Ranks(2, shards, run_dir, "run.keep_checkpoints=0", "run.total_steps=40", logs=tmp_path) as ranks:
+        assert ranks.wait() == [7, 7], ranks.printed(0)[-3000:]
+        said = ranks.printed(0)
+    assert said.count("was NOT written, earlier ones are intact") == 2
+    assert "No space left on device" in said
+    assert "the run goes on; a second failure will end it" in said
+    folder = run_dir / "checkpoints"
+    newest = folder / candidate_tags(folder)[0]
+    manifest = read_manifest(newest)
+    assert not file_faults(newest, manifest, manifest.files)
+    assert not list(folder.glob("*.partial")), "what could not be finished does not fill the disk"
+
+
+def test_full_disk_that_is_cleared_costs_one_checkpoint(
+    shards: Path, unbroken: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    run_dir = small_disk / "run"
+    with Ranks(2, shards, run_dir, "run.keep_checkpoints=1", "run.async_checkpoints=false", logs=tmp_path) as ranks:
+        ranks.until(lambda: named_tag(run_dir / "checkpoints", "latest") == "step00000002")
+        ballast = small_disk / "ballast"
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(b"x" * 4096):
+                pass
+        ranks.until(lambda: "was NOT written" in ranks.printed(0))
+        ballast.unlink()
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+    expected, found = weights(unbroken, STEPS), weights(run_dir, STEPS)
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+def test_curves_that_cannot_be_written_do_not_stop_the_run(shards: Path, unbroken: Path, tmp_path: Path) -> None:
+    """TensorBoard's folder is a file, and the metrics are taken away while the run goes on."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "tensorboard").write_text("in the way")
+    with Ranks(2, shards, run_dir, logs=tmp_path) as ranks:
+        ranks.until(lambda: records(run_dir) >= 3)
+        (run_dir / "metrics.jsonl").unlink()
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+        said = ranks.printed(0)
+    assert "TensorBoard cannot be written, the run goes on without" in said
+    assert "metrics.jsonl is gone; writing a new one" in said
+    assert deterministic(run_dir)[-1] == deterministic(unbroken)[-1]
+
+
+# ------------------------------------------------------------------ which checkpoints stay
 
 
 def test_best_and_milestones_are_kept(shards: Path, tmp_path: Path) -> None:

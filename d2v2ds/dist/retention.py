@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from d2v2ds.dist import durable
 from d2v2ds.dist.consolidate import BEST, LATEST, PARTIAL, candidate_tags, named_tag, read_manifest
 
 
@@ -15,6 +16,9 @@ class Keep:
     """This many of the newest; None keeps all."""
     every_steps: int | None = None
     """Those whose step is a multiple of it, for good; None keeps none for its number."""
+
+
+KEEP_ALL = Keep()
 
 
 def superseded_tags(folder: Path, keep: Keep) -> list[str]:
@@ -35,3 +39,12 @@ def remove(path: Path) -> None:
     doomed = path.with_name(f"{path.name}.old{PARTIAL}")
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def abandon_after(folder: Path, tag: str) -> None:
+    """Make a checkpoint the newest again, and remove those of later steps."""
+    durable.replace_text(folder / LATEST, tag)
+    step = read_manifest(folder / tag).counters["global_steps"]
+    for other in candidate_tags(folder):
+        if read_manifest(folder / other).counters["global_steps"] > step:
+            remove(folder / other)

@@ -17,7 +17,6 @@ import io
 import json
 import logging
 import math
-import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v2ds.dist import comm, zero
+from d2v2ds.dist import comm, durable, zero
 from d2v2ds.dist.consolidate import (
     BEST,
     FORMAT_VERSION,
@@ -46,7 +45,7 @@ from d2v2ds.dist.consolidate import (
     read_manifest,
     shard_file,
 )
-from d2v2ds.dist.retention import Keep, remove, superseded_tags
+from d2v2ds.dist.retention import KEEP_ALL, Keep, remove, superseded_tags
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import CheckpointError
 
@@ -92,7 +91,7 @@ class Saver:
         engine: DeepSpeedEngine,
         teacher: Teacher | None,
         folder: Path,
-        keep: Keep = Keep(),
+        keep: Keep = KEEP_ALL,
         asynchronous: bool = True,
     ) -> None:
         """
@@ -265,7 +264,7 @@ def save(
     tag: str,
     client_state: Mapping[str, Any],
     rank_state: Mapping[str, Any],
-    keep: Keep = Keep(),
+    keep: Keep = KEEP_ALL,
 ) -> Path:
     """Write one checkpoint and wait for it; `Saver` says what the arguments mean. Collective.
 
@@ -296,7 +295,7 @@ def _write(snapshot: _Snapshot, partial: Path) -> _Written:
             written.append(partial / name)
             written[-1].write_bytes(blob)
         for file in written:
-            _sync(file)
+            durable.sync(file)
         return {file.name: {"bytes": file.stat().st_size, "crc32": crc32_of(file)} for file in written}, ""
     except (OSError, SafetensorError) as error:
         return {}, f"rank {comm.rank()}: {error}"
@@ -306,15 +305,15 @@ def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
     """Give the finished folder its name, move `latest` and `best`, drop what is too old; returns what went wrong."""
     folder = target.parent
     try:
-        _write_text(partial / MANIFEST, manifest.to_json())
-        _sync(partial)
+        durable.write_text(partial / MANIFEST, manifest.to_json())
+        durable.sync(partial)
         if target.exists():
             remove(target)
         partial.rename(target)
-        _sync(folder)
-        _replace_text(folder / LATEST, target.name)
+        durable.sync(folder)
+        durable.replace_text(folder / LATEST, target.name)
         if manifest.validation_loss is not None and _is_best(folder, manifest.validation_loss):
-            _replace_text(folder / BEST, target.name)
+            durable.replace_text(folder / BEST, target.name)
         for tag in superseded_tags(folder, keep):
             remove(folder / tag)
     except OSError as error:
@@ -354,25 +353,3 @@ def _to_bytes(state: Mapping[str, Any]) -> bytes:
             f"Saver.save: state may hold only plain containers, numbers, strings and tensors: {error}"
         ) from error
     return buffer.getvalue()
-
-
-def _sync(path: Path) -> None:
-    """Make a file's or folder's content durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Change a small file in one step: readers see the old text or the new one."""
-    fresh = path.with_name(path.name + ".tmp")
-    _write_text(fresh, text)
-    fresh.replace(path)
-    _sync(path.parent)

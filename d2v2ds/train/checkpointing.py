@@ -17,7 +17,7 @@ from d2v2ds.data.sampler import BatchPlan, SamplerState
 from d2v2ds.dist import checkpoint, comm
 from d2v2ds.dist.consolidate import candidate_tags, lost_tags
 from d2v2ds.dist.engine import Engine
-from d2v2ds.dist.retention import Keep
+from d2v2ds.dist.retention import Keep, abandon_after
 from d2v2ds.dist.saver import SaveOutcome, Saver
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
@@ -170,6 +170,7 @@ class Checkpoints:
         stored = state["sampler"]
         if returns := self._rollbacks_to(self.progress.step):
             stored = returns[-1]["sampler"]  # past the data that the run went back for
+            self.guard.load_state_dict(returns[-1]["guard"])
         self.progress.sampler = {name: plan.load_state_dict(stored[name]) for name, plan in self.plans.items()}
         logger.info("resumed at step %d from %s", self.progress.step, restored.tag)
         return True
@@ -196,8 +197,13 @@ class Checkpoints:
         returns = len(self._rollbacks_to(restored.client_state["step"])) + 1
         guard.after_rollback(step, returns)
         self.progress.step, self.progress.seen = restored.client_state["step"], dict(restored.client_state["seen"])
-        record = {"at_step": step, "to_step": self.progress.step, "sampler": self._positions()}
-        if fault := comm.on_rank0(lambda: self._note_rollback(record)):
+        record = {
+            "at_step": step,
+            "to_step": self.progress.step,
+            "sampler": self._positions(),
+            "guard": guard.state_dict(),
+        }
+        if fault := comm.on_rank0(lambda: self._note_rollback(record, restored.tag)):
             raise SaveError(f"{self._rollbacks_file} cannot be written: {fault}; make room, and start the same command")
         logger.warning(
             "went back from step %d to step %d (return %d of %d), and on with the data after it",
@@ -208,12 +214,13 @@ class Checkpoints:
         """Of the data, with what gives them their meaning."""
         return {name: plan.state_dict(self.progress.sampler[name]) for name, plan in self.plans.items()}
 
-    def _note_rollback(self, record: Mapping[str, Any]) -> None:
-        """For a run that is stopped before it saves again, and would run into the same data."""
+    def _note_rollback(self, record: Mapping[str, Any], tag: str) -> None:
+        """For a run that is stopped before it saves again: it would run into the same data, from a later step."""
         with self._rollbacks_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        abandon_after(self.folder, tag)
 
     def _rollbacks_to(self, step: int) -> list[dict[str, Any]]:
         """Earlier returns to the checkpoint of a step, oldest first; the same on every rank."""

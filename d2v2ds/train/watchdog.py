@@ -89,13 +89,23 @@ class Watchdog:
         took = f"the step after {step} takes {seconds:.0f} s so far, {ratio:.0f} x the median"
         if not own["waits"]:
             logger.warning("%s; rank %d is busy in\n%s", took, comm.rank(), own["stack"])
+        # In a thread of its own: the store lives in rank 0's process, and a stopped one never answers.
+        answered = threading.Event()
+        threading.Thread(target=self._leave_word, args=(step, own, answered), daemon=True).start()
+        if not answered.wait(ANSWER_SECONDS):
+            logger.warning("%s; rank 0 does not answer: it is stopped or gone", took)
+        elif comm.rank() == 0:
+            self._ended.wait(ANSWER_SECONDS)
+            logger.warning("%s: %s", took, describe(self._words(step)))
+
+    def _leave_word(self, step: int, word: dict[str, Any], answered: threading.Event) -> None:
+        key = f"{step}/{comm.rank()}"
         try:
-            self._store.set(f"{step}/{comm.rank()}", json.dumps(own))
-            if comm.rank() == 0:
-                self._ended.wait(ANSWER_SECONDS)
-                logger.warning("%s: %s", took, describe(self._words(step)))
-        except (RuntimeError, ValueError) as error:  # of the store, which runs in rank 0's process
-            logger.warning("%s; rank 0 does not answer: it is stopped or gone (%s)", took, error)
+            self._store.set(key, json.dumps(word))
+            self._store.get(key)  # `set` alone waits for no answer
+        except RuntimeError:
+            return  # rank 0 is gone: said by whoever waits for the answer
+        answered.set()
 
     def _words(self, step: int) -> list[dict[str, Any] | None]:
         """What each rank left, in rank order."""

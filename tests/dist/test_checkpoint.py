@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v2ds.dist import checkpoint, comm, saver, zero
+from d2v2ds.dist import checkpoint, comm, durable, saver, zero
 from d2v2ds.dist.consolidate import (
     candidate_tags,
     iterate_student,
@@ -155,9 +155,9 @@ def killed_in_save(folder: Path, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "shards":
-        saver._sync = die
+        durable.sync = die
     else:
-        saver._replace_text = die  # all files are there, only `latest` is not moved
+        durable.replace_text = die  # all files are there, only `latest` is not moved
     saver.save(engine, teacher, folder, "step2", {}, {})
 
 
