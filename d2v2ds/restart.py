@@ -32,8 +32,9 @@ STOPS = {
 SAME_CRASHES = 3
 """Crashes in a row with one exit code and no new checkpoint after which a job stops."""
 FRUITLESS_CRASHES = 6
-"""The same with different exit codes: which rank dies first is often chance."""
+"""The same whatever the exit codes, for which rank dies first is often chance, and whether warned or not."""
 FILE_NAME = "attempts.jsonl"
+_THEN = "mend the cause, then submit again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +83,23 @@ def decide(attempts: Sequence[Attempt]) -> Verdict:
         return Verdict("requeue", f"the run was asked to stop and saved ({where})")
     if now.code in STOPS:
         return Verdict("stop", f"the run ended with code {now.code}: {STOPS[now.code]}; it would end so again")
-    if now.warned:
-        return Verdict("requeue", f"the run was killed ({_name(now.code)}) before it had saved ({where})")
     stuck = _crashes_without_progress(attempts)
-    if all(one.code == now.code for one in stuck[-SAME_CRASHES:]) and len(stuck) >= SAME_CRASHES:
-        return Verdict("stop", f"GIVING UP: {SAME_CRASHES} crashes in a row with {_name(now.code)} and no new "
-                       f"checkpoint ({where}); mend the cause, then submit again")  # fmt: skip
     if len(stuck) >= FRUITLESS_CRASHES:
-        return Verdict("stop", f"GIVING UP: {FRUITLESS_CRASHES} crashes in a row and no new checkpoint ({where}); "
-                       "mend the cause, then submit again")  # fmt: skip
-    return Verdict("requeue", f"the run crashed with {_name(now.code)} ({where}), for the "
-                   f"{_ordinal(len(stuck))} time without a new checkpoint")  # fmt: skip
+        return Verdict("stop", f"GIVING UP: {len(stuck)} crashes in a row and no new checkpoint ({where}); {_THEN}")
+    if now.warned:
+        return Verdict("requeue", f"the run was ended ({_name(now.code)}) before it had saved ({where})")
+    same = [one for one in stuck[-SAME_CRASHES:] if one.code == now.code and not one.warned]
+    if len(same) == SAME_CRASHES:
+        return Verdict("stop", f"GIVING UP: {SAME_CRASHES} crashes in a row with {_name(now.code)} and no new "
+                       f"checkpoint ({where}); {_THEN}")  # fmt: skip
+    return Verdict("requeue", f"the run crashed with {_name(now.code)} ({where}); crashes since then: {len(stuck)}")
 
 
 def _crashes_without_progress(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The last attempts of the job as far back as they crashed, unasked, at the same checkpoint; oldest first."""
+    """The last attempts of the job as far back as they crashed at the same checkpoint; oldest first."""
     now, found = attempts[-1], []
     for one in reversed([attempt for attempt in attempts if attempt.job == now.job]):
-        if not one.is_crash or one.warned or one.checkpoint != now.checkpoint:
+        if not one.is_crash or one.checkpoint != now.checkpoint:
             break
         found.append(one)
     return found[::-1]
@@ -109,10 +109,6 @@ def _name(code: int) -> str:
     """An exit code in words; a shell adds 128 to the number of a signal."""
     signals = {number.value: number.name for number in signal.Signals}
     return f"code {code} ({signals[code - 128]})" if code - 128 in signals else f"code {code}"
-
-
-def _ordinal(count: int) -> str:
-    return {1: "first", 2: "second", 3: "third"}.get(count, f"{count}th")
 
 
 def newest_checkpoint(run_dir: Path) -> str:

@@ -56,13 +56,20 @@ rendezvous() {
 }
 
 # ------------------------------------------------------------------ signals
-# TERM, USR1 or HUP to this shell become USR1 to srun, which passes it to every rank: all save and exit with 75. (TERM
-# would make srun end the step.)
+# USR1, HUP or TERM to this shell become USR1 to srun, which passes it to every rank: all save and exit with 75. (TERM
+# would make srun end the step.) TERM is what SLURM sends last, KillWait seconds before it kills: ranks that were warned
+# before and are still not done must not keep this shell from putting the job back into the queue.
 
 warned='' interrupted='' step=''
 
 warn() {
-    warned=$1 interrupted=1
+    interrupted=1
+    if [[ $1 == TERM && $warned && $step ]]; then
+        say "got SIGTERM, and ranks warned by SIG$warned have not ended; not waiting for them"
+        kill -KILL "$step" 2>/dev/null || true
+        return
+    fi
+    warned=$1
     say "got SIG$1; asking all ranks to save"
     if [[ $step ]]; then kill -USR1 "$step" 2>/dev/null || true; fi
 }
@@ -71,6 +78,7 @@ warn() {
 run_step() {
     "$@" </dev/null &
     step=$!
+    if [[ $warned ]]; then kill -USR1 "$step" 2>/dev/null || true; fi # warned before there was anyone to tell
     interrupted=1
     while [[ $interrupted ]]; do # `wait` also ends when a trap has run
         interrupted='' code=0
@@ -121,18 +129,20 @@ pretrain() {
     exit "$code"
 }
 
-# Back into the queue, unless SLURM is ending this job: then it was cancelled, or is being requeued by SLURM itself.
+# Back into the queue, if the job is still running or at its time limit. A job that SLURM is ending for any other reason
+# was cancelled by its owner, whom a requeue would thwart, or is being requeued by SLURM after a preemption or a failure.
 requeue() {
-    local try answer state
+    local try answer
     for try in 1 2 3 4 5 6; do
-        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>&1) || true
-        if [[ $state =~ ^(COMPLETING|CANCELLED|PENDING|PREEMPTED|NODE_FAIL|TIMEOUT)$ ]]; then
-            say "not requeued from here: SLURM itself is ending or requeuing this job ($state)"
-            return
-        fi
-        if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
-            say "requeued"
-            return
+        if answer=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r' 2>&1); then
+            if [[ $answer != RUNNING* && $answer != *TimeLimit ]]; then
+                say "not requeued from here: SLURM is ending or requeuing this job itself (${answer:-gone})"
+                return
+            fi
+            if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+                say "requeued"
+                return
+            fi
         fi
         say "attempt $try to requeue failed: $answer"
         sleep 10

@@ -173,7 +173,7 @@ class Cluster:
         """The main processes of pretraining on a node; loader workers have another command line or parent."""
         found = {pid: _command(pid) for pid in self.processes(node)}
         mains = {pid for pid, words in found.items() if words[1:3] == ["-m", "d2v2ds.pretrain"]}
-        return sorted(pid for pid in mains if _parent(pid) not in mains)
+        return sorted(pid for pid in mains if _state(pid)[1] not in mains)
 
     def _daemon(self, *command: str) -> None:
         said = self.folder / "log" / "start.log"
@@ -267,11 +267,18 @@ def _command(pid: int) -> list[str]:
         return []
 
 
-def _parent(pid: int) -> int:
+def _state(pid: int) -> tuple[str, int]:
+    """State letter and parent of a process; Z for one that has ended."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except (FileNotFoundError, ProcessLookupError):
-        return 0
+        return "Z", 0
+    return state, int(parent)
+
+
+def _is_running(pid: int) -> bool:
+    """False too for a process that has ended and that nobody has waited for."""
+    return _state(pid)[0] != "Z"
 
 
 def _end(pid_file: Path) -> None:
@@ -279,13 +286,10 @@ def _end(pid_file: Path) -> None:
     if not pid_file.exists():
         return
     pid = int(pid_file.read_text())
-    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        try:
+    for number, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        if _is_running(pid):
             os.kill(pid, number)
-            deadline = time.monotonic() + patience_s
-            while time.monotonic() < deadline:
-                os.kill(pid, 0)
-                time.sleep(0.02)
-        except ProcessLookupError:
-            break
+        deadline = time.monotonic() + patience_s
+        while _is_running(pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
     pid_file.unlink(missing_ok=True)
