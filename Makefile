@@ -1,7 +1,8 @@
 # make setup   create .venv            make check   format, lint, types, import table
 # make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder);
 #              MODALITY=image, text or joint for the others
-# make test    all tests
+# make test    all tests but the slow ones
+# make faults  every way of dying that a run survives, slow ones too (half an hour)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RUNS ?= runs
@@ -10,7 +11,7 @@ MODALITY ?= audio
 DEMO := $(RUNS)/demo-$(MODALITY)
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check
+.PHONY: setup demo test check faults
 
 setup: $(STAMP)
 
@@ -28,6 +29,10 @@ check: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/test_faults.py tests/slurm \
+		tests/preprocessing/test_pack_audio.py::test_full_disk_is_a_clear_error_and_finished_shards_go_on
 
 demo: $(STAMP)
 	$(BIN)/python -m d2v2ds.demo --modality $(MODALITY) --runs $(DEMO) $(if $(DATA),--data '$(DATA)')

@@ -53,7 +53,8 @@ from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.train.checkpointing import Checkpoints, Progress
 from d2v2ds.train.guard import Guard
-from d2v2ds.train.loop import LoopConfig, ModalityInfo, Trainer
+from d2v2ds.train.interval import ModalityInfo
+from d2v2ds.train.loop import LoopConfig, Trainer
 from d2v2ds.train.metrics import Metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam
 from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops, use_all_cores
@@ -80,10 +81,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m d2v2ds.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, help="name in d2v2ds/configs or path of a YAML file")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher; not used")
+    parser.add_argument(
+        "--allow-grown", action="store_true", help="go on although rows were added to the data since the checkpoint"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_args(arguments)
     try:
-        pretrain(options.config, options.overrides)
+        pretrain(options.config, options.overrides, allow_grown=options.allow_grown)
     except D2V2Error as error:
         logging.basicConfig(format="%(levelname)s %(message)s")
         logger.error("%s", error)
@@ -91,8 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def pretrain(config_name: str, overrides: list[str]) -> None:
+def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) -> None:
     """Everything between the command line and the last checkpoint.
+
+    Args:
+        config_name: name of a shipped configuration, or path of a YAML file.
+        overrides: `section.field=value`.
+        allow_grown: whether rows may have been added to the data since the checkpoint that the run goes on from.
 
     Raises:
         ConfigError: before any process group exists.
@@ -118,7 +127,7 @@ def pretrain(config_name: str, overrides: list[str]) -> None:
             keep=Keep(last=config.run.keep_checkpoints or None, every_steps=config.run.keep_every_steps),
             asynchronous=config.run.async_checkpoints,
         )
-        checkpoints.resume()
+        checkpoints.resume(allow_grown)
         restarts = provenance.count_starts(config.run.dir)
         if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), ds_config)):
             raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")

@@ -9,6 +9,7 @@ poison           the inputs of steps `step` to `step + 3` on that rank become in
 signal           SIGUSR1 to itself in the forward
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 import d2v2ds.pretrain
-from d2v2ds.dist import comm, saver
+from d2v2ds.dist import comm, tensorfile
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.train import loop, step
 
@@ -28,6 +29,11 @@ POISONED_STEPS = 4
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _break_clock() -> None:
+    right, looks = time.time, itertools.count()
+    time.time = lambda: right() - 3 * 365 * 86400 + 3600 * (-1) ** next(looks)  # type: ignore[assignment]
 
 
 def install(name: str, rank: int, at_step: int) -> None:
@@ -75,8 +81,8 @@ def install(name: str, rank: int, at_step: int) -> None:
         before(lambda: time.sleep(30))
     elif name == "stop":
         before(lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    elif name == "signal":
-        before(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    elif name == "clock":
+        before(_break_clock)
     else:
         before(lambda: None)
         _install_kill(name, is_now, lambda: comm.rank() == rank and calls["step"] >= at_step)
@@ -104,14 +110,14 @@ def _install_kill(name: str, is_now: Callable[[], bool], is_due: Callable[[], bo
 
         Teacher.update = half  # type: ignore[method-assign]
     elif name == "kill_in_save":
-        inner_save = saver.save_file
+        inner_write = tensorfile._write_and_sync
 
-        def torn(tensors: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-            inner_save(tensors, path, *args, **kwargs)
+        def torn(path: Any, parts: Any) -> None:
+            inner_write(path, parts)
             if is_due():
                 _die()
 
-        saver.save_file = torn
+        tensorfile._write_and_sync = torn
     else:
         raise ValueError(f"no fault {name}")
 

@@ -5,6 +5,7 @@ half is `slow`; `make faults` runs everything.
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2v2ds.dist.consolidate import candidate_tags, file_faults, named_tag, read_manifest
 from tests.runs import ROOT, STEPS, Ranks, deterministic, pack_clips, records, weights
@@ -359,6 +361,68 @@ def test_curves_that_cannot_be_written_do_not_stop_the_run(shards: Path, unbroke
     assert "TensorBoard cannot be written, the run goes on without" in said
     assert "metrics.jsonl is gone; writing a new one" in said
     assert deterministic(run_dir)[-1] == deterministic(unbroken)[-1]
+
+
+def test_clock_that_jumps_changes_nothing(shards: Path, unbroken: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with Ranks(2, shards, run_dir, "fault=clock,0,3", logs=tmp_path) as ranks:
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+    assert_same_run(run_dir, unbroken)
+    curve = read_scalars(run_dir, "loss/regression")
+    assert curve == read_scalars(unbroken, "loss/regression")
+    assert len(curve) == STEPS
+
+
+def read_scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    """A curve as TensorBoard shows it."""
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+# ------------------------------------------------------------------ damaged data
+
+
+def test_flipped_byte_costs_its_row_and_is_counted(shards: Path, tmp_path: Path) -> None:
+    """In the audio of one row: that row is left out each time it is drawn, and nothing else is."""
+    copy = tmp_path / "packed"
+    shutil.copytree(shards, copy)
+    (file,) = copy.glob("audio-*.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with Ranks(2, copy, tmp_path / "run", "run.total_steps=16", logs=tmp_path) as ranks:
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+        said = ranks.printed(0) + ranks.printed(1)
+    found = deterministic(tmp_path / "run")
+    assert found[-1]["data/damaged_rows"] >= 1.0
+    assert said.count("a row was left out") == found[-1]["data/damaged_rows"]
+    assert file.name in said
+    with Ranks(2, copy, tmp_path / "strict", "health.max_damaged_rows=0", "run.total_steps=16", logs=tmp_path) as ranks:
+        assert ranks.wait() == [6, 6], ranks.printed(0)[-3000:]
+        assert "health.max_damaged_rows allows 0" in ranks.printed(0)
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted"])
+def test_shard_that_is_spoilt_while_the_run_goes_on(how: str, shards: Path, unbroken: Path, tmp_path: Path) -> None:
+    """Cut off, its rows cannot be read: a clear stop. Deleted, a mapped file stays readable: nothing changes."""
+    copy, run_dir = tmp_path / "packed", tmp_path / "run"
+    shutil.copytree(shards, copy)
+    (file,) = copy.glob("audio-*.arrow")
+    extra = [] if how == "deleted" else ["run.total_steps=400", "health.max_damaged_rows=5"]
+    with Ranks(2, copy, run_dir, *extra, logs=tmp_path) as ranks:
+        ranks.until(lambda: records(run_dir) >= 3)
+        if how == "deleted":
+            file.unlink()
+            assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+            assert_same_run(run_dir, unbroken)
+        else:
+            os.truncate(file, file.stat().st_size // 2)
+            assert ranks.wait() == [6, 6], ranks.printed(0)[-3000:]
+            assert "rows could not be read and were left out so far" in ranks.printed(0)
+
+
+# ------------------------------------------------------------------ data that grows
 
 
 # ------------------------------------------------------------------ which checkpoints stay

@@ -1,5 +1,6 @@
 """Resume a student engine, its optimizer and its teacher from what `saver.py` wrote. Files: `consolidate.py`."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.consolidate import (
     MANIFEST,
+    SHARD_FILE,
     Manifest,
     ShardReader,
     candidate_tags,
@@ -24,6 +27,7 @@ from d2v2ds.dist.consolidate import (
     shard_file,
 )
 from d2v2ds.dist.teacher import Teacher
+from d2v2ds.dist.tensorfile import TensorFile
 from d2v2ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -65,46 +69,6 @@ def load(
     Raises:
         CheckpointError: on all ranks: no usable checkpoint; other parameters; another topology without `reshard`.
     """
-    path, manifest, client_state = _choose(folder, tag, accept)
-    _check_fits(path, manifest, engine, teacher)
-    same_topology = _topology(engine) == (manifest.world_size, manifest.stage, manifest.compute_dtype)
-    if not same_topology and not reshard:
-        world, stage, dtype = _topology(engine)
-        raise CheckpointError(
-            f"{path}: saved on {manifest.world_size} ranks at ZeRO stage {manifest.stage} in {manifest.compute_dtype}, "
-            f"this run has {world} ranks, stage {stage}, {dtype}; start as it was saved, or ask for re-sharding"
-        )
-    student = ShardReader(path, manifest, "student")
-    for name, shard in zero.parameter_shards(engine).items():
-        shard.data.copy_(student.read(name, shard.offset, shard.numel))
-    _load_buffers(engine.module, path / "buffers.student.safetensors")
-    readers = {key: ShardReader(path, manifest, f"optimizer.{key}") for key in manifest.optimizer_keys}
-    zero.write_optimizer_state(
-        engine, {key: reader.read for key, reader in readers.items()}, manifest.optimizer_scalars
-    )
-    zero.refresh_compute_copies(engine)
-    for name, count in manifest.counters.items():
-        setattr(engine, name, count)
-    if not same_topology:
-        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    if teacher is not None:
-        averages = ShardReader(path, manifest, "teacher")
-        for name, shard in teacher.shards().items():
-            shard.data.copy_(averages.read(name, shard.offset, shard.numel))
-        _load_buffers(teacher.module, path / "buffers.teacher.safetensors")
-        teacher.restored(manifest.num_teacher_updates)
-    rank_state = None
-    if same_topology:
-        rank_file = path / shard_file("client", comm.rank())
-        rank_state = torch.load(rank_file, weights_only=True, map_location="cpu")
-    comm.barrier()
-    return Restored(tag=manifest.tag, client_state=client_state, rank_state=rank_state)
-
-
-def _choose(
-    folder: Path, tag: str | None, accept: Callable[[Mapping[str, Any]], bool]
-) -> tuple[Path, Manifest, dict[str, Any]]:
-    """The checkpoint to load and its common state, the same on every rank; each checks its share of the files."""
     tags, lost = comm.broadcast_object(([tag], []) if tag is not None else (candidate_tags(folder), lost_tags(folder)))
     for candidate in lost:
         logger.warning("checkpoint %s cannot be read, passed over: no %s", folder / candidate, MANIFEST)
@@ -113,19 +77,114 @@ def _choose(
         manifest, fault = comm.broadcast_object(_read_manifest_or_fault(path) if comm.rank() == 0 else (None, ""))
         faults = [fault] if fault else []
         if manifest is not None:
-            mine = sorted(manifest.files)[comm.rank() :: comm.world()]
-            faults = [f for found in comm.gather_objects(file_faults(path, manifest, mine)) for f in found]
-            if not faults:
-                client_state = torch.load(path / "client.pt", weights_only=True, map_location="cpu")
-                if accept(client_state):
-                    return path, manifest, client_state
+            is_same = _topology(engine) == (manifest.world_size, manifest.stage, manifest.compute_dtype)
+            # On the same ranks the large files are checked while they are read, once, by the rank that needs them.
+            faults = _all_faults(lambda: file_faults(path, manifest, _files_to_check(manifest, is_same)))  # noqa: B023
+        if manifest is not None and not faults:
+            client_state = torch.load(path / "client.pt", weights_only=True, map_location="cpu")
+            if not accept(client_state):
                 continue
+            _check_fits(path, manifest, engine, teacher)
+            if not is_same and not reshard:
+                raise CheckpointError(_other_topology(path, manifest, engine))
+            faults = _all_faults(lambda: _read_shards(path, manifest, engine, teacher, is_same))  # noqa: B023
+            if not faults:
+                return _finish(path, manifest, engine, teacher, client_state, is_same)
         if tag is not None:
             raise CheckpointError("\n".join(faults))
         logger.warning("checkpoint %s is damaged, trying the one before: %s", path, "; ".join(faults))
     raise CheckpointError(
         f"{folder}: no usable checkpoint ({len(tags) + len(lost)} damaged); start a new run in another folder, or "
         "remove it"
+    )
+
+
+def _all_faults(find: Callable[[], list[str]]) -> list[str]:
+    """What any rank finds, the same on every rank."""
+    return [fault for found in comm.gather_objects(find()) for fault in found]
+
+
+def _files_to_check(manifest: Manifest, is_same: bool) -> list[str]:
+    """The files that this rank looks through before any is read: a share of them, less those of the large pieces."""
+    files = [name for name in sorted(manifest.files) if not (is_same and SHARD_FILE.fullmatch(name))]
+    return files[comm.rank() :: comm.world()]
+
+
+def _read_shards(
+    path: Path, manifest: Manifest, engine: DeepSpeedEngine, teacher: Teacher | None, is_same: bool
+) -> list[str]:
+    """Put this rank's pieces into student, optimizer and teacher. Local; returns what is wrong with the files.
+
+    After a fault the engine holds parts of two states, until another checkpoint is read.
+    """
+    shards = zero.parameter_shards(engine)
+    targets = {"student": {name: shard.data for name, shard in shards.items()}}
+    if teacher is not None:
+        targets["teacher"] = {name: shard.data for name, shard in teacher.shards().items()}
+    zero.prepare_optimizer_state(engine, manifest.optimizer_keys, manifest.optimizer_scalars)
+    for key in manifest.optimizer_keys:
+        targets[f"optimizer.{key}"] = zero.optimizer_tensors(engine, key)
+    offsets = {name: shard.offset for name, shard in shards.items()}
+    try:
+        for kind, tensors in targets.items():
+            found = _read_own_file(path, manifest, kind, offsets, tensors) if is_same else set()
+            missing = [name for name in tensors if name not in found]
+            if missing:  # of other ranks, or held alike by all and saved by rank 0
+                reader = ShardReader(path, manifest, kind, ranks=[0] if is_same else None)
+                for name in missing:
+                    tensors[name].copy_(reader.read(name, offsets[name], tensors[name].numel()))
+    except (CheckpointError, SafetensorError) as error:  # the latter from a file that its own rank finds damaged
+        return [str(error)]
+    return []
+
+
+def _read_own_file(
+    path: Path, manifest: Manifest, kind: str, offsets: Mapping[str, int], tensors: Mapping[str, Tensor]
+) -> set[str]:
+    """Read the pieces that this rank saved itself into their places; returns which those are."""
+    name = shard_file(kind, comm.rank())
+    file = TensorFile(path / name, manifest.files[name]["bytes"], manifest.files[name]["crc32"])
+    saved = json.loads(file.metadata["offsets"])
+    own = {
+        parameter: tensor
+        for parameter, tensor in tensors.items()
+        if saved.get(parameter) == offsets[parameter] and file.numel(parameter) == tensor.numel()
+    }
+    file.read_into(own)
+    return set(own)
+
+
+def _finish(
+    path: Path,
+    manifest: Manifest,
+    engine: DeepSpeedEngine,
+    teacher: Teacher | None,
+    client_state: dict[str, Any],
+    is_same: bool,
+) -> Restored:
+    """Make everything follow from the pieces that were read: buffers, compute copies, counters. Collective."""
+    _load_buffers(engine.module, path / "buffers.student.safetensors")
+    zero.refresh_compute_copies(engine)
+    for name, count in manifest.counters.items():
+        setattr(engine, name, count)
+    if not is_same:
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    if teacher is not None:
+        _load_buffers(teacher.module, path / "buffers.teacher.safetensors")
+        teacher.restored(manifest.num_teacher_updates)
+    rank_state = None
+    if is_same:
+        rank_file = path / shard_file("client", comm.rank())
+        rank_state = torch.load(rank_file, weights_only=True, map_location="cpu")
+    comm.barrier()
+    return Restored(tag=manifest.tag, client_state=client_state, rank_state=rank_state)
+
+
+def _other_topology(path: Path, manifest: Manifest, engine: DeepSpeedEngine) -> str:
+    world, stage, dtype = _topology(engine)
+    return (
+        f"{path}: saved on {manifest.world_size} ranks at ZeRO stage {manifest.stage} in {manifest.compute_dtype}, "
+        f"this run has {world} ranks, stage {stage}, {dtype}; start as it was saved, or ask for re-sharding"
     )
 
 

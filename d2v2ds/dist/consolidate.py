@@ -16,6 +16,7 @@ number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/la
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -96,6 +97,10 @@ class Manifest:
 
 def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+SHARD_FILE = re.compile(r"(student|teacher|optimizer\..+)\.rank\d{5,}\.safetensors")
+"""Names of the files that hold the pieces."""
 
 
 def shard_file(kind: str, rank: int) -> str:
@@ -181,12 +186,19 @@ def file_faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[st
 class ShardReader:
     """Reads any interval of any flattened parameter from the shard files of one kind."""
 
-    def __init__(self, path: Path, manifest: Manifest, kind: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, kind: str, ranks: Iterable[int] | None = None) -> None:
+        """
+        Args:
+            path: folder of the checkpoint.
+            manifest: of the same.
+            kind: of the pieces: student, teacher, optimizer.<state>.
+            ranks: look into the files of these only; None looks into all.
+        """
         self._path = path
         self._kind = kind
         self._shapes = manifest.parameters
         self._pieces: dict[str, list[tuple[int, int, Path]]] = {}
-        for rank in range(manifest.world_size):
+        for rank in range(manifest.world_size) if ranks is None else ranks:
             file = path / shard_file(kind, rank)
             with safe_open(file, "pt") as handle:
                 offsets = json.loads(handle.metadata()["offsets"])

@@ -5,7 +5,7 @@ without a conversion, know no teacher, and their `latest` can name a tag whose f
 `torch.distributed.checkpoint` describes its files in a pickle too, and knows no flat pieces of unequal length. Here
 
 1. every rank copies its part to host memory (the only time for which training stands still),
-2. a thread of every rank writes its files into `<tag>.partial`, syncs them and reads their checksums back,
+2. threads of every rank write its files into `<tag>.partial`, compute their checksums and sync them,
 3. once *all* ranks are done, a thread of rank 0 writes the manifest, renames the folder, moves `latest`, then `best`,
    each atomically, and removes what is too old.
 
@@ -25,10 +25,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v2ds.dist import comm, durable, zero
@@ -39,7 +38,6 @@ from d2v2ds.dist.consolidate import (
     MANIFEST,
     PARTIAL,
     Manifest,
-    crc32_of,
     named_tag,
     persistent_buffers,
     read_manifest,
@@ -47,6 +45,7 @@ from d2v2ds.dist.consolidate import (
 )
 from d2v2ds.dist.retention import KEEP_ALL, Keep, remove, superseded_tags
 from d2v2ds.dist.teacher import Teacher
+from d2v2ds.dist.tensorfile import Writing
 from d2v2ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -73,10 +72,8 @@ class _Snapshot:
     """Complete but for the list of files."""
     shards: dict[str, tuple[dict[str, Tensor], dict[str, int]]] = field(default_factory=dict)
     """By kind: flat pieces by parameter name, and where each begins in the flattened whole parameter."""
-    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """By file name: tensors written as they are."""
     blobs: dict[str, bytes] = field(default_factory=dict)
-    """By file name: the caller's states, serialised."""
+    """By file name: the caller's states and the modules' buffers, serialised."""
 
 
 _Written = tuple[dict[str, dict[str, int]], str]
@@ -146,7 +143,8 @@ class Saver:
         partial = self._folder / f"{tag}{PARTIAL}"
         if fault := comm.on_rank0(lambda: _begin(self._folder, partial)):
             return SaveOutcome(path, fault)
-        self._snapshot = replace(self._copy(path, validation_loss), blobs=blobs)
+        self._snapshot = self._copy(path, validation_loss)
+        self._snapshot.blobs.update(blobs)
         self._writing = self._thread.submit(_write, self._snapshot, partial)
         return None if self._asynchronous else self.finish()
 
@@ -213,8 +211,8 @@ class Saver:
         if comm.rank() == 0:
             modules = {"student": engine.module} | ({} if teacher is None else {"teacher": teacher.module})
             for kind, module in modules.items():
-                buffers = {name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(module)}
-                snapshot.whole[f"buffers.{kind}.safetensors"] = buffers
+                buffers = {name: buffer.detach().cpu() for name, buffer in persistent_buffers(module)}
+                snapshot.blobs[f"buffers.{kind}.safetensors"] = safetensors.torch.save(buffers)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies were only queued
         return snapshot
@@ -282,22 +280,15 @@ def save(
 
 
 def _write(snapshot: _Snapshot, partial: Path) -> _Written:
-    """Write this rank's files, make them durable, and account for them as they are read back."""
-    written: list[Path] = []
+    """Write this rank's files, make them durable, and account for them."""
+    writing = Writing()
     try:
         for kind, (pieces, offsets) in snapshot.shards.items():
-            written.append(partial / shard_file(kind, comm.rank()))
-            save_file(pieces, written[-1], metadata={"offsets": json.dumps(offsets)})
-        for name, tensors in snapshot.whole.items():
-            written.append(partial / name)
-            save_file(tensors, written[-1])
+            writing.add(partial / shard_file(kind, comm.rank()), pieces, {"offsets": json.dumps(offsets)})
         for name, blob in snapshot.blobs.items():
-            written.append(partial / name)
-            written[-1].write_bytes(blob)
-        for file in written:
-            durable.sync(file)
-        return {file.name: {"bytes": file.stat().st_size, "crc32": crc32_of(file)} for file in written}, ""
-    except (OSError, SafetensorError) as error:
+            writing.add_parts(partial / name, [memoryview(blob)])
+        return writing.finish(), ""
+    except OSError as error:
         return {}, f"rank {comm.rank()}: {error}"
 
 

@@ -12,7 +12,7 @@ Checked against DeepSpeed 0.19. Parameters swapped to NVMe are not supported.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -227,29 +227,23 @@ def optimizer_tensors(engine: DeepSpeedEngine, key: str) -> dict[str, Tensor]:
     }
 
 
-def write_optimizer_state(
-    engine: DeepSpeedEngine,
-    readers: Mapping[str, Callable[[str, int, int], Tensor]],
-    scalars: Mapping[str, Mapping[str, Any]],
+def prepare_optimizer_state(
+    engine: DeepSpeedEngine, keys: Collection[str], scalars: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Replace the optimizer's state by a saved one.
+    """Make room for a saved state, which is then written into `optimizer_tensors`.
 
     Args:
         engine: the student.
-        readers: for each per-element state, a function (parameter, offset, numel) -> (numel,).
+        keys: the per-element states.
         scalars: the single numbers, as `optimizer_layout` gives them.
     """
     state = client_optimizer(engine).state
-    shards = parameter_shards(engine)
-    if not readers and not scalars:
+    if not keys and not scalars:
         state.clear()  # saved before the first step
     for group in flat_groups(engine):
-        for key, read in readers.items():
+        for key in keys:
             if key not in state[group.flat]:
                 state[group.flat][key] = torch.zeros_like(group.flat, requires_grad=False)
-            target = state[group.flat][key].view(-1)
-            for name, start, numel in group.members:
-                target.narrow(0, start, numel).copy_(read(name, shards[name].offset, numel))
         for key, scalar in scalars.items():
             value = scalar["value"]
             is_tensor = scalar["kind"] == "tensor"  # a fused optimizer wants its step count where its parameters are

@@ -140,14 +140,17 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- taking up
 
-    def resume(self) -> bool:
+    def resume(self, allow_grown: bool = False) -> bool:
         """Go on from the newest whole checkpoint, if there is any; on another number of ranks too.
+
+        Args:
+            allow_grown: whether rows may have been added to the data since.
 
         Returns:
             Whether there was one.
 
         Raises:
-            CheckpointError: there were some, and none is whole.
+            CheckpointError: there were some, and none is whole; or the data is not that of the run.
             ConfigError: it is of another model.
         """
         # A shared file system may show ranks different lists.
@@ -171,7 +174,9 @@ class Checkpoints:
         if returns := self._rollbacks_to(self.progress.step):
             stored = returns[-1]["sampler"]  # past the data that the run went back for
             self.guard.load_state_dict(returns[-1]["guard"])
-        self.progress.sampler = {name: plan.load_state_dict(stored[name]) for name, plan in self.plans.items()}
+        self.progress.sampler = {
+            name: plan.load_state_dict(stored[name], allow_grown) for name, plan in self.plans.items()
+        }
         logger.info("resumed at step %d from %s", self.progress.step, restored.tag)
         return True
 

@@ -8,42 +8,29 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2v2ds.batch import Batch
-from d2v2ds.data.collate import Reader
 from d2v2ds.data.loader import StepData
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import MissingExtraError, PreemptedError
-from d2v2ds.model.loss import channel_variances, mean_channel_std
 from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
+from d2v2ds.train.interval import Interval, ModalityInfo, ModalitySums
 from d2v2ds.train.metrics import AMOUNTS, Metrics, peak_memory_gib
 from d2v2ds.train.preempt import StopRequest
-from d2v2ds.train.step import ModalityOutput, Recipe, StepOutput, pretrain_step
+from d2v2ds.train.step import Recipe, StepOutput, pretrain_step
 from d2v2ds.train.validate import Validation
 from d2v2ds.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModalityInfo:
-    """What turns the steps of one modality into numbers."""
-
-    reader: Reader
-    loss_scale: float | None
-    """What the squared errors of the loss are multiplied with; None if the loss is not a sum of squares."""
-    grid_side: int | None = None
-    """Tokens per side where they form a square grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,63 +51,6 @@ class LoopConfig:
     num_heads: int
     flops_of: Callable[[Batch], float]
     """Algorithmic operations of one micro-batch."""
-
-
-@dataclass
-class _ModalitySums:
-    """Sums of one modality since the last record, of this rank but for `num_masked`."""
-
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    num_masked: int = 0
-    moments: Tensor | None = None
-    masked_here: int = 0
-    tokens_here: int = 0
-    units_here: float = 0.0
-
-    def add_losses(self, part: ModalityOutput) -> None:
-        """Take in an applied step."""
-        self.num_masked += part.num_masked
-        self.moments = part.moments if self.moments is None else self.moments + part.moments
-        for name, loss in part.loss_sums.items():
-            self.losses[name] = self.losses.get(name, 0.0) + loss
-
-    def add_data(self, batch: Batch, reader: Reader) -> None:
-        """Count a micro-batch."""
-        self.masked_here += batch.num_masked
-        self.tokens_here += batch.masks.masked.numel()
-        self.units_here += reader.units(batch.source.shape[0], batch.source.shape[-1])
-
-    def numbers(self, width: int) -> list[float]:
-        """Everything to be summed over ranks, in one row; `Trainer._reduce_modality` takes it apart."""
-        moments = torch.zeros(2, 2, width, dtype=torch.float64) if self.moments is None else self.moments
-        counts = [float(self.masked_here), float(self.tokens_here), self.units_here]
-        return [*counts, *(float(self.losses[name]) for name in sorted(self.losses)), *moments.flatten().tolist()]
-
-
-@dataclass
-class _Interval:
-    """Sums since the last record, of this rank. Skipped steps count in time and data, not in losses and norms."""
-
-    parts: dict[str, _ModalitySums]
-    steps: int = 0
-    applied: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    data_wait_s: float = 0.0
-    grad_norm: float = 0.0
-    flops: float = 0.0
-
-    def add(self, out: StepOutput, micro: list[Batch], wait_s: float, config: LoopConfig) -> None:
-        self.steps += 1
-        self.data_wait_s += wait_s
-        if out.applied:
-            self.applied += 1
-            self.grad_norm += out.grad_norm
-            for name, part in out.parts.items():
-                self.parts[name].add_losses(part)
-        for batch in micro:
-            if batch.loss_weight:
-                self.parts[batch.modality].add_data(batch, config.modalities[batch.modality].reader)
-                self.flops += config.flops_of(batch)
 
 
 class Trainer:
@@ -178,7 +108,7 @@ class Trainer:
             out = pretrain_step(self.student, self.teacher, step_data.micro, step=progress.step, recipe=self.recipe)
             progress.step += 1
             progress.sampler = step_data.state_after
-            interval.add(out, step_data.micro, wait_s, config)
+            interval.add(out, step_data.micro, wait_s, config.modalities, config.flops_of)
             if out.applied:
                 self._collect(out)
             else:
@@ -189,7 +119,7 @@ class Trainer:
                 self.watchdog.touch(progress.step)
                 interval, began, first = self._new_interval(), time.perf_counter(), progress.step
                 continue
-            is_stopping = self._ask_all_ranks()
+            is_stopping = self._ask_all_ranks(step_data)
             is_last = progress.step == config.total_steps
             is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping
             is_validating = self.validation is not None and (
@@ -215,10 +145,14 @@ class Trainer:
                 )
         self.checkpoints.finish()
 
-    def _ask_all_ranks(self) -> bool:
+    def _ask_all_ranks(self, data: StepData) -> bool:
         """Exchange what each rank knows alone, once a step; returns whether one of them was asked to stop."""
-        asked, busy = comm.all_reduce_sum([self.stop.received is not None, self.checkpoints.is_busy])
+        own = [self.stop.received is not None, self.checkpoints.is_busy, sum(len(b.faults) for b in data.micro)]
+        asked, busy, damaged = comm.all_reduce_sum(own)
+        for fault in (fault for batch in data.micro for fault in batch.faults):
+            logger.warning("step %d: a row was left out: %s", self.progress.step, fault)
         self.checkpoints.advance(any_busy=busy > 0)
+        self.guard.after_reading(int(damaged))
         return asked > 0
 
     def _signals(self) -> str:
@@ -246,21 +180,26 @@ class Trainer:
             self.metrics.rewind(self.progress.step)
         self.samples = self._empty_samples()
 
-    def _new_interval(self) -> _Interval:
-        return _Interval({name: _ModalitySums() for name in self.config.modalities})
+    def _new_interval(self) -> Interval:
+        return Interval({name: ModalitySums() for name in self.config.modalities})
 
     def _name(self, modality: str, metric: str) -> str:
         """What a metric of one modality is called in this run."""
         return metric if len(self.config.modalities) == 1 else f"{modality}/{metric}"
 
-    def _record(self, out: StepOutput, data: StepData, interval: _Interval, is_validating: bool) -> dict[str, float]:
+    def _record(self, out: StepOutput, data: StepData, interval: Interval, is_validating: bool) -> dict[str, float]:
         """Reduce, check and write one record; returns it on every rank."""
         progress = self.progress
         seconds = time.perf_counter() - interval.started
         values = self._reduce_run(out, interval, seconds)
         for name, part in interval.parts.items():
-            found = self._reduce_modality(name, part, out.parts[name], interval, seconds)
-            values |= found
+            info = self.config.modalities[name]
+            found, units = part.reduce(info.loss_scale)
+            values |= {self._name(name, metric): value for metric, value in found.items()}
+            progress.seen[name] = progress.seen.get(name, 0.0) + units
+            total, units_per_one, throughput = AMOUNTS[info.reader.unit]
+            values[total] = progress.seen[name] / units_per_one
+            values[throughput] = units / seconds
             values[self._name(name, "data/epoch")] = float(data.state_after[name].epoch)
         if len(self.config.modalities) > 1 and interval.applied:
             weights = self.recipe.loss_weights
@@ -290,7 +229,7 @@ class Trainer:
         logger.info("step %d  validation loss %.4f", self.progress.step, values["valid/loss/total"])
         return values
 
-    def _reduce_run(self, out: StepOutput, interval: _Interval, seconds: float) -> dict[str, float]:
+    def _reduce_run(self, out: StepOutput, interval: Interval, seconds: float) -> dict[str, float]:
         """What belongs to the run as a whole."""
         flops_per_s = interval.flops / seconds
         flops, mfu = comm.all_reduce_sum([flops_per_s, flops_per_s / max(self.config.peak_flops, 1.0)])
@@ -317,35 +256,6 @@ class Trainer:
         self.checkpoints.stall_s = 0.0
         if interval.applied:
             values["optim/grad_norm"] = interval.grad_norm / interval.applied
-        return values
-
-    def _reduce_modality(
-        self, name: str, part: _ModalitySums, out: ModalityOutput, interval: _Interval, seconds: float
-    ) -> dict[str, float]:
-        """What belongs to one modality: sums over ranks, and what follows from them."""
-        info, losses = self.config.modalities[name], sorted(part.losses)
-        assert out.last is not None
-        width = out.last["target"].shape[-1]
-        sums = comm.all_reduce_sum(part.numbers(width))
-        masked, tokens, units = sums[:3]
-        total, units_per_one, throughput = AMOUNTS[info.reader.unit]
-        self.progress.seen[name] = self.progress.seen.get(name, 0.0) + units
-        values = {
-            self._name(name, "mask/fraction"): masked / tokens,
-            total: self.progress.seen[name] / units_per_one,
-            throughput: units / seconds,
-        }
-        if not interval.applied:
-            return values
-        for loss, found in zip(losses, sums[3 : 3 + len(losses)], strict=True):
-            values[self._name(name, f"loss/{loss}")] = found / part.num_masked
-        pred, target = torch.tensor(sums[3 + len(losses) :], dtype=torch.float64).view(2, 2, width)
-        values[self._name(name, "pred/std")] = mean_channel_std(pred, part.num_masked)
-        values[self._name(name, "target/std")] = mean_channel_std(target, part.num_masked)
-        if info.loss_scale is not None:
-            variance = info.loss_scale * float(channel_variances(target, part.num_masked).sum())
-            explained = 1.0 - values[self._name(name, "loss/regression")] / max(variance, 1e-12)
-            values[self._name(name, "target/explained")] = explained
         return values
 
     def _is_health_step(self) -> bool:

@@ -4,6 +4,7 @@ The same rows, crops, masks and noise every time and on any number of ranks, no 
 numbers differ only where the weights do. Nothing of the training is touched: its draws are functions of its own steps.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,12 @@ from d2v2ds.dist import comm
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import below
-from d2v2ds.model.loss import channel_moments, channel_variances, mean_channel_std
+from d2v2ds.model.loss import channel_moments
 from d2v2ds.train.health import Sample
+from d2v2ds.train.interval import prediction_metrics
 from d2v2ds.train.step import step_seed
+
+logger = logging.getLogger(__name__)
 
 SEED = 0
 """Of crops, masks and noise. Not the run's: runs of several seeds are compared on the same inputs."""
@@ -113,6 +117,8 @@ class Validation:
         return self._reduce(name, sums)
 
     def _add(self, sums: _Sums, batch: Batch, place: int) -> None:
+        for fault in batch.faults:
+            logger.warning("validation: a row was left out: %s", fault)
         torch.manual_seed(step_seed(SEED, 0, batch.modality, place))
         out = self._student(batch.to(comm.device()), self._teacher, None)
         weight = 1.0 if batch.loss_weight else 0.0
@@ -129,23 +135,18 @@ class Validation:
 
     def _reduce(self, name: str, sums: _Sums) -> dict[str, float]:
         assert sums.moments is not None
-        losses, width = sorted(sums.losses), sums.moments.shape[-1]
+        losses = sorted(sums.losses)
         ranks = [sums.target.richness().effective_rank, sums.pred.richness().effective_rank]
         has_ranks = float(sums.num_masked > 0)  # a rank with nothing but a filler has no vectors
         own = [float(sums.num_masked), has_ranks, *(has_ranks and value for value in ranks)]
         own += [sums.losses[loss] for loss in losses] + sums.moments.flatten().tolist()
         masked, num_ranks, target_rank, pred_rank, *rest = comm.all_reduce_sum(own)
-        values = {f"valid/loss/{loss}": total / masked for loss, total in zip(losses, rest, strict=False)}
-        pred, target = torch.tensor(rest[len(losses) :], dtype=torch.float64).view(2, 2, width)
-        values["valid/pred/std"] = mean_channel_std(pred, int(masked))
-        values["valid/target/std"] = mean_channel_std(target, int(masked))
-        values["valid/pred/effective_rank"] = pred_rank / num_ranks
-        values["valid/target/effective_rank"] = target_rank / num_ranks
-        scale = self._scales[name]
-        if scale is not None:
-            variance = scale * float(channel_variances(target, int(masked)).sum())
-            values["valid/target/explained"] = 1.0 - values["valid/loss/regression"] / max(variance, 1e-12)
-        return values
+        totals = dict(zip(losses, rest, strict=False))
+        moments = torch.tensor(rest[len(losses) :], dtype=torch.float64).view(2, 2, -1)
+        values = prediction_metrics(totals, moments, int(masked), self._scales[name])
+        values["pred/effective_rank"] = pred_rank / num_ranks
+        values["target/effective_rank"] = target_rank / num_ranks
+        return {f"valid/{metric}": value for metric, value in values.items()}
 
 
 def _first_micro_batches(reader: Reader, count: int) -> GlobalBatch:

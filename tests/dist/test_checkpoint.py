@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v2ds.dist import checkpoint, comm, durable, saver, zero
+from d2v2ds.dist import checkpoint, comm, durable, saver, tensorfile, zero
 from d2v2ds.dist.consolidate import (
     candidate_tags,
     iterate_student,
@@ -118,7 +118,7 @@ def refusals(folder: Path) -> dict[str, str]:
         saver.save(engine, teacher, folder / "pruned", f"step{step}", {}, {}, keep=Keep(last=2))
         train(engine, teacher, step, step + 1)
     if comm.rank() == 1:  # a disk that fills up on one rank
-        saver.save_file = _full_disk
+        tensorfile._write_and_sync = _full_disk
     with pytest.raises(CheckpointError) as full:
         saver.save(engine, teacher, folder / "pruned", "step4", {}, {})
     seen["full disk"] = str(full.value)
@@ -155,7 +155,7 @@ def killed_in_save(folder: Path, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "shards":
-        durable.sync = die
+        tensorfile._write_and_sync = die
     else:
         durable.replace_text = die  # all files are there, only `latest` is not moved
     saver.save(engine, teacher, folder, "step2", {}, {})

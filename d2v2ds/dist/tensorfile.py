@@ -1,0 +1,163 @@
+"""safetensors files of flat tensors, written and read at the speed of the disk, with a checksum on the way.
+
+The library writes and reads them too, but then a checksum costs another pass over the bytes, and reading a copy. Here
+the checksum of one block is computed while the next is on its way to or from the disk. The format is the library's:
+8 bytes length of the header, the header (JSON, padded to a multiple of 8), the tensors one after another.
+"""
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v2ds.errors import CheckpointError
+
+BLOCK_BYTES = 8 << 20
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Writing:
+    """Files being written by a thread, each with its checksum computed by the caller's."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._jobs: list[Future[None]] = []
+        self.files: dict[str, dict[str, int]] = {}
+        """Bytes and crc32 of each file begun, by name."""
+
+    def add(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Begin a file of contiguous CPU tensors, which must not change before `finish`."""
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # keeps all aligned
+        self.add_parts(path, [_header(tensors, metadata), *(_bytes_of(t) for t in tensors.values() if t.numel())])
+
+    def add_parts(self, path: Path, parts: list[memoryview]) -> None:
+        """Begin a file of any content."""
+        self._jobs.append(self._thread.submit(_write_and_sync, path, parts))
+        size = checksum = 0
+        for part in parts:
+            size += len(part)
+            for block in _blocks(part):
+                checksum = zlib.crc32(block, checksum)
+        self.files[path.name] = {"bytes": size, "crc32": checksum}
+
+    def finish(self) -> dict[str, dict[str, int]]:
+        """Wait until all files are on disk.
+
+        Raises:
+            OSError: one of them could not be written.
+        """
+        try:
+            for job in self._jobs:
+                job.result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+        return self.files
+
+
+class TensorFile:
+    """One file that is read from its beginning to its end, once."""
+
+    def __init__(self, path: Path, num_bytes: int, crc32: int) -> None:
+        """Read the header.
+
+        Args:
+            path: of the file.
+            num_bytes, crc32: what the file must be.
+
+        Raises:
+            CheckpointError: it is missing, of another size, or has no such header.
+        """
+        self._path, self._crc32 = path, crc32
+        try:
+            found = path.stat().st_size
+            with path.open("rb") as file:
+                prefix = file.read(8)
+                self._head = prefix + file.read(min(struct.unpack("<Q", prefix)[0], num_bytes))
+            entries = json.loads(self._head[8:])
+            self.metadata: dict[str, str] = entries.pop("__metadata__", {})
+            """What was given to `Writing.add`."""
+            self._entries = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"])
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        except (ValueError, struct.error, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}: damaged, no header of tensors: {error!r}") from error
+        if found != num_bytes:
+            raise CheckpointError(f"{path}: expected {num_bytes} bytes, found {found}")
+
+    def numel(self, name: str) -> int:
+        """Elements of a tensor; 0 if the file does not have it."""
+        return math.prod(next((entry["shape"] for key, entry in self._entries if key == name), [0]))
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors of the same number of elements, on any device; those that are not asked for are checked too.
+
+        Raises:
+            CheckpointError: the checksum is another one; what was filled is worth nothing then.
+        """
+        checksum = zlib.crc32(self._head)
+        try:
+            with ThreadPoolExecutor(1) as thread, self._path.open("rb", buffering=0) as file:
+                file.seek(len(self._head))
+                before = memoryview(b"")
+                for name, entry in self._entries:
+                    target = targets.get(name)
+                    place = self._place(entry, target)
+                    for block in _blocks(_bytes_of(place)):
+                        reading = thread.submit(file.readinto, block)
+                        checksum = zlib.crc32(before, checksum)
+                        if reading.result() != len(block):
+                            raise CheckpointError(f"{self._path}: cut off while it was read")
+                        before = block
+                    if target is not None and place is not target:
+                        target.copy_(place)
+                checksum = zlib.crc32(before, checksum)
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: cannot be read: {error}") from error
+        if checksum != self._crc32:
+            raise CheckpointError(f"{self._path}: damaged, its checksum differs from the manifest")
+
+    def _place(self, entry: Mapping[str, Any], target: Tensor | None) -> Tensor:
+        """The target itself where it can be written to directly, else memory of the same size and the file's type."""
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{self._path}: damaged, a tensor of type {entry['dtype']}")
+        if target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+            return target
+        return torch.empty(entry["shape"], dtype=dtype)
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> memoryview:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return memoryview(struct.pack("<Q", len(text)) + text)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _blocks(part: memoryview) -> Iterator[memoryview]:
+    return (part[start : start + BLOCK_BYTES] for start in range(0, len(part), BLOCK_BYTES))
+
+
+def _write_and_sync(path: Path, parts: list[memoryview]) -> None:
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            for block in _blocks(part):
+                while block:
+                    block = block[file.write(block) :]
+        os.fsync(file.fileno())
