@@ -71,7 +71,10 @@ class Batch:
     num_masked: int
     """Masked positions over all rows, counted in the worker so that no device has to be asked."""
     loss_weight: float = 1.0
-    """0.0 for a filler that only keeps a rank busy while others still have data."""
+    """0.0 for a filler that only keeps a rank busy while others still have data, or that stands in for rows none of
+    which could be read."""
+    faults: tuple[str, ...] = ()
+    """One sentence for each row that was left out because it could not be read: file, row, expected, found."""
 
     def __post_init__(self) -> None:
         if self.source.shape[0] != self.ids.shape[0] or self.source.shape[0] != self.masks.keep.shape[0]:

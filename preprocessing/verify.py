@@ -1,8 +1,8 @@
 """Re-read a whole shard folder and check it: ``python -m preprocessing.verify DIR [--workers N]``.
 
 Checked: sizes and checksums of all files, columns, row counts, ``rows.npy`` against the shards, and every row against
-its bytes: audio decodes to the stated length, mean and variance, an image to the stated format and size. Prints one
-line per fault (file, what, expected, found).
+its checksums and its bytes: audio decodes to the stated length, mean and variance, an image to the stated format and
+size. Prints one line per fault (file, what, expected, found).
 Exit codes: 0 everything is right; 1 at least one fault; 2 no such folder, or unfinished.
 """
 
@@ -27,6 +27,7 @@ from d2v2ds.data.schema import (
     row_sizes,
     shard_schema,
 )
+from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error, ShardError
 from preprocessing.parallel import LocalTeam
@@ -110,6 +111,7 @@ def check_shard(job: ShardCheck, report: Report) -> list[str]:
                 batch = reader.get_batch(number)
                 batch.validate(full=True)
                 faults.extend(_doubled_ids(name, batch))
+                faults.extend(_checksum_faults(job, batch, len(sizes)))
                 faults.extend(batch_faults(batch, index, name, len(sizes)))
                 sizes.extend(row_sizes(index.modality, batch).tolist())
                 report(batch.num_rows, 0)
@@ -128,6 +130,17 @@ def _doubled_ids(name: str, batch: pa.RecordBatch) -> Iterator[str]:
     doubled = [key for key, count in counts.items() if count > 1]
     if doubled:
         yield fault(name, "ids", "each once", f"{doubled[0]!r} more than once")
+
+
+def _checksum_faults(job: ShardCheck, batch: pa.RecordBatch, first: int) -> Iterator[str]:
+    """Rows that training would leave out."""
+    rows = RowBatch(batch, LAYOUTS[job.index.modality], job.number, first, job.entry.file)
+    for row in range(batch.num_rows):
+        try:
+            rows.texts(row)
+            rows.payload(row)
+        except ShardError as error:
+            yield str(error)
 
 
 def _index_faults(job: ShardCheck, sizes: list[int]) -> Iterator[str]:

@@ -2,9 +2,14 @@
 
 In: a `MicroBatch` (row numbers and a size). Out: their inputs, brought to one size by the modality's reader, and M
 masks for each, drawn for exactly the T tokens that the model makes of them. Runs in the data workers.
+
+A row that cannot be read is left out and reported in `Batch.faults`; how many are too many, the training decides. Which
+rows those are depends on the data alone, so every rank and any number of workers make the same batch.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.data.sampler import MicroBatch, PlanConfig
+from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count, visible_positions
 
 
@@ -26,6 +32,12 @@ class ModelInput(Protocol):
 
     def num_tokens(self, size: int) -> int:
         """T that the model makes of an input of this size."""
+
+
+STAND_IN_TRIES = 1000
+"""Rows that are tried in place of a micro-batch of which none could be read."""
+_STAND_IN_CANDIDATES = 10_000
+"""Rows among which those of a fitting size are looked for."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Reader(Protocol):
         """The inputs of a micro-batch, cropped and augmented: a function of (seed, epoch, row) for each row.
 
         Raises:
-            ShardError: a row cannot be read.
+            ShardError: at least one row cannot be read.
         """
 
     def read_whole(self, row: int) -> Tensor:
@@ -95,12 +107,12 @@ class Collator:
     def __call__(self, micro: MicroBatch) -> Batch:
         """
         Raises:
-            ShardError: a row cannot be read.
+            ShardError: no row can be read, and none in their place.
             ValueError: the input is too short for the model or for the mask settings.
         """
         mask, num_tokens = self.reader.mask, self.reader.model.num_tokens(micro.size)
         num_masked = masked_count(mask, num_tokens)
-        examples = self.reader.read(micro, self.seed)
+        micro, examples, faults = self._read(micro)
         masked = draw_masks(mask, num_tokens, seed=self.seed, epoch=micro.epoch, sample_ids=micro.rows)  # (B, M, T)
         return Batch(
             modality=self.reader.modality,
@@ -110,7 +122,54 @@ class Collator:
             masks=MaskSet(keep=torch.from_numpy(visible_positions(masked)), masked=torch.from_numpy(masked)),
             num_masked=len(micro.rows) * mask.num_masks * num_masked,
             loss_weight=micro.weight,
+            faults=faults,
         )
+
+    def _read(self, micro: MicroBatch) -> tuple[MicroBatch, Examples, tuple[str, ...]]:
+        """The rows that can be read, their inputs, and why others cannot."""
+        try:
+            return micro, self.reader.read(micro, self.seed), ()
+        except ShardError:
+            pass  # some row cannot be read: find out which
+        found = [self._fault(micro, row) for row in micro.rows]
+        good = micro.rows[[fault is None for fault in found]]
+        faults = tuple(fault for fault in found if fault is not None)
+        reported = faults if micro.weight else ()  # the rows of a filler are another rank's, which reports them
+        micro = replace(micro, rows=good) if len(good) else self._stand_in(micro, faults)
+        return micro, self.reader.read(micro, self.seed), reported
+
+    def _fault(self, micro: MicroBatch, row: int) -> str | None:
+        """Why a row cannot be read, if it cannot."""
+        try:
+            self.reader.read(replace(micro, rows=np.array([row])), self.seed)
+        except ShardError as error:
+            return str(error)
+        return None
+
+    def _stand_in(self, micro: MicroBatch, faults: tuple[str, ...]) -> MicroBatch:
+        """One other row of weight 0, so that this rank runs the model like all others.
+
+        Raises:
+            ShardError: that cannot be read either, however many are tried.
+        """
+        tried = 0
+        for row in self._others(micro):
+            tried += 1
+            if self._fault(micro, row) is None:
+                return replace(micro, rows=np.array([row]), weight=0.0)
+        raise ShardError(f"{faults[-1]}; {tried} other rows of the data were tried, none of them can be read")
+
+    def _others(self, micro: MicroBatch) -> Iterator[int]:
+        """Rows of a size that fits, beginning after the last one of a micro-batch.
+
+        They are spread over the dataset, because rows beside it may lie in the same damaged file.
+        """
+        sizes, last, config = self.reader.sizes, int(micro.rows[-1]), self.reader.plan_config()
+        count = min(len(sizes) - 1, _STAND_IN_CANDIDATES)
+        rows = (last + 1 + np.arange(count) * ((len(sizes) - 1) // max(count, 1))) % len(sizes)
+        found = sizes[rows]
+        fitting = rows[found >= micro.size if config.crops else (found >= config.min_size) & (found <= micro.size)]
+        yield from fitting[:: max(1, math.ceil(len(fitting) / STAND_IN_TRIES))].tolist()
 
 
 def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float, largest_row: float) -> list[str]:

@@ -5,11 +5,14 @@ A folder holds ``audio-00000.arrow``, ``audio-00001.arrow``, ... (Arrow IPC file
 ``index.json``. A folder without an index is an unfinished folder. `preprocessing/README.md` documents the bytes.
 """
 
+import hashlib
 import json
 import os
+import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 
 from d2v2ds.errors import ShardError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 INDEX_NAME = "index.json"
 ROWS_NAME = "rows.npy"
 SKIPPED_NAME = "skipped.tsv"
@@ -36,6 +39,21 @@ SAMPLE_SCALE = 32768
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 """Stored tokens by the index' `token_dtype`: the smallest that holds the vocabulary."""
 
+PAYLOAD_CRC32 = "crc32"
+"""The column with the CRC-32 (that of zlib and gzip) of the row's payload."""
+TEXTS_CRC32 = "texts_crc32"
+"""The column with `Layout.texts_crc32` of the row, which only those check who read its texts."""
+FIELDS_CRC32 = "fields_crc32"
+"""The column with `Layout.fields_crc32` of the row."""
+NUMBERS: dict[pa.DataType, str] = {
+    pa.int8(): "<b",
+    pa.int32(): "<i",
+    pa.uint32(): "<I",
+    pa.int64(): "<q",
+    pa.float64(): "<d",
+}
+"""How numeric columns lie in memory, in the words of `struct` and of NumPy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -51,10 +69,50 @@ class Layout:
     format: frozenset[str]
     """What `Index.format` says."""
 
+    @cached_property
+    def numbers(self) -> dict[str, str]:
+        """The numeric columns that `fields_crc32` covers, in order, with the value of `NUMBERS`; they hold no nulls."""
+        kinds = {one.name: NUMBERS[one.type] for one in self.fields if one.type in NUMBERS}
+        del kinds[FIELDS_CRC32]
+        return kinds
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The string columns, in order."""
+        return tuple(one.name for one in self.fields if one.type == pa.large_string())
+
+    @cached_property
+    def packing(self) -> struct.Struct:
+        """Number of the shard, number of the row inside it, then `numbers`; little-endian without gaps."""
+        return struct.Struct("<II" + "".join(kind[1:] for kind in self.numbers.values()))
+
+    def fields_crc32(self, shard: int, row: int, numbers: Iterable[Any]) -> int:
+        """The checksum of a row's place and numbers, the checksums of its payload and texts among them.
+
+        So no damage to the structure of a file can pass off another row, or a part of one, as this row.
+
+        Args:
+            shard: number of the shard.
+            row: number of the row inside it.
+            numbers: values of `numbers`.
+        """
+        return zlib.crc32(self.packing.pack(shard, row, *numbers))
+
+    def texts_crc32(self, texts: Iterable[bytes | None]) -> int:
+        """The checksum of a row's texts.
+
+        Args:
+            texts: values of `texts`, UTF-8; None for null.
+        """
+        # 0xfe and 0xff do not occur in UTF-8
+        return zlib.crc32(b"".join(b"\xfe" if text is None else text + b"\xff" for text in texts))
+
 
 def _column(name: str, kind: pa.DataType, nullable: bool = False) -> pa.Field:
     return pa.field(name, kind, nullable=nullable)
 
+
+_CHECKSUMS = tuple(_column(name, pa.uint32()) for name in (PAYLOAD_CRC32, TEXTS_CRC32, FIELDS_CRC32))
 
 LAYOUTS = {
     "audio": Layout(
@@ -69,6 +127,7 @@ LAYOUTS = {
             _column("speaker", pa.large_string(), nullable=True),
             _column("source", pa.large_string()),  # path below the input; joined clips: one a line
             _column("start_sample", pa.int64()),  # first sample of the row in its recording, at the row's rate
+            *_CHECKSUMS,
         ),
         payload="audio",
         size=("num_samples",),
@@ -85,6 +144,7 @@ LAYOUTS = {
             _column("format", pa.large_string()),  # jpeg, png, ...
             _column("label", pa.large_string(), nullable=True),
             _column("source", pa.large_string()),  # path below the input; members of archives: ARCHIVE/MEMBER
+            *_CHECKSUMS,
         ),
         payload="image",
         size=("width", "height"),
@@ -99,6 +159,7 @@ LAYOUTS = {
             _column("label", pa.large_string(), nullable=True),  # as id
             _column("source", pa.large_string()),  # where the block's first token comes from
             _column("start", pa.int64()),  # number of the block inside its unit of packing
+            *_CHECKSUMS,
         ),
         payload="tokens",
         size=("num_tokens",),
@@ -184,6 +245,19 @@ class Index:
     created_by: Mapping[str, Any] = field(default_factory=dict)
     """Command, date, worker count and library versions: the only part that may differ between equal folders."""
 
+    @property
+    def num_shards(self) -> int:
+        """Shards of the folder."""
+        return len(self.shards)
+
+    def digest(self, num_shards: int) -> str:
+        """What tells the rows of the first so many shards from others: equal if and only if they are, but for chance.
+
+        A folder that grew begins with the shards that it had.
+        """
+        entries = "".join(f"{entry.rows}:{entry.crc32}\n" for entry in self.shards[:num_shards])
+        return hashlib.sha256(entries.encode()).hexdigest()
+
 
 def write_index(folder: Path, index: Index) -> None:
     """Write ``index.json`` so that it is either absent or whole, even after a power cut."""
@@ -204,8 +278,8 @@ def read_index(folder: Path) -> Index:
             f"{folder}: expected a finished shard folder, found no {INDEX_NAME}; packing writes it last, so run "
             "the same packing command again (finished shards are kept), or correct the path"
         ) from None
-    except ValueError as error:
-        raise ShardError(f"{path}: expected JSON, found {error}; run the packing command again") from error
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: expected JSON, found: {error}; run the packing command again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise ShardError(

@@ -1,12 +1,12 @@
 """`open_shards`: memory-mapped random access to a packed folder of audio, images or text. No torch.
 
 Opening costs the same for ten rows and for a hundred million: ``index.json`` is read, ``rows.npy`` is mapped,
-and a shard is opened when one of its rows is first asked for. Of a row only the bytes asked for are touched.
+and a shard is opened when one of its rows is first asked for. What is given out of a row was checked against the row's
+checksums (`shardfile.py`): of its audio, image or tokens all bytes, of its texts only where they are asked for.
 The format is that of `d2v2ds.data.schema`; `preprocessing` writes it.
 """
 
 import io
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.data.schema import LAYOUTS, ROW_DTYPE, SAMPLE_DTYPE, TOKEN_DTYPES, Index, read_index, shard_schema
+from d2v2ds.data.schema import ROW_DTYPE, SAMPLE_DTYPE, TOKEN_DTYPES, read_index
+from d2v2ds.data.shardfile import RowBatch, ShardFile, check_size
 from d2v2ds.errors import MissingExtraError, ShardError
 
 MAX_OPEN_SHARDS = 256
 """Mapped shards kept at a time; each holds one file descriptor (1024 are usual per process)."""
+
+_HEADER_ALIGNMENT = 64
+"""Of the header of a NumPy array."""
 
 Samples = NDArray[np.int16]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
@@ -138,23 +141,26 @@ class AudioShards:
     def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> Samples:
         """Samples `start` to `stop` (exclusive; None: the end) of row `index`, as (stop - start,) int16.
 
-        From pcm16 only these bytes of the file are read; a FLAC stream is decoded from the frame before `start`.
+        Nothing is copied from pcm16; a FLAC stream is decoded from the frame before `start`.
+
+        Raises:
+            ShardError: the row is damaged, or its file cannot be read.
         """
         batch, row = self._rows.locate(index)
-        length = int(batch.numbers("num_samples")[row])
+        length = self._rows.check_size(index, batch.number(row, "num_samples"))
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise ValueError(f"samples {start} to {stop} of a row of {length} samples")
         encoded = batch.payload(row)
         if self._codec == "flac":
-            samples = decode_flac(encoded, start, stop, f"{batch.place} row {row}")
+            samples = decode_flac(encoded, start, stop, batch.where(row))
             found = start + len(samples)
         else:
             samples = encoded[2 * start : 2 * stop].view(SAMPLE_DTYPE)
             found, stop = len(encoded) // 2, length
         if found != stop:
             raise ShardError(
-                f"{batch.place} row {row}: expected {length} samples, found {found}; "
+                f"{batch.where(row)}: expected {length} samples, found {found}; "
                 "run python -m preprocessing.verify on the folder"
             )
         return samples
@@ -162,7 +168,7 @@ class AudioShards:
     def read_stats(self, index: int) -> tuple[float, float]:
         """`AudioRow.mean` and `AudioRow.var` of row `index`, without touching its audio."""
         batch, row = self._rows.locate(index)
-        return float(batch.numbers("mean")[row]), float(batch.numbers("var")[row])
+        return batch.number(row, "mean"), batch.number(row, "var")
 
     def read_labels(self, index: int) -> AudioLabels:
         """Id, text, label and speaker of row `index`, without touching its audio."""
@@ -193,12 +199,10 @@ class ImageShards:
     def read_image(self, index: int) -> EncodedImage:
         """The encoded image of row `index`; nothing is decoded or copied."""
         batch, row = self._rows.locate(index)
-        return EncodedImage(
-            data=batch.payload(row).data,
-            orientation=int(batch.numbers("orientation")[row]),
-            width=int(batch.numbers("width")[row]),
-            height=int(batch.numbers("height")[row]),
-        )
+        data = batch.payload(row).data
+        orientation, width, height = (batch.number(row, name) for name in ("orientation", "width", "height"))
+        self._rows.check_size(index, width * height)
+        return EncodedImage(data=data, orientation=orientation, width=width, height=height)
 
     def read_labels(self, index: int) -> ImageLabels:
         """Id and label of row `index`, without touching its image."""
@@ -270,9 +274,9 @@ class TextShards:
         """
         width = out.shape[1]
         for line, (batch, row, length) in enumerate(self._rows.locate_all(rows)):
+            start, stop = self._bounds(batch, row, length)
             if length > width:
                 raise ValueError(f"row {rows[line]} has {length} tokens, the batch has room for {width}")
-            start, stop = self._bounds(batch, row, length)
             out[line, :length] = batch.data[start:stop].view(self._dtype)
             if length < width:
                 out[line, length:] = pad_id
@@ -281,12 +285,12 @@ class TextShards:
         """Id and label of row `index`, without touching its tokens."""
         return TextLabels(**self._rows.texts(index, "id", "label"))
 
-    def _bounds(self, batch: "_Batch", row: int, length: int) -> tuple[int, int]:
+    def _bounds(self, batch: RowBatch, row: int, length: int) -> tuple[int, int]:
         """Where the `length` tokens of a row lie in the bytes of its batch."""
         start, stop = batch.bounds(row)
         if stop - start != length * self._dtype.itemsize:
             raise ShardError(
-                f"{batch.place} row {row}: expected {length} tokens of {self._dtype.itemsize} bytes, found "
+                f"{batch.where(row)}: expected {length} tokens of {self._dtype.itemsize} bytes, found "
                 f"{stop - start} bytes; run python -m preprocessing.verify on the folder"
             )
         return start, stop
@@ -313,11 +317,10 @@ class _Rows:
 
     def __init__(self, folder: Path, modality: str) -> None:
         self.folder = folder
-        self.index: Index = read_index(folder)
+        self.index = read_index(folder)
         if self.index.modality != modality:
             raise ShardError(f"{folder}: modality is {self.index.modality!r}, this reader expects {modality!r}")
-        self.records = self._map_records()
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._map()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "index": self.index}
@@ -325,159 +328,80 @@ class _Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.folder = state["folder"]
         self.index = state["index"]
+        self._map()
+
+    def _map(self) -> None:
         self.records = self._map_records()
-        self._open = OrderedDict()
+        self._starts: list[int] = np.cumsum([0, *(entry.rows for entry in self.index.shards)]).tolist()
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
     def texts(self, index: int, *columns: str) -> dict[str, Any]:
         """String columns of row `index` by name."""
         batch, row = self.locate(index)
-        return {name: batch.text(name, row) for name in columns}
+        texts = batch.texts(row)
+        return {name: texts[name] for name in columns}
 
-    def locate(self, index: int) -> "tuple[_Batch, int]":
+    def locate(self, index: int) -> tuple[RowBatch, int]:
         """The record batch that holds row `index`, and the row's number inside it."""
         if not 0 <= index < self.index.rows:
             raise IndexError(f"{self.folder}: row {index} of {self.index.rows}")
         number, row, _ = self.records[index].item()
-        return self._shard(number).locate(row)
+        return self._shard(number, row, index).locate(row)
 
-    def locate_all(self, rows: NDArray[np.int64]) -> "Iterator[tuple[_Batch, int, int]]":
+    def check_size(self, index: int, size: int) -> int:
+        """The size of row `index`, of which its shard says `size`.
+
+        Raises:
+            ShardError: ``rows.npy``, from which batches are planned, has another one.
+        """
+        expected = int(self.records["size"][index])
+        if size != expected:
+            raise ShardError(
+                f"{self.folder}: size of row {index}: expected {expected} of {self.index.rows_file.file}, found {size} "
+                "in its shard; run python -m preprocessing.verify on the folder"
+            )
+        return size
+
+    def locate_all(self, rows: NDArray[np.int64]) -> Iterator[tuple[RowBatch, int, int]]:
         """`locate` of many rows at once, several times as fast; with the size of each."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.index.rows:
             raise IndexError(f"{self.folder}: rows {rows.min()} to {rows.max()} of {self.index.rows}")
         records = self.records[rows]
-        for number, row, size in records.tolist():
-            yield *self._shard(number).locate(row), size
+        for index, (number, row, size) in zip(rows.tolist(), records.tolist(), strict=True):
+            yield *self._shard(number, row, index).locate(row), size
 
     def _map_records(self) -> NDArray[np.void]:
-        """Map ``rows.npy`` without reading it."""
-        entry = self.index.rows_file
+        """Map ``rows.npy`` without reading it. Its header is not needed: the index says what it would."""
+        entry, num_rows = self.index.rows_file, self.index.rows
         path = self.folder / entry.file
         check_size(path, entry.bytes)
-        try:
-            records: NDArray[np.void] = np.load(path, mmap_mode="r" if self.index.rows else None)
-        except ValueError as error:
-            raise ShardError(f"{path}: expected a NumPy array, found {error}; pack the folder again") from error
-        if records.dtype != ROW_DTYPE or records.shape != (self.index.rows,):
+        if not num_rows:
+            return np.empty(0, dtype=ROW_DTYPE)  # nothing can be mapped
+        header = entry.bytes - num_rows * ROW_DTYPE.itemsize
+        if header <= 0 or header % _HEADER_ALIGNMENT:
             raise ShardError(
-                f"{path}: expected {self.index.rows} records of {ROW_DTYPE}, found {records.shape} of "
-                f"{records.dtype}; pack the folder again"
+                f"{path}: expected the header of a NumPy array and {num_rows} records of {ROW_DTYPE.itemsize} bytes, "
+                f"found {entry.bytes} bytes; pack the folder again"
             )
-        return records
+        try:
+            return np.memmap(path, dtype=ROW_DTYPE, mode="r", offset=header, shape=(num_rows,))
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{path}: expected {entry.bytes} bytes, found: {error}; pack the folder again") from error
 
-    def _shard(self, number: int) -> "_Shard":
+    def _shard(self, number: int, row: int, index: int) -> ShardFile:
+        """The file of a shard, and a check that row `index` of the folder is row `row` of it."""
+        if number >= len(self.index.shards) or self._starts[number] + row != index:
+            raise ShardError(
+                f"{self.folder / self.index.rows_file.file}: row {index} cannot be row {row} of shard {number}; run "
+                "python -m preprocessing.verify on the folder"
+            )
         shard = self._open.get(number)
-        if shard is None:
-            shard = self._open_shard(number)
+        if shard is None or not shard.is_whole():  # a file that was put back is opened anew
+            shard = self._open[number] = ShardFile(self.folder, self.index, number)
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
         self._open.move_to_end(number)
         return shard
-
-    def _open_shard(self, number: int) -> "_Shard":
-        if number >= len(self.index.shards):
-            raise ShardError(
-                f"{self.folder / self.index.rows_file.file}: a row lies in shard {number}, the index lists "
-                f"{len(self.index.shards)} shards; run python -m preprocessing.verify on the folder"
-            )
-        entry = self.index.shards[number]
-        path = self.folder / entry.file
-        check_size(path, entry.bytes)
-        shard = self._open[number] = _Shard(path, self.index, entry.rows)
-        if len(self._open) > MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return shard
-
-
-def check_size(path: Path, expected: int) -> None:
-    """Raise a `ShardError` if a file is missing or its size in bytes is not what the index says."""
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise ShardError(
-            f"shard file {path}: expected {expected} bytes, found no such file; copy it again from where the folder "
-            "was packed, or pack the folder again"
-        ) from None
-    if found != expected:
-        raise ShardError(
-            f"shard file {path}: expected {expected} bytes, found {found}; the file was cut off or overwritten: "
-            "copy it again from where the folder was packed, or pack the folder again"
-        )
-
-
-class _Shard:
-    """One mapped Arrow file; its record batches are looked at when they are first needed."""
-
-    def __init__(self, path: Path, index: Index, rows: int) -> None:
-        self._path = path
-        self._payload = LAYOUTS[index.modality].payload
-        try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            counts = [self._reader.get_batch(number).num_rows for number in range(self._reader.num_record_batches)]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ShardError(
-                f"shard file {path}: expected an Arrow IPC file, found: {error}; run python -m preprocessing.verify "
-                "on the folder"
-            ) from error
-        expected, found = shard_schema(index.modality, index.format), self._reader.schema
-        if not found.equals(expected, check_metadata=True):
-            wanted, had = (str(schema).splitlines() for schema in (expected, found))
-            raise ShardError(
-                f"shard file {path}: expected {[line for line in wanted if line not in had]} in its schema, found "
-                f"{[line for line in had if line not in wanted]}; the file belongs to another folder or version"
-            )
-        if sum(counts) != rows:
-            raise ShardError(f"shard file {path}: expected {rows} rows, found {sum(counts)}; pack the folder again")
-        self._starts: list[int] = np.cumsum([0, *counts]).tolist()
-        self._batches: dict[int, _Batch] = {}
-
-    def locate(self, row: int) -> "tuple[_Batch, int]":
-        if row >= self._starts[-1]:
-            raise ShardError(f"shard file {self._path}: expected row {row}, found {self._starts[-1]} rows")
-        number = bisect_right(self._starts, row) - 1
-        batch = self._batches.get(number)
-        if batch is None:
-            batch = self._batches[number] = _Batch(
-                self._reader.get_batch(number), self._payload, f"shard file {self._path} batch {number}"
-            )
-        return batch, row - self._starts[number]
-
-
-class _Batch:
-    """NumPy views of one record batch, so that a row costs no Arrow object."""
-
-    def __init__(self, batch: pa.RecordBatch, payload: str, place: str) -> None:
-        column = batch.column(payload)
-        _, offsets, data = column.buffers()
-        self.place = place
-        """How a message names the batch."""
-        self.data = np.frombuffer(data, dtype=np.uint8)
-        """(bytes,) payloads of all rows, one after another."""
-        self._offsets = np.frombuffer(offsets, dtype=np.int64, count=len(column) + 1)
-        self._batch = batch
-        self._numbers: dict[str, NDArray[Any]] = {}
-        self._texts: dict[str, pa.Array] = {}
-
-    def bounds(self, row: int) -> tuple[int, int]:
-        """Where the payload of a row begins and ends in `data`."""
-        return self._offsets.item(row), self._offsets.item(row + 1)
-
-    def payload(self, row: int) -> NDArray[np.uint8]:
-        """(bytes,) of one row, not copied."""
-        start, stop = self.bounds(row)
-        return self.data[start:stop]
-
-    def numbers(self, name: str) -> NDArray[Any]:
-        """(rows,) a numeric column."""
-        values = self._numbers.get(name)
-        if values is None:
-            values = self._numbers[name] = self._batch.column(name).to_numpy()
-        return values
-
-    def text(self, name: str, row: int) -> str | None:
-        """One value of a string column."""
-        column = self._texts.get(name)
-        if column is None:
-            column = self._texts[name] = self._batch.column(name)
-        value: str | None = column[row].as_py()
-        return value
 
 
 def decode_flac(encoded: NDArray[np.uint8], start: int, stop: int, place: str) -> Samples:

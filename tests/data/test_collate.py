@@ -7,6 +7,7 @@ import torch
 from d2v2ds.data.audio import crop_starts
 from d2v2ds.data.collate import Collator
 from d2v2ds.data.sampler import MicroBatch
+from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
 from d2v2ds.shapes import conv_output_length
 from tests.data.fake_audio import CONV_LAYERS, FakeAudio, fake_reader
@@ -79,3 +80,72 @@ def test_a_filler_has_weight_zero(source, collate):
 def test_a_crop_too_short_for_the_masks_is_refused(source, collate):
     with pytest.raises(ValueError, match="0 tokens"):
         collate(MicroBatch(0, np.array([1]), 19))
+
+
+# ---- rows that cannot be read ----
+
+
+class Damaged(FakeAudio):
+    """Some rows raise what damaged shards raise; counts how often rows are asked for."""
+
+    def __init__(self, num_rows, bad):
+        super().__init__(num_rows)
+        self.bad, self.asked = set(bad), []
+
+    def read_audio(self, index, start=0, stop=None):
+        self.asked.append(index)
+        if index in self.bad:
+            raise ShardError(f"audio-00000.arrow row {index}: expected this, found that")
+        return super().read_audio(index, start, stop)
+
+
+def collate_damaged(bad, rows, num_rows=30, **options):
+    damaged = Damaged(num_rows, bad)
+    return Collator(reader=fake_reader(damaged, MASK), seed=7)(make_micro(damaged, rows, **options))
+
+
+def test_a_damaged_row_is_left_out_and_reported(source, collate):
+    rows = [3, 9, 11, 20]
+    whole, batch = collate(make_micro(source, rows)), collate_damaged({9, 20}, rows)
+    assert batch.faults == tuple(f"audio-00000.arrow row {row}: expected this, found that" for row in (9, 20))
+    assert batch.ids.tolist() == [3, 11] and batch.loss_weight == 1.0
+    assert batch.source.shape[1] == whole.source.shape[1], "S stays"
+    assert torch.equal(batch.source, whole.source[[0, 2]])
+    assert torch.equal(batch.masks.masked, whole.masks.masked[[0, 2]])
+    assert torch.equal(batch.masks.keep, whole.masks.keep[[0, 2]])
+    assert batch.num_masked == int(batch.masks.masked.sum()) == whole.num_masked // 2
+    assert whole.faults == ()
+
+
+def test_where_no_row_is_left_the_next_one_that_fits_stands_in_without_weight(source):
+    size = int(source.sizes[[3, 9]].min())
+    others = [row for row in [*range(10, 30), *range(9)] if source.sizes[row] >= size and row != 3]
+    first, second = others[:2]
+    batch = collate_damaged({3, 9, first}, [3, 9])
+    assert batch.ids.tolist() == [second] and batch.loss_weight == 0.0 and len(batch.faults) == 2
+    assert batch.source.shape == (1, size) and batch.num_masked == int(batch.masks.masked.sum()) > 0
+    assert torch.equal(batch.source, collate_damaged({3, 9, first}, [3, 9]).source)
+
+
+def test_a_filler_reports_nothing_because_its_rows_are_reported_where_they_count():
+    for rows in ([3, 9], [9]):
+        batch = collate_damaged({9}, rows, weight=0.0)
+        assert batch.faults == () and batch.loss_weight == 0.0
+
+
+def test_data_of_which_nothing_can_be_read_are_an_error():
+    with pytest.raises(ShardError, match=r"row 9: expected this, found that; \d+ other rows of the data were tried"):
+        collate_damaged(range(30), [3, 9])
+    with pytest.raises(ShardError, match="0 other rows"):
+        collate_damaged([0], [0], num_rows=1)
+
+
+def test_tries_are_limited_and_spread_over_the_data(monkeypatch):
+    monkeypatch.setattr("d2v2ds.data.collate.STAND_IN_TRIES", 7)
+    damaged = Damaged(400, range(400))
+    collate = Collator(reader=fake_reader(damaged, MASK), seed=7)
+    micro = MicroBatch(0, np.array([50]), int(damaged.sizes.min()))
+    with pytest.raises(ShardError, match="7 other rows"):
+        collate(micro)
+    tried = np.array(damaged.asked[2:])
+    assert len(tried) == 7 and 50 not in tried and np.diff(np.sort(tried)).min() > 40

@@ -50,7 +50,7 @@ def assert_same(first, second):
         assert a.state_after == b.state_after
         assert [x.loss_weight for x in a.micro] == [x.loss_weight for x in b.micro]
         for x, y in zip(a.micro, b.micro, strict=True):
-            assert torch.equal(x.ids, y.ids)
+            assert torch.equal(x.ids, y.ids) and x.faults == y.faults
             assert torch.equal(x.source, y.source)
             assert torch.equal(x.masks.keep, y.masks.keep) and torch.equal(x.masks.masked, y.masks.masked)
 
@@ -107,6 +107,37 @@ class DamagedAudio(FakeAudio):
 def test_an_error_in_a_worker_keeps_its_type_and_message(num_workers):
     with pytest.raises(ShardError, match="audio-00000.arrow row"):
         steps(1, num_workers=num_workers, source=DamagedAudio(NUM_ROWS))
+
+
+class SpottedAudio(FakeAudio):
+    def read_audio(self, index, start=0, stop=None):
+        if index % 5 == 0:
+            raise ShardError(f"shard audio-00000.arrow row {index}: changed")
+        return super().read_audio(index, start, stop)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_left_out_are_reported_through_workers(num_workers):
+    source = SpottedAudio(NUM_ROWS)
+    found = steps(6, num_workers=num_workers, source=source)
+    assert_same(found, steps(6, source=source))
+    for step, expected in zip(found, make_plan(source).iter_from(SamplerState()), strict=False):
+        for batch, micro in zip(step.micro, expected.micro, strict=True):
+            bad = [row for row in micro.rows.tolist() if row % 5 == 0]
+            assert batch.faults == tuple(f"shard audio-00000.arrow row {row}: changed" for row in bad)
+            left = [row for row in micro.rows.tolist() if row % 5]
+            assert batch.ids.tolist() == left if left else batch.loss_weight == 0.0
+    assert any(batch.faults for step in found for batch in step.micro)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_every_row_left_out_is_reported_by_one_rank(world):
+    source = SpottedAudio(NUM_ROWS)
+    alone = steps(3, source=source)
+    ranks = [steps(3, rank=rank, world=world, source=source) for rank in range(world)]
+    for i, step in enumerate(alone):
+        expected = sorted(fault for batch in step.micro for fault in batch.faults)
+        assert sorted(fault for rank in ranks for batch in rank[i].micro for fault in batch.faults) == expected
 
 
 def test_a_closed_loader_says_so():

@@ -95,7 +95,7 @@ def test_no_shard_is_opened_before_it_is_needed(folder: Path) -> None:
         path.unlink()
     shards = AudioShards(folder)
     assert shards.sizes.sum() == shards.index.totals["samples"]
-    with pytest.raises(ShardError, match=r"audio-00000\.arrow: expected \d+ bytes, found no such file"):
+    with pytest.raises(ShardError, match=r"audio-00000\.arrow: expected \d+ bytes, found: No such file"):
         shards[0]
 
 
@@ -155,11 +155,11 @@ def test_a_folder_without_an_index_is_unfinished(folder: Path, tmp_path: Path) -
 
 def test_another_schema_version_is_refused(folder: Path) -> None:
     change_index(folder, lambda values: values.update(schema_version=99))
-    with pytest.raises(ShardError, match=r"schema_version is 99.*reads 2"):
+    with pytest.raises(ShardError, match=r"schema_version is 99.*reads 3"):
         AudioShards(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 3}'])
 def test_a_damaged_index_is_named(folder: Path, text: str) -> None:
     (folder / "index.json").write_text(text)
     with pytest.raises(ShardError, match=r"index\.json"):
@@ -196,15 +196,3 @@ def test_a_truncated_rows_file_is_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-16])
     with pytest.raises(ShardError, match=r"rows\.npy: expected \d+ bytes"):
         AudioShards(folder)
-
-
-def test_a_damaged_flac_row_is_a_shard_error(folder: Path) -> None:
-    if AudioShards(folder).index.format["codec"] != "flac":
-        pytest.skip("pcm16 has no structure to damage; `verify` sees it")
-    path = folder / "audio-00000.arrow"
-    data = bytearray(path.read_bytes())
-    start = data.index(b"fLaC")
-    data[start : start + 4] = b"xxxx"
-    path.write_bytes(data)
-    with pytest.raises(ShardError, match=r"audio-00000\.arrow batch 0 row 0: expected a FLAC stream"):
-        AudioShards(folder)[0]

@@ -67,7 +67,7 @@ def test_rows_file_and_shards_that_disagree_are_named(text: TextShards) -> None:
     np.save(text.folder / "rows.npy", rows)
     damaged = TextShards(text.folder)
     width = text.index.format["token_dtype"] == "uint16" and 2 or 4
-    message = rf"text-00000\.arrow batch 0 row 1: expected 18 tokens of {width} bytes, found {17 * width} bytes"
+    message = rf"text-00000\.arrow row 1: expected 18 tokens of {width} bytes, found {17 * width} bytes"
     with pytest.raises(ShardError, match=message):
         damaged.read_tokens(1)
     with pytest.raises(ShardError, match=message):

@@ -66,8 +66,9 @@ def test_record_batches_are_capped_by_bytes(recordings: Path, tmp_path: Path, mo
 def test_flac_codec_is_lossless_and_smaller(recordings: Path, tmp_path: Path) -> None:
     for codec in ("pcm16", "flac"):
         main(["--input", str(recordings), "--output", str(tmp_path / codec), "--workers", "1", "--codec", codec])
-    plain, packed = (table_of(tmp_path / codec).drop_columns("audio") for codec in ("pcm16", "flac"))
-    assert plain.equals(packed)
+    plain, packed = (table_of(tmp_path / codec) for codec in ("pcm16", "flac"))
+    same = [name for name in plain.column_names if name not in ("audio", "crc32", "fields_crc32")]
+    assert plain.select(same).equals(packed.select(same))
     sizes = [json.loads((tmp_path / codec / "index.json").read_text())["shards"][0]["bytes"] for codec in
              ("pcm16", "flac")]  # fmt: skip
     assert sizes[1] < 0.85 * sizes[0]

@@ -397,8 +397,9 @@ def test_damage_under_a_forged_checksum_is_found_in_the_image(photos: Path, tmp_
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     index["shards"][0]["crc32"] = file_crc32(path)
     (tmp_path / "out" / "index.json").write_text(json.dumps(index))
-    (fault,) = verify(tmp_path / "out")
-    assert fault.startswith("image-00000.arrow row 0: image: expected a whole jpeg file, found cut off")
+    changed, cut_off = verify(tmp_path / "out")
+    assert changed.startswith("image-00000.arrow row 0: expected image of CRC-32")
+    assert cut_off.startswith("image-00000.arrow row 0: image: expected a whole jpeg file, found cut off")
 
 
 def test_inspect_prints_totals_and_draws_a_contact_sheet(

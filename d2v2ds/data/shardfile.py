@@ -1,0 +1,219 @@
+"""One mapped Arrow file of a shard folder, and the check of each of its rows. No torch.
+
+In: the path, what the index says of it, and the number of a row. Out: views of that row's bytes. A row is given out
+only if its checksums are right, which also holds where structure is damaged: a wrong offset or a batch in another
+batch's place gives bytes of another checksum. Every fault of a file, also one of its file system, is a `ShardError`.
+"""
+
+import os
+import zlib
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2v2ds.data.schema import FIELDS_CRC32, LAYOUTS, PAYLOAD_CRC32, TEXTS_CRC32, Index, Layout, shard_schema
+from d2v2ds.errors import ShardError
+
+WHAT_TO_DO = "copy the file again from where the folder was packed, or pack the folder again"
+
+
+class ShardFile:
+    """One Arrow file; its record batches are looked at when they are first needed.
+
+    Args:
+        folder: of the file.
+        index: of the folder.
+        number: of the shard.
+
+    Raises:
+        ShardError: if the file is absent, cannot be read, or is not what the index says.
+    """
+
+    def __init__(self, folder: Path, index: Index, number: int) -> None:
+        entry = index.shards[number]
+        self.path = folder / entry.file
+        self._number, self._layout, self._bytes = number, LAYOUTS[index.modality], entry.bytes
+        check_size(self.path, entry.bytes)
+        expected = shard_schema(index.modality, index.format)
+        try:
+            self._source = pa.memory_map(str(self.path))
+            self._reader = pa.ipc.open_file(self._source)
+            counts = [self._reader.get_batch(batch).num_rows for batch in range(self._reader.num_record_batches)]
+            found = self._reader.schema
+            differences = "" if found.equals(expected, check_metadata=True) else _differences(expected, found)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ShardError(
+                f"shard file {self.path}: expected an Arrow IPC file, found: {error}; {WHAT_TO_DO}"
+            ) from error
+        if differences:
+            raise ShardError(f"shard file {self.path}: {differences}; the file belongs to another folder or version")
+        if sum(counts) != entry.rows:
+            raise ShardError(
+                f"shard file {self.path}: expected {entry.rows} rows, found {sum(counts)}; pack the folder again"
+            )
+        self._starts: list[int] = np.cumsum([0, *counts]).tolist()
+        self._batches: dict[int, RowBatch] = {}
+
+    def is_whole(self) -> bool:
+        """Whether the mapped file still has all its bytes: to touch what was cut off would kill the process."""
+        try:
+            return os.fstat(self._source.fileno()).st_size == self._bytes
+        except OSError:
+            return False
+
+    def locate(self, row: int) -> "tuple[RowBatch, int]":
+        """The record batch that holds a row of this file, and the row's number in there."""
+        if row >= self._starts[-1]:
+            raise ShardError(f"shard file {self.path}: expected row {row}, found {self._starts[-1]} rows")
+        number = bisect_right(self._starts, row) - 1
+        batch = self._batches.get(number)
+        if batch is None:
+            batch = self._batches[number] = self._open_batch(number)
+        return batch, row - self._starts[number]
+
+    def _open_batch(self, number: int) -> "RowBatch":
+        place = f"shard file {self.path}"
+        try:
+            batch = self._reader.get_batch(number)
+            return RowBatch(batch, self._layout, self._number, self._starts[number], place)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ShardError(f"{place} batch {number}: {error}; {WHAT_TO_DO}") from error
+
+
+class RowBatch:
+    """NumPy views of one record batch, so that a row costs no Arrow object and nothing behind a buffer is touched.
+
+    Args:
+        batch: of the layout's columns.
+        layout: of the modality.
+        shard: number of the shard.
+        first: number of the first row in its shard.
+        place: how messages name the file.
+
+    Raises:
+        ValueError: if a buffer is too short for the rows.
+    """
+
+    def __init__(self, batch: pa.RecordBatch, layout: Layout, shard: int, first: int, place: str) -> None:
+        self._layout, self._shard, self._first, self._place = layout, shard, first, place
+        rows = batch.num_rows
+        _, offsets, data = batch.column(layout.payload).buffers()
+        self._offsets, self.data = _view(offsets, "<i8", rows + 1), _view(data, "u1")
+        """(bytes,) payloads of all rows, one after another."""
+        numbers = {
+            name: _view(batch.column(name).buffers()[1], kind, rows)
+            for name, kind in (*layout.numbers.items(), (FIELDS_CRC32, "<u4"))
+        }
+        *self._fields, self._fields_crc32 = [values.item for values in numbers.values()]
+        self._places = {name: place for place, name in enumerate(layout.numbers)}
+        self._texts = {name: _Texts(batch.column(name), rows) for name in layout.texts}
+
+    def where(self, row: int) -> str:
+        """How a message names a row."""
+        return f"{self._place} row {self._first + row}"
+
+    def numbers(self, row: int) -> list[Any]:
+        """The numeric columns of a row, in the layout's order, checked.
+
+        Raises:
+            ShardError: if they do not have their checksum.
+        """
+        values = [value(row) for value in self._fields]
+        found = self._layout.fields_crc32(self._shard, self._first + row, values)
+        if found != self._fields_crc32(row):
+            self._fail(row, "columns", self._fields_crc32(row), found)
+        return values
+
+    def number(self, row: int, name: str) -> Any:
+        """One of `numbers`."""
+        return self.numbers(row)[self._places[name]]
+
+    def bounds(self, row: int) -> tuple[int, int]:
+        """Where the payload of a row begins and ends in `data`, checked with all its bytes and numbers.
+
+        Raises:
+            ShardError: if they do not have their checksums.
+        """
+        expected = self.number(row, PAYLOAD_CRC32)
+        start, stop = self._offsets.item(row), self._offsets.item(row + 1)
+        if not 0 <= start <= stop <= len(self.data):
+            raise ShardError(
+                f"{self.where(row)}: expected a place inside the {len(self.data)} bytes of its batch, found bytes "
+                f"{start} to {stop}; {WHAT_TO_DO}"
+            )
+        found = zlib.crc32(self.data[start:stop].data)
+        if found != expected:
+            self._fail(row, self._layout.payload, expected, found)
+        return start, stop
+
+    def payload(self, row: int) -> NDArray[np.uint8]:
+        """(bytes,) of one row, not copied, checked like `bounds`."""
+        start, stop = self.bounds(row)
+        return self.data[start:stop]
+
+    def texts(self, row: int) -> dict[str, str | None]:
+        """The string columns of a row by name, checked.
+
+        Raises:
+            ShardError: if they do not have their checksum.
+        """
+        expected = self.number(row, TEXTS_CRC32)
+        encoded = {name: texts.encoded(row) for name, texts in self._texts.items()}
+        found = self._layout.texts_crc32(encoded.values())
+        if found != expected:
+            self._fail(row, "texts", expected, found)
+        return {name: None if text is None else text.decode() for name, text in encoded.items()}
+
+    def _fail(self, row: int, what: str, expected: int, found: int) -> None:
+        raise ShardError(
+            f"{self.where(row)}: expected {what} of CRC-32 {expected:08x}, found {found:08x}: bytes were changed; "
+            f"{WHAT_TO_DO}"
+        )
+
+
+class _Texts:
+    """A string column."""
+
+    def __init__(self, column: pa.Array, rows: int) -> None:
+        valid, offsets, data = column.buffers()
+        self._valid = None if valid is None else _view(valid, "u1", (rows + 7) // 8)
+        self._offsets, self._data = _view(offsets, "<i8", rows + 1), _view(data, "u1")
+
+    def encoded(self, row: int) -> bytes | None:
+        """UTF-8 of a row; offsets that point outside give other bytes, so other checksums."""
+        if self._valid is not None and not self._valid.item(row >> 3) >> (row & 7) & 1:
+            return None
+        start, stop = self._offsets.item(row), self._offsets.item(row + 1)
+        return self._data[max(start, 0) : max(stop, 0)].tobytes()
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise a `ShardError` if a file is missing, unreadable, or its size in bytes is not what the index says."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise ShardError(
+            f"shard file {path}: expected {expected} bytes, found: {error.strerror}; {WHAT_TO_DO}"
+        ) from error
+    if found != expected:
+        raise ShardError(
+            f"shard file {path}: expected {expected} bytes, found {found}; the file was cut off or overwritten: "
+            f"{WHAT_TO_DO}"
+        )
+
+
+def _view(buffer: pa.Buffer | None, kind: str, count: int = -1) -> NDArray[Any]:
+    """The first values of a buffer; raises ValueError if it has fewer."""
+    return np.frombuffer(b"" if buffer is None else buffer, dtype=kind, count=count)
+
+
+def _differences(expected: pa.Schema, found: pa.Schema) -> str:
+    wanted, had = (str(schema).splitlines() for schema in (expected, found))
+    return (
+        f"expected {[line for line in wanted if line not in had]} in its schema, found "
+        f"{[line for line in had if line not in wanted]}"
+    )
