@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared body of the job scripts: they `source` it, it is not submitted itself.
 #
 # In:  what SLURM sets in a job, the site values below, the arguments behind the script's name.
@@ -18,7 +19,9 @@ D2V2DS_VENV=$D2V2DS_HOME/.venv   # Python environment to activate; empty for non
 D2V2DS_PREFIX=()                 # words before `python`, such as those that enter a container
 D2V2DS_SRUN=()                   # more options of srun
 D2V2DS_MPI=pmi2                  # how packers find their MPI ranks; `srun --mpi=list` names the others
+# shellcheck disable=SC2034 # the scripts use them
 D2V2DS_RAW=$D2V2DS_HOME/raw      # raw data: audio/, image/, text/
+# shellcheck disable=SC2034
 D2V2DS_DATA=$D2V2DS_HOME/data    # packed shards: audio/, image/, text/
 D2V2DS_RUNS=$D2V2DS_HOME/runs    # a folder for each run, named like its configuration
 
@@ -39,6 +42,7 @@ fail() {
 prepare() {
     set +u # other people's scripts
     if ((${#D2V2DS_MODULES[@]})); then module load "${D2V2DS_MODULES[@]}"; fi
+    # shellcheck source=/dev/null
     if [[ $D2V2DS_VENV ]]; then source "$D2V2DS_VENV/bin/activate"; fi
     set -u
     export PYTHONPATH="$D2V2DS_HOME${PYTHONPATH:+:$PYTHONPATH}" # the code beside these scripts
@@ -67,11 +71,11 @@ warn() {
     if [[ $1 == TERM && $warned && $step ]]; then
         say "got SIGTERM, and ranks warned by SIG$warned have not ended; not waiting for them"
         kill -KILL "$step" 2>/dev/null || true
-        return
+    else
+        warned=$1
+        say "got SIG$1; asking all ranks to save"
+        if [[ $step ]]; then kill -USR1 "$step" 2>/dev/null || true; fi
     fi
-    warned=$1
-    say "got SIG$1; asking all ranks to save"
-    if [[ $step ]]; then kill -USR1 "$step" 2>/dev/null || true; fi
 }
 
 # Run a command in the background, where a trap runs at once; the result is its own exit status in `code`.
@@ -141,6 +145,8 @@ requeue() {
             fi
             if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
                 say "requeued"
+                trap - TERM
+                sleep 60 # SLURM ends this script; one that ends by itself may be taken for the end of the next start
                 return
             fi
         fi
@@ -156,6 +162,7 @@ preprocess() {
     local module=$1 part=()
     shift
     if [[ ${SLURM_ARRAY_TASK_ID-} ]]; then
+        # shellcheck disable=SC2153
         if ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_MAX + 1 != SLURM_ARRAY_TASK_COUNT)); then
             fail "expected --array=0-N without gaps, found $SLURM_ARRAY_TASK_COUNT tasks from" \
                 "$SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX; a missing part is packed by the last job, without --array"

@@ -233,15 +233,8 @@ class Cluster:
             time.sleep(0.2)
 
     def wait(self, number: int, *states: str, timeout_s: float = 120.0) -> dict[str, str]:
-        """Wait until a job is in one of these states, sparing it the pause after a requeue."""
-
-        def is_there() -> bool:
-            job = self.job(number)
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                self.attempt("scontrol", "update", f"jobid={number}", "StartTime=now")
-            return job["JobState"] in states
-
-        self.until(is_there, timeout_s)
+        """Wait until a job is in one of these states."""
+        self.until(lambda: self.job(number)["JobState"] in states, timeout_s)
         return self.job(number)
 
     def story(self) -> str:
