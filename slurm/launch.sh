@@ -120,12 +120,17 @@ pretrain() {
     mkdir -p -- "$run/logs" || fail "run.dir $run cannot be made"
     log=$run/logs/job$SLURM_JOB_ID.restart$restart.log
     say "restart $restart on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks; what they say: $log"
-    # A rank that ends must not have the others killed, for all ranks end with 75 one after another; but one that is
-    # left alone hangs, so that the step ends a minute after the first rank.
-    run_step srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label --open-mode=append --output="${log//%/%%}" \
-        "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
-        python -m d2v2ds.pretrain --config "$config" "${overrides[@]}" run.dir="$run"
-    say "ranks ended with $code"
+    if [[ $warned ]]; then
+        say "not started, for the job is about to end"
+        code=75
+    else
+        # A rank that ends must not have the others killed, for all ranks end with 75 one after another; but one that is
+        # left alone hangs, so that the step ends a minute after the first rank.
+        run_step srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label --open-mode=append --output="${log//%/%%}" \
+            "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
+            python -m d2v2ds.pretrain --config "$config" "${overrides[@]}" run.dir="$run"
+        say "ranks ended with $code"
+    fi
     trap '' USR1 TERM HUP
     verdict=$("${D2V2DS_PREFIX[@]}" python -m d2v2ds.restart --run "$run" --code "$code" --job "$SLURM_JOB_ID" \
         --restart "$restart" --warned "$warned") || say "no verdict, so this job stops"
