@@ -93,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._note("HEAD")
+        if (fault := self.told.always.get(self.path)) and fault.headers.get("Location"):
+            return self._status(302, fault.headers)
         if not self.told.heads:
             return self._status(405, {})
         if (data := self.told.files.get(self.path)) is None:

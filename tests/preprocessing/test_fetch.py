@@ -5,6 +5,7 @@ import email.utils
 import hashlib
 import json
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from d2v2ds.errors import ConfigError
 from preprocessing.fetch import WORK_NAME, Checksum, Patience, Source, Transfer
-from preprocessing.web import DownloadError, _seconds, check_url
+from preprocessing.web import DownloadError, _SafeRedirects, _seconds, check_url
 from tests.preprocessing.misbehaving_server import Fault, Server, serving
 
 HASTY = Patience(timeout_s=5, attempts=4, first_wait_s=0.001, longest_wait_s=0.01, longest_asked_s=0.3)
@@ -143,6 +144,7 @@ def test_a_changed_file_is_not_glued_to_the_old_one(
     server.always["/a.bin"] = Fault(ignore_if_range=ignore_if_range)
     transfer(server, tmp_path).fetch()
     assert (tmp_path / "a.bin").read_bytes() == OTHER[:length]
+    assert server.gets("/a.bin") == ["bytes=100000-", *([None] if ignore_if_range else [])]
 
 
 def test_without_a_version_only_a_file_of_known_checksum_is_resumed(server: Server, tmp_path: Path) -> None:
@@ -172,9 +174,18 @@ def test_a_mirror_goes_on_with_a_file_of_known_checksum(server: Server, tmp_path
     cut(server, tmp_path, 100_000, sha256(DATA))
     with serving() as mirror:
         mirror.files["/a.bin"] = DATA
+        mirror.always["/a.bin"] = Fault(headers={"ETag": '"of the mirror"'})
         transfer(mirror, tmp_path, sha256(DATA)).fetch()
         assert mirror.sent["/a.bin"] == 200_000
     assert (tmp_path / "a.bin").read_bytes() == DATA
+
+
+def test_another_address_begins_anew_without_a_checksum(server: Server, tmp_path: Path) -> None:
+    cut(server, tmp_path, 100_000)
+    with serving() as other:
+        other.files["/a.bin"] = DATA
+        transfer(other, tmp_path).fetch()
+        assert other.gets("/a.bin") == [None]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +222,7 @@ def test_a_range_behind_a_shrunk_file_begins_anew(server: Server, tmp_path: Path
     server.faults["/a.bin"] = [Fault(status=416)]
     transfer(server, tmp_path).fetch()
     assert (tmp_path / "a.bin").read_bytes() == OTHER[:50_000]
+    assert server.gets("/a.bin") == ["bytes=100000-", None]
 
 
 def test_a_part_whose_record_is_lost_begins_anew(server: Server, tmp_path: Path) -> None:
@@ -337,8 +349,18 @@ def test_a_redirect_to_http_is_followed_and_keeps_range_and_method(server: Serve
     server.files["/b.bin"] = DATA
     server.always["/a.bin"] = Fault(status=302, headers={"Location": "/b.bin"})
     one = transfer(server, tmp_path, sha256(DATA))
+    assert one.size() == len(DATA)
+    assert [(request.method, request.path) for request in server.requests] == [("HEAD", "/a.bin"), ("HEAD", "/b.bin")]
     one.fetch()
     assert server.gets("/b.bin") == ["bytes=100000-"]
+
+
+def test_a_redirect_from_https_to_http_is_refused() -> None:
+    request = urllib.request.Request("https://host/a")
+    with pytest.raises(DownloadError, match="redirected to http://else/a, expected .*never from https to http"):
+        _SafeRedirects().redirect_request(request, None, 302, "Found", {}, "http://else/a")
+    followed = _SafeRedirects().redirect_request(request, None, 302, "Found", {}, "https://else/a")
+    assert followed is not None and followed.full_url == "https://else/a"
 
 
 @pytest.mark.parametrize("where", ["file:///etc/hostname", "ftp://127.0.0.1/a.bin", "data:text/plain,x"])
