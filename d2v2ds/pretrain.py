@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from d2v2ds import provenance
 from d2v2ds.batch import Batch
 from d2v2ds.config import RunConfig, config_error, read_config, to_dict, to_yaml
-from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
+from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader, start_worker_server
 from d2v2ds.data.readers import open_reader
 from d2v2ds.data.sampler import BatchPlan, SamplerState
 from d2v2ds.dist import comm, zero
@@ -49,9 +50,9 @@ from d2v2ds.errors import (
 from d2v2ds.model.block import Block
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.flops import step_flops
-from d2v2ds.model.init import initialise
+from d2v2ds.model.init import initialise, undrawn
 from d2v2ds.model.target_net import TargetNet
-from d2v2ds.train.checkpointing import Checkpoints, Progress
+from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.interval import ModalityInfo
 from d2v2ds.train.loop import LoopConfig, Trainer
@@ -114,7 +115,10 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if comm.device().type == "cpu":
             keep_large_blocks()
-        student, teacher = build_engines(config, ds_config)
+        if config.data.num_workers > 0:
+            start_worker_server()
+        will_resume = has_checkpoints(config.run.dir)
+        student, teacher = build_engines(config, ds_config, will_resume)
         guard, progress = Guard(config.health), Progress(sampler={name: SamplerState() for name in streams})
         checkpoints = Checkpoints(
             student,
@@ -127,7 +131,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
             keep=Keep(last=config.run.keep_checkpoints or None, every_steps=config.run.keep_every_steps),
             asynchronous=config.run.async_checkpoints,
         )
-        checkpoints.resume(allow_grown)
+        if will_resume:
+            checkpoints.resume(allow_grown)
         restarts = provenance.count_starts(config.run.dir)
         if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), ds_config)):
             raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")
@@ -271,14 +276,24 @@ def start_logging(run_dir: Path) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def build_engines(config: RunConfig, ds_config: dict[str, Any]) -> tuple[Engine, Teacher]:
-    """Student and teacher with the same weights on every rank, whatever their number."""
-    model = Data2Vec2(config.model, activation_checkpointing=config.engine.activation_checkpointing)
-    initialise(model, config.run.seed)
+def build_engines(config: RunConfig, ds_config: dict[str, Any], will_resume: bool = False) -> tuple[Engine, Teacher]:
+    """Student and teacher with the same weights on every rank, whatever their number.
+
+    Args:
+        config: of the run.
+        ds_config: from `prepare`.
+        will_resume: draw no first weights, for a checkpoint overwrites them: seconds for a large model.
+    """
+    with undrawn() if will_resume else nullcontext():
+        model = Data2Vec2(config.model, activation_checkpointing=config.engine.activation_checkpointing)
+        if not will_resume:
+            initialise(model, config.run.seed)
     optimizer = EarlyEpsilonAdam([p for p in model.parameters() if p.requires_grad], lr=0.0, config=config.optim)
     student = build_student_engine(model, optimizer, ds_config, gather_units=[Block])
     student.train()
-    return student, Teacher(TargetNet(config.model), student)
+    with undrawn():  # `Teacher` makes it a copy of the student
+        network = TargetNet(config.model)
+    return student, Teacher(network, student)
 
 
 def recipe(config: RunConfig) -> Recipe:
@@ -323,7 +338,7 @@ def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype, restart
         save_every_steps=config.run.save_every_steps,
         validate_every_steps=config.valid.every_steps,
         restarts=restarts,
-        peak_flops=matmul_peak_flops(comm.device(), dtype),
+        peak_flops=matmul_peak_flops(comm.device(), dtype, seconds=0.3),
         flops_of=flops_of,
     )
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -101,12 +101,8 @@ def build_loader(
     plans = {name: stream.plan for name, stream in streams.items()}
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
-        # Neither fork nor spawn: forking a process that has GPU, MPI or communication threads can deadlock the
-        # child, and spawned workers would each import torch anew. The server imports it once, then forks clean.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
         workers = {
-            "multiprocessing_context": context,
+            "multiprocessing_context": _worker_context(),
             "prefetch_factor": config.prefetch_factor,
             "worker_init_fn": _prepare_worker,
         }
@@ -122,6 +118,24 @@ def build_loader(
             **workers,
         )
     )
+
+
+def start_worker_server() -> None:
+    """Let the process that workers are forked from begin its imports now, while the caller does something else."""
+    _worker_context()
+    with _job_signals_held():
+        forkserver.ensure_running()
+
+
+def _worker_context() -> multiprocessing.context.ForkServerContext:
+    """How workers are started.
+
+    Neither by fork nor by spawn: forking a process that has GPU, MPI or communication threads can deadlock the child,
+    and spawned workers would each import torch anew. The server imports it once, then forks clean.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class StepLoader(Iterator[StepData]):

@@ -14,10 +14,12 @@
 """
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.encoder import ExtraTokens
@@ -53,6 +55,23 @@ def initialise(model: Data2Vec2, seed: int) -> None:
             for module in part.proj.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Modules built inside get no first weights but whatever lies in memory: for those that are overwritten at once."""
+    rules = {name: rule for name, rule in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+
+    def leave(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor
+
+    for name in rules:
+        setattr(nn.init, name, leave)
+    try:
+        yield
+    finally:
+        for name, rule in rules.items():
+            setattr(nn.init, name, rule)
 
 
 def _draw(module: nn.Module) -> None:

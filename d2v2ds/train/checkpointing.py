@@ -43,6 +43,13 @@ class Progress:
     """Position of the data of each modality."""
 
 
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run has any, whole or not: then it must go on from one, or not at all. The same on every rank."""
+    folder = run_dir / "checkpoints"
+    # A shared file system may show ranks different lists.
+    return comm.broadcast_object(bool(candidate_tags(folder)) or bool(lost_tags(folder)))
+
+
 class Checkpoints:
     """The checkpoints of one run. Every rank has one, and calls its methods in the same order."""
 
@@ -140,22 +147,16 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- taking up
 
-    def resume(self, allow_grown: bool = False) -> bool:
-        """Go on from the newest whole checkpoint, if there is any; on another number of ranks too.
+    def resume(self, allow_grown: bool = False) -> None:
+        """Go on from the newest whole checkpoint; on another number of ranks too.
 
         Args:
             allow_grown: whether rows may have been added to the data since.
 
-        Returns:
-            Whether there was one.
-
         Raises:
-            CheckpointError: there were some, and none is whole; or the data is not that of the run.
+            CheckpointError: none is whole; or the data is not that of the run.
             ConfigError: it is of another model.
         """
-        # A shared file system may show ranks different lists.
-        if not comm.broadcast_object(bool(candidate_tags(self.folder)) or bool(lost_tags(self.folder))):
-            return False
         restored = checkpoint.load(self.student, self.teacher, self.folder, reshard=True)
         differing = [
             field
@@ -178,7 +179,6 @@ class Checkpoints:
             name: plan.load_state_dict(stored[name], allow_grown) for name, plan in self.plans.items()
         }
         logger.info("resumed at step %d from %s", self.progress.step, restored.tag)
-        return True
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint before the steps that were not finite, and on with the data after them.
