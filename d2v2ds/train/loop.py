@@ -18,7 +18,7 @@ from d2v2ds.data.loader import StepData
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.errors import MissingExtraError, PreemptedError
+from d2v2ds.errors import DamagedDataError, MissingExtraError, PreemptedError, ShardError
 from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
@@ -51,6 +51,30 @@ class LoopConfig:
     num_heads: int
     flops_of: Callable[[Batch], float]
     """Algorithmic operations of one micro-batch."""
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The data of one step, or why there is none."""
+
+    data: StepData | None
+    fault: str
+    wait_s: float
+
+    def step_data(self) -> StepData:
+        """The data; all ranks have agreed that they have some, but where the run was to end before it."""
+        if self.data is None:
+            raise DamagedDataError(self.fault)
+        return self.data
+
+
+def _fetch(data: Iterator[StepData]) -> _Fetched:
+    """The next step's data. A rank that raised alone would leave the others waiting for it."""
+    asked = time.perf_counter()
+    try:
+        return _Fetched(next(data), "", time.perf_counter() - asked)
+    except ShardError as error:
+        return _Fetched(None, str(error), time.perf_counter() - asked)
 
 
 class Trainer:
@@ -101,10 +125,11 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         interval, began, first = self._new_interval(), time.perf_counter(), progress.step
+        following = _fetch(data)
+        if progress.step < config.total_steps and self._ask_all_ranks(None, following):
+            raise PreemptedError(f"stopped by {self._signals()} before the first step, nothing was lost")
         while progress.step < config.total_steps:
-            asked = time.perf_counter()
-            step_data = next(data)
-            wait_s = time.perf_counter() - asked
+            step_data, wait_s = following.step_data(), following.wait_s
             out = pretrain_step(self.student, self.teacher, step_data.micro, step=progress.step, recipe=self.recipe)
             progress.step += 1
             progress.sampler = step_data.state_after
@@ -114,12 +139,13 @@ class Trainer:
             else:
                 self._note_bad_batch(out, step_data)
             self.watchdog.step_done(progress.step)
+            following = _fetch(data)
+            is_stopping = self._ask_all_ranks(step_data, following)
             if self.guard.after_step(progress.step, out.applied):
                 self._roll_back()
                 self.watchdog.touch(progress.step)
                 interval, began, first = self._new_interval(), time.perf_counter(), progress.step
                 continue
-            is_stopping = self._ask_all_ranks(step_data)
             is_last = progress.step == config.total_steps
             is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping
             is_validating = self.validation is not None and (
@@ -145,14 +171,30 @@ class Trainer:
                 )
         self.checkpoints.finish()
 
-    def _ask_all_ranks(self, data: StepData) -> bool:
-        """Exchange what each rank knows alone, once a step; returns whether one of them was asked to stop."""
-        own = [self.stop.received is not None, self.checkpoints.is_busy, sum(len(b.faults) for b in data.micro)]
-        asked, busy, damaged = comm.all_reduce_sum(own)
-        for fault in (fault for batch in data.micro for fault in batch.faults):
+    def _ask_all_ranks(self, data: StepData | None, following: "_Fetched") -> bool:
+        """Exchange what each rank knows alone, once a step; returns whether one of them was asked to stop.
+
+        Args:
+            data: of the step that is done.
+            following: of the next one.
+
+        Raises:
+            DamagedDataError: too many rows could not be read, or on some rank none at all.
+            SaveError: as `Checkpoints.advance`.
+        """
+        faults = [] if data is None else [fault for batch in data.micro for fault in batch.faults]
+        is_needed = self.progress.step < self.config.total_steps
+        no_data = bool(following.fault) and is_needed
+        own = [self.stop.received is not None, self.checkpoints.is_busy, len(faults), no_data]
+        asked, busy, damaged, unreadable = comm.all_reduce_sum(own)
+        for fault in faults:
             logger.warning("step %d: a row was left out: %s", self.progress.step, fault)
-        self.checkpoints.advance(any_busy=busy > 0)
         self.guard.after_reading(int(damaged))
+        if unreadable:
+            raise DamagedDataError(
+                following.fault or f"step {self.progress.step}: no data can be read on {unreadable:.0f} other ranks"
+            )
+        self.checkpoints.advance(any_busy=busy > 0)
         return asked > 0
 
     def _signals(self) -> str:
