@@ -430,7 +430,8 @@ def test_shard_that_is_spoilt_while_the_run_goes_on(how: str, shards: Path, unbr
 # ------------------------------------------------------------------ which checkpoints stay
 
 
-def test_best_and_milestones_are_kept(shards: Path, tmp_path: Path) -> None:
+def test_best_and_milestones_are_kept(shards: Path, unbroken: Path, tmp_path: Path) -> None:
+    """And the validation that chooses the best leaves the training alone."""
     run_dir = tmp_path / "run"
     held_out = pack_clips(tmp_path / "held_out", "--shard-bytes", "1000000")
     extra = [
@@ -445,3 +446,20 @@ def test_best_and_milestones_are_kept(shards: Path, tmp_path: Path) -> None:
     assert named_tag(folder, "best") == f"step{best:08d}"
     assert read_manifest(folder / f"step{best:08d}").validation_loss == losses[best]
     assert set(candidate_tags(folder)) == {f"step{step:08d}" for step in (4, 8, best)}
+    without = [{name: v for name, v in r.items() if not name.startswith("valid/")} for r in deterministic(run_dir)]
+    assert without == deterministic(unbroken)
+
+
+def test_validation_is_the_same_on_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
+    """After a first step, which has a learning rate of 0."""
+    held_out = pack_clips(tmp_path / "held_out", "--shard-bytes", "1000000")
+    extra = [f"valid.audio={held_out}", "valid.every_steps=1", "run.save_every_steps=100", "run.total_steps=2"]
+    found = []
+    for world in (1, 2):
+        run_dir = tmp_path / str(world) / "run"
+        with Ranks(world, shards, run_dir, *extra, fp32(3, tmp_path), logs=run_dir.parent) as ranks:
+            assert ranks.wait() == [0] * world, ranks.printed(0)[-3000:]
+        found.append(deterministic(run_dir)[0])
+    for name in ("valid/loss/total", "valid/loss/regression", "valid/target/std", "valid/pred/std"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+    assert found[0]["valid/loss/total"] > 0

@@ -195,6 +195,11 @@ class BatchPlan:
         Raises:
             CheckpointError: the stored position counts micro-batches of another dataset or another plan.
         """
+        if "datasets" not in stored:
+            raise CheckpointError(
+                "data position of the checkpoint was stored by an earlier version, which counted rows otherwise; start "
+                "a new run from the weights"
+            )
         differing = [
             f"{name} was {stored.get(name)}, is {value}"
             for name, value in self._settings().items()
