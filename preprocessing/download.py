@@ -15,12 +15,12 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from d2v2ds.errors import ConfigError, D2V2Error
 from preprocessing.corpora import (
@@ -40,7 +40,10 @@ from preprocessing.sources import listed
 from preprocessing.unpack import check_tar_filter, folder_name, unpack
 from preprocessing.web import DownloadError
 
+Answer = TypeVar("Answer")
+
 _CORPORA = {"librispeech": LIBRISPEECH, "librilight": LIBRILIGHT}
+_LONGEST_WAIT_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +100,13 @@ class Download:
             return []
         with ThreadPool(self._jobs) as pool:  # of daemon threads: an interrupt need not wait for a silent server
             try:
-                sizes = pool.map(_size, todo)
+                sizes = _done_by(pool, _size, todo)
                 left = sum(size - _bytes_there(job) for job, size in zip(todo, sizes, strict=True))
                 self._check_space(
                     left, [size for job, size in zip(todo, sizes, strict=True) if job.folder], keep_archives
                 )
                 self._progress = Progress("downloading", len(todo), left)
-                errors = list(pool.imap_unordered(lambda job: self._obtain(job, keep_archives), todo))
+                errors = _done_by(pool, lambda job: self._obtain(job, keep_archives), todo)
                 self._progress.finish()
             finally:
                 self._stop.set()
@@ -117,7 +120,9 @@ class Download:
 
     def _job(self, source: Source, extract: bool) -> Job:
         name = folder_name(source.name) if extract else None
-        transfer = Transfer(source, self._folder, self._patience, lambda size: self._add(0, size), self._stop)
+        transfer = Transfer(
+            source, self._folder, self._patience, lambda size: self._add(0, size), self._say, self._stop
+        )
         return Job(transfer=transfer, folder=self._folder / name if name else None)
 
     def _obtain(self, job: Job, keep_archives: bool) -> D2V2Error | None:
@@ -127,7 +132,7 @@ class Download:
             transfer.fetch()
             what = _verdict(transfer)
             if job.folder:
-                self._say(f"{transfer.path.name}: whole, unpacking", sys.stderr)
+                self._say(f"{transfer.path.name}: whole, unpacking")
                 # Noted before the folder appears: killed between the two, the next start finds none and unpacks again.
                 transfer.save(unpacked=True)
                 work = self._folder / WORK_NAME
@@ -163,11 +168,12 @@ class Download:
             if self._progress:
                 self._progress.add(files, size)
 
-    def _say(self, line: str, stream: TextIO) -> None:
+    def _say(self, line: str, stream: TextIO | None = None) -> None:
+        """Print a line, on standard error unless told otherwise."""
         with self._lock:
             if sys.stderr.isatty():
                 print("\r\033[K", end="", file=sys.stderr, flush=True)  # what `Progress` left there
-            print(line, file=stream, flush=True)
+            print(line, file=stream or sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None, patience: Patience | None = None) -> int:
@@ -239,6 +245,17 @@ def _check_places(jobs: Sequence[Job]) -> None:
             f"expected no such folder, found one that this archive was not unpacked into; move it away or take another "
             f"--to:\n{listed(taken, len(taken))}"
         )
+
+
+def _done_by(pool: ThreadPool, work: Callable[[Job], Answer], jobs: Sequence[Job]) -> list[Answer]:
+    """What `work` answers for each job.
+
+    Waits in short pieces: a signal that comes in the moment before a wait is seen only after it.
+    """
+    answers = pool.map_async(work, jobs, chunksize=1)
+    while not answers.ready():
+        answers.wait(_LONGEST_WAIT_S)
+    return answers.get()
 
 
 def _size(job: Job) -> int:

@@ -116,6 +116,7 @@ class Transfer:
         folder: exists.
         patience: with the server.
         report: told of every block that arrives, in bytes.
+        say: told in words what is being waited for.
         stop: set from another thread, ends the transfer at its next block or wait.
     """
 
@@ -125,6 +126,7 @@ class Transfer:
         folder: Path,
         patience: Patience,
         report: Callable[[int], None],
+        say: Callable[[str], None],
         stop: threading.Event,
     ) -> None:
         self.source = source
@@ -134,6 +136,7 @@ class Transfer:
         self._record_path = work / f"{source.name}.json"
         self._patience = patience
         self._report = report
+        self._say = say
         self._stop = stop
         self.record = self._read_record()
 
@@ -174,6 +177,8 @@ class Transfer:
         with _saying_what_the_disk_says(self.part):
             if self.is_finished or self._adopt():
                 return
+            if self.record.url != self.source.url and self.source.checksum is None:
+                self._forget()  # nothing says that both addresses hold the same file
             self._fetch_bytes()
             if self._finish():
                 self._fetch_bytes()  # from zero: a cut may have been mended wrongly
@@ -190,6 +195,7 @@ class Transfer:
 
     def _finish(self) -> Checksum | None:
         """Check the part and give it its name; if it is wrong, set it aside and return what was found."""
+        self._say(f"{self.path.name}: has arrived, checking")
         found = self._checksum_of(self.part)
         if self.source.checksum in (None, found):
             self.save(digests={found.algorithm: found.value})
@@ -231,10 +237,12 @@ class Transfer:
             furthest = max(furthest, there)
             if failures >= self._patience.attempts:
                 raise DownloadError(
-                    f"{problem}; gave up after {failures} attempts without progress, {furthest:,} bytes are kept: the "
+                    f"{problem}; gave up after {failures} attempts without progress, {there:,} bytes are kept: the "
                     "same command goes on from there"
                 )
-            self._stop.wait(self._patience.wait_s(failures, problem.retry_after_s))
+            wait_s = self._patience.wait_s(failures, problem.retry_after_s)
+            self._say(f"{problem}; again in {wait_s:.0f} s")
+            self._stop.wait(wait_s)
 
     def _is_whole(self) -> bool:
         return self.part.exists() and self.record.bytes == self.bytes_there
@@ -305,8 +313,9 @@ class Transfer:
         with self.part.open("ab", buffering=0) as part:
             while expected is None or received < expected:
                 self._heed_stop()
+                wanted = _BLOCK_BYTES if expected is None else min(_BLOCK_BYTES, expected - received)
                 try:
-                    block = response.read1(_BLOCK_BYTES)
+                    block = response.read1(wanted)
                 except NETWORK_ERRORS as error:
                     raise PassingError(f"{self.source.url}: cut after {received:,} bytes: {said(error)}") from error
                 if not block:

@@ -28,6 +28,8 @@ class Fault:
     ignore_if_range: bool = False
     shift_range: int = 0
     """Send bytes from another place than asked for, and say so."""
+    surplus: bytes = b""
+    """Sent behind the body, whatever the length says."""
     stall: bool = False
     """Send the header and nothing more until the server ends."""
 
@@ -124,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {name: value for name, value in (headers | fault.headers).items() if value})
         if fault.stall:
             self.told.ended.wait()
-        return self._send(body if fault.cut_after is None else body[: fault.cut_after])
+        return self._send((body if fault.cut_after is None else body[: fault.cut_after]) + fault.surplus)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""

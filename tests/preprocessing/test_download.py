@@ -233,6 +233,16 @@ def test_a_list_of_plain_addresses_is_a_list(tmp_path: Path) -> None:
     assert [source.name for source in read_url_list(tmp_path / "list.txt")] == ["a.txt", "b.txt"]
 
 
+def test_waits_and_checks_are_said(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server.files["/a.bin"] = b"a"
+    server.faults["/a.bin"] = [Fault(status=503)]
+    assert urls(tmp_path, f"{server.url}/a.bin") == 0
+    said = capsys.readouterr().err
+    assert (
+        "the server answered 503 Service Unavailable; again in 0 s" in said and "a.bin: has arrived, checking" in said
+    )
+
+
 # ------------------------------------------------------------------ kills, locks, disks
 
 

@@ -32,7 +32,7 @@ def server() -> Iterator[Server]:
 def transfer(server: Server, folder: Path, checksum: Checksum | None = None, patience: Patience = HASTY) -> Transfer:
     (folder / WORK_NAME).mkdir(exist_ok=True)
     source = Source(url=f"{server.url}/a.bin", name="a.bin", checksum=checksum)
-    return Transfer(source, folder, patience, lambda size: None, threading.Event())
+    return Transfer(source, folder, patience, lambda size: None, lambda line: None, threading.Event())
 
 
 def sha256(data: bytes) -> Checksum:
@@ -180,8 +180,10 @@ def test_a_mirror_goes_on_with_a_file_of_known_checksum(server: Server, tmp_path
     assert (tmp_path / "a.bin").read_bytes() == DATA
 
 
-def test_another_address_begins_anew_without_a_checksum(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [100_000, 300_000])
+def test_another_address_begins_anew_without_a_checksum(server: Server, tmp_path: Path, there: int) -> None:
     cut(server, tmp_path, 100_000)
+    (tmp_path / WORK_NAME / "a.bin.part").write_bytes(DATA[:there])
     with serving() as other:
         other.files["/a.bin"] = DATA
         transfer(other, tmp_path).fetch()
@@ -206,6 +208,14 @@ def test_a_wrong_range_begins_anew(server: Server, tmp_path: Path, fault: Fault)
     transfer(server, tmp_path).fetch()
     assert (tmp_path / "a.bin").read_bytes() == DATA
     assert server.gets("/a.bin") == ["bytes=100000-", None]
+
+
+def test_what_comes_behind_the_end_of_a_range_is_not_taken(server: Server, tmp_path: Path) -> None:
+    cut(server, tmp_path, 100_000)
+    server.faults["/a.bin"] = [Fault(headers={"Content-Length": ""}, surplus=bytes(100_000))]
+    transfer(server, tmp_path).fetch()
+    assert (tmp_path / "a.bin").read_bytes() == DATA
+    assert server.gets("/a.bin") == ["bytes=100000-"]
 
 
 def test_a_part_longer_than_the_file_begins_anew(server: Server, tmp_path: Path) -> None:
