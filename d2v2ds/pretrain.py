@@ -27,6 +27,7 @@ import torch
 from d2v2ds import provenance
 from d2v2ds.batch import Batch
 from d2v2ds.config import RunConfig, config_error, read_config, to_dict, to_yaml
+from d2v2ds.data.joined import folders_of
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader, start_worker_server
 from d2v2ds.data.readers import open_reader
 from d2v2ds.data.sampler import BatchPlan, SamplerState
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--allow-grown", action="store_true", help="go on although rows were added to the data since the checkpoint"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # job scripts add settings behind options
     try:
         pretrain(options.config, options.overrides, allow_grown=options.allow_grown)
     except D2V2Error as error:
@@ -211,7 +212,7 @@ def open_streams(config: RunConfig) -> tuple[dict[str, DataStream], list[str]]:
             reader = open_reader(name, section, models[name])
             faults = reader.faults()
             if not faults:
-                plan = BatchPlan(reader.sizes, config=reader.plan_config(), seed=config.run.seed)
+                plan = BatchPlan(reader.datasets, config=reader.plan_config(), seed=config.run.seed)
                 streams[name] = DataStream(reader, plan)
         except (ShardError, MissingExtraError) as error:
             faults = [f"data.{name}.shards: {error}"]
@@ -225,10 +226,10 @@ def held_out_faults(config: RunConfig) -> list[str]:
     for name, path in config.valid.folders().items():
         if name not in data or name not in models:
             continue  # said by `RunConfig.check`
-        if path == data[name].shards:
-            problems.append(f"valid.{name} is data.{name}.shards, {path}; expected a folder that is not trained on")
+        if path in folders_of(data[name].shards):
+            problems.append(f"valid.{name} is in data.{name}.shards, {path}; expected a folder that is not trained on")
         try:
-            reader = open_reader(name, replace(data[name], shards=path), models[name])
+            reader = open_reader(name, replace(data[name], shards=path, weights=None), models[name])
             problems += [f"valid.{name} {path}: {fault}" for fault in reader.faults()]
         except (ShardError, MissingExtraError) as error:
             problems.append(f"valid.{name}: {error}")
@@ -349,7 +350,10 @@ def build_validation(config: RunConfig, student: Engine, teacher: Teacher, loop:
     return Validation(
         student,
         teacher,
-        {n: open_reader(n, replace(data[n], shards=path), models[n]) for n, path in config.valid.folders().items()},
+        {
+            n: open_reader(n, replace(data[n], shards=path, weights=None), models[n])
+            for n, path in config.valid.folders().items()
+        },
         loss_scales={name: info.loss_scale for name, info in loop.modalities.items()},
         loss_weights={name: section.loss_weight for name, section in data.items()},
         config=config.valid,
@@ -363,10 +367,11 @@ def describe(config: RunConfig, streams: Streams) -> None:
     )
     for name, stream in streams.items():
         reader, plan, epoch = stream.reader, stream.plan, stream.plan.estimate_epoch()
+        folders = ", ".join(str(folder) for folder in folders_of(config.data.active()[name].shards))
         logger.info(
             "%s: %s, %d rows; global batch %.6g %s in %d micro-batches, accumulation %d; epoch of %.0f steps, %.6g %s; "
             "%.1f epochs in all",
-            name, config.data.active()[name].shards, len(reader), _units(stream, epoch.size_per_step), reader.unit,
+            name, folders, len(reader), _units(stream, epoch.size_per_step), reader.unit,
             plan.config.num_micro, plan.config.accumulation(comm.world()), epoch.steps, _units(stream, epoch.size),
             reader.unit, config.total_steps / max(epoch.steps, 1e-9),
         )  # fmt: skip

@@ -21,6 +21,7 @@ import numpy as np
 
 from d2v2ds.config import RunConfig, load_config
 from d2v2ds.data.collate import Reader
+from d2v2ds.data.joined import folders_of
 from d2v2ds.data.readers import open_reader
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import ConfigError, D2V2Error
@@ -121,7 +122,7 @@ def _reader(config: RunConfig, folder: Path) -> Reader:
         raise ConfigError(f"{folder}: holds {modality}, the run has {', '.join(sections)}")
     reader = open_reader(modality, replace(sections[modality], shards=folder), models[modality])
     problems = reader.misfits()
-    own = sections[modality].shards
+    own = folders_of(sections[modality].shards)[0]
     if own.is_dir() and open_shards(own).index.files_beside != open_shards(folder).index.files_beside:
         problems.append(
             f"its tokenizer is not that of {own}, on which the run was trained; pack with --tokenizer from there"

@@ -427,6 +427,25 @@ def test_shard_that_is_spoilt_while_the_run_goes_on(how: str, shards: Path, unbr
 # ------------------------------------------------------------------ data that grows
 
 
+def test_data_that_grew_is_an_error_until_it_is_allowed(shards: Path, tmp_path: Path) -> None:
+    """A second folder beside the first, from the next epoch on."""
+    run_dir, more = tmp_path / "run", pack_clips(tmp_path / "more", "--max-seconds", "1.9")
+    extra = ["run.total_steps=40", "run.health_every_steps=100"]
+    with Ranks(2, shards, run_dir, *extra, logs=tmp_path / "first") as ranks:
+        ranks.until(lambda: records(run_dir) >= 3)
+        ranks.processes[0].send_signal(signal.SIGTERM)
+        assert ranks.wait() == [75, 75]
+    both = [*extra, f"data.audio.shards=[{shards},{more}]"]
+    with Ranks(2, shards, run_dir, *both, logs=tmp_path / "refused") as ranks:
+        assert ranks.wait() == [2, 2], ranks.printed(0)[-3000:]
+        assert "dataset 1 is new; start with --allow-grown" in ranks.printed(0)
+    finish(2, shards, run_dir, "--allow-grown", *both)
+    found = deterministic(run_dir)
+    assert [record["step"] for record in found] == list(range(1, 41))
+    steps_in_epoch = [sum(record["data/epoch"] == epoch for record in found) for epoch in (0, 1)]
+    assert steps_in_epoch[1] > 1.5 * steps_in_epoch[0], "the second epoch has both folders"
+
+
 # ------------------------------------------------------------------ which checkpoints stay
 
 

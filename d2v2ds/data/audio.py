@@ -10,7 +10,6 @@ numbers while only the crop is read and decoded.
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
+from d2v2ds.data.joined import Folders, datasets_of, folder_faults, only_sizes, parts_of, sizes_of
+from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.data.schema import SAMPLE_SCALE
 from d2v2ds.errors import below
@@ -32,10 +33,12 @@ LAYER_NORM_EPS = 1e-5
 class AudioDataConfig:
     """Which recordings, how much of them at a time, and how they are masked."""
 
-    shards: Path
-    """Folder written by `preprocessing.pack_audio`."""
+    shards: Folders
+    """Folder written by `preprocessing.pack_audio`, or several of them."""
     mask: MaskConfig
     """Masks over the tokens of a clip."""
+    weights: tuple[float, ...] | None = None
+    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
     loss_weight: float = 1.0
     """Of the speech loss in a joint run; each modality's loss is a mean over its masked tokens."""
     sample_rate_hz: int = 16000
@@ -58,15 +61,12 @@ class AudioDataConfig:
                 f"{where}min_seconds {self.min_seconds} must be positive and at most max_seconds {self.max_seconds}"
             )
         amounts = (self.global_batch_seconds, self.micro_batch_seconds, self.max_seconds)
+        faults += folder_faults(where, self.shards, self.weights)
         return faults + batch_faults(where, "seconds", *amounts)
 
 
 class AudioSource(Protocol):
     """What decoding needs of a dataset; `AudioShards` has it."""
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) lengths in samples."""
 
     @property
     def sample_rate_hz(self) -> int:
@@ -96,9 +96,14 @@ class AudioReader:
         return len(self.shards)
 
     @property
+    def datasets(self) -> list[Dataset]:
+        """The folders, with lengths in samples."""
+        return datasets_of(self.shards, self.config.weights)
+
+    @property
     def sizes(self) -> NDArray[np.int64]:
-        """(N,) lengths in samples."""
-        return self.shards.sizes
+        """(N,) lengths in samples of the only folder."""
+        return only_sizes(self.datasets)
 
     def plan_config(self) -> PlanConfig:
         """Limits in samples."""
@@ -117,7 +122,7 @@ class AudioReader:
 
     def read(self, micro: MicroBatch, seed: int) -> Examples:
         """Waveforms (B, S) float32, each at an offset of its own."""
-        lengths = np.asarray(self.sizes[micro.rows])  # (B,)
+        lengths = sizes_of(self.datasets, micro.rows)  # (B,)
         starts = crop_starts(lengths, micro.size, seed=seed, epoch=micro.epoch, rows=micro.rows)
         waveforms = torch.empty(len(micro.rows), micro.size)  # (B, S)
         for row, start, out in zip(micro.rows.tolist(), starts.tolist(), waveforms.numpy(), strict=True):
@@ -126,7 +131,7 @@ class AudioReader:
 
     def read_whole(self, row: int) -> Tensor:
         """(S,) float32, the whole recording."""
-        waveform = torch.empty(int(self.sizes[row]))
+        waveform = torch.empty(int(sizes_of(self.datasets, np.array([row]))[0]))
         decode(self.shards, row, 0, waveform.numpy())
         return waveform
 
@@ -157,13 +162,14 @@ class AudioReader:
             faults += mask_faults(
                 config.mask, tokens, f"data.audio.mask, for clips of data.audio.min_seconds {config.min_seconds}"
             )
-        pieces = (self.sizes[i : i + 65536] for i in range(0, len(self), 65536))  # the first one answers, as a rule
-        if not any((piece >= shortest).any() for piece in pieces):
-            longest = self.sizes[:].max(initial=0) / rate
-            faults.append(
-                f"data.audio.shards: the longest clip has {longest:.2f} s, shorter than data.audio.min_seconds "
-                f"{config.min_seconds}; lower it, or join short clips of one speaker when packing (--join-seconds)"
-            )
+        for part in parts_of(self.shards):
+            pieces = (part.sizes[i : i + 65536] for i in range(0, len(part), 65536))  # the first one answers, as a rule
+            if not any((piece >= shortest).any() for piece in pieces):
+                longest, of = part.sizes[:].max(initial=0) / rate, "" if part is self.shards else f" of {part.folder}"
+                faults.append(
+                    f"data.audio.shards: the longest clip{of} has {longest:.2f} s, shorter than data.audio.min_seconds "
+                    f"{config.min_seconds}; lower it, or join short clips of one speaker when packing (--join-seconds)"
+                )
         return faults
 
 

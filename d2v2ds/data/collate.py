@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v2ds.batch import Batch, MaskSet
+from d2v2ds.data.mixture import DATASET_BITS, Dataset, split_row_numbers
 from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count, visible_positions
@@ -37,7 +38,7 @@ class ModelInput(Protocol):
 STAND_IN_TRIES = 1000
 """Rows that are tried in place of a micro-batch of which none could be read."""
 _STAND_IN_CANDIDATES = 10_000
-"""Rows among which those of a fitting size are looked for."""
+"""Rows of each dataset among which those of a fitting size are looked for."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Examples:
 
 
 class Reader(Protocol):
-    """One packed folder as the training sees it. Each modality has one, in its own file; picklable."""
+    """Packed folders of one modality as the training sees them. Each modality has one, in its own file; picklable."""
 
     modality: str
     """The model's name for this input."""
@@ -64,11 +65,15 @@ class Reader(Protocol):
         """What the model makes of the inputs."""
 
     def __len__(self) -> int:
-        """Rows of the folder."""
+        """Rows of all folders."""
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """What a plan is made of."""
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(N,) of all rows, as the plan counts them."""
+        """(N,) of the rows of the only dataset, as the plan counts them."""
 
     def plan_config(self) -> PlanConfig:
         """How rows are grouped into batches."""
@@ -110,9 +115,9 @@ class Collator:
             ShardError: no row can be read, and none in their place.
             ValueError: the input is too short for the model or for the mask settings.
         """
+        micro, examples, faults = self._read(micro)
         mask, num_tokens = self.reader.mask, self.reader.model.num_tokens(micro.size)
         num_masked = masked_count(mask, num_tokens)
-        micro, examples, faults = self._read(micro)
         masked = draw_masks(mask, num_tokens, seed=self.seed, epoch=micro.epoch, sample_ids=micro.rows)  # (B, M, T)
         return Batch(
             modality=self.reader.modality,
@@ -153,23 +158,32 @@ class Collator:
             ShardError: that cannot be read either, however many are tried.
         """
         tried = 0
-        for row in self._others(micro):
+        for row, size in self._others(micro):
             tried += 1
-            if self._fault(micro, row) is None:
-                return replace(micro, rows=np.array([row]), weight=0.0)
+            other = replace(micro, rows=np.array([row]), size=size, weight=0.0)
+            if self._fault(other, row) is None:
+                return other
         raise ShardError(f"{faults[-1]}; {tried} other rows of the data were tried, none of them can be read")
 
-    def _others(self, micro: MicroBatch) -> Iterator[int]:
-        """Rows of a size that fits, beginning after the last one of a micro-batch.
+    def _others(self, micro: MicroBatch) -> Iterator[tuple[int, int]]:
+        """Rows beginning after the last one of a micro-batch, then those of other datasets, and their sizes in a batch.
 
-        They are spread over the dataset, because rows beside it may lie in the same damaged file.
+        The size stays that of the micro-batch, unless no row fits. Rows are spread over each dataset, because those
+        beside it may lie in the same damaged file.
         """
-        sizes, last, config = self.reader.sizes, int(micro.rows[-1]), self.reader.plan_config()
-        count = min(len(sizes) - 1, _STAND_IN_CANDIDATES)
-        rows = (last + 1 + np.arange(count) * ((len(sizes) - 1) // max(count, 1))) % len(sizes)
-        found = sizes[rows]
-        fitting = rows[found >= micro.size if config.crops else (found >= config.min_size) & (found <= micro.size)]
-        yield from fitting[:: max(1, math.ceil(len(fitting) / STAND_IN_TRIES))].tolist()
+        config, datasets = self.reader.plan_config(), self.reader.datasets
+        first, last = (int(number) for number in split_row_numbers(micro.rows[-1]))
+        for dataset in (first, *(number for number in range(len(datasets)) if number != first)):
+            own = int(dataset == first)
+            others = len(datasets[dataset].sizes) - own
+            count = min(others, _STAND_IN_CANDIDATES)
+            rows = ((last + 1) * own + np.arange(count) * (others // max(count, 1))) % (others + own)
+            sizes = datasets[dataset].sizes[rows]
+            rows, sizes = rows[sizes >= config.min_size], np.minimum(sizes[sizes >= config.min_size], config.max_size)
+            sizes = np.minimum(sizes, micro.size) if config.crops else np.maximum(sizes, micro.size)
+            order = np.argsort(sizes != micro.size, kind="stable")
+            order = order[:: max(1, math.ceil(len(order) * len(datasets) / STAND_IN_TRIES))]
+            yield from zip(((dataset << DATASET_BITS) | rows[order]).tolist(), sizes[order].tolist(), strict=True)
 
 
 def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float, largest_row: float) -> list[str]:

@@ -11,7 +11,6 @@ the reduced image: by less than one pixel of the result.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
+from d2v2ds.data.joined import Folders, datasets_of, folder_faults, only_sizes, place_of
+from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.data.shards import EncodedImage
 from d2v2ds.errors import ShardError, below
@@ -36,10 +37,12 @@ _PUBLISHED_SIDE, _PUBLISHED_RESIZE = 224, 256
 class ImageDataConfig:
     """Which images, how many of them at a time, and how they are cropped and masked."""
 
-    shards: Path
-    """Folder written by `preprocessing.pack_images`."""
+    shards: Folders
+    """Folder written by `preprocessing.pack_images`, or several of them."""
     mask: MaskConfig
     """Masks over the patches of an image; their kind is `block_2d` or `random`."""
+    weights: tuple[float, ...] | None = None
+    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
     loss_weight: float = 1.0
     """Of the image loss in a joint run; each modality's loss is a mean over its masked tokens."""
     global_batch_images: int
@@ -65,15 +68,12 @@ class ImageDataConfig:
             faults.append(f"{where}crop_ratio is [{least}, {most}], expected 0 < first <= second")
         if not 0.0 <= self.flip_probability <= 1.0:
             faults.append(f"{where}flip_probability is {self.flip_probability}, expected 0 to 1")
+        faults += folder_faults(where, self.shards, self.weights)
         return faults + batch_faults(where, "images", self.global_batch_images, self.micro_batch_images, 1)
 
 
 class ImageSource(Protocol):
     """What reading needs of a dataset; `ImageShards` has it."""
-
-    @property
-    def folder(self) -> Path:
-        """Names the dataset in messages."""
 
     def __len__(self) -> int:
         """N."""
@@ -107,9 +107,16 @@ class ImageReader:
         return self.model.input_size or 0
 
     @property
+    def datasets(self) -> list[Dataset]:
+        """The folders; all sizes are equal to the side of a crop, and take no memory."""
+        return datasets_of(
+            self.shards, self.config.weights, lambda part: np.broadcast_to(np.int64(self.side), (len(part),))
+        )
+
+    @property
     def sizes(self) -> NDArray[np.int64]:
-        """(N,) all equal to the side of a crop; takes no memory."""
-        return np.broadcast_to(np.int64(self.side), (len(self),))
+        """(N,) of the only folder."""
+        return only_sizes(self.datasets)
 
     def plan_config(self) -> PlanConfig:
         """Limits in pixels along the side."""
@@ -213,7 +220,7 @@ class ImageReader:
             part = decode_box(image.data, whole, box, least)
         except DecodeError as error:
             raise ShardError(
-                f"{self.shards.folder} row {row}: expected an image, found: {error}; run python -m "
+                f"{place_of(self.shards, row)}: expected an image, found: {error}; run python -m "
                 "preprocessing.verify on the folder"
             ) from error
         return displayed(resize(part, *wanted), turn)

@@ -6,7 +6,8 @@ from typing import Any
 from d2v2ds.data.audio import AudioReader
 from d2v2ds.data.collate import ModelInput, Reader
 from d2v2ds.data.image import ImageReader
-from d2v2ds.data.shards import AudioShards, ImageShards, TextShards, open_shards
+from d2v2ds.data.joined import JoinedShards, folders_of
+from d2v2ds.data.shards import open_shards
 from d2v2ds.data.text import TextReader
 from d2v2ds.errors import ShardError
 
@@ -14,7 +15,7 @@ READERS: dict[str, Callable[..., Reader]] = {"audio": AudioReader, "image": Imag
 
 
 def open_reader(modality: str, config: Any, model: ModelInput) -> Reader:
-    """Open the folder that a modality's settings name.
+    """Open the folder or folders that a modality's settings name.
 
     Args:
         modality: its name.
@@ -22,10 +23,11 @@ def open_reader(modality: str, config: Any, model: ModelInput) -> Reader:
         model: its settings of the model.
 
     Raises:
-        ShardError: if the folder is unfinished, damaged or of another modality.
+        ShardError: if a folder is unfinished, damaged or of another modality, or folders do not fit each other.
         MissingExtraError: if a package that decodes it is absent.
     """
-    shards: AudioShards | ImageShards | TextShards = open_shards(config.shards)
-    if shards.index.modality != modality:
-        raise ShardError(f"{config.shards}: expected {modality}, found a folder of {shards.index.modality}")
-    return READERS[modality](shards, config, model)
+    parts: list[Any] = [open_shards(folder) for folder in folders_of(config.shards)]
+    for part in parts:
+        if part.index.modality != modality:
+            raise ShardError(f"{part.folder}: expected {modality}, found a folder of {part.index.modality}")
+    return READERS[modality](parts[0] if len(parts) == 1 else JoinedShards(parts), config, model)

@@ -5,7 +5,6 @@ In: token ids in the shard. Out: int64 (B, S), rows shorter than the longest one
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
+from d2v2ds.data.joined import Folders, datasets_of, folder_faults, only_sizes, sizes_of
+from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.errors import below
 from d2v2ds.masking import MaskConfig
@@ -24,10 +25,12 @@ from d2v2ds.shapes import PAD_ID
 class TextDataConfig:
     """Which texts, how many tokens of them at a time, and how they are masked."""
 
-    shards: Path
-    """Folder written by `preprocessing.pack_text`."""
+    shards: Folders
+    """Folder written by `preprocessing.pack_text`, or several of them."""
     mask: MaskConfig
     """Masks over the tokens of a block; their kind is `random` or `block_1d`."""
+    weights: tuple[float, ...] | None = None
+    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
     loss_weight: float = 1.0
     """Of the text loss in a joint run; each modality's loss is a mean over its masked tokens."""
     global_batch_tokens: int
@@ -39,6 +42,7 @@ class TextDataConfig:
         """Contradictions, as sentences; empty if there are none."""
         where = "data.text."
         faults = below(self, where, micro_batch_tokens=1, loss_weight=0)
+        faults += folder_faults(where, self.shards, self.weights)
         return faults + batch_faults(where, "tokens", self.global_batch_tokens, self.micro_batch_tokens, 1)
 
 
@@ -56,10 +60,6 @@ class TextModelInput(ModelInput, Protocol):
 
 class TextSource(Protocol):
     """What reading needs of a dataset; `TextShards` has it."""
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) tokens of every row."""
 
     @property
     def vocab_size(self) -> int:
@@ -90,9 +90,14 @@ class TextReader:
         return len(self.shards)
 
     @property
+    def datasets(self) -> list[Dataset]:
+        """The folders, with tokens of every row."""
+        return datasets_of(self.shards, self.config.weights)
+
+    @property
     def sizes(self) -> NDArray[np.int64]:
-        """(N,) tokens of every row."""
-        return self.shards.sizes
+        """(N,) tokens of every row of the only folder."""
+        return only_sizes(self.datasets)
 
     def plan_config(self) -> PlanConfig:
         """Limits in tokens."""
@@ -118,14 +123,15 @@ class TextReader:
         """Token ids (B, S) int64 and their padding; there is nothing to draw."""
         source = torch.empty(len(micro.rows), micro.size, dtype=torch.int64)
         self.shards.read_blocks(micro.rows, source.numpy(), PAD_ID)
-        sizes = torch.from_numpy(np.asarray(self.sizes[micro.rows]))
+        sizes = torch.from_numpy(sizes_of(self.datasets, micro.rows))
         if int(sizes.min()) == micro.size:
             return Examples(source)
         return Examples(source, torch.arange(micro.size) >= sizes[:, None])
 
     def read_whole(self, row: int) -> Tensor:
         """(S,) int64, all tokens of a row."""
-        source = torch.empty(1, int(self.sizes[row]), dtype=torch.int64)
+        size = int(sizes_of(self.datasets, np.array([row]))[0])
+        source = torch.empty(1, size, dtype=torch.int64)
         self.shards.read_blocks(np.array([row]), source.numpy(), PAD_ID)
         return source[0]
 

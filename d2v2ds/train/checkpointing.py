@@ -154,8 +154,8 @@ class Checkpoints:
             allow_grown: whether rows may have been added to the data since.
 
         Raises:
-            CheckpointError: none is whole; or the data is not that of the run.
-            ConfigError: it is of another model.
+            CheckpointError: none is whole.
+            ConfigError: it is of another model, or of other data.
         """
         restored = checkpoint.load(self.student, self.teacher, self.folder, reshard=True)
         differing = [
@@ -175,9 +175,11 @@ class Checkpoints:
         if returns := self._rollbacks_to(self.progress.step):
             stored = returns[-1]["sampler"]  # past the data that the run went back for
             self.guard.load_state_dict(returns[-1]["guard"])
-        self.progress.sampler = {
-            name: plan.load_state_dict(stored[name], allow_grown) for name, plan in self.plans.items()
-        }
+        try:
+            for name, plan in self.plans.items():
+                self.progress.sampler[name] = plan.load_state_dict(stored[name], allow_grown)
+        except CheckpointError as error:
+            raise ConfigError(f"{self.folder / restored.tag}, data.{name}: {error}") from error
         logger.info("resumed at step %d from %s", self.progress.step, restored.tag)
 
     def roll_back(self) -> None:

@@ -56,8 +56,8 @@ class ModalitySums:
         if self.moments is not None:  # some step was applied, which all ranks agree on
             own += [*(float(self.losses[name]) for name in losses), *self.moments.flatten().tolist()]
         masked, tokens, units, *rest = comm.all_reduce_sum(own)
-        values = {"mask/fraction": masked / tokens}
-        if rest:
+        values = {"mask/fraction": masked / tokens} if tokens else {}
+        if rest and self.num_masked:
             totals = dict(zip(losses, rest, strict=False))
             moments = torch.tensor(rest[len(losses) :], dtype=torch.float64).view(2, 2, -1)
             values |= prediction_metrics(totals, moments, self.num_masked, loss_scale)

@@ -249,6 +249,7 @@ class Trainer:
                 weights[name] * values[key]
                 for name, part in interval.parts.items()
                 for key in (self._name(name, f"loss/{loss}") for loss in part.losses)
+                if key in values
             )
         values["ema/student_distance"] = self.teacher.student_distance()
         if self._is_health_step():

@@ -112,7 +112,8 @@ def pretrain_step(
         torch.manual_seed(step_seed(recipe.seed, step, name, places[name]))
         places[name] += comm.world()
         out: StudentOutput = student(batch.to(comm.device(), non_blocking=True), teacher, kept_blocks)
-        factor = recipe.loss_weights[name] * gradient_sum_factor(student) / parts[name].num_masked
+        # None are masked where every row of the step was damaged, and all ranks run on stand-ins: it learns nothing.
+        factor = recipe.loss_weights[name] * gradient_sum_factor(student) / max(parts[name].num_masked, 1)
         student.backward(total_loss(out) * (batch.loss_weight * factor))
         outcome = optimizer_step(student)
         parts[name].add(batch, out)

@@ -151,7 +151,7 @@ class Validation:
 
 def _first_micro_batches(reader: Reader, count: int) -> GlobalBatch:
     """The first micro-batches of a fixed order of the folder, each row at most once."""
-    plan = BatchPlan(reader.sizes, config=replace(reader.plan_config(), num_micro=1), seed=SEED)
+    plan = BatchPlan(reader.datasets, config=replace(reader.plan_config(), num_micro=1), seed=SEED)
     batches: list[MicroBatch] = []
     for batch in plan.iter_from(SamplerState()):
         if batch.micro[0].epoch > 0 or len(batches) == count:

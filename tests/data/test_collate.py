@@ -127,6 +127,17 @@ def test_where_no_row_is_left_the_next_one_that_fits_stands_in_without_weight(so
     assert torch.equal(batch.source, collate_damaged({3, 9, first}, [3, 9]).source)
 
 
+def test_where_no_other_row_is_long_enough_a_shorter_one_stands_in(source):
+    longest, rate = int(source.sizes.argmax()), 1000
+    damaged = Damaged(30, {longest})
+    collate = Collator(reader=fake_reader(damaged, MASK, max_seconds=5.0, micro_batch_seconds=5.0), seed=7)
+    batch = collate(MicroBatch(0, np.array([longest]), int(source.sizes[longest])))
+    (row,) = batch.ids.tolist()
+    assert row != longest and source.sizes[row] >= 0.5 * rate and batch.loss_weight == 0.0
+    assert batch.source.shape == (1, source.sizes[row])
+    assert batch.masks.num_tokens == conv_output_length(int(source.sizes[row]), CONV_LAYERS)
+
+
 def test_a_filler_reports_nothing_because_its_rows_are_reported_where_they_count():
     for rows in ([3, 9], [9]):
         batch = collate_damaged({9}, rows, weight=0.0)
