@@ -138,6 +138,7 @@ class Transfer:
         self._report = report
         self._say = say
         self._stop = stop
+        self._announced: int | None = None
         self.record = self._read_record()
 
     @property
@@ -159,20 +160,21 @@ class Transfer:
         return self.part.stat().st_size if self.part.exists() else 0
 
     def size(self) -> int | None:
-        """Ask the server how long the file is; None if it does not say."""
+        """Ask the server how long the file is; None if it does not say. Without a checksum it must be as long then."""
         try:
             with open_url(self.source.url, "HEAD", {}, self._patience.timeout_s) as response:
                 length = response.headers.get("Content-Length", "")
         except DownloadError:
             return None  # fetching says what is wrong
-        return int(length) if length.isascii() and length.isdigit() else None
+        self._announced = int(length) if length.isascii() and length.isdigit() else None
+        return self._announced
 
     def fetch(self) -> None:
         """Bring the whole, checked file into its place; at once if it is there.
 
         Raises:
             ConfigError: if another file is there.
-            DownloadError: if the server does not give it, its checksum is wrong twice, or the disk refuses it.
+            DownloadError: if the server does not give it, it is wrong twice, or the disk refuses it.
         """
         with _saying_what_the_disk_says(self.part):
             if self.is_finished or self._adopt():
@@ -182,10 +184,9 @@ class Transfer:
             self._fetch_bytes()
             if self._finish():
                 self._fetch_bytes()  # from zero: a cut may have been mended wrongly
-                if found := self._finish():
+                if fault := self._finish():
                     raise DownloadError(
-                        f"{self.source.url}: expected {self.source.checksum}, found {found}, for the second time; the "
-                        f"file is kept as {self.bad}. The server holds another file than the checksum is of"
+                        f"{self.source.url}: for the second time {fault}; the file is kept as {self.bad}"
                     )
 
     def save(self, **changes: Any) -> None:
@@ -193,17 +194,23 @@ class Transfer:
         self.record = dataclasses.replace(self.record, **changes)
         write_json(self._record_path, dataclasses.asdict(self.record))
 
-    def _finish(self) -> Checksum | None:
-        """Check the part and give it its name; if it is wrong, set it aside and return what was found."""
+    def _finish(self) -> str | None:
+        """Check the part and give it its name; if it is wrong, set it aside and return what was expected and found."""
         self._say(f"{self.path.name}: has arrived, checking")
-        found = self._checksum_of(self.part)
-        if self.source.checksum in (None, found):
-            self.save(digests={found.algorithm: found.value})
-            move_into_place(self.part, self.path)
-            return None
-        self.part.replace(self.bad)
-        self._forget()
-        return found
+        found, size = self._checksum_of(self.part), self.bytes_there
+        if self.source.checksum:
+            wrong = found != self.source.checksum
+            fault = f"expected {self.source.checksum}, found {found}: the server holds another file"
+        else:
+            wrong = self._announced not in (None, size)
+            fault = f"expected {self._announced} bytes, as the server said before, found {size}: give its checksum"
+        if wrong:
+            self.part.replace(self.bad)
+            self._forget()
+            return fault
+        self.save(digests={found.algorithm: found.value})
+        move_into_place(self.part, self.path)
+        return None
 
     def _adopt(self) -> bool:
         """Take a file that is already in place, if its checksum says that it is the right one."""

@@ -255,9 +255,25 @@ def test_a_length_that_is_too_long_is_given_up(server: Server, tmp_path: Path) -
 def test_a_length_that_is_too_short_is_found_by_the_checksum(server: Server, tmp_path: Path) -> None:
     server.always["/a.bin"] = Fault(headers={"Content-Length": "200000"})
     wrong = sha256(DATA[:200_000])
-    with pytest.raises(DownloadError, match=f"expected {sha256(DATA)}, found {wrong}, for the second time"):
+    with pytest.raises(DownloadError, match=f"for the second time expected {sha256(DATA)}, found {wrong}"):
         transfer(server, tmp_path, sha256(DATA)).fetch()
     assert not (tmp_path / "a.bin").exists()
+    assert (tmp_path / WORK_NAME / "a.bin.bad").read_bytes() == DATA[:200_000]
+    assert server.gets("/a.bin") == [None, None]
+
+
+@pytest.mark.parametrize("lies", [1, 2])
+def test_without_a_checksum_the_length_must_be_the_one_said_before(server: Server, tmp_path: Path, lies: int) -> None:
+    server.faults["/a.bin"] = [Fault(headers={"Content-Length": "200000"}) for _ in range(lies)]
+    one = transfer(server, tmp_path)
+    assert one.size() == 300_000
+    if lies == 1:
+        one.fetch()
+        assert (tmp_path / "a.bin").read_bytes() == DATA
+    else:
+        with pytest.raises(DownloadError, match="expected 300000 bytes, as the server said before, found 200000"):
+            one.fetch()
+        assert not (tmp_path / "a.bin").exists()
     assert (tmp_path / WORK_NAME / "a.bin.bad").read_bytes() == DATA[:200_000]
     assert server.gets("/a.bin") == [None, None]
 
