@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +24,7 @@ from d2v2ds.dist.comm import free_port
 ROOT = Path(__file__).parents[2]
 NODES = ("a1", "a2")
 CLIENT_TIMEOUT_S = 30
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 CONFIG = """
 ClusterName=box
@@ -105,11 +107,10 @@ class Cluster:
         self.environment = kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "D2V2DS_SITE": str(self.site)}
 
     def __enter__(self) -> Self:
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._stop)
             self._start()
-        except BaseException:
-            self._stop()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -196,26 +197,26 @@ class Cluster:
 
     # ------------------------------------------------------------------ clients
 
-    def client(self, *command: str) -> str:
+    def client(self, *command: str, **variables: str) -> str:
         """Run a client of the cluster; returns what it printed.
 
         Raises:
-            AssertionError: if it fails or does not answer.
+            AssertionError: if it fails.
         """
-        done = self.attempt(*command)
+        done = self.attempt(*command, **variables)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def attempt(self, *command: str) -> subprocess.CompletedProcess[str]:
+    def attempt(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a client that may fail."""
         return subprocess.run(
-            command, env=self.environment, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=CLIENT_TIMEOUT_S, check=False,
+            command, env=self.environment | variables, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, timeout=CLIENT_TIMEOUT_S, check=False,
         )  # fmt: skip
 
-    def submit(self, *arguments: str) -> int:
-        """`sbatch` from the checkout, as a user does; returns the job's number."""
-        return int(self.client("sbatch", "--parsable", f"--chdir={self.jobs}", *arguments))
+    def submit(self, *arguments: str, **variables: str) -> int:
+        """`sbatch` from the checkout, as a user does, with more variables in the environment; the job's number."""
+        return int(self.client("sbatch", "--parsable", f"--chdir={self.jobs}", *arguments, **variables))
 
     def job(self, number: int) -> dict[str, str]:
         """What the controller knows of a job."""
@@ -232,9 +233,9 @@ class Cluster:
             assert time.monotonic() < deadline, self.story()
             time.sleep(0.2)
 
-    def wait(self, number: int, *states: str, timeout_s: float = 120.0) -> dict[str, str]:
-        """Wait until a job is in one of these states."""
-        self.until(lambda: self.job(number)["JobState"] in states, timeout_s)
+    def finished(self, number: int, timeout_s: float = 180.0) -> dict[str, str]:
+        """What the controller knows of a job once it has ended for good."""
+        self.until(lambda: self.job(number)["JobState"] in ENDED, timeout_s)
         return self.job(number)
 
     def story(self) -> str:
