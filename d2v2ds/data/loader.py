@@ -231,8 +231,9 @@ def _end_with_training_process() -> None:
 @contextmanager
 def _job_signals_held() -> Iterator[None]:
     """Start processes that keep these signals blocked, the fork server among them; ours arrive afterwards."""
-    resource_tracker.ensure_running()  # it would unblock some of them when first started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    resource_tracker.ensure_running()  # inside, or a signal would end the tracker; it unblocks some of them here
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         yield
     finally:

@@ -213,6 +213,8 @@ def test_workers_outlive_the_signals_of_a_job(tmp_path):
             for process in below:
                 os.kill(process, number)
         time.sleep(6)  # longer than the interval in which workers look for their parent
+        states = [Path(f"/proc/{process}/stat").read_text().rsplit(") ", 1)[1][0] for process in below]
+        assert "Z" not in states, f"one of them was ended: {states}"
         for _ in range(20):
             next(loader)
         assert set(below) <= set(descendants(os.getpid())), "all of them live"
