@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v2ds.config import load_config, to_dict
-from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_teacher, read_manifest
+from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_teacher, read_manifest, read_plain
 from d2v2ds.errors import CheckpointError, D2V2Error
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
 
@@ -54,7 +54,7 @@ def read_weights(checkpoint: Path, weights: Weights) -> Iterator[tuple[str, Tens
 
 def model_of(checkpoint: Path) -> ModelConfig:
     """The network a checkpoint was saved from; the run's folder may have been started with another since."""
-    state = torch.load(checkpoint / "client.pt", weights_only=True)
+    state = read_plain(checkpoint / "client.pt")
     return TypeAdapter(ModelConfig).validate_python(state["model"])
 
 

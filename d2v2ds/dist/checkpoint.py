@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from d2v2ds.dist.consolidate import (
     lost_tags,
     persistent_buffers,
     read_manifest,
+    read_plain,
     shard_file,
 )
 from d2v2ds.dist.teacher import Teacher
@@ -81,7 +81,7 @@ def load(
             # On the same ranks the large files are checked while they are read, once, by the rank that needs them.
             faults = _all_faults(lambda: file_faults(path, manifest, _files_to_check(manifest, is_same)))  # noqa: B023
         if manifest is not None and not faults:
-            client_state = torch.load(path / "client.pt", weights_only=True, map_location="cpu")
+            client_state = read_plain(path / "client.pt")
             if not accept(client_state):
                 continue
             _check_fits(path, manifest, engine, teacher)
@@ -174,8 +174,7 @@ def _finish(
         teacher.restored(manifest.num_teacher_updates)
     rank_state = None
     if is_same:
-        rank_file = path / shard_file("client", comm.rank())
-        rank_state = torch.load(rank_file, weights_only=True, map_location="cpu")
+        rank_state = read_plain(path / shard_file("client", comm.rank()))
     comm.barrier()
     return Restored(tag=manifest.tag, client_state=client_state, rank_state=rank_state)
 

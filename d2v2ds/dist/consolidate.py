@@ -16,6 +16,7 @@ number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/la
 
 import json
 import math
+import pickle
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -167,6 +168,21 @@ def crc32_of(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """What `Saver` stored of the caller's state: plain containers, numbers, strings and tensors.
+
+    Raises:
+        CheckpointError: the file holds anything else; nothing in it is run.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: expected plain values, refused to read anything else: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, found {type(state).__name__}")
+    return state
 
 
 def file_faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -20,6 +20,7 @@ from d2v2ds.dist.consolidate import (
     iterate_teacher,
     named_tag,
     read_manifest,
+    read_plain,
 )
 from d2v2ds.dist.engine import optimizer_step
 from d2v2ds.dist.retention import Keep
@@ -322,3 +323,22 @@ def test_missing_checkpoint_and_full_disk_are_errors_on_every_rank(saved: dict) 
 def test_only_the_newest_are_kept(saved: dict, folder: Path) -> None:
     assert candidate_tags(folder / "pruned") == ["step3", "step2"]
     assert read_manifest(folder / "pruned" / "step3").counters["global_steps"] == 3
+
+
+class _Evil:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_code_in_a_checkpoint_from_others_is_not_run(tmp_path: Path) -> None:
+    torch.save({"step": _Evil(tmp_path / "trace")}, tmp_path / "client.pt")
+    with pytest.raises(CheckpointError, match="expected plain values, refused to read anything else"):
+        read_plain(tmp_path / "client.pt")
+    assert not (tmp_path / "trace").exists()
+    torch.load(tmp_path / "client.pt", weights_only=False)
+    assert (tmp_path / "trace").exists(), "the file was harmless, this proves nothing"

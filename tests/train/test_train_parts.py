@@ -255,3 +255,22 @@ def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(path)] == [1]
     Metrics(tmp_path, resume_step=1).close()
     assert path.read_text() == '{"step": 1, "loss/regression": 2.0}\n'
+
+
+def test_metrics_survive_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning, however many records are lost; then the next record is a whole line again."""
+    metrics = Metrics(tmp_path, resume_step=0)
+    metrics.write(1, {"ema/decay": 0.9})
+    kept = metrics.path.rename(tmp_path / "kept")
+    metrics.path.symlink_to("/dev/full")
+    for step in (2, 3):
+        metrics.write(step, {"ema/decay": 0.9})
+    metrics.path.unlink()
+    kept.rename(metrics.path)
+    with metrics.path.open("a") as file:
+        file.write('{"step": 3, "ema')  # what a full disk leaves
+    metrics.write(4, {"ema/decay": 0.9})
+    metrics.close()
+    assert sum("metrics.jsonl cannot be written" in message for message in caplog.messages) == 1
+    assert sum("metrics.jsonl can be written again" in message for message in caplog.messages) == 1
+    assert [record["step"] for record in read_metrics(metrics.path)] == [1, 4]
