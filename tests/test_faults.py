@@ -56,7 +56,15 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 # ------------------------------------------------------------------ kills
 
 
-@pytest.mark.parametrize("fault", ["kill_in_step,1,5", "kill_in_average,0,5", "kill_in_save,1,4", "kill_in_save,0,4"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill_in_step,1,5",
+        "kill_in_save,1,4",
+        pytest.param("kill_in_average,0,5", marks=pytest.mark.slow),
+        pytest.param("kill_in_save,0,4", marks=pytest.mark.slow),
+    ],
+)
 def test_one_rank_killed_resumes_to_the_unbroken_run(fault: str, shards: Path, unbroken: Path, tmp_path: Path) -> None:
     run_dir, victim = tmp_path / "run", int(fault.split(",")[1])
     with Ranks(2, shards, run_dir, f"fault={fault}", logs=tmp_path) as ranks:
@@ -103,8 +111,15 @@ def test_all_ranks_killed_at_twenty_random_moments(shards: Path, unbroken: Path,
 # ------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("whom", [[0, 1], [1]])
+@pytest.mark.parametrize(
+    "number, whom",
+    [
+        (signal.SIGTERM, [0, 1]),
+        (signal.SIGUSR1, [1]),
+        pytest.param(signal.SIGTERM, [1], marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, [0, 1], marks=pytest.mark.slow),
+    ],
+)
 def test_signalled_run_saves_within_a_step_and_goes_on(
     number: signal.Signals, whom: list[int], shards: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -208,7 +223,16 @@ def damage(folder: Path, how: str) -> str:
     return file.name
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "flipped", "missing manifest", "flipped manifest"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "flipped",
+        "missing manifest",
+        pytest.param("missing", marks=pytest.mark.slow),
+        pytest.param("truncated", marks=pytest.mark.slow),
+        pytest.param("flipped manifest", marks=pytest.mark.slow),
+    ],
+)
 def test_damaged_newest_checkpoint_is_passed_over_and_named(
     how: str, shards: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +280,7 @@ def test_bad_data_is_noted_and_left_behind(shards: Path, unbroken: Path, tmp_pat
     assert (back["at_step"], back["to_step"]) == (6, 2)
 
 
+@pytest.mark.slow
 def test_run_that_went_back_remembers_the_data_it_left_behind(shards: Path, tmp_path: Path) -> None:
     """Killed right after the return, it does not run into the same data again."""
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
@@ -291,7 +316,7 @@ def test_late_rank_is_named_with_the_line_it_is_in(shards: Path, tmp_path: Path)
     assert "ranks 0 wait for others" in said
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_rank_is_missed(stopped: int, shards: Path, tmp_path: Path) -> None:
     """A process that does nothing at all leaves no word; if it is rank 0, the others cannot even ask."""
     with Ranks(2, shards, tmp_path / "run", *LATE, f"fault=stop,{stopped},4", logs=tmp_path) as ranks:
@@ -331,6 +356,7 @@ def test_full_disk_ends_the_run_at_the_second_failure(shards: Path, small_disk: 
     assert not list(folder.glob("*.partial")), "what could not be finished does not fill the disk"
 
 
+@pytest.mark.slow
 def test_full_disk_that_is_cleared_costs_one_checkpoint(
     shards: Path, unbroken: Path, small_disk: Path, tmp_path: Path
 ) -> None:
