@@ -30,7 +30,6 @@ from d2v2ds.model.data2vec2 import ModelConfig
 from d2v2ds.train.guard import HealthConfig
 from d2v2ds.train.optim import OptimConfig
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig
-from d2v2ds.train.validate import ValidationConfig
 
 MISSING = "???"
 """What a shipped YAML says where the user must give a value."""
@@ -136,6 +135,28 @@ PACKERS = {"audio": "audio", "image": "images", "text": "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidSection:
+    """Which packed folders are held out, and how often they are looked at."""
+
+    audio: Path | None = None
+    """Folder of held-out recordings; None validates no speech."""
+    image: Path | None = None
+    text: Path | None = None
+    every_steps: int = 1000
+    """Optimizer steps between validations."""
+    micro_batches: int = 32
+    """Micro-batches of each modality that are looked at, over all ranks; fewer if the folder has fewer."""
+
+    def folders(self) -> dict[str, Path]:
+        """Those that are given, by modality."""
+        return {name: path for name in ("audio", "image", "text") if (path := getattr(self, name)) is not None}
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        return below(self, "valid.", every_steps=1, micro_batches=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineSection:
     """Which DeepSpeed configuration, and what it cannot say."""
 
@@ -159,7 +180,7 @@ class RunConfig:
     ema: EmaConfig
     engine: EngineSection = EngineSection()
     health: HealthConfig = HealthConfig()
-    valid: ValidationConfig = ValidationConfig()
+    valid: ValidSection = ValidSection()
 
     def check(self) -> list[str]:
         """Contradictions within and between the sections, as sentences; empty if there are none."""

@@ -356,7 +356,7 @@ def build_validation(config: RunConfig, student: Engine, teacher: Teacher, loop:
         },
         loss_scales={name: info.loss_scale for name, info in loop.modalities.items()},
         loss_weights={name: section.loss_weight for name, section in data.items()},
-        config=config.valid,
+        micro_batches=config.valid.micro_batches,
     )
 
 

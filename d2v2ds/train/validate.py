@@ -7,7 +7,6 @@ numbers differ only where the weights do. Nothing of the training is touched: it
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from d2v2ds.data.sampler import BatchPlan, GlobalBatch, MicroBatch, SamplerState
 from d2v2ds.dist import comm
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.errors import below
 from d2v2ds.model.loss import channel_moments
 from d2v2ds.train.health import Sample
 from d2v2ds.train.interval import prediction_metrics
@@ -28,28 +26,6 @@ logger = logging.getLogger(__name__)
 
 SEED = 0
 """Of crops, masks and noise. Not the run's: runs of several seeds are compared on the same inputs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
-    """Which packed folders are held out, and how often they are looked at."""
-
-    audio: Path | None = None
-    """Folder of held-out recordings; None validates no speech."""
-    image: Path | None = None
-    text: Path | None = None
-    every_steps: int = 1000
-    """Optimizer steps between validations."""
-    micro_batches: int = 32
-    """Micro-batches of each modality that are looked at, over all ranks; fewer if the folder has fewer."""
-
-    def folders(self) -> dict[str, Path]:
-        """Those that are given, by modality."""
-        return {name: path for name in ("audio", "image", "text") if (path := getattr(self, name)) is not None}
-
-    def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        return below(self, "valid.", every_steps=1, micro_batches=1)
 
 
 @dataclass
@@ -74,7 +50,7 @@ class Validation:
         *,
         loss_scales: Mapping[str, float | None],
         loss_weights: Mapping[str, float],
-        config: ValidationConfig,
+        micro_batches: int,
     ) -> None:
         """
         Args:
@@ -82,7 +58,7 @@ class Validation:
             readers: of the held-out folders, by modality.
             loss_scales: what the squared errors of each modality's loss are multiplied with; None if it is no such sum.
             loss_weights: of the modalities in `valid/loss/total`.
-            config: how much is looked at.
+            micro_batches: of each modality that are looked at, over all ranks; fewer if a folder has fewer.
 
         Raises:
             ShardError: a folder has no row that is large enough.
@@ -90,7 +66,7 @@ class Validation:
         self._student, self._teacher = student, teacher
         self._scales, self._weights = loss_scales, loss_weights
         self._collators = {name: Collator(reader=reader, seed=SEED) for name, reader in readers.items()}
-        self._micro = {name: _first_micro_batches(reader, config.micro_batches) for name, reader in readers.items()}
+        self._micro = {name: _first_micro_batches(reader, micro_batches) for name, reader in readers.items()}
 
     @torch.no_grad()
     def __call__(self) -> dict[str, dict[str, float]]:
