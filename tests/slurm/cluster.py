@@ -74,6 +74,8 @@ SITE = """
 D2V2DS_VENV=
 export PATH={bin}:$PATH
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+# Short addresses: SLURM 22.05's pmi2 plugin now and then cuts the long ones of UCX in two and ends the step.
+export UCX_TLS=tcp
 """
 
 
