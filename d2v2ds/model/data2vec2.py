@@ -183,7 +183,7 @@ class Data2Vec2(nn.Module):
         return len(encoder.prenet.blocks) + len(self.blocks)
 
     def layers(self, modality: str, source: Tensor, padding: Tensor | None = None) -> list[Tensor]:
-        """Features of unmasked input, for probes and inference.
+        """Features of unmasked input, for probes and inference; those of real tokens do not depend on padding.
 
         Args:
             modality: whose encoder.
@@ -195,7 +195,7 @@ class Data2Vec2(nn.Module):
         """
         encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
         blocks = [*encoder.prenet.blocks, *self.blocks]
-        x, biases = encoder.everything(encoder.local(source), padding, len(blocks))
+        x, biases = encoder.everything(encoder.local(source), padding, len(blocks), zero_padding=True)
         outputs = [x]
         for block, bias in zip(blocks, biases, strict=True):
             x, _ = block(x, bias)

@@ -170,7 +170,7 @@ class ModalityEncoder(nn.Module):
         return self._first_input(tokens), self.biases(keep, padding, num_blocks)
 
     def everything(
-        self, local: Tensor, padding: Tensor | None, num_blocks: int
+        self, local: Tensor, padding: Tensor | None, num_blocks: int, *, zero_padding: bool = False
     ) -> tuple[Tensor, list[DistanceBias | None]]:
         """What the first block of a teacher, or of inference, reads: all tokens, nothing masked, nothing cloned.
 
@@ -178,14 +178,16 @@ class ModalityEncoder(nn.Module):
             local: (B, T, D).
             padding: (B, S) bool, True = pad, or None.
             num_blocks: blocks that need a bias.
+            zero_padding: hide padding from the position convolutions, so that real tokens do not depend on it;
+                False as in the reference's training.
 
         Returns:
             (B, E + T, D) and one bias for each block.
         """
         x = self._placed(local)
-        if hasattr(self, "positions"):
-            x = x + self.positions(x)  # (B, T, D)
         token_padding = self.token_padding(padding, local.shape[1])  # (B, T)
+        if hasattr(self, "positions"):
+            x = x + self.positions(x, token_padding if zero_padding else None)  # (B, T, D)
         order = torch.arange(local.shape[1], device=local.device)[None]  # (1, T): one bias serves all samples
         return self._first_input(x), self.biases(order, token_padding, num_blocks)
 

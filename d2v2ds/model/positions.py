@@ -75,10 +75,18 @@ class ConvPositions(nn.Module):
         kernel = max(3, total_kernel // depth)
         self.layers = nn.ModuleList(SameConv(width, width, kernel, groups) for _ in range(depth))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(R, T, D) with masked tokens zeroed -> (R, T, D)."""
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (R, T, D) with masked tokens zeroed.
+            padding: (R, T) bool, True = these tokens are zero to every convolution, so that a row of a padded batch
+                comes out as if it were alone. None in training: the reference lets padding through (spec section 3.1).
+
+        Returns:
+            (R, T, D).
+        """
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x if padding is None else x.masked_fill(padding[..., None], 0))
         return x
 
 

@@ -12,8 +12,9 @@ from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, total_loss
 from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
-from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
+from d2v2ds.shapes import AUDIO_CONV_LAYERS, PAD_ID, conv_output_length
 from tests.model.tiny import CONV_LAYERS, tiny_batch, tiny_model_config
+from tests.model.tiny_joint import joint_batch, joint_model_config
 
 
 def _config(name: str) -> ModelConfig:
@@ -185,3 +186,32 @@ def test_teacher_with_its_own_front_end_ignores_the_students_features() -> None:
         targets: list[Tensor] = [teacher(batch, torch.full(shape, value)) for value in (0.0, 9.0)]
     assert torch.equal(*targets)
     assert any("local" in name for name, _ in teacher.named_parameters())
+
+
+@pytest.mark.parametrize("filled", [0.0, 7.0])
+def test_features_of_a_padded_batch_are_those_of_each_recording_alone(filled: float) -> None:
+    model = Data2Vec2(tiny_model_config())
+    initialise(model, seed=3)
+    model.eval()
+    source, short = tiny_batch(length=800).source, 503
+    padding = torch.zeros(2, 800, dtype=torch.bool)
+    padding[1, short:] = True
+    alone = model.layers("audio", source[1:, :short])
+    with torch.no_grad():
+        both = model.layers("audio", source.masked_fill(padding, filled), padding)
+    tokens = alone[0].shape[1]
+    assert tokens < both[0].shape[1]
+    for padded, single in zip(both, alone, strict=True):
+        torch.testing.assert_close(padded[1:, :tokens], single, rtol=0, atol=1e-5)
+
+
+def test_features_of_a_padded_text_are_those_of_the_text_alone() -> None:
+    model = Data2Vec2(joint_model_config())
+    initialise(model, seed=3)
+    model.eval()
+    ids = joint_batch("text", seed=0).source
+    ids[1, 12:] = PAD_ID
+    with torch.no_grad():
+        both, alone = model.layers("text", ids, ids == PAD_ID), model.layers("text", ids[1:, :12])
+    for padded, single in zip(both, alone, strict=True):
+        torch.testing.assert_close(padded[1:, :12], single, rtol=0, atol=1e-5)
