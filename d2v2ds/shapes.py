@@ -28,6 +28,17 @@ AUDIO_CONV_LAYERS: tuple[ConvLayer, ...] = (
 )
 """The published speech front end: total stride 320, receptive field 400 (spec section 3.1)."""
 
+AUDIO_NORM_EPS = 1e-5
+"""Added to the variance of a recording before its root divides the samples (spec section 14)."""
+
+
+def resized_side(side: int) -> int:
+    """Pixels of the shorter side of an image before the square of `side` pixels in its middle is taken.
+
+    From 224 pixels on 256/224 of the square, as published results are measured; smaller ones just hold the square.
+    """
+    return round(side * 256 / 224) if side >= 224 else side
+
 
 def conv_output_length(num_samples: int, layers: Sequence[ConvLayer]) -> int:
     """Tokens that an unpadded stack of strided convolutions makes of a waveform.

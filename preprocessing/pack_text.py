@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.data.schema import Index
+from d2v2ds.data.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing.diskfile import replacing
 from preprocessing.documents import DOCUMENT_KINDS, ERRORS, DocumentOptions, TextSpan
 from preprocessing.packer import Notes, Row
@@ -29,17 +30,7 @@ from preprocessing.plan import Plan
 from preprocessing.progress import MEBIBYTES
 from preprocessing.text_plan import TextSettings, make_plan, sample_texts
 from preprocessing.text_rows import block_rows, document_rows
-from preprocessing.tokenization import (
-    NORMALIZATIONS,
-    TOKENIZERS,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-    special_ids,
-    token_dtype,
-    train_sentencepiece,
-)
+from preprocessing.tokenization import NORMALIZATIONS, read_tokenizer, special_ids, token_dtype, train_sentencepiece
 from preprocessing.writer import PACKING_NAME
 
 

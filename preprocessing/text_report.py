@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from d2v2ds.data.schema import TOKEN_DTYPES, Index
 from d2v2ds.data.shards import TextShards
+from d2v2ds.data.tokenizers import Tokenizer, load_tokenizer
 from d2v2ds.errors import MissingExtraError
 from preprocessing.reports import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
-from preprocessing.tokenization import Tokenizer, load_tokenizer
 
 _TOP_TOKENS = 12
 _SAMPLES = 3

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v2ds.data.tokenizers import BOS, EOS, Tokenizer
 from preprocessing.documents import TextSpan, read_documents
 from preprocessing.packer import Notes, Row
 from preprocessing.plan import Skipped
 from preprocessing.text_plan import TextSettings
-from preprocessing.tokenization import BOS, EOS, Tokenizer, token_dtype
+from preprocessing.tokenization import token_dtype
 
 
 def block_rows(units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSettings, notes: Notes) -> Iterator[Row]:

@@ -22,7 +22,15 @@ ALLOWED = {
     "evals": {"model", "data", "batch", "errors"},
     "config": {"model", "data", "train", "masking", "errors", "summary"},  # summary: for the command alone
     "summary": {"config", "model", "dist", "masking"},
-    "preprocessing": {"data.schema", "data.shards", "data.shardfile", "data.pixels", "shapes", "errors"},
+    "preprocessing": {
+        "data.schema",
+        "data.shards",
+        "data.shardfile",
+        "data.pixels",
+        "data.tokenizers",
+        "shapes",
+        "errors",
+    },
 }
 ENTRY_POINTS = {"__init__", "pretrain", "verify", "export", "probe", "demo", "provenance", "checkpoints", "restart"}
 """May import everything of ours, but nothing may import them except another entry point."""

@@ -24,9 +24,7 @@ from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.data.schema import SAMPLE_SCALE
 from d2v2ds.errors import below
 from d2v2ds.masking import MaskConfig, Stream, hash64, to_unit_interval
-
-LAYER_NORM_EPS = 1e-5
-"""Added to the variance of the recording, as layer norm does."""
+from d2v2ds.shapes import AUDIO_NORM_EPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +184,7 @@ def decode(source: AudioSource, row: int, start: int, out: NDArray[np.float32]) 
         ShardError: the row cannot be read.
     """
     mean, var = source.read_stats(row)
-    scale = 1.0 / np.sqrt(var + LAYER_NORM_EPS)
+    scale = 1.0 / np.sqrt(var + AUDIO_NORM_EPS)
     out[:] = source.read_audio(row, start, start + len(out))
     out *= np.float32(scale / SAMPLE_SCALE)
     out -= np.float32(mean * scale)

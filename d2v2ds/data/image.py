@@ -26,11 +26,11 @@ from d2v2ds.data.sampler import MicroBatch, PlanConfig
 from d2v2ds.data.shards import EncodedImage
 from d2v2ds.errors import ShardError, below
 from d2v2ds.masking import MaskConfig, Stream, hash64, to_unit_interval
+from d2v2ds.shapes import resized_side
 
 CROP_TRIES = 10
 """Areas and ratios drawn before the largest centred crop is taken instead."""
 _NUM_DRAWS = 2 * CROP_TRIES + 3
-_PUBLISHED_SIDE, _PUBLISHED_RESIZE = 224, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +158,7 @@ class ImageReader:
         From 224 pixels on, the shorter side is 256/224 of the model's, as published results are measured.
         """
         image, side = self.shards.read_image(row), self.side
-        resized = round(side * _PUBLISHED_RESIZE / _PUBLISHED_SIDE) if side >= _PUBLISHED_SIDE else side
-        shorter = min(image.width, image.height)
+        resized, shorter = resized_side(side), min(image.width, image.height)
         # of a panorama only the middle, twice as long as wide: more is not seen, and resized it could fill the memory
         left, top = (max(0, length - 2 * shorter) // 2 for length in (image.width, image.height))
         box = left, top, image.width - left, image.height - top

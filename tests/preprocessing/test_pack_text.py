@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 
 from d2v2ds.data.shards import TextShards, open_shards
+from d2v2ds.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing import documents, inspect
 from preprocessing.documents import DocumentOptions, TextSpan, find_text_files, read_documents
 from preprocessing.pack_text import main
 from preprocessing.text_plan import TextSettings, make_plan, sample_texts
-from preprocessing.tokenization import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
 from preprocessing.writer import PACKING_NAME

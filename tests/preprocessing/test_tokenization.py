@@ -7,16 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2v2ds.data.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
 from d2v2ds.errors import ConfigError
 from preprocessing.documents import PIECE_CHARS, piece_end
-from preprocessing.tokenization import (
-    BytePairTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    read_tokenizer,
-    token_dtype,
-    train_sentencepiece,
-)
+from preprocessing.tokenization import read_tokenizer, token_dtype, train_sentencepiece
 from tests.oracles import byte_pairs as oracle
 from tests.preprocessing.texts import byte_pairs, sentencepiece_model, story, write_gpt2_files
 

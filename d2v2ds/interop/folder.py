@@ -1,0 +1,333 @@
+"""Our own export folder: weights that load anywhere, and everything that must be known of them.
+
+    config.json           `Description`: network, preprocessing, where the weights come from; keys of the hub besides
+    model.safetensors     the student by our parameter names; above 5 GB in pieces, with model.safetensors.index.json
+    teacher.safetensors   the average, where it was asked for: what a run needs to go on from these weights
+    head.safetensors      what a fine-tuned official checkpoint has behind its encoder, by its own names
+    tokenizer.*           of text
+    README.md             the model card
+
+In: tensors one at a time, in any order and of any floating type. Out: a folder that is whole or not there. Writing
+holds one tensor in memory, reading maps the files.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from d2v2ds.errors import CheckpointError
+from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
+from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
+
+FORMAT = "d2v2ds-model"
+SCHEMA_VERSION = 3
+SINGLE_FILE_FORMAT = "d2v2ds-model-2"
+"""What `d2v2ds.export` wrote before there were folders: one file with its description in the metadata."""
+CONFIG_NAME = "config.json"
+PIECE_BYTES = 5_000_000_000
+"""Weights of more bytes are divided into several files."""
+
+Part = Literal["model", "teacher", "head"]
+PARTS: tuple[Part, ...] = ("model", "teacher", "head")
+Weights = Literal["student", "teacher"]
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What config.json says of the weights."""
+
+    model: ModelConfig
+    preprocessing: Preprocessing
+    origin: dict[str, Any]
+    """Plain values: how these weights came about, such as `command`, `git_revision`, `step`, `official`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "model": TypeAdapter(ModelConfig).dump_python(self.model, mode="json"),
+            "preprocessing": self.preprocessing,
+            "origin": self.origin,
+        }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Shape and type of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Kind":
+        """Those of a tensor."""
+        return Kind(tuple(tensor.shape), tensor.dtype)
+
+
+Layout = Mapping[str, Kind]
+"""Every tensor of a part, by name."""
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name only when the block ends well.
+
+    An export folder that is already there is replaced then; anything else is not touched.
+
+    Raises:
+        CheckpointError: if `path` is a file, or a folder with anything but an export in it.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CONFIG_NAME).is_file()):
+        raise CheckpointError(f"{path}: expected no file, or the folder of an earlier export; give another name")
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_config(folder: Path, description: Description, extra: Mapping[str, Any]) -> None:
+    """Write config.json.
+
+    Args:
+        folder: being written.
+        description: of the weights.
+        extra: further top-level keys, which other programs read.
+    """
+    values = description.to_dict() | dict(extra)
+    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    folder: Path, part: Part, layout: Layout, tensors: Iterable[tuple[str, Tensor]], piece_bytes: int = PIECE_BYTES
+) -> None:
+    """Write one part of a model, a tensor at a time.
+
+    Args:
+        folder: being written.
+        part: which; decides the names of the files.
+        layout: all tensors that will come.
+        tensors: they, each once, in any order, on any device.
+        piece_bytes: most bytes of a file.
+
+    Raises:
+        ValueError: if the tensors are not those of the layout.
+    """
+    pieces = _divide(layout, piece_bytes)
+    names = [f"{part}.safetensors"]
+    if len(pieces) > 1:
+        names = [f"{part}-{number:05d}-of-{len(pieces):05d}.safetensors" for number in range(1, len(pieces) + 1)]
+        index = {
+            "metadata": {"total_size": sum(kind.num_bytes for kind in layout.values())},
+            "weight_map": {name: file for file, piece in zip(names, pieces, strict=True) for name in piece},
+        }
+        (folder / f"{part}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    waiting = set(layout)
+    with contextlib.ExitStack() as stack:
+        places = {}
+        for name, piece in zip(names, pieces, strict=True):
+            file = stack.enter_context((folder / name).open("wb"))
+            header, offsets = _header({key: layout[key] for key in piece})
+            file.write(header)
+            places.update({key: (file, offset) for key, offset in offsets.items()})
+        for name, tensor in tensors:
+            if name not in waiting or Kind.of(tensor) != layout[name]:
+                raise ValueError(f"{part}: did not expect {name} {Kind.of(tensor)} (now), layout {layout.get(name)}")
+            waiting.remove(name)
+            file, offset = places[name]
+            file.seek(offset)
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for file in {file for file, _ in places.values()}:
+            file.flush()
+            os.fsync(file.fileno())
+    if waiting:
+        raise ValueError(f"{part}: tensors that did not come: {', '.join(sorted(waiting))}")
+
+
+def _divide(layout: Layout, piece_bytes: int) -> list[list[str]]:
+    """Names in the order of the layout, cut where a file would become too large."""
+    pieces: list[list[str]] = [[]]
+    size = 0
+    for name, kind in layout.items():
+        if pieces[-1] and size + kind.num_bytes > piece_bytes:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(name)
+        size += kind.num_bytes
+    return pieces
+
+
+def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where in the file each tensor begins."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for name, kind in sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize):  # keeps all of them aligned
+        begins[name], end = end, end + kind.num_bytes
+        entries[name] = {"dtype": _DTYPES[kind.dtype], "shape": kind.shape, "data_offsets": (begins[name], end)}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
+
+
+class ModelFolder:
+    """An export that can be read: a folder, or the single file of earlier versions."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            CheckpointError: with what was found and what to do.
+        """
+        self.path = path
+        values = self._read_single_file() if path.is_file() else self._read_config()
+        try:
+            model = TypeAdapter(ModelConfig).validate_python(values["model"])
+            self.description = Description(
+                model=model, preprocessing=values["preprocessing"], origin=values.get("origin", {})
+            )
+        except (KeyError, TypeError, ValidationError) as error:
+            raise CheckpointError(f"{path}: not the description of a model: {error}") from error
+
+    def has(self, part: Part) -> bool:
+        """Whether the part is there."""
+        return bool(self._files(part))
+
+    def layout(self, part: Part) -> dict[str, Kind]:
+        """Every tensor of a part; empty if it is not there."""
+        found: dict[str, Kind] = {}
+        types = {name: dtype for dtype, name in _DTYPES.items()}
+        for file in self._files(part):
+            with _opened(file) as handle:
+                for name in handle.keys():  # noqa: SIM118  (not a dictionary)
+                    piece = handle.get_slice(name)
+                    if piece.get_dtype() not in types:
+                        raise CheckpointError(f"{file}: {name} is {piece.get_dtype()}, expected a floating type")
+                    found[name] = Kind(tuple(piece.get_shape()), types[piece.get_dtype()])
+        return found
+
+    def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a part one after another, as stored, on the CPU."""
+        for file in self._files(part):
+            with _opened(file) as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    yield name, handle.get_tensor(name)
+
+    def _files(self, part: Part) -> list[Path]:
+        if self.path.is_file():
+            return [self.path] if part == "model" else []
+        index = self.path / f"{part}.safetensors.index.json"
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [self.path / name for name in dict.fromkeys(names)]
+        single = self.path / f"{part}.safetensors"
+        return [single] if single.is_file() else []
+
+    def _read_config(self) -> dict[str, Any]:
+        file = self.path / CONFIG_NAME
+        if (self.path / "checkpoints").is_dir():
+            raise CheckpointError(
+                f"{self.path}: the folder of a run; python -m d2v2ds.export {self.path} --to FOLDER makes a model of it"
+            )
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: expected the description of an exported model, found: {error}") from error
+        kind, version = (values.get(key) for key in ("format", "schema_version")) if isinstance(values, dict) else "  "
+        if kind != FORMAT:
+            raise CheckpointError(f"{file}: expected format {FORMAT}, found {kind!r}; was it written by another tool?")
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{file}: schema version {version}, this version of d2v2ds reads {SCHEMA_VERSION}; update d2v2ds"
+            )
+        return dict(values)
+
+    def _read_single_file(self) -> dict[str, Any]:
+        with _opened(self.path) as handle:
+            metadata = handle.metadata() or {}
+        if metadata.get("format") != SINGLE_FILE_FORMAT or metadata.get("weights") != "student":
+            raise CheckpointError(
+                f"{self.path}: expected an exported folder, or a student in one file of format {SINGLE_FILE_FORMAT}; "
+                f"found {metadata.get('weights')} in format {metadata.get('format')}; export it again with "
+                "python -m d2v2ds.export RUN --to FOLDER, or python -m d2v2ds.interop.fairseq import for official files"
+            )
+        model = TypeAdapter(ModelConfig).validate_json(metadata["model"])
+        return {
+            "model": model,
+            "preprocessing": published_preprocessing(model),
+            "origin": {"kind": "run", "step": int(metadata["step"])},
+        }
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: expected a whole safetensors file, found: {error}") from error
+
+
+def load_encoder(folder: ModelFolder, weights: Weights = "student") -> Data2Vec2:
+    """The network without its decoders, fp32, in eval mode, on the CPU.
+
+    Args:
+        folder: the export.
+        weights: the student's, or the teacher's with the student's local encoder where the teacher has none.
+
+    Raises:
+        CheckpointError: listing what is missing or has another shape.
+    """
+    if weights == "teacher" and not folder.has("teacher"):
+        raise CheckpointError(f"{folder.path}: has no teacher; export with --teacher to have one")
+    with torch.device("meta"):
+        model = Data2Vec2(folder.description.model)
+    model.decoders = nn.ModuleDict()
+    state = {name: tensor for name, tensor in folder.tensors("model") if not name.startswith("decoders.")}
+    if weights == "teacher":
+        state |= folder.tensors("teacher")
+    require_layout(folder.path, {name: Kind.of(tensor) for name, tensor in state.items()}, model.state_dict())
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def require_layout(place: Path, found: Layout, expected: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: listing every difference.
+    """
+    faults = [f"{name}: missing, expected {tuple(expected[name].shape)}" for name in expected.keys() - found.keys()]
+    faults += [f"{name}: not a tensor of this network" for name in found.keys() - expected.keys()]
+    for name in found.keys() & expected.keys():
+        if found[name].shape != tuple(expected[name].shape):
+            faults.append(f"{name}: expected {tuple(expected[name].shape)}, found {found[name].shape}")
+    if faults:
+        more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise CheckpointError(f"{place}: does not fit its own description:\n" + "\n".join(sorted(faults)[:20]) + more)
