@@ -169,7 +169,7 @@ def demo(runs: Path, modality: str, data: Path | None, ranks: int, overrides: li
     print(f"\nrun          {folder}\ncurves       {folder / 'curves.png'}")
     print(f"checkpoint   {folder / 'checkpoints' / (folder / 'checkpoints' / 'latest').read_text().strip()}")
     print(f"TensorBoard  {tensorboard} --logdir {folder / 'tensorboard'}")
-    print(f"export       {sys.executable} -m d2v2ds.export {folder} --to model.safetensors")
+    print(f"export       {sys.executable} -m d2v2ds.export {folder} --to model")
 
 
 def draw(folder: Path, config: str, modalities: list[str]) -> None:

@@ -1,35 +1,42 @@
-"""Write the student or the teacher of a run as one safetensors file. Neither DeepSpeed nor a process group is needed.
+"""Make a model of a run: a folder that loads with `d2v2ds.load_model`, and goes on training with `init.weights`.
 
-    python -m d2v2ds.export RUN --to model.safetensors [--weights student|teacher] [--checkpoint TAG]
+    python -m d2v2ds.export RUN --to FOLDER [--teacher] [--checkpoint TAG]
 
-The file holds whole fp32 tensors under this project's names; its metadata holds the model's configuration, the
-settings of data and step, which is all that `load_model_file` needs.
+Reads the checkpoint tensor by tensor, whatever the number of ranks it was saved by: neither DeepSpeed, nor a process
+group, nor memory for more than one tensor is needed. `interop/folder.py` says what lies in the folder.
 """
 
 import argparse
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from d2v2ds.config import load_config, to_dict
+from d2v2ds.config import RunConfig, load_config
+from d2v2ds.data.joined import folders_of
+from d2v2ds.data.schema import read_index
 from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_teacher, read_manifest, read_plain
-from d2v2ds.errors import CheckpointError, D2V2Error
+from d2v2ds.errors import CheckpointError, D2V2Error, MissingExtraError, ShardError
+from d2v2ds.interop.card import write_card
+from d2v2ds.interop.folder import Description, Kind, Layout, Part, new_folder, write_config, write_tensors
+from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
+from d2v2ds.model.target_net import TargetNet
+from d2v2ds.train.figures import save_curves
+from d2v2ds.train.metrics import AMOUNTS, read_metrics
 
 logger = logging.getLogger(__name__)
 
-Weights = Literal["student", "teacher"]
-FORMAT = "d2v2ds-model-2"
-"""Name and version of the exported file."""
+CURVES = ("loss/regression", "ema/decay", "optim/lr", "target/effective_rank")
+"""Metrics that the card shows, of each modality where they are of one."""
 
 
 def checkpoint_folder(run_dir: Path, tag: str | None = None) -> Path:
@@ -47,11 +54,6 @@ def checkpoint_folder(run_dir: Path, tag: str | None = None) -> Path:
     return folder / (tag or tags[0])
 
 
-def read_weights(checkpoint: Path, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Whole fp32 tensors of one network, by our names."""
-    return iterate_student(checkpoint) if weights == "student" else iterate_teacher(checkpoint)
-
-
 def model_of(checkpoint: Path) -> ModelConfig:
     """The network a checkpoint was saved from; the run's folder may have been started with another since."""
     state = read_plain(checkpoint / "client.pt")
@@ -66,65 +68,136 @@ def load_student(run_dir: Path, tag: str | None = None) -> tuple[Data2Vec2, int]
     """
     checkpoint = checkpoint_folder(run_dir, tag)
     model = Data2Vec2(model_of(checkpoint))
-    model.load_state_dict(dict(read_weights(checkpoint, "student")))
+    model.load_state_dict(dict(iterate_student(checkpoint)))
     return model.eval(), read_manifest(checkpoint).counters["global_steps"]
 
 
-def export(run_dir: Path, to: Path, weights: Weights = "student", tag: str | None = None) -> None:
-    """Write the file.
+def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = None) -> None:
+    """Write the folder.
+
+    Args:
+        run_dir: folder of the run.
+        to: folder to write; the folder of an earlier export is replaced.
+        teacher: write the average too.
+        tag: of the checkpoint; the newest if None.
 
     Raises:
-        CheckpointError: if there is no such checkpoint or it is damaged.
+        CheckpointError: if there is no such checkpoint, it is damaged, or `to` holds something else.
     """
     config = load_config(str(run_dir / "config.yaml"))
     checkpoint = checkpoint_folder(run_dir, tag)
-    tensors = {name: tensor.contiguous() for name, tensor in read_weights(checkpoint, weights)}
-    metadata = {
-        "format": FORMAT,
-        "weights": weights,
-        "model": json.dumps(to_dict(model_of(checkpoint))),
-        "data": json.dumps(to_dict(config.data)),
-        "step": str(read_manifest(checkpoint).counters["global_steps"]),
+    model = model_of(checkpoint)
+    parts: dict[Part, tuple[type[nn.Module], Iterator[tuple[str, Tensor]]]] = {
+        "model": (Data2Vec2, iterate_student(checkpoint))
     }
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(to.name + ".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    temporary.replace(to)
-    count = sum(tensor.numel() for tensor in tensors.values())
-    logger.info("%s: %s of %s, %d tensors, %d parameters", to, weights, checkpoint, len(tensors), count)
-
-
-def load_model_file(path: Path) -> Data2Vec2:
-    """The network of an exported student, in eval mode on the CPU.
-
-    Raises:
-        CheckpointError: if the file is not an export of a student by this project.
-    """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT or metadata.get("weights") != "student":
-            raise CheckpointError(
-                f"{path}: expected a student exported in format {FORMAT}, found {metadata.get('weights')} "
-                f"in format {metadata.get('format')}"
+    if teacher:
+        parts["teacher"] = TargetNet, iterate_teacher(checkpoint)
+    with new_folder(to) as folder:
+        preprocessing = _preprocessing(config, model, folder)
+        description = Description(
+            model=model,
+            preprocessing=preprocessing,
+            origin=_origin(run_dir, config, read_manifest(checkpoint).counters),
+        )
+        num_parameters = 0
+        for part, (network, tensors) in parts.items():
+            layout = layout_of(network, model)
+            write_tensors(
+                folder, part, layout, tqdm(tensors, part, len(layout), unit="tensor", leave=False, disable=None)
             )
-        config = TypeAdapter(ModelConfig).validate_json(metadata["model"])
-        with torch.device("meta"):
-            model = Data2Vec2(config)
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, assign=True)  # noqa: SIM118
-    return model.eval()
+            if part == "model":
+                num_parameters = sum(torch.Size(kind.shape).numel() for kind in layout.values())
+        shutil.copyfile(run_dir / "config.yaml", folder / "run.yaml")
+        _draw_curves(run_dir, folder, list(model.modalities.active()))
+        write_card(folder, description, to.name, num_parameters)
+        write_config(folder, description, {})
+    logger.info("%s: %s of %s, %d parameters", to, " and ".join(parts), checkpoint, num_parameters)
+
+
+def layout_of(network: type[nn.Module], model: ModelConfig) -> Layout:
+    """What a checkpoint holds of a network: everything in fp32."""
+    with torch.device("meta"):
+        return {name: Kind.of(tensor.float()) for name, tensor in network(model).state_dict().items()}
+
+
+def _preprocessing(config: RunConfig, model: ModelConfig, folder: Path) -> Preprocessing:
+    """The published one with the run's own rate; the tokenizer is copied from the run's shards."""
+    described = published_preprocessing(model)
+    if config.data.audio is not None:
+        described["audio"]["sample_rate_hz"] = config.data.audio.sample_rate_hz
+    if config.data.text is not None:
+        shards = folders_of(config.data.text.shards)[0]
+        try:
+            index = read_index(shards)
+            for entry in index.files_beside:
+                shutil.copyfile(shards / entry.file, folder / entry.file)
+                described["text"] |= {"tokenizer": index.format["tokenizer"], "file": entry.file}
+        except (ShardError, OSError) as error:
+            logger.warning("no tokenizer is exported, the run's shards cannot be read: %s", error)
+    return described
+
+
+def _origin(run_dir: Path, config: RunConfig, counters: dict[str, int]) -> dict[str, Any]:
+    """What is known of the run, as plain values."""
+    starts = (run_dir / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(starts[-1]) if starts else {}
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] <= counters["global_steps"]]
+    shown = ("loss/", "target/effective_rank", "target/std", "pred/std", *(amount for amount, _, _ in AMOUNTS.values()))
+    final = {
+        key: value for key, value in (records[-1] if records else {}).items() if any(part in key for part in shown)
+    }
+    return {
+        "kind": "run",
+        "source": "a run of d2v2ds",
+        "step": counters["global_steps"],
+        "of_steps": config.total_steps,
+        "command": last.get("command", []),
+        "git_revision": last.get("git_revision"),
+        "versions": last.get("versions", {}),
+        "final_metrics": final,
+        "data": {name: _data_facts(section) for name, section in config.data.active().items()},
+    }
+
+
+def _data_facts(section: Any) -> dict[str, Any]:
+    """Names of the folders, and their sums where they can be read."""
+    folders = folders_of(section.shards)
+    facts: dict[str, Any] = {"folders": " and ".join(folder.name for folder in folders)}
+    for folder in folders:
+        try:
+            index = read_index(folder)
+        except ShardError:
+            continue  # moved or deleted since; the name stays
+        for key, value in {"rows": index.rows, **index.totals}.items():
+            if isinstance(value, int | float):
+                facts[key] = facts.get(key, 0) + value
+    return facts
+
+
+def _draw_curves(run_dir: Path, folder: Path, modalities: list[str]) -> None:
+    """curves.png, where matplotlib is installed and the run has metrics."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    prefixes = ["", *(f"{name}/" for name in modalities)]
+    names = [prefix + name for name in CURVES for prefix in prefixes if any(prefix + name in r for r in records)]
+    if not names:
+        return
+    try:
+        save_curves(records, names, folder / "curves.png", f"{folder.stem}, {int(records[-1]['step'])} steps")
+    except MissingExtraError as error:
+        logger.warning("no curves in the card: %s", error)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from a command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m d2v2ds.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--to", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("--teacher", action="store_true", help="the average too: to go on training from the folder")
     parser.add_argument("--checkpoint", help="tag of a checkpoint; the newest if not given")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        export(options.run, options.to, options.weights, options.checkpoint)
+        export(options.run, options.to, teacher=options.teacher, tag=options.checkpoint)
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
         return 2

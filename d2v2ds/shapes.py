@@ -56,3 +56,15 @@ def conv_output_length(num_samples: int, layers: Sequence[ConvLayer]) -> int:
     for _, kernel, stride in layers:
         length = (length - kernel) // stride + 1 if length >= kernel else 0
     return length
+
+
+def receptive_field(layers: Sequence[ConvLayer]) -> int:
+    """Samples that one token of an unpadded stack of strided convolutions sees.
+
+    Args:
+        layers: (channels, kernel, stride) of each layer, in order.
+    """
+    field = 1
+    for _, kernel, stride in reversed(layers):
+        field = (field - 1) * stride + kernel
+    return field

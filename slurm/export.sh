@@ -1,5 +1,5 @@
 #!/bin/bash
-# Write the weights of a run as one file: sbatch slurm/export.sh RUN --to FILE [option of d2v2ds.export ...]
+# Make a model of a run: sbatch slurm/export.sh RUN --to FOLDER [option of d2v2ds.export ...]
 # Submit from the checkout, or set D2V2DS_HOME to it.
 #SBATCH --job-name=export
 #SBATCH --nodes=1

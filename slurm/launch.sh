@@ -179,8 +179,8 @@ preprocess() {
         python -m "$module" "$@" "${part[@]}" </dev/null
 }
 
-# Write a run's weights as one file.
-#   export_model RUN --to FILE [option ...]
+# Make a model of a run.
+#   export_model RUN --to FOLDER [option ...]
 export_model() {
     prepare
     exec srun --export=ALL --nodes=1 --ntasks=1 "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \

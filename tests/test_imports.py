@@ -20,6 +20,7 @@ ALLOWED = {
     "train": {"model", "data", "dist", "batch", "shapes", "errors"},
     "interop": {"model", "shapes", "errors"},
     "evals": {"model", "data", "batch", "errors"},
+    "api": {"model", "data", "interop", "shapes", "errors"},
     "config": {"model", "data", "train", "masking", "errors", "summary"},  # summary: for the command alone
     "summary": {"config", "model", "dist", "masking"},
     "preprocessing": {

@@ -12,9 +12,11 @@ import pytest
 import soundfile
 from PIL import Image
 
+from d2v2ds import FeatureExtractor
 from d2v2ds.config import load_config
 from d2v2ds.dist.comm import free_port
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import CheckpointError, ConfigError
+from d2v2ds.export import export
 from d2v2ds.pretrain import prepare
 from d2v2ds.probe import main as probe_main
 from d2v2ds.train.metrics import read_metrics
@@ -238,3 +240,29 @@ def test_half_a_modality_is_refused(folders: dict[str, Path]) -> None:
 def test_data_shards_of_a_joint_run_must_name_the_modality() -> None:
     with pytest.raises(ConfigError, match="the run has data for audio, image, text; name one"):
         load_config("multimodal_tiny", ["data.shards=somewhere"])
+
+
+@pytest.mark.distributed
+def test_export_of_a_joint_run_reads_all_three_and_brings_its_tokenizer(
+    joint: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    export(joint, tmp_path / "model")
+    extractor = FeatureExtractor(tmp_path / "model")
+    assert (tmp_path / "model" / "tokenizer.model").read_bytes() == (folders["text"] / "tokenizer.model").read_bytes()
+    assert extractor("word7 word8", modality="text").layers[2].shape[2] == 32
+    assert extractor(Image.new("RGB", (50, 40)), modality="image").layers[2].shape == (1, 64, 32)
+    assert "data/tokens" in extractor.folder.description.origin["final_metrics"]
+
+
+@pytest.mark.distributed
+def test_export_goes_on_without_shards_and_says_what_is_missing(
+    joint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(joint, run_dir)
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("text-shards", "moved-away"))
+    export(run_dir, tmp_path / "model")
+    assert "no tokenizer is exported" in caplog.text
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        FeatureExtractor(tmp_path / "model")("word7", modality="text")

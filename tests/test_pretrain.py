@@ -9,11 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from d2v2ds import FeatureExtractor
+from d2v2ds.config import load_config
 from d2v2ds.dist.comm import free_port
+from d2v2ds.dist.consolidate import iterate_student, iterate_teacher
 from d2v2ds.errors import ConfigError
-from d2v2ds.export import export, load_model_file, load_student
+from d2v2ds.export import checkpoint_folder, export
+from d2v2ds.interop.folder import ModelFolder
 from d2v2ds.pretrain import main, prepare
 from d2v2ds.probe import main as probe_main
 from tests.runs import SMALL, STEPS, attempt, command, deterministic, environment, launch, pack_clips, weights
@@ -163,16 +168,32 @@ def test_other_model_is_refused_and_leaves_the_run_alone(unbroken: Path, shards:
     assert (run_dir / "config.yaml").read_text() == before
 
 
-def test_exported_student_is_the_checkpoint(unbroken: Path, tmp_path: Path) -> None:
-    for which in ("student", "teacher"):
-        export(unbroken, tmp_path / f"{which}.safetensors", which)  # type: ignore[arg-type]
-    exported, (loaded, step) = load_model_file(tmp_path / "student.safetensors"), load_student(unbroken)
-    assert step == STEPS
-    for (name, a), b in zip(exported.state_dict().items(), loaded.state_dict().values(), strict=True):
-        assert (a == b).all(), name
-    code = f"import sys; from d2v2ds.export import export; from pathlib import Path; export(Path({str(unbroken)!r}), "
-    code += f"Path({str(tmp_path / 'again.safetensors')!r})); assert 'deepspeed' not in sys.modules"
+def test_an_export_is_the_checkpoint_and_tells_where_it_comes_from(unbroken: Path, tmp_path: Path) -> None:
+    to = tmp_path / "model"
+    export(unbroken, to, teacher=True)
+    folder, checkpoint = ModelFolder(to), checkpoint_folder(unbroken)
+    for part, tensors in (("model", iterate_student(checkpoint)), ("teacher", iterate_teacher(checkpoint))):
+        found = dict(folder.tensors(part))  # type: ignore[arg-type]
+        expected = dict(tensors)
+        assert found.keys() == expected.keys()
+        assert all((found[name] == expected[name]).all() for name in found)
+    origin = folder.description.origin
+    assert origin["step"] == STEPS
+    assert origin["data"]["audio"]["rows"] > 0
+    assert origin["final_metrics"]["loss/regression"] > 0
+    card = (to / "README.md").read_text()
+    assert "![curves](curves.png)" in card
+    assert "--config audio_tiny" in card
+    assert load_config(str(to / "run.yaml")) == load_config(str(unbroken / "config.yaml"))
+    features = FeatureExtractor(to)(np.random.default_rng(0).normal(size=16000).astype(np.float32), sample_rate=16000)
+    assert features.layers[4].shape == (1, 49, 32)
+
+
+def test_exporting_starts_no_deepspeed(unbroken: Path, tmp_path: Path) -> None:
+    code = f"import sys; from d2v2ds.export import main; assert main([{str(unbroken)!r}, '--to', "
+    code += f"{str(tmp_path / 'model')!r}]) == 0; assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert not ModelFolder(tmp_path / "model").has("teacher")
 
 
 def test_probe_scores_a_run(unbroken: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,16 +158,8 @@ class ImageReader:
         From 224 pixels on, the shorter side is 256/224 of the model's, as published results are measured.
         """
         image, side = self.shards.read_image(row), self.side
-        resized, shorter = resized_side(side), min(image.width, image.height)
-        # of a panorama only the middle, twice as long as wide: more is not seen, and resized it could fill the memory
-        left, top = (max(0, length - 2 * shorter) // 2 for length in (image.width, image.height))
-        box = left, top, image.width - left, image.height - top
-        width, height = ((image.width - 2 * left) * resized // shorter, (image.height - 2 * top) * resized // shorter)
-        pixels = self._pixels(row, image, (width, height), box, None)  # (Y, X, C)
-        top, left = round((height - side) / 2), round((width - side) / 2)
-        source = torch.empty(3, side, side, dtype=torch.uint8)  # (3, Y, X)
-        source.numpy()[:] = pixels[top : top + side, left : left + side].transpose(2, 0, 1)
-        return source
+        view = whole_view(image.width, image.height, side)
+        return view.middle(self._pixels(row, image, view.size, view.box, None), side)
 
     def misfits(self) -> list[str]:
         """Why the model cannot read these shards: images of any size become one."""
@@ -223,6 +215,38 @@ class ImageReader:
                 "preprocessing.verify on the folder"
             ) from error
         return displayed(resize(part, *wanted), turn)
+
+
+@dataclass(frozen=True)
+class WholeView:
+    """How an image is looked at as a whole: `box` of it is resized to `size`, and the middle of that is taken."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom, as displayed (pixels)."""
+    size: tuple[int, int]
+    """Width and height after resizing."""
+
+    def middle(self, pixels: NDArray[np.uint8], side: int) -> Tensor:
+        """(Y, X, C) resized pixels, C = 1 or 3 -> (3, side, side) uint8."""
+        width, height = self.size
+        top, left = round((height - side) / 2), round((width - side) / 2)
+        source = torch.empty(3, side, side, dtype=torch.uint8)  # (3, Y, X)
+        source.numpy()[:] = pixels[top : top + side, left : left + side].transpose(2, 0, 1)
+        return source
+
+
+def whole_view(width: int, height: int, side: int) -> WholeView:
+    """The published view of evaluation (spec section 14; `d2v2ds.shapes.resized_side`).
+
+    Args:
+        width, height: of the image as displayed (pixels).
+        side: of the square that the model reads (pixels).
+    """
+    resized, shorter = resized_side(side), min(width, height)
+    # of a panorama only the middle, twice as long as wide: more is not seen, and resized it could fill the memory
+    left, top = (max(0, length - 2 * shorter) // 2 for length in (width, height))
+    size = (width - 2 * left) * resized // shorter, (height - 2 * top) * resized // shorter
+    return WholeView((left, top, width - left, height - top), size)
 
 
 def augmentation_numbers(*, seed: int, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -206,6 +206,8 @@ class ModelFolder:
             CheckpointError: with what was found and what to do.
         """
         self.path = path
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or folder; expected an exported model")
         values = self._read_single_file() if path.is_file() else self._read_config()
         try:
             model = TypeAdapter(ModelConfig).validate_python(values["model"])
@@ -269,13 +271,18 @@ class ModelFolder:
         return dict(values)
 
     def _read_single_file(self) -> dict[str, Any]:
+        if self.path.suffix in (".pt", ".pth"):
+            raise CheckpointError(
+                f"{self.path}: a file of torch.save; of an official checkpoint python -m d2v2ds.interop.fairseq import "
+                f"{self.path} --out FOLDER makes a model"
+            )
         with _opened(self.path) as handle:
             metadata = handle.metadata() or {}
         if metadata.get("format") != SINGLE_FILE_FORMAT or metadata.get("weights") != "student":
             raise CheckpointError(
                 f"{self.path}: expected an exported folder, or a student in one file of format {SINGLE_FILE_FORMAT}; "
                 f"found {metadata.get('weights')} in format {metadata.get('format')}; export it again with "
-                "python -m d2v2ds.export RUN --to FOLDER, or python -m d2v2ds.interop.fairseq import for official files"
+                "python -m d2v2ds.export RUN --to FOLDER"
             )
         model = TypeAdapter(ModelConfig).validate_json(metadata["model"])
         return {

@@ -182,22 +182,26 @@ class Data2Vec2(nn.Module):
         encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
         return len(encoder.prenet.blocks) + len(self.blocks)
 
-    def layers(self, modality: str, source: Tensor, padding: Tensor | None = None) -> list[Tensor]:
+    def layers(
+        self, modality: str, source: Tensor, padding: Tensor | None = None, *, depth: int | None = None
+    ) -> list[Tensor]:
         """Features of unmasked input, for probes and inference; those of real tokens do not depend on padding.
 
         Args:
             modality: whose encoder.
             source: as in `Batch`.
             padding: as in `Batch`.
+            depth: blocks to run; None runs all.
 
         Returns:
-            Input of the first block and output of every block, prenet first, each (B, T, D): without extra tokens.
+            Input of the first block and output of every block that ran, prenet first, each (B, T, D): without
+            extra tokens.
         """
         encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
-        blocks = [*encoder.prenet.blocks, *self.blocks]
+        blocks = [*encoder.prenet.blocks, *self.blocks][:depth]
         x, biases = encoder.everything(encoder.local(source), padding, len(blocks), zero_padding=True)
         outputs = [x]
-        for block, bias in zip(blocks, biases, strict=True):
+        for block, bias in zip(blocks, biases[: len(blocks)], strict=True):
             x, _ = block(x, bias)
             outputs.append(x)
         return [x[:, encoder.num_extra_tokens :] for x in outputs]

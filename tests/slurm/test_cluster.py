@@ -5,9 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 from d2v2ds.dist.consolidate import named_tag
+from d2v2ds.interop.folder import ModelFolder
 from tests.preprocessing.helpers import contents
 from tests.runs import deterministic, records
 from tests.slurm.cluster import Cluster
@@ -29,7 +29,7 @@ def test_packed_pretrained_warned_requeued_finished_and_exported(
     cluster: Cluster, shards: Path, unbroken: Path
 ) -> None:
     """The chain of README: each job waits for the one before; the middle one is warned while it runs."""
-    packed, run_dir, model = (cluster.jobs / name for name in ("packed", "run", "model.safetensors"))
+    packed, run_dir, model = (cluster.jobs / name for name in ("packed", "run", "model"))
     source = ["--input", str(shards.parent / "manifest.tsv"), "--output", str(packed), "--shard-bytes", "128K"]
     prepare = cluster.submit(*TWO_NODES, "slurm/preprocess_audio.sh", *source)
     train = pretrain(cluster, packed, run_dir, f"--dependency=afterok:{prepare}")
@@ -59,8 +59,7 @@ def test_packed_pretrained_warned_requeued_finished_and_exported(
     assert "stop: the run is finished" in cluster.output(train), "the file is not written anew by a restart"
 
     assert cluster.finished(export)["JobState"] == "COMPLETED", cluster.output(export)
-    with safe_open(model, "pt") as file:
-        assert file.metadata()["step"] == str(STEPS)
+    assert ModelFolder(model).description.origin["step"] == STEPS
 
 
 def test_array_packs_in_parts_and_the_job_after_it_writes_the_index(cluster: Cluster, shards: Path) -> None:

@@ -1,0 +1,339 @@
+"""Inference: load an exported model, and turn recordings, pictures and texts into features of every layer.
+
+    from d2v2ds import FeatureExtractor
+
+    extractor = FeatureExtractor("my-model")              # a folder written by d2v2ds.export
+    features = extractor(["a.wav", waveform], sample_rate=44100)
+    features.layers[12], features.padding                 # (B, T, D) and (B, T), True = padding
+
+`load_model` gives the bare network, for fine-tuning code of your own.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v2ds.data.inputs import normalised, read_picture, read_waveform, token_ids
+from d2v2ds.data.tokenizers import BOS, Tokenizer, load_tokenizer
+from d2v2ds.errors import CheckpointError
+from d2v2ds.interop.folder import ModelFolder, Weights, load_encoder
+from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.shapes import PAD_ID, receptive_field
+
+MIN_SECONDS = 0.25
+"""Shorter recordings are refused: they are clicks or cut-off files more often than sounds."""
+WINDOW_SECONDS = 40.0
+"""Twice the longest clip of published pretraining; attention over more costs memory with the square."""
+CONTEXT_SHARE = 8
+"""A window's features are used up to 1 / 8 of its length from its ends, where it lacks one side of its surroundings."""
+
+
+def load_model(
+    path: str | Path,
+    *,
+    weights: Weights = "student",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+) -> Data2Vec2:
+    """The encoder of an export, in eval mode and without gradient.
+
+    Args:
+        path: folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`, or a single file of earlier versions.
+        weights: the student's, or the teacher's where the export has them.
+        device: where to; the accelerator if there is one.
+        dtype: of weights and activations.
+        compile: compile every block with `torch.compile`; the first calls then take long.
+
+    Returns:
+        A `Data2Vec2` without decoders; `.layers(modality, source, padding)` are its features.
+
+    Raises:
+        CheckpointError: with what was found and what to do.
+    """
+    model = load_encoder(ModelFolder(Path(path)), weights)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device=device, dtype=dtype)
+    if compile:
+        for module in model.modules():
+            if type(module).__name__ == "Block":
+                module.compile(dynamic=True)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of B inputs, padded to the longest one."""
+
+    layers: dict[int, Tensor]
+    """Layer -> (B, T, D) fp32 on the CPU, 0 at padding. Layer 0 is the input of the first block, layer i the output of
+    block i, blocks of the modality's own first."""
+    padding: Tensor
+    """(B, T) bool, True = padding."""
+    windows: list[int]
+    """(B,) overlapping windows that each input was cut into; 1 for all that fit into one."""
+
+    def __len__(self) -> int:
+        return len(self.padding)
+
+    def unpadded(self, index: int) -> dict[int, Tensor]:
+        """Layer -> (T, D) of one input alone."""
+        return {layer: x[index][~self.padding[index]] for layer, x in self.layers.items()}
+
+    def mean(self) -> dict[int, Tensor]:
+        """Layer -> (B, D), the mean over each input's tokens."""
+        count = (~self.padding).sum(1, keepdim=True)  # (B, 1)
+        return {layer: x.sum(1) / count for layer, x in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One forward's worth of an input; its features `first` to `last` are those of the input from `place` on."""
+
+    index: int
+    source: Tensor
+    first: int
+    last: int
+    place: int
+
+
+def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Overlapping windows over tokens, each place taken from a window in which it lies far from the ends.
+
+    Args:
+        total: T.
+        size: most tokens of a window.
+
+    Yields:
+        (start, first, last): the window begins at token `start`; tokens `first` to `last` (exclusive) are its own.
+    """
+    if total <= size:
+        yield 0, 0, total
+        return
+    context = size // CONTEXT_SHARE
+    taken = 0
+    while taken < total:
+        start = min(max(0, taken - context), total - size)
+        end = total if start + size == total else start + size - context
+        yield start, taken, end
+        taken = end
+
+
+class FeatureExtractor:
+    """Raw inputs to features: resamples, resizes or tokenizes, normalises, cuts, pads, batches.
+
+    A recording in a padded batch has the features that it has alone. One that is longer than `window_seconds` (a text
+    longer than the model's `max_tokens`) is cut into overlapping windows, whose features are put together again;
+    `Features.windows` says so.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        layers: Sequence[int] | None = None,
+        weights: Weights = "student",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        batch_tokens: int = 4096,
+        min_seconds: float = MIN_SECONDS,
+        window_seconds: float = WINDOW_SECONDS,
+    ) -> None:
+        """
+        Args:
+            path: as in `load_model`, and `weights`, `device`, `dtype`, `compile` likewise.
+            layers: which layers; negative numbers count from the last one; None: all.
+            batch_tokens: most tokens of one forward, padding included.
+            min_seconds: shorter recordings are refused.
+            window_seconds: longer recordings are cut.
+
+        Raises:
+            CheckpointError: if the model cannot be loaded.
+        """
+        self.folder = ModelFolder(Path(path))
+        self.model = load_model(path, weights=weights, device=device, dtype=dtype, compile=compile)
+        self.device = next(self.model.parameters()).device
+        self._layers = layers
+        self._batch_tokens, self._min_seconds, self._window_seconds = batch_tokens, min_seconds, window_seconds
+
+    @property
+    def modalities(self) -> list[str]:
+        """What the model reads."""
+        return list(self.folder.description.model.modalities.active())
+
+    def __call__(self, inputs: Any, *, sample_rate: int | None = None, modality: str | None = None) -> Features:
+        """
+        Args:
+            inputs: a list of inputs, or one. Recordings: paths, or samples (S,), (C, S), (S, C) as array or tensor.
+                Pictures: paths or PIL images. Texts: strings.
+            sample_rate: of samples (Hz).
+            modality: which encoder; needed where the model has several.
+
+        Raises:
+            ValueError: naming the input and what was expected.
+            MissingExtraError: a package that reads such inputs is not installed.
+        """
+        name = self._modality(modality)
+        items = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        if not items:
+            raise ValueError("no inputs")
+        pieces = []
+        for index, item in enumerate(items):
+            pieces += self._cut(name, index, CUTTERS[name](self, item, sample_rate, f"input {index}"))
+        return self._run(name, len(items), pieces)
+
+    def layers_of(self, modality: str) -> list[int]:
+        """Numbers of the layers that are returned.
+
+        Raises:
+            ValueError: the model does not have one that was asked for.
+        """
+        depth = self.model.depth(modality)
+        wanted = range(depth + 1) if self._layers is None else self._layers
+        numbers = [layer if layer >= 0 else depth + 1 + layer for layer in wanted]
+        if not all(0 <= number <= depth for number in numbers):
+            raise ValueError(f"layers {list(wanted)}: {modality} has layers 0 (input of the first block) to {depth}")
+        return numbers
+
+    def _modality(self, asked: str | None) -> str:
+        if asked is None and len(self.modalities) == 1:
+            return self.modalities[0]
+        if asked not in self.modalities:
+            raise ValueError(f"modality={asked!r}: the model reads {', '.join(self.modalities)}; name one of them")
+        return asked
+
+    # --- raw input -> what the encoder reads --------------------------------------------------------------------------
+
+    def _waveform(self, item: Any, sample_rate: int | None, place: str) -> Tensor:
+        settings = self.folder.description.preprocessing["audio"]
+        rate = settings["sample_rate_hz"]
+        samples = read_waveform(item, sample_rate, rate, place)
+        if len(samples) < self._min_seconds * rate:
+            raise ValueError(
+                f"{place}: a recording of {len(samples) / rate:.3f} s, expected {self._min_seconds:g} s or more; "
+                "min_seconds= lowers it, features of so short a sound mean little"
+            )
+        return normalised(samples, settings["variance_eps"])
+
+    def _picture(self, item: Any, sample_rate: int | None, place: str) -> Tensor:
+        return read_picture(item, self.folder.description.preprocessing["image"]["side"], place)
+
+    def _ids(self, item: Any, sample_rate: int | None, place: str) -> Tensor:
+        return token_ids(item, self.tokenizer, place)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of text.
+
+        Raises:
+            CheckpointError: the export has none.
+        """
+        settings = self.folder.description.preprocessing["text"]
+        if settings["file"] is None:
+            raise CheckpointError(
+                f"{self.folder.path}: has no tokenizer; export again where the run's shards can be read, or import the "
+                "official file with --tokenizer"
+            )
+        return load_tokenizer(settings["tokenizer"], self.folder.path / settings["file"])
+
+    # --- cutting and putting together ---------------------------------------------------------------------------------
+
+    def _cut(self, modality: str, index: int, source: Tensor) -> list[_Piece]:
+        config: Any = self.folder.description.model.modalities.active()[modality]
+        if modality == "text":
+            return _cut_ids(index, source, config.max_tokens)
+        total = config.num_tokens(source.shape[-1])
+        if modality == "image":
+            return [_Piece(index, source, 0, total, 0)]
+        hop = math.prod(stride for _, _, stride in config.conv_layers)
+        field = receptive_field(config.conv_layers)
+        rate = self.folder.description.preprocessing["audio"]["sample_rate_hz"]
+        size = max(2 * CONTEXT_SHARE, int(self._window_seconds * rate) // hop)
+        if total < 1:
+            raise ValueError(f"input {index}: {len(source)} samples make no token; the front end needs {field}")
+        if total <= size:
+            return [_Piece(index, source, 0, total, 0)]
+        return [
+            _Piece(index, source[start * hop : (start + size - 1) * hop + field], first - start, last - start, first)
+            for start, first, last in windows(total, size)
+        ]
+
+    @torch.inference_mode()
+    def _run(self, modality: str, count: int, pieces: list[_Piece]) -> Features:
+        config: Any = self.folder.description.model.modalities.active()[modality]
+        numbers = self.layers_of(modality)
+        lengths = [0] * count
+        for piece in pieces:
+            lengths[piece.index] = max(lengths[piece.index], piece.place + piece.last - piece.first)
+        longest, width = max(lengths), self.folder.description.model.block.width
+        layers = {number: torch.zeros(count, longest, width) for number in numbers}
+        for batch in _batches(pieces, self._batch_tokens, config.num_tokens):
+            source, padding = _collate([piece.source for piece in batch])
+            if padding is not None:
+                padding = padding.to(self.device)
+            outputs = self.model.layers(modality, source.to(self.device), padding, depth=max(numbers))
+            for number in numbers:
+                found = outputs[number].float().cpu()  # (b, t, D)
+                for row, piece in zip(found, batch, strict=True):
+                    end = piece.place + piece.last - piece.first
+                    layers[number][piece.index, piece.place : end] = row[piece.first : piece.last]
+        return Features(
+            layers=layers,
+            padding=torch.arange(longest) >= torch.tensor(lengths)[:, None],
+            windows=[sum(piece.index == index for piece in pieces) for index in range(count)],
+        )
+
+
+def _cut_ids(index: int, ids: Tensor, max_tokens: int) -> list[_Piece]:
+    """(S,) ids with <s> and </s> -> pieces that all begin with <s>, as the blocks of pretraining do."""
+    if len(ids) <= max_tokens:
+        return [_Piece(index, ids, 0, len(ids), 0)]
+    size, content = max_tokens - 1, ids[1:]
+    pieces = []
+    for start, first, last in windows(len(content), size):
+        source = torch.cat((torch.tensor([BOS]), content[start : start + size]))
+        with_bos = first == 0  # that of the first window is the text's own
+        begin = 0 if with_bos else first - start + 1
+        pieces.append(_Piece(index, source, begin, last - start + 1, 0 if with_bos else first + 1))
+    return pieces
+
+
+def _batches(pieces: Sequence[_Piece], most: int, num_tokens: Callable[[int], int]) -> Iterator[list[_Piece]]:
+    """Pieces of similar length, longest first, with at most so many tokens a batch."""
+    batch: list[_Piece] = []
+    room = 0
+    for piece in sorted(pieces, key=lambda piece: -piece.source.shape[-1]):
+        if len(batch) >= room and batch:
+            yield batch
+            batch = []
+        if not batch:
+            room = max(1, most // max(1, num_tokens(piece.source.shape[-1])))
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _collate(sources: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(b, S) and its padding, None where all are of one length; pictures have one size."""
+    lengths = torch.tensor([source.shape[-1] for source in sources])
+    if bool((lengths == lengths[0]).all()):
+        return torch.stack(list(sources)), None
+    fill = PAD_ID if sources[0].dtype == torch.int64 else 0
+    batch = torch.nn.utils.rnn.pad_sequence(list(sources), batch_first=True, padding_value=fill)
+    return batch, torch.arange(batch.shape[1]) >= lengths[:, None]
+
+
+CUTTERS: dict[str, Callable[[FeatureExtractor, Any, int | None, str], Tensor]] = {
+    "audio": FeatureExtractor._waveform,
+    "image": FeatureExtractor._picture,
+    "text": FeatureExtractor._ids,
+}
+"""How each modality's raw input is read."""

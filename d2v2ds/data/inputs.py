@@ -1,0 +1,140 @@
+"""What a user holds in hand -> what a model reads: recordings, pictures and texts outside of any shard.
+
+The same preprocessing as training sees through the shards, with the settings that travel with the weights. A
+`ValueError` says which input is wrong and what was expected.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v2ds.data.image import resize, whole_view
+from d2v2ds.data.tokenizers import BOS, EOS, Tokenizer
+from d2v2ds.errors import MissingExtraError
+
+_MOST_CHANNELS = 32
+
+
+def read_waveform(given: Any, sample_rate_hz: int | None, wanted_hz: int, place: str) -> NDArray[np.float32]:
+    """A recording, mixed to one channel and brought to the model's rate.
+
+    Args:
+        given: path of a sound file; or samples as array or tensor (S,), (C, S) or (S, C), floating in [-1, 1] or int16.
+        sample_rate_hz: of samples; of a file it is read there.
+        wanted_hz: the model's.
+        place: how messages call the input.
+
+    Returns:
+        (S,) float32 at `wanted_hz`.
+
+    Raises:
+        ValueError: the input is empty, not finite, of no known rate, or no sound at all.
+        MissingExtraError: soundfile or soxr is not installed.
+    """
+    if isinstance(given, str | Path):
+        samples, rate = _read_sound_file(Path(given), place)
+        if sample_rate_hz not in (None, rate):
+            raise ValueError(
+                f"{place}: the file says {rate} Hz, sample_rate is {sample_rate_hz}; leave sample_rate out"
+            )
+    else:
+        samples = _one_channel(np.asarray(given.numpy(force=True) if isinstance(given, Tensor) else given), place)
+        if sample_rate_hz is None:
+            raise ValueError(
+                f"{place}: samples without a rate; give sample_rate=, the model is made for {wanted_hz} Hz"
+            )
+        rate = sample_rate_hz
+    if not len(samples):
+        raise ValueError(f"{place}: expected samples, found none")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{place}: expected finite samples, found NaN or infinity")
+    return samples if rate == wanted_hz else _soxr().resample(samples, rate, wanted_hz)
+
+
+def _one_channel(samples: NDArray[Any], place: str) -> NDArray[np.float32]:
+    if samples.dtype == np.int16:
+        samples = samples.astype(np.float32) / 32768
+    elif not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"{place}: expected floating samples in [-1, 1] or int16, found {samples.dtype}")
+    if samples.ndim == 2 and min(samples.shape) <= _MOST_CHANNELS:
+        samples = samples.mean(axis=int(np.argmin(samples.shape)))
+    if samples.ndim != 1:
+        raise ValueError(f"{place}: expected samples (S,), (C, S) or (S, C), found {samples.shape}")
+    return samples.astype(np.float32, copy=False)
+
+
+def _read_sound_file(path: Path, place: str) -> tuple[NDArray[np.float32], int]:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise MissingExtraError("sound files need soundfile: pip install 'd2v2ds[audio]'") from error
+    if not path.is_file():
+        raise ValueError(f"{place}: no file {path}")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, C)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{place}: {path} cannot be decoded: {error.error_string}") from error
+    return samples.mean(axis=1), rate
+
+
+def _soxr() -> Any:
+    try:
+        import soxr
+    except ImportError as error:
+        raise MissingExtraError("resampling needs soxr: pip install 'd2v2ds[audio]'") from error
+    return soxr
+
+
+def normalised(samples: NDArray[np.float32], variance_eps: float) -> Tensor:
+    """(S,) with zero mean and unit variance over the whole recording, as in training (spec section 14)."""
+    wide = samples.astype(np.float64)
+    scale = 1.0 / np.sqrt(wide.var() + variance_eps)
+    return torch.from_numpy(((wide - wide.mean()) * scale).astype(np.float32))
+
+
+def read_picture(given: Any, side: int, place: str) -> Tensor:
+    """The middle of a picture.
+
+    Args:
+        given: path of an image file, or a `PIL.Image.Image`; its EXIF orientation is applied.
+        side: of the square that the model reads (pixels).
+        place: how messages call the input.
+
+    Returns:
+        (3, side, side) uint8.
+
+    Raises:
+        ValueError: it is no picture, or a damaged one.
+        MissingExtraError: Pillow is not installed.
+    """
+    from PIL import Image, ImageOps
+
+    from d2v2ds.data.pixels import PILLOW_ERRORS, to_rgb  # here, so that other modalities need no Pillow
+
+    if not isinstance(given, str | Path | Image.Image):
+        raise ValueError(f"{place}: expected a path or a PIL image, found {type(given).__name__}")
+    try:
+        opened = given if isinstance(given, Image.Image) else Image.open(given)
+        rgb = to_rgb(ImageOps.exif_transpose(opened))
+    except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
+        raise ValueError(f"{place}: cannot be decoded as a picture: {error}") from error
+    view = whole_view(rgb.width, rgb.height, side)
+    return view.middle(resize(np.array(rgb.crop(view.box)), *view.size), side)
+
+
+def token_ids(given: Any, tokenizer: Tokenizer, place: str) -> Tensor:
+    """(S,) int64 ids of a text, <s> in front and </s> at its end.
+
+    Raises:
+        ValueError: it is no text, or nothing is left of it.
+    """
+    if not isinstance(given, str):
+        raise ValueError(f"{place}: expected a string, found {type(given).__name__}")
+    ids, _ = tokenizer.encode([given])
+    if not len(ids):
+        raise ValueError(f"{place}: expected text, found {given!r}, of which the tokenizer makes no token")
+    return torch.from_numpy(np.concatenate(([BOS], ids, [EOS])).astype(np.int64))

@@ -1,0 +1,80 @@
+"""The model card: README.md of an export folder, for people and for the hub."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from d2v2ds.interop.folder import Description
+
+USE = {
+    "audio": 'features = extractor(["speech.wav"])',
+    "image": 'features = extractor(["photo.jpg"])',
+    "text": 'features = extractor(["A sentence."])',
+}
+"""How each modality is called in the example of the card."""
+
+
+def card(description: Description, name: str, num_parameters: int, *, has_curves: bool) -> str:
+    """The text.
+
+    Args:
+        description: of the model.
+        name: of the folder.
+        num_parameters: elements of all tensors of the student.
+        has_curves: whether curves.png lies beside.
+    """
+    model, origin = description.model, description.origin
+    modalities = list(model.modalities.active())
+    depths = ", ".join(f"{n} {c.prenet_depth} + {model.shared_depth}" for n, c in model.modalities.active().items())
+    lines = [
+        "---",
+        "library_name: d2v2ds",
+        f"tags: [{', '.join(['data2vec2', *modalities])}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A data2vec 2.0 encoder (arXiv 2212.07525) of {', '.join(modalities)}: width {model.block.width}, "
+        f"{model.block.num_heads} heads, blocks (own + shared) {depths}; {num_parameters:,} parameters are stored.",
+        "",
+        "```python",
+        "from d2v2ds import FeatureExtractor",
+        f'extractor = FeatureExtractor("{name}")',
+        USE[modalities[0]],
+        "```",
+        "",
+        "## Where the weights come from",
+        "",
+        *_facts(origin),
+    ]
+    if has_curves:
+        lines += ["", "![curves](curves.png)"]
+    if origin.get("licence"):
+        lines += ["", "## Licence", "", str(origin["licence"])]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(origin: dict[str, Any]) -> list[str]:
+    """One line for each thing that is known."""
+    lines = [f"- {key.replace('_', ' ')}: {_text(origin[key])}" for key in SHOWN if origin.get(key)]
+    for modality, facts in origin.get("data", {}).items():
+        lines.append(f"- trained on {modality}: " + ", ".join(f"{key} {_text(value)}" for key, value in facts.items()))
+    return lines
+
+
+SHOWN = ("source", "step", "of_steps", "command", "git_revision", "versions", "final_metrics")
+"""Keys of `Description.origin` that the card shows, in its order."""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return f"`{shlex.join(map(str, value))}`"
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_card(folder: Path, description: Description, name: str, num_parameters: int) -> None:
+    """Write README.md into a folder that is being written; curves.png must be there already if there is one."""
+    text = card(description, name, num_parameters, has_curves=(folder / "curves.png").is_file())
+    (folder / "README.md").write_text(text, encoding="utf-8")

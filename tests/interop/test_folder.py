@@ -1,0 +1,161 @@
+"""The export folder: whole or not there, read back as written, and clear about what is wrong with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d2v2ds.errors import CheckpointError
+from d2v2ds.interop.folder import Kind, ModelFolder, load_encoder, new_folder, write_tensors
+from d2v2ds.model.data2vec2 import Data2Vec2
+from tests.interop.folders import drawn, tiny_config, write_folder
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 30, 20_000])
+def test_tensors_come_back_as_they_were_written(tmp_path: Path, piece_bytes: int) -> None:
+    student = write_folder(tmp_path / "model", tiny_config(), piece_bytes=piece_bytes)
+    folder = ModelFolder(tmp_path / "model")
+    assert same(dict(folder.tensors("model")), student)
+    assert folder.layout("model") == {name: Kind.of(tensor) for name, tensor in student.items()}
+    assert folder.description.model == tiny_config()
+    assert not folder.has("teacher")
+    files = sorted((tmp_path / "model").glob("model*.safetensors"))
+    assert (len(files) > 3) == (piece_bytes < 1 << 30)
+    assert same({name: tensor for file in files for name, tensor in load_file(file).items()}, student), "the library's"
+    assert all(file.stat().st_size < piece_bytes + 40_000 for file in files)
+
+
+def test_types_are_kept_and_tensors_may_come_in_any_order(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3).half(), "b": torch.randn(5, 2), "c": torch.randn(1).bfloat16(), "d": torch.ones(())}
+    layout = {name: Kind.of(tensor) for name, tensor in tensors.items()}
+    write_tensors(tmp_path, "model", layout, reversed(tensors.items()))
+    assert same(load_file(tmp_path / "model.safetensors"), tensors)
+
+
+def test_tensors_that_are_not_those_of_the_layout_are_refused(tmp_path: Path) -> None:
+    layout = {"a": Kind((2,), torch.float32)}
+    for tensors, said in ([], "did not come: a"), ([("b", torch.ones(2))], "did not expect b"), (
+        [("a", torch.ones(2).half())], "did not expect a"
+    ), ([("a", torch.ones(2)), ("a", torch.ones(2))], "did not expect a"):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            write_tensors(tmp_path, "model", layout, tensors)
+
+
+def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    student = write_folder(path, tiny_config("audio"))
+    with pytest.raises(OSError, match="full"), new_folder(path) as folder:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+    assert same(dict(ModelFolder(path).tensors("model")), student)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", tiny_config("audio"))
+    write_folder(tmp_path / "model", tiny_config("text"))
+    assert list(ModelFolder(tmp_path / "model").description.model.modalities.active()) == ["text"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(CheckpointError, match="expected no file, or the folder of an earlier export"):
+        write_folder(tmp_path / "mine", tiny_config("text"))
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_the_encoder_is_the_students_without_decoders(tmp_path: Path) -> None:
+    student = write_folder(tmp_path / "model", tiny_config())
+    model = load_encoder(ModelFolder(tmp_path / "model"))
+    assert same(model.state_dict(), {n: t for n, t in student.items() if not n.startswith("decoders.")})
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_teachers_encoder_borrows_what_the_teacher_lacks(tmp_path: Path) -> None:
+    config = tiny_config("audio")
+    student = write_folder(tmp_path / "model", config, teacher=True)
+    found = load_encoder(ModelFolder(tmp_path / "model"), "teacher").state_dict()
+    other = drawn(config, seed=4)
+    local = [name for name in found if ".local." in name]
+    assert local
+    assert all(torch.equal(found[name], (student if name in local else other)[name]) for name in found)
+    write_folder(tmp_path / "alone", config)
+    with pytest.raises(CheckpointError, match="has no teacher; export with --teacher"):
+        load_encoder(ModelFolder(tmp_path / "alone"), "teacher")
+
+
+def test_half_precision_weights_are_loaded_in_fp32(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    student = write_folder(path, tiny_config("audio"))
+    half = {name: tensor.half() for name, tensor in student.items()}
+    save_file(half, path / "model.safetensors")
+    found = load_encoder(ModelFolder(path)).state_dict()
+    assert all(torch.equal(found[name], half[name].float()) for name in found)
+
+
+def test_a_file_of_the_version_before_loads(tmp_path: Path) -> None:
+    student = write_folder(tmp_path / "model", tiny_config("audio"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    metadata = {"format": "d2v2ds-model-2", "weights": "student", "model": json.dumps(config["model"]), "step": "7"}
+    file = tmp_path / "old.safetensors"
+    save_file(student, file, metadata=metadata)
+    folder = ModelFolder(file)
+    assert folder.description.origin["step"] == 7
+    assert folder.description.preprocessing["audio"]["sample_rate_hz"] == 16000
+    assert same(load_encoder(folder).state_dict(), {n: t for n, t in student.items() if not n.startswith("decoders.")})
+    save_file(student, file, metadata=metadata | {"format": "d2v2ds-model-1"})
+    with pytest.raises(CheckpointError, match="export it again with"):
+        ModelFolder(file)
+
+
+def _change(config: dict[str, object], key: str, value: object) -> str:
+    return json.dumps(config | {key: value})
+
+
+def test_what_is_wrong_is_said_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    student = write_folder(path, tiny_config("audio"))
+    config = json.loads((path / "config.json").read_text())
+    for text, said in (
+        (_change(config, "schema_version", 4), "schema version 4.*update d2v2ds"),
+        (_change(config, "format", "bert"), "expected format d2v2ds-model, found 'bert'"),
+        (_change(config, "model", {"block": 1}), "not the description of a model"),
+        ("[1]", "expected format"),
+        ("{", "expected the description of an exported model"),
+    ):
+        (path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            ModelFolder(path)
+    (path / "config.json").write_text(json.dumps(config))
+    name = "blocks.0.norm1.weight"
+    save_file(student | {name: torch.ones(3), "extra": torch.ones(1)}, path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(ModelFolder(path))
+    assert f"{name}: expected (16,), found (3,)" in str(caught.value)
+    assert "extra: not a tensor of this network" in str(caught.value)
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[:-7])
+    with pytest.raises(CheckpointError, match="model.safetensors: expected a whole safetensors file"):
+        load_encoder(ModelFolder(path))
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing, expected"):
+        load_encoder(ModelFolder(path))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="the folder of a run; python -m d2v2ds.export"):
+        ModelFolder(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        ModelFolder(tmp_path / "nowhere")
+
+
+def test_reading_does_not_draw_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "model", tiny_config("audio"))
+    before = torch.get_rng_state()
+    load_encoder(ModelFolder(tmp_path / "model"))
+    assert torch.equal(before, torch.get_rng_state())
+    assert Data2Vec2(tiny_config("audio")).decoders, "only the loaded one has none"
