@@ -157,6 +157,18 @@ class ValidSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitSection:
+    """Where the first weights come from; drawn from the seed if nothing is given."""
+
+    weights: Path | None = None
+    """Folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`. Its student and teacher are taken, optimizer and
+    warm-up begin anew; a run that has checkpoints goes on from those."""
+    skip: tuple[str, ...] = ()
+    """Parameters that are drawn all the same: names or beginnings of names, such as `decoders` or
+    `encoders.text.local.tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineSection:
     """Which DeepSpeed configuration, and what it cannot say."""
 
@@ -178,6 +190,7 @@ class RunConfig:
     optim: OptimConfig
     lr: LearningRateConfig
     ema: EmaConfig
+    init: InitSection = InitSection()
     engine: EngineSection = EngineSection()
     health: HealthConfig = HealthConfig()
     valid: ValidSection = ValidSection()

@@ -64,6 +64,7 @@ from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import Recipe
 from d2v2ds.train.validate import Validation
 from d2v2ds.train.watchdog import Watchdog
+from d2v2ds.warm_start import WarmStart, open_warm_start
 
 logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main__" under a launcher
 
@@ -119,7 +120,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         if config.data.num_workers > 0:
             start_worker_server()
         will_resume = has_checkpoints(config.run.dir)
-        student, teacher = build_engines(config, ds_config, will_resume)
+        warm_start = None if will_resume else open_warm_start(config)[0]
+        student, teacher = build_engines(config, ds_config, will_resume, warm_start)
         guard, progress = Guard(config.health), Progress(sampler={name: SamplerState() for name in streams})
         checkpoints = Checkpoints(
             student,
@@ -195,6 +197,8 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> tuple[Run
         except ConfigError as error:
             problems += str(error).splitlines()
     problems += data_problems + run_dir_faults(config.run.dir)
+    if not has_checkpoints(config.run.dir):
+        problems += open_warm_start(config)[1]
     if problems or ds_config is None:
         raise config_error(config_name, problems)
     return config, streams, ds_config
@@ -277,24 +281,34 @@ def start_logging(run_dir: Path) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def build_engines(config: RunConfig, ds_config: dict[str, Any], will_resume: bool = False) -> tuple[Engine, Teacher]:
+def build_engines(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    will_resume: bool = False,
+    warm_start: WarmStart | None = None,
+) -> tuple[Engine, Teacher]:
     """Student and teacher with the same weights on every rank, whatever their number.
 
     Args:
         config: of the run.
         ds_config: from `prepare`.
         will_resume: draw no first weights, for a checkpoint overwrites them: seconds for a large model.
+        warm_start: what to begin with in place of drawn weights.
     """
-    with undrawn() if will_resume else nullcontext():
+    is_overwritten = will_resume or (warm_start is not None and not warm_start.fresh())
+    with undrawn() if is_overwritten else nullcontext():
         model = Data2Vec2(config.model, activation_checkpointing=config.engine.activation_checkpointing)
-        if not will_resume:
+        if not is_overwritten:
             initialise(model, config.run.seed)
     optimizer = EarlyEpsilonAdam([p for p in model.parameters() if p.requires_grad], lr=0.0, config=config.optim)
     student = build_student_engine(model, optimizer, ds_config, gather_units=[Block])
     student.train()
     with undrawn():  # `Teacher` makes it a copy of the student
         network = TargetNet(config.model)
-    return student, Teacher(network, student)
+    teacher = Teacher(network, student)
+    if warm_start is not None:
+        warm_start.load(student, teacher)
+    return student, teacher
 
 
 def recipe(config: RunConfig) -> Recipe:

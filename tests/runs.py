@@ -1,5 +1,6 @@
 """A tiny pretraining run in processes of its own, as a user starts it, for tests of whole runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -111,6 +112,17 @@ def weights(run_dir: Path, step: int) -> dict[str, Any]:
     folder = run_dir / "checkpoints" / f"step{step:08d}"
     found = {f"student {name}": tensor for name, tensor in iterate_student(folder)}
     return found | {f"teacher {name}": tensor for name, tensor in iterate_teacher(folder)}
+
+
+def fp32(stage: int, folder: Path) -> str:
+    """The shipped configuration of a stage, in fp32, so that sums in another order differ by little."""
+    name = f"zero{stage}_bf16.json" if stage else "zero0_fp32_debug.json"
+    shipped = json.loads((ROOT / "ds_configs" / name).read_text())
+    shipped["bf16"] = {"enabled": False}
+    shipped.pop("data_types", None)
+    path = folder / f"zero{stage}_fp32.json"
+    path.write_text(json.dumps(shipped))
+    return f"engine.deepspeed={path}"
 
 
 class Ranks:

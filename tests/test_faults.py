@@ -19,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2v2ds.dist.consolidate import candidate_tags, file_faults, named_tag, read_manifest
-from tests.runs import ROOT, STEPS, Ranks, deterministic, pack_clips, records, weights
+from tests.runs import STEPS, Ranks, deterministic, fp32, pack_clips, records, weights
 
 pytestmark = pytest.mark.distributed
 
@@ -149,17 +149,6 @@ def test_signalled_run_saves_within_a_step_and_goes_on(
 
 EXACT = ["run.total_steps=24", "run.save_every_steps=4", "run.keep_checkpoints=0", "run.health_every_steps=100"]
 EXACT_STEPS = 24
-
-
-def fp32(stage: int, folder: Path) -> str:
-    """The shipped configuration of a stage, in fp32, so that sums in another order differ by little."""
-    name = f"zero{stage}_bf16.json" if stage else "zero0_fp32_debug.json"
-    shipped = json.loads((ROOT / "ds_configs" / name).read_text())
-    shipped["bf16"] = {"enabled": False}
-    shipped.pop("data_types", None)
-    path = folder / f"zero{stage}_fp32.json"
-    path.write_text(json.dumps(shipped))
-    return f"engine.deepspeed={path}"
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,18 @@ ALLOWED = {
         "errors",
     },
 }
-ENTRY_POINTS = {"__init__", "pretrain", "verify", "export", "probe", "demo", "provenance", "checkpoints", "restart"}
+ENTRY_POINTS = {
+    "__init__",
+    "pretrain",
+    "verify",
+    "export",
+    "probe",
+    "demo",
+    "provenance",
+    "checkpoints",
+    "restart",
+    "warm_start",
+}
 """May import everything of ours, but nothing may import them except another entry point."""
 
 ONLY_IN = {"deepspeed": {"dist"}, "mpi4py": {"preprocessing"}, "pyarrow": {"data", "preprocessing"}}

@@ -206,6 +206,7 @@ class ModelFolder:
             CheckpointError: with what was found and what to do.
         """
         self.path = path
+        self._places: dict[Part, dict[str, Path]] = {}
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder; expected an exported model")
         values = self._read_single_file() if path.is_file() else self._read_config()
@@ -240,6 +241,21 @@ class ModelFolder:
             with _opened(file) as handle:
                 for name in handle.keys():  # noqa: SIM118
                     yield name, handle.get_tensor(name)
+
+    def tensor(self, part: Part, name: str) -> Tensor:
+        """One tensor, as stored; its bytes are read when they are used.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        if part not in self._places:
+            self._places[part] = {}
+            for file in self._files(part):
+                with _opened(file) as handle:
+                    self._places[part].update(dict.fromkeys(handle.keys(), file))
+        with _opened(self._places[part][name]) as handle:
+            tensor: Tensor = handle.get_tensor(name)
+        return tensor
 
     def _files(self, part: Part) -> list[Path]:
         if self.path.is_file():
