@@ -185,10 +185,17 @@ class FeatureExtractor:
         items = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         if not items:
             raise ValueError("no inputs")
-        pieces = []
-        for index, item in enumerate(items):
-            pieces += self._cut(name, index, CUTTERS[name](self, item, sample_rate, f"input {index}"))
-        return self._run(name, len(items), pieces)
+        return self.encode(name, [READ[name](self, item, sample_rate, f"input {i}") for i, item in enumerate(items)])
+
+    def encode(self, modality: str, sources: Sequence[Tensor]) -> Features:
+        """Features of inputs that are prepared already.
+
+        Args:
+            modality: whose encoder.
+            sources: one row of `Batch.source` each, of any length.
+        """
+        pieces = [piece for index, source in enumerate(sources) for piece in self._cut(modality, index, source)]
+        return self._run(modality, len(sources), pieces)
 
     def layers_of(self, modality: str) -> list[int]:
         """Numbers of the layers that are returned.
@@ -331,7 +338,7 @@ def _collate(sources: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return batch, torch.arange(batch.shape[1]) >= lengths[:, None]
 
 
-CUTTERS: dict[str, Callable[[FeatureExtractor, Any, int | None, str], Tensor]] = {
+READ: dict[str, Callable[[FeatureExtractor, Any, int | None, str], Tensor]] = {
     "audio": FeatureExtractor._waveform,
     "image": FeatureExtractor._picture,
     "text": FeatureExtractor._ids,

@@ -43,6 +43,7 @@ ENTRY_POINTS = {
     "provenance",
     "checkpoints",
     "restart",
+    "extract",
     "warm_start",
 }
 """May import everything of ours, but nothing may import them except another entry point."""
