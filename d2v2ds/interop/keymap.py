@@ -1,9 +1,14 @@
 """Parameter names of the official checkpoints and ours, as data (spec section 10).
 
 `{i}` stands for a layer number, `{p}` for what follows. The offset is added to our number to get theirs.
+Shapes are the same but for one parameter: the scale of the distance penalty, (L or 1, H or 1) here and
+(L or 1, 1, H or 1, 1, 1) there.
 """
 
 import re
+from collections.abc import Collection
+
+from torch import Tensor
 
 Row = tuple[str, str, int]
 
@@ -43,7 +48,7 @@ TABLE: list[Row] = [
         "image",
         [
             ("E.local.proj.{p}", ".local_encoder.proj.{p}", 0),
-            ("E.local.proj.{p}", ".local_encoder.0.proj.{p}", 0),  # where the patches have a width of their own
+            ("E.local.proj.{p}", ".local_encoder.0.proj.{p}", 0),  # where `widen` follows, see `official_names`
             ("E.local.widen.{p}", ".local_encoder.1.{p}", 0),
             ("E.fixed_positions.table", ".fixed_positional_encoder.positions", 0),
             ("E.extra.tokens", ".extra_tokens", 0),
@@ -86,10 +91,61 @@ def to_ours(official: str) -> str | None:
     return None
 
 
-def to_official(name: str) -> str | None:
-    """The official name of one of our parameters, None if the table has none."""
+def to_official(name: str, *, widens: bool = False) -> str | None:
+    """The official name of one of our parameters, None if the table has none.
+
+    Args:
+        name: ours.
+        widens: the patches of the network have a width of their own, and a Linear after them.
+    """
     for ours, theirs, offset in TABLE:
         official = _translate(name, ours, theirs, offset)
-        if official is not None:
+        if official is not None and not (widens and official.endswith(_PATCHES_OF_MODEL_WIDTH)):
             return official
     return None
+
+
+_PATCHES_OF_MODEL_WIDTH = (".local_encoder.proj.weight", ".local_encoder.proj.bias")
+
+
+def official_names(names: Collection[str], *, bare_blocks: bool = False) -> dict[str, str]:
+    """The official names of a whole network.
+
+    Args:
+        names: ours.
+        bare_blocks: of a teacher that is nothing but the list of shared blocks (`ema_encoder_only`): no prefix.
+
+    Returns:
+        Ours -> official.
+
+    Raises:
+        KeyError: the table has none for one of them.
+    """
+    widens = any(".local.widen." in name for name in names)
+    found = {}
+    for name in names:
+        official = to_official(name, widens=widens)
+        if official is None:
+            raise KeyError(f"{name} has no official name")
+        found[name] = official.removeprefix("blocks.") if bare_blocks else official
+    return found
+
+
+def is_alibi_scale(name: str) -> bool:
+    """Whether one of our parameters is the one whose shape differs."""
+    return name.endswith(".alibi.scale")
+
+
+def official_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The official shape of one of our parameters, of which ours is given."""
+    return (shape[0], 1, shape[1], 1, 1) if is_alibi_scale(name) else shape
+
+
+def with_official_shape(name: str, tensor: Tensor) -> Tensor:
+    """One of our parameters as the official files have it; the same memory."""
+    return tensor.view(official_shape(name, tuple(tensor.shape)))
+
+
+def with_our_shape(name: str, tensor: Tensor) -> Tensor:
+    """The reverse: (L, 1, H, 1, 1) -> (L, H) for the scale of the distance penalty, else as it is."""
+    return tensor[:, 0, :, 0, 0] if is_alibi_scale(name) else tensor

@@ -1,12 +1,14 @@
-"""The architecture fields of an official configuration as our `ModelConfig` (names and defaults: spec section 13).
+"""The architecture fields of an official configuration as our `ModelConfig`, and back (names and defaults: spec
+section 13).
 
 Every key is looked at: one that changes the computation and is not supported raises `UnsupportedOptionError`
-with its name, so that nothing is computed differently in silence.
+with its name, so that nothing is computed differently in silence. `model_config` refuses unknown keys too;
+`read_section` is for whole files, which carry keys of the run beside those of the network, and reports them.
 """
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from d2v2ds.errors import D2V2Error
@@ -48,6 +50,22 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "layernorm_embedding": (True,), "fixed_positions": (True,),
 }  # fmt: skip
 
+_TRAINING_ONLY = {
+    # of the above: what only a training run computes differently; fine-tuned files set some of them
+    "drop_path_rate", "start_drop_path_rate", "end_drop_path_rate", "dropout_input", "prenet_layerdrop",
+    "local_grad_mult", "encoder_zero_mask",
+}  # fmt: skip
+
+
+@dataclass
+class _Notes:
+    """What a lenient reading finds, instead of refusing it."""
+
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Known keys with their values, by the place they stand in."""
+    ignored: list[str] = field(default_factory=list)
+    """The others, as `place.key=value`."""
+
 
 def conv_layers(text: str) -> tuple[ConvLayer, ...]:
     """Read a layer list such as ``[(512, 10, 5)] + [(512, 3, 2)] * 4`` without executing it.
@@ -78,9 +96,10 @@ def conv_layers(text: str) -> tuple[ConvLayer, ...]:
 class _Fields:
     """One level of an official config: reads with defaults and remembers what was read."""
 
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values = values
+    def __init__(self, values: dict[str, Any] | None, where: str, notes: _Notes | None) -> None:
+        self.values = values or {}
         self.where = where
+        self.notes = notes
         self.read: set[str] = set()
 
     def __call__(self, name: str, default: Any) -> Any:
@@ -94,19 +113,37 @@ class _Fields:
         return self(name, None)
 
     def finish(self) -> None:
-        """Refuse every unread key unless it is absent in effect or known to change nothing."""
-        unsupported = [
-            f"{self.where}{name}={found!r}"
-            for name, found in self.values.items()
-            if name not in self.read and name not in _IGNORED and found is not None
-            if name not in _MUST_BE or found not in _MUST_BE[name]
-        ]
+        """Refuse every unread key unless it is absent in effect or known to change nothing.
+
+        With notes, unknown keys and those that only training looks at are written down instead.
+        """
+        unsupported = []
+        known = {}
+        for name, found in self.values.items():
+            if name in self.read or name in _IGNORED or name in _MUST_BE:
+                known[name] = found
+            if name in self.read or name in _IGNORED or found is None or found in _MUST_BE.get(name, ()):
+                continue
+            if self.notes is not None and (name not in _MUST_BE or name in _TRAINING_ONLY):
+                self.notes.ignored.append(f"{self.where}{name}={found!r}")
+            else:
+                unsupported.append(f"{self.where}{name}={found!r}")
         if unsupported:
             raise UnsupportedOptionError(", ".join(unsupported))
+        if self.notes is not None:
+            self.notes.known[self.where] = known
 
 
 def _norms(fields: _Fields, kinds: dict[str, NormKind]) -> tuple[NormKind, ...]:
     return tuple(kind for key, kind in kinds.items() if fields(key, False))
+
+
+_LAYER_NORMS: dict[str, NormKind] = {
+    "instance_norm_target_layer": "instance",
+    "layer_norm_target_layer": "layer",
+    "batch_norm_target_layer": "batch",
+}
+_FINAL_NORMS: dict[str, NormKind] = {"layer_norm_targets": "layer", "instance_norm_targets": "instance"}
 
 
 @dataclass(frozen=True)
@@ -119,10 +156,11 @@ class _Case:
     target: TargetConfig
     loss: LossConfig
     vocab_size: int | None
+    notes: _Notes | None
 
     def decoder(self, fields: "_Fields", *, projections: bool) -> DecoderConfig:
         """The decoder's section; the image decoder always has one Linear."""
-        inner = _Fields(fields("decoder", {}), f"{self.where}decoder.")
+        inner = _Fields(fields("decoder", {}), f"{self.where}decoder.", self.notes)
         layers, ratio = inner("projection_layers", 1), inner("projection_ratio", 2.0)
         config = DecoderConfig(
             width=inner("decoder_dim", 384),
@@ -150,7 +188,7 @@ def _alibi(fields: "_Fields") -> dict[str, bool]:
 
 
 def _audio(case: _Case) -> AudioConfig:
-    fields = _Fields(case.values, case.where)
+    fields = _Fields(case.values, case.where, case.notes)
     config = AudioConfig(
         prenet_depth=fields.required("prenet_depth"),
         target=case.target,
@@ -169,7 +207,7 @@ def _audio(case: _Case) -> AudioConfig:
 
 
 def _image(case: _Case) -> ImageConfig:
-    fields = _Fields(case.values, case.where)
+    fields = _Fields(case.values, case.where, case.notes)
     patch_width = fields("embed_dim", 768)
     config = ImageConfig(
         prenet_depth=fields.required("prenet_depth"),
@@ -188,7 +226,7 @@ def _image(case: _Case) -> ImageConfig:
 
 
 def _text(case: _Case) -> TextConfig:
-    fields = _Fields(case.values, case.where)
+    fields = _Fields(case.values, case.where, case.notes)
     if case.vocab_size is None:
         raise UnsupportedOptionError("vocab_size is not given and has no known default")
     config = TextConfig(
@@ -226,25 +264,46 @@ def model_config(official: dict[str, Any], modality: str, vocab_size: int | None
     Raises:
         UnsupportedOptionError: naming the option.
     """
+    return _translated(official, modality, vocab_size, None)
+
+
+def read_section(
+    official: dict[str, Any], modality: str, vocab_size: int | None = None
+) -> tuple[ModelConfig, dict[str, Any], list[str]]:
+    """Translate the section of a whole file, which has every default, other modalities and settings of the run.
+
+    Args:
+        official: its `model` section, in plain values.
+        modality: lower-case name of the one modality to build.
+        vocab_size: V of text.
+
+    Returns:
+        The network; the section with known keys of this modality alone; every other key with its value.
+
+    Raises:
+        UnsupportedOptionError: naming an option that is known to change the computation.
+    """
+    notes = _Notes()
+    config = _translated(official, modality, vocab_size, notes)
+    own, where = notes.known[f"modalities.{modality}."], f"modalities.{modality}.decoder."
+    section = notes.known[""] | {"modalities": {modality: own | {"decoder": notes.known[where]}}}
+    others = [name for name, value in official.get("modalities", {}).items() if name != modality and value is not None]
+    return config, section, notes.ignored + [f"modalities.{name}" for name in others]
+
+
+def _translated(official: dict[str, Any], modality: str, vocab_size: int | None, notes: _Notes | None) -> ModelConfig:
     if modality not in READERS:
         raise UnsupportedOptionError(f"modality={modality}")
-    fields = _Fields(official, "")
+    fields = _Fields(official, "", notes)
     values = fields("modalities", {}).get(modality, {})
     target = TargetConfig(
         num_layers=fields.required("average_top_k_layers"),
-        layer_norms=_norms(
-            fields,
-            {
-                "instance_norm_target_layer": "instance",
-                "layer_norm_target_layer": "layer",
-                "batch_norm_target_layer": "batch",
-            },
-        ),
-        final_norms=_norms(fields, {"layer_norm_targets": "layer", "instance_norm_targets": "instance"}),
+        layer_norms=_norms(fields, _LAYER_NORMS),
+        final_norms=_norms(fields, _FINAL_NORMS),
     )
     width, encoder_only = fields.required("embed_dim"), fields("ema_encoder_only", True)
     case = _Case(
-        values=values,
+        values=values or {},
         where=f"modalities.{modality}.",
         width=width,
         target=target,
@@ -252,6 +311,7 @@ def model_config(official: dict[str, Any], modality: str, vocab_size: int | None
             scale=fields("loss_scale", None), beta=fields("loss_beta", 0), cls_weight=fields("cls_loss", 0)
         ),
         vocab_size=vocab_size,
+        notes=notes,
     )
     section = READERS[modality](case)
     if encoder_only and not (section.share_local_encoder and section.prenet_depth == 0 and modality == "text"):
@@ -279,3 +339,127 @@ def model_config(official: dict[str, Any], modality: str, vocab_size: int | None
     )
     fields.finish()
     return config
+
+
+def official_section(config: ModelConfig, modality: str) -> dict[str, Any]:
+    """The official `model` section of one modality of a network, for files that are read elsewhere.
+
+    The settings of a training run that the official section has beside (masks, the teacher's schedule) are not in it.
+    `loss.cls_rows` has no counterpart: the official loss sums over the rows of each micro-batch, as without it.
+
+    Args:
+        config: the network.
+        modality: one that it has.
+
+    Raises:
+        UnsupportedOptionError: the network has no such modality, or something the official section cannot say.
+    """
+    own = config.modalities.active().get(modality)
+    if own is None:
+        raise UnsupportedOptionError(f"modality={modality}: the model has {', '.join(config.modalities.active())}")
+    block, decoder, target = config.block, own.decoder, own.target
+    section: dict[str, Any] = {
+        "_name": "data2vec_multi",
+        "supported_modality": modality.upper(),
+        "depth": config.shared_depth,
+        "embed_dim": block.width,
+        "num_heads": block.num_heads,
+        "mlp_ratio": block.mlp_ratio,
+        "norm_eps": block.norm_eps,
+        "attention_dropout": block.attention_dropout,
+        "encoder_dropout": block.attention_output_dropout,
+        "activation_dropout": block.activation_dropout,
+        "post_mlp_drop": block.mlp_dropout,
+        "layerdrop": config.layer_drop,
+        "loss_scale": own.loss.scale,
+        "loss_beta": own.loss.beta,
+        "cls_loss": own.loss.cls_weight,
+        "average_top_k_layers": target.num_layers,
+        "ema_encoder_only": _averages_blocks_alone(own),
+        **{key: kind in target.layer_norms for key, kind in _LAYER_NORMS.items()},
+        **{key: kind in target.final_norms for key, kind in _FINAL_NORMS.items()},
+    }
+    projections = {"projection_layers": decoder.projection_layers, "projection_ratio": decoder.projection_ratio}
+    section["modalities"] = {
+        modality: {
+            "prenet_depth": own.prenet_depth,
+            "prenet_dropout": own.prenet_dropout,
+            "ema_local_encoder": not own.share_local_encoder,
+            "mask_noise_std": decoder.mask_noise_std,
+            **WRITERS[modality](own, block.width),
+            "decoder": {
+                "decoder_dim": decoder.width,
+                "decoder_layers": decoder.depth,
+                "decoder_kernel": decoder.kernel,
+                "decoder_groups": decoder.groups,
+                "input_dropout": decoder.input_dropout,
+                "decoder_residual": decoder.residual,
+                **(projections if modality != "image" else {}),
+            },
+        }
+    }
+    wanted = replace(
+        config,
+        block=replace(block, attention_path="auto"),
+        modalities=replace(ModalitiesConfig(), **{modality: replace(own, loss=replace(own.loss, cls_rows=None))}),  # type: ignore[arg-type,type-var]
+    )
+    found = model_config(section, modality, getattr(own, "vocab_size", None))
+    if found != wanted:
+        raise UnsupportedOptionError(
+            f"cannot be said officially: {', '.join(_differences(asdict(wanted), asdict(found)))}"
+        )
+    return section
+
+
+def _differences(wanted: Any, found: Any, where: str = "") -> list[str]:
+    """Fields of nested dictionaries that differ, as `a.b=value`."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return [fault for key in wanted for fault in _differences(wanted[key], found[key], f"{where}.{key}")]
+    return [] if wanted == found else [f"{where[1:]}={wanted!r}"]
+
+
+def _averages_blocks_alone(own: Any) -> bool:
+    """Whether the official teacher of such a modality holds nothing but the shared blocks, without prefix."""
+    return isinstance(own, TextConfig) and own.share_local_encoder and own.prenet_depth == 0 and not own.alibi
+
+
+def _written_alibi(own: AudioConfig | TextConfig) -> dict[str, Any]:
+    return {
+        "use_alibi_encoder": own.alibi,
+        "learned_alibi_scale": own.alibi_learned,
+        "learned_alibi_scale_per_head": own.alibi_per_head,
+        "learned_alibi_scale_per_layer": own.alibi_per_block,
+    }
+
+
+def _written_audio(own: AudioConfig, width: int) -> dict[str, Any]:
+    return _written_alibi(own) | {
+        "feature_encoder_spec": str(list(own.conv_layers)),
+        "conv_pos_depth": own.position_depth,
+        "conv_pos_width": own.position_total_kernel,
+        "conv_pos_groups": own.position_groups,
+    }
+
+
+def _written_image(own: ImageConfig, width: int) -> dict[str, Any]:
+    return {
+        "input_size": own.image_size,
+        "patch_size": own.patch_size,
+        "embed_dim": own.patch_width or width,
+        "num_extra_tokens": own.num_extra_tokens,
+    }
+
+
+def _written_text(own: TextConfig, width: int) -> dict[str, Any]:
+    return _written_alibi(own) | {
+        "max_source_positions": own.max_tokens,
+        "no_token_positional_embeddings": not own.learned_positions,
+        "dropout": own.embedding_dropout,
+    }
+
+
+WRITERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
+    "audio": _written_audio,
+    "image": _written_image,
+    "text": _written_text,
+}
