@@ -311,7 +311,7 @@ def write_official(
 
     Args:
         path: of the new file.
-        student: by our names, in our shapes, each in the type that the file shall have.
+        student: by our names, in our shapes, each in the type that the file shall have, on the CPU.
         teacher: likewise, or None.
         section: official fields of the network, see `official_section`.
         head: tensors outside the encoder, by their own names.
@@ -331,7 +331,7 @@ def write_official(
 
 def _official(tensors: Mapping[str, Tensor], *, bare_blocks: bool = False) -> Iterator[tuple[str, Tensor]]:
     for name, official in official_names(tensors, bare_blocks=bare_blocks).items():
-        tensor = with_official_shape(name, tensors[name].detach().cpu().contiguous())
+        tensor = with_official_shape(name, tensors[name].detach().contiguous())
         is_alone = tensor.untyped_storage().nbytes() == tensor.nbytes
         yield official, tensor if is_alone else tensor.clone()  # torch.save writes whole storages
 

@@ -48,7 +48,8 @@ _KNOWN_TO_TORCH = {
 """Globals outside `torch` that its safe reader has itself; it decides which of its own it takes."""
 
 _ZIP_START = b"PK\x03\x04"
-_OLD_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+_OLD_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:-1]  # without protocol and end
+_OLD_HEAD_BYTES = 32
 
 _DAMAGED = (
     pickle.UnpicklingError,
@@ -142,7 +143,7 @@ def _globals_in(path: Path, is_zip: bool) -> set[str]:
             with archive.open(pickles[0]) as entry:
                 return _globals_of(entry)
     with path.open("rb") as file:
-        if file.read(len(_OLD_START)) != _OLD_START:
+        if _OLD_MAGIC not in file.read(_OLD_HEAD_BYTES):
             raise CheckpointError(f"{path}: expected a file of torch.save, found something else")
         file.seek(0)
         # magic number, version, sizes of the machine, the object, keys of the storages
