@@ -1,0 +1,316 @@
+"""Official files that are whole, old, fine-tuned, damaged or something else; golden cases in the official layout."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from d2v2ds.errors import CheckpointError
+from d2v2ds.interop.fairseq import main, read_official
+from d2v2ds.interop.folder import ModelFolder, load_encoder
+from d2v2ds.interop.official_config import UnsupportedOptionError
+from d2v2ds.interop.pickles import read_pickled
+from d2v2ds.model.data2vec2 import Data2Vec2, total_loss
+from d2v2ds.model.target_net import TargetNet
+from d2v2ds.verify import Case, case_names
+from tests.interop.official_files import save
+from tests.interop.test_fairseq_layout import assert_same_tensors, write_back
+from tests.oracles import official_image_text, official_step
+from tests.test_verify_oracle_cases import CASES, case
+
+MICRO = Path(__file__).parents[1] / "golden" / "micro"
+REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "golden"
+GOLDEN = [(MICRO, name) for name in case_names(MICRO, None)]
+if REFERENCE.is_dir():  # the larger golden vectors do not travel with the project
+    GOLDEN += [(REFERENCE, name) for name in case_names(REFERENCE, None)]
+
+ALIBI = "modality_encoders.AUDIO.alibi_scale"
+
+
+def golden_content(folder: Path, name: str) -> dict[str, Any]:
+    """A golden case as the official trainer would have saved it."""
+    section = json.loads((folder / f"{name}.json").read_text())["model"]
+    tensors = load_file(folder / f"{name}.safetensors")
+    weights: dict[str, Any] = {k.removeprefix("student/"): v for k, v in tensors.items() if k.startswith("student/")}
+    weights["_ema"] = {k.removeprefix("teacher/"): v for k, v in tensors.items() if k.startswith("teacher/")}
+    return {"args": None, "cfg": OmegaConf.create({"model": section, "task": {"_name": "x"}}), "model": weights}
+
+
+@pytest.fixture
+def audio() -> dict[str, Any]:
+    return golden_content(MICRO, "audio_micro")
+
+
+def check_case(folder: Path, name: str, tmp_path: Path) -> None:
+    """Import gives the recorded loss, and export the same file."""
+    content, golden = golden_content(folder, name), Case.read(folder, name)
+    checkpoint = read_official(save(tmp_path / "official.pt", content))
+    assert checkpoint.model == golden.config
+    assert checkpoint.teacher is not None
+    student, teacher = Data2Vec2(checkpoint.model), TargetNet(checkpoint.model).eval()
+    student.load_state_dict(checkpoint.student)
+    teacher.load_state_dict(checkpoint.teacher)
+    noise = golden.tensors["mid/decoder_noise_full"]
+    student.decoders[golden.modality].mask_tokens.noise = lambda like, shape: noise.view(shape)
+    with torch.no_grad():
+        out = student(golden.batch(), teacher)
+    torch.testing.assert_close(total_loss(out), golden.tensors["loss/total"].to(torch.float32), rtol=2e-5, atol=0)
+    torch.testing.assert_close(out["target"], golden.tensors["out/targets_full"], rtol=1e-4, atol=1e-4)
+    back = write_back(tmp_path / "back.pt", checkpoint)
+    assert_same_tensors(back["model"], content["model"])
+    assert read_official(tmp_path / "back.pt").model == golden.config
+
+
+@pytest.mark.parametrize("folder, name", GOLDEN, ids=[name for _, name in GOLDEN])
+def test_golden_case_computes_its_recorded_loss_after_import_and_is_exported_unchanged(
+    folder: Path, name: str, tmp_path: Path
+) -> None:
+    check_case(folder, name, tmp_path)
+
+
+VARIANTS = {
+    "audio_scale_per_block": official_step.Options(scale_shape="block"),
+    "audio_one_scale": official_step.Options(scale_shape="one"),
+    "audio_own_front_end": official_step.Options(own_front_end=True),
+}
+OTHERS = ("image_other_patch_width", "image_students_patches", "image_two_extra_tokens", "text_own_embeddings",
+          "text_full_names_without_prenet", "text_alibi_per_block_with_prenet", "text_no_positions")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *OTHERS])
+def test_unpublished_network_computes_the_loss_of_the_second_implementation_and_is_exported_unchanged(
+    name: str, tmp_path: Path
+) -> None:
+    if name in VARIANTS:
+        official_step.write_case(tmp_path, name, VARIANTS[name])
+    else:
+        official_image_text.write_case(tmp_path, name, case(name, CASES[name]))
+    check_case(tmp_path, name, tmp_path)
+
+
+def test_alibi_scale_of_older_files_gets_the_axis_it_lacks(audio: dict[str, Any], tmp_path: Path) -> None:
+    expected = read_official(save(tmp_path / "new.pt", audio))
+    old = audio | {"model": dict(audio["model"])}
+    old["model"][ALIBI] = audio["model"][ALIBI][0]
+    old["model"]["_ema"] = audio["model"]["_ema"] | {ALIBI: audio["model"]["_ema"][ALIBI][0]}
+    assert old["model"][ALIBI].ndim == 4
+    found = read_official(save(tmp_path / "old.pt", old))
+    assert expected.teacher is not None
+    assert found.teacher is not None
+    assert_same_tensors(found.student, expected.student)
+    assert_same_tensors(found.teacher, expected.teacher)
+    assert found.student["encoders.audio.alibi.scale"].shape == (1, 4)
+
+
+def test_missing_teacher_is_a_warning(audio: dict[str, Any], tmp_path: Path) -> None:
+    del audio["model"]["_ema"]
+    checkpoint = read_official(save(tmp_path / "x.pt", audio))
+    assert checkpoint.teacher is None
+    assert checkpoint.has_decoder
+    assert ["no teacher (`_ema`)" in warning for warning in checkpoint.warnings] == [True]
+
+
+def test_all_faults_of_the_tensors_are_in_one_message(audio: dict[str, Any], tmp_path: Path) -> None:
+    weights = audio["model"]
+    weights["blocks.0.norm1.weight"] = torch.ones(7)
+    weights["blocks.0.gain"] = torch.ones(1)
+    del weights["modality_encoders.AUDIO.decoder.proj.bias"]
+    weights["_ema"]["blocks.1.gain"] = torch.ones(1)
+    del weights["_ema"]["blocks.1.norm2.bias"]
+    weights["_ema"][ALIBI] = torch.ones(1, 1, 8, 1, 1)
+    with pytest.raises(CheckpointError) as caught:
+        read_official(save(tmp_path / "x.pt", audio))
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}/x.pt: not the tensors of its own configuration:",
+        "  blocks.0.norm1.weight: expected (16,), found (7,)",
+        "  modality_encoders.AUDIO.decoder.proj.bias: missing, expected (16,)",
+        f"  _ema.{ALIBI}: expected (1, 1, 4, 1, 1), found (1, 1, 8, 1, 1)",
+        "  _ema.blocks.1.norm2.bias: missing, expected (16,)",
+        "  blocks.0.gain: unknown to our network (--drop-unknown leaves it out)",
+        "  _ema.blocks.1.gain: unknown to our network (--drop-unknown leaves it out)",
+    ]
+
+
+def test_unknown_tensors_can_be_left_out_and_are_reported(audio: dict[str, Any], tmp_path: Path) -> None:
+    expected = read_official(save(tmp_path / "known.pt", audio))
+    audio["model"]["blocks.0.gain"] = torch.ones(1)
+    audio["model"]["0.norm1.weight"] = torch.ones(1)  # a name of text teachers, which must not pass for a block's
+    checkpoint = read_official(save(tmp_path / "x.pt", audio), drop_unknown=True)
+    assert checkpoint.warnings == [
+        "left out, unknown to our network: blocks.0.gain",
+        "left out, unknown to our network: 0.norm1.weight",
+    ]
+    assert_same_tensors(checkpoint.student, expected.student)
+
+
+def fine_tuned(content: dict[str, Any], prefix: str, head: dict[str, Any], cfg: Any) -> dict[str, Any]:
+    """What is left of a pretraining file after fine-tuning: encoder under a prefix, head, nested configuration."""
+    encoder = {prefix + k: v for k, v in content["model"].items() if k != "_ema" and ".decoder." not in k}
+    return {"cfg": cfg, "args": None, "model": encoder | head}
+
+
+CTC = {"w2v_encoder.proj.weight": torch.randn(32, 16), "w2v_encoder.proj.bias": torch.randn(32)}
+
+
+@pytest.mark.parametrize(
+    "prefix, head", [("w2v_encoder.w2v_model.", CTC), ("model.", {"head.weight": torch.randn(10, 16)})]
+)
+@pytest.mark.parametrize("case", ["audio_micro", "image_micro", "text_micro"])
+def test_fine_tuned_file_gives_encoder_and_head(case: str, prefix: str, head: dict[str, Any], tmp_path: Path) -> None:
+    content = golden_content(MICRO, case)
+    whole = read_official(save(tmp_path / "whole.pt", content))
+    cfg = {"model": {"_name": "ctc", "w2v_args": {"model": content["cfg"].model, "task": {"a": 1}}, "lr": 0.1}}
+    tuned = fine_tuned(content, prefix, head, OmegaConf.create(cfg))
+    checkpoint = read_official(save(tmp_path / "tuned.pt", tuned))
+    assert (checkpoint.model, checkpoint.prefix, checkpoint.teacher) == (whole.model, prefix, None)
+    assert_same_tensors(checkpoint.head, head)
+    assert_same_tensors(checkpoint.student, {k: v for k, v in whole.student.items() if not k.startswith("decoders.")})
+    assert ["no decoder" in warning for warning in checkpoint.warnings] == [True]
+    back = write_back(tmp_path / "back.pt", checkpoint)
+    assert_same_tensors(back["model"], tuned["model"])
+
+
+def test_options_that_only_training_looks_at_do_not_keep_a_fine_tuned_file_out(
+    audio: dict[str, Any], tmp_path: Path
+) -> None:
+    section = OmegaConf.to_container(audio["cfg"])["model"]
+    section |= {"end_drop_path_rate": 0.2}
+    args = argparse.Namespace(w2v_args=argparse.Namespace(model=section), arch="ctc")
+    tuned = fine_tuned(audio, "w2v_encoder.w2v_model.", CTC, None) | {"args": args}
+    checkpoint = read_official(save(tmp_path / "x.pt", tuned))
+    assert checkpoint.ignored == ["args.w2v_args.model.end_drop_path_rate=0.2"]
+
+
+def test_configuration_under_args_and_interpolations_are_followed(audio: dict[str, Any], tmp_path: Path) -> None:
+    expected = read_official(save(tmp_path / "x.pt", audio)).model
+    section = OmegaConf.to_container(audio["cfg"])["model"]
+    depth, section["depth"] = section["depth"], "${sizes.depth}"
+    section["norm_eps"] = "???"  # not given
+    content = {"model": audio["model"], "args": argparse.Namespace(model=section, sizes={"depth": depth})}
+    assert read_official(save(tmp_path / "x.pt", content)).model == expected
+
+
+def test_fields_of_the_network_are_kept_and_all_others_listed(audio: dict[str, Any], tmp_path: Path) -> None:
+    known = OmegaConf.to_container(audio["cfg"])["model"]
+    section = json.loads(json.dumps(known)) | {"data": "/corpora", "seed": 1, "shared_decoder": None}
+    section["modalities"]["audio"] |= {"type": "AUDIO"}
+    section["modalities"]["audio"]["decoder"] |= {"final_layer_norm": True}
+    section["modalities"] |= {"image": {"prenet_depth": 4}, "text": None}
+    content = audio | {"cfg": OmegaConf.create({"model": section}), "extra_state": {"epoch": 1}, "task_state": {}}
+    content["model"]["num_updates"] = torch.tensor(3)
+    checkpoint = read_official(save(tmp_path / "x.pt", content))
+    assert checkpoint.section == known
+    assert checkpoint.ignored == [
+        "model.num_updates",
+        "cfg.model.modalities.audio.decoder.final_layer_norm=True",
+        "cfg.model.modalities.audio.type='AUDIO'",
+        "cfg.model.data='/corpora'",
+        "cfg.model.seed=1",
+        "cfg.model.modalities.image",
+        "extra_state",
+        "task_state",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (
+            {"layer_norm_first": True},
+            UnsupportedOptionError,
+            r"x\.pt: cfg\.model: not supported: layer_norm_first=True",
+        ),
+        ({"recon_loss": 1}, UnsupportedOptionError, r"recon_loss=1"),
+        ({"num_heads": 5}, CheckpointError, "width 16 is not divisible by num_heads 5"),
+        ({"depth": "many"}, CheckpointError, "not the configuration of a network"),
+        (
+            {"modalities": None},
+            CheckpointError,
+            r"expected a configuration with embed_dim, depth and modalities\.audio",
+        ),
+    ],
+)
+def test_configuration_that_cannot_be_followed_is_named(
+    change: dict[str, Any], error: type[Exception], message: str, audio: dict[str, Any], tmp_path: Path
+) -> None:
+    section = OmegaConf.to_container(audio["cfg"])["model"] | change
+    with pytest.raises(error, match=message):
+        read_official(save(tmp_path / "x.pt", audio | {"cfg": {"model": section}}))
+
+
+def test_other_models_are_named_as_such(audio: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"under `model`, found the keys best, state"):
+        read_official(save(tmp_path / "x.pt", {"state": {}, "best": 1}))
+    with pytest.raises(CheckpointError, match=r"found none among encoder\.layers\.0\.fc1\.weight"):
+        read_official(save(tmp_path / "x.pt", audio | {"model": {"encoder.layers.0.fc1.weight": torch.ones(1)}}))
+    both = audio["model"] | {"modality_encoders.IMAGE.extra_tokens": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"found modality_encoders\.AUDIO, modality_encoders\.IMAGE"):
+        read_official(save(tmp_path / "x.pt", audio | {"model": both}))
+
+
+class Harm:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch harm",)
+
+
+def test_command_names_harm_and_damage(
+    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "harm.pt", audio | {"cfg": Harm()})
+    assert main(["import", "harm.pt", "--out", "out"]) == 2
+    assert "harm.pt: expected tensors and configurations, found a wish to use posix.system" in capsys.readouterr().err
+    whole = save(tmp_path / "cut.pt", audio).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:-1000])
+    assert main(["import", "cut.pt", "--out", "out"]) == 2
+    assert "cut.pt: expected a whole file of torch.save, found one that is cut off" in capsys.readouterr().err
+    assert main(["import", "none.pt", "--out", "out"]) == 2
+    assert "none.pt" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pt", "harm.pt"]
+
+
+@pytest.mark.parametrize("modality", ["audio", "image", "text"])
+def test_command_imports_to_a_folder_and_exports_the_same_file(
+    modality: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = golden_content(MICRO, f"{modality}_micro")
+    content["model"] = {k: v if k == "_ema" else v.half() for k, v in content["model"].items()}
+    file, folder, back = save(tmp_path / "official.pt", content), tmp_path / "folder", tmp_path / "back.pt"
+    assert main(["import", str(file), "--out", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert ("NON-COMMERCIAL" in printed) == (modality == "image")
+    assert "check what came with your file" in printed
+    assert main(["export", str(folder), "--out", str(back)]) == 0
+    found = read_pickled(back)
+    assert_same_tensors(found["model"], content["model"])
+    assert found["cfg"]["model"] == OmegaConf.to_container(content["cfg"])["model"]
+    assert load_encoder(ModelFolder(folder)).config == read_official(file).model
+    assert load_encoder(ModelFolder(folder), "teacher").config == read_official(file).model
+
+
+def test_command_brings_a_fine_tuned_file_back_too(audio: dict[str, Any], tmp_path: Path) -> None:
+    tuned = fine_tuned(audio, "w2v_encoder.w2v_model.", CTC, OmegaConf.create({"m": {"w2v_args": audio["cfg"]}}))
+    file, folder, back = save(tmp_path / "official.pt", tuned), tmp_path / "folder", tmp_path / "back.pt"
+    assert main(["import", str(file), "--out", str(folder)]) == 0
+    assert ModelFolder(folder).has("head")
+    assert main(["export", str(folder), "--out", str(back)]) == 0
+    assert_same_tensors(read_pickled(back)["model"], tuned["model"])
+
+
+def test_export_of_a_folder_that_does_not_fit_itself_is_refused(
+    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    assert main(["import", str(save(tmp_path / "x.pt", audio)), "--out", str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    config["origin"]["official"]["section"]["depth"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["export", str(folder), "--out", str(tmp_path / "back.pt")]) == 2
+    assert "not a tensor of this network" in capsys.readouterr().err
+    assert not (tmp_path / "back.pt").exists()
