@@ -202,7 +202,17 @@ def _network(
         raise CheckpointError(f"{path}: {place}: not the configuration of a network: {error}") from error
     if problems:
         raise CheckpointError(f"{path}: {place}: not the configuration of a network: {'; '.join(problems)}")
-    return model, section, [f"{place}.{name}" for name in ignored]
+    return model, section, [f"{place}.{name}" for name in ignored] + _beside(roots, place)
+
+
+def _beside(roots: dict[str, Any], place: str) -> list[str]:
+    """The sections and settings that stand around the way to a section."""
+    way = place.split(".")
+    found, values = [], roots
+    for depth, step in enumerate(way):
+        found += [".".join([*way[:depth], str(key)]) for key, one in values.items() if key != step and one is not None]
+        values = values[step]
+    return found
 
 
 def _sections(roots: dict[str, Any], modality: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -428,8 +438,8 @@ def _print_report(file: Path, folder: Path, checkpoint: OfficialCheckpoint) -> N
         print(f"teacher of {len(checkpoint.teacher)} tensors, {count:,} parameters")
     if checkpoint.head:
         print(f"head, by its own names: {', '.join(checkpoint.head)}")
-    for name in checkpoint.ignored:
-        print(f"ignored: {name}")
+    if checkpoint.ignored:
+        print(f"ignored: {', '.join(checkpoint.ignored)}")
     for warning in checkpoint.warnings:
         print(f"WARNING: {warning}")
     print(f"licence: {LICENCES[checkpoint.modality]}; {_CHECK_LICENCE}")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,28 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from d2v2ds.config import load_config
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.fairseq import main, read_official
-from d2v2ds.interop.folder import ModelFolder, load_encoder
+from d2v2ds.interop.folder import (
+    Description,
+    Kind,
+    ModelFolder,
+    Part,
+    load_encoder,
+    new_folder,
+    write_config,
+    write_tensors,
+)
 from d2v2ds.interop.official_config import UnsupportedOptionError
 from d2v2ds.interop.pickles import read_pickled
+from d2v2ds.interop.preprocessing import published_preprocessing
 from d2v2ds.model.data2vec2 import Data2Vec2, total_loss
+from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.verify import Case, case_names
 from tests.interop.official_files import save
-from tests.interop.test_fairseq_layout import assert_same_tensors, write_back
+from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, write_back
 from tests.oracles import official_image_text, official_step
 from tests.test_verify_oracle_cases import CASES, case
 
@@ -184,7 +197,7 @@ def test_options_that_only_training_looks_at_do_not_keep_a_fine_tuned_file_out(
     args = argparse.Namespace(w2v_args=argparse.Namespace(model=section), arch="ctc")
     tuned = fine_tuned(audio, "w2v_encoder.w2v_model.", CTC, None) | {"args": args}
     checkpoint = read_official(save(tmp_path / "x.pt", tuned))
-    assert checkpoint.ignored == ["args.w2v_args.model.end_drop_path_rate=0.2"]
+    assert checkpoint.ignored == ["args.w2v_args.model.end_drop_path_rate=0.2", "args.arch"]
 
 
 def test_configuration_under_args_and_interpolations_are_followed(audio: dict[str, Any], tmp_path: Path) -> None:
@@ -202,7 +215,11 @@ def test_fields_of_the_network_are_kept_and_all_others_listed(audio: dict[str, A
     section["modalities"]["audio"] |= {"type": "AUDIO"}
     section["modalities"]["audio"]["decoder"] |= {"final_layer_norm": True}
     section["modalities"] |= {"image": {"prenet_depth": 4}, "text": None}
-    content = audio | {"cfg": OmegaConf.create({"model": section}), "extra_state": {"epoch": 1}, "task_state": {}}
+    content = audio | {
+        "cfg": OmegaConf.create({"model": section, "task": {"a": 1}}),
+        "extra_state": {"epoch": 1},
+        "task_state": {},
+    }
     content["model"]["num_updates"] = torch.tensor(3)
     checkpoint = read_official(save(tmp_path / "x.pt", content))
     assert checkpoint.section == known
@@ -213,6 +230,7 @@ def test_fields_of_the_network_are_kept_and_all_others_listed(audio: dict[str, A
         "cfg.model.data='/corpora'",
         "cfg.model.seed=1",
         "cfg.model.modalities.image",
+        "cfg.task",
         "extra_state",
         "task_state",
     ]
@@ -301,6 +319,31 @@ def test_command_brings_a_fine_tuned_file_back_too(audio: dict[str, Any], tmp_pa
     assert ModelFolder(folder).has("head")
     assert main(["export", str(folder), "--out", str(back)]) == 0
     assert_same_tensors(read_pickled(back)["model"], tuned["model"])
+
+
+def test_export_of_a_joint_network_needs_a_modality_and_gives_its_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = replace(load_config("multimodal_tiny").model, shared_depth=4)
+    student, teacher = Data2Vec2(model), TargetNet(model)
+    initialise(student, seed=1)
+    averages = {name: student.state_dict()[name] + 1 for name in teacher.state_dict()}
+    parts: dict[Part, dict[str, torch.Tensor]] = {"model": student.state_dict(), "teacher": averages}
+    with new_folder(tmp_path / "joint") as folder:
+        for part, state in parts.items():
+            write_tensors(folder, part, {name: Kind.of(tensor) for name, tensor in state.items()}, state.items())
+        write_config(folder, Description(model=model, preprocessing=published_preprocessing(model), origin={}), {})
+    command = ["export", str(tmp_path / "joint"), "--out", str(tmp_path / "x.pt")]
+    assert main(command) == 2
+    assert "holds audio, image, text; an official file holds one, choose it: --modality" in capsys.readouterr().err
+    for modality in model.modalities.active():
+        assert main([*command, "--modality", modality]) == 0
+        checkpoint = read_official(tmp_path / "x.pt")
+        assert checkpoint.model == one_modality(model, modality)
+        assert checkpoint.teacher is not None
+        for part, found in (("model", checkpoint.student), ("teacher", checkpoint.teacher)):
+            kept = (f"encoders.{modality}.", f"decoders.{modality}.", "blocks.")
+            assert_same_tensors(found, {k: v for k, v in parts[part].items() if k.startswith(kept)})  # type: ignore[index]
 
 
 def test_export_of_a_folder_that_does_not_fit_itself_is_refused(
