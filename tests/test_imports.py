@@ -18,7 +18,7 @@ ALLOWED = {
     "data": {"shapes", "batch", "masking", "errors"},
     "dist": {"errors"},
     "train": {"model", "data", "dist", "batch", "shapes", "errors"},
-    "interop": {"model", "shapes", "errors"},
+    "interop": {"model", "data.tokenizers", "shapes", "errors"},
     "evals": {"model", "data", "batch", "errors"},
     "api": {"model", "data", "interop", "shapes", "errors"},
     "config": {"model", "data", "train", "masking", "errors", "summary"},  # summary: for the command alone

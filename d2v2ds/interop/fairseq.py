@@ -1,6 +1,6 @@
 """Read and write official data2vec 2.0 checkpoints (spec sections 10, 13 and 15). fairseq is not needed.
 
-    python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--drop-unknown]
+    python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--drop-unknown] [--tokenizer FILE]
     python -m d2v2ds.interop.fairseq export FOLDER --out FILE.pt [--modality audio]
 
 `import` takes pretraining checkpoints (student and, under `_ema`, teacher) and fine-tuned ones (encoder and head) and
@@ -21,7 +21,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from d2v2ds.data.tokenizers import Tokenizer, load_tokenizer
 from d2v2ds.errors import CheckpointError, D2V2Error
+from d2v2ds.interop.card import write_card
 from d2v2ds.interop.folder import (
     Description,
     Kind,
@@ -48,7 +50,11 @@ LICENCES = {
     "text": "the official code and text weights are offered under the MIT licence",
 }
 """What is known of the published weights; printed with every import."""
-_CHECK_LICENCE = "check what came with your file, which alone is binding"
+
+
+def _licence(modality: str) -> str:
+    return f"{LICENCES[modality]}; check what came with your file, which alone is binding"
+
 
 _TEACHER = "_ema"
 _ANCHOR = "blocks.0.norm1.weight"
@@ -346,48 +352,105 @@ def _official(tensors: Mapping[str, Tensor], *, bare_blocks: bool = False) -> It
         yield official, tensor if is_alone else tensor.clone()  # torch.save writes whole storages
 
 
-def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str) -> None:
+def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tokenizer: Tokenizer | None) -> None:
     """Write what was read as our export folder.
 
     Args:
         path: of the folder.
         checkpoint: what was read.
         file_name: of the official file, for the record.
+        tokenizer: of text, to be copied.
 
     Raises:
         CheckpointError: something else is in the way.
     """
+    preprocessing = published_preprocessing(checkpoint.model)
+    if tokenizer is not None:
+        preprocessing["text"] |= {"tokenizer": tokenizer.kind, "file": tokenizer.file_name}
     official = {
         "file": file_name,
         "modality": checkpoint.modality,
         "section": checkpoint.section,
         "prefix": checkpoint.prefix,
         "ignored": checkpoint.ignored,
-        "licence": LICENCES[checkpoint.modality],
     }
     parts: dict[Part, Tensors] = {
         "model": checkpoint.student,
         "teacher": checkpoint.teacher or {},
         "head": checkpoint.head,
     }
+    description = Description(
+        model=checkpoint.model,
+        preprocessing=preprocessing,
+        origin={
+            "kind": "official",
+            "source": f"the official checkpoint {file_name}, read by d2v2ds",
+            "licence": _licence(checkpoint.modality),
+            "official": official,
+        },
+    )
     with new_folder(path) as folder:
         for part, tensors in parts.items():
             if tensors:
                 layout = {name: Kind.of(tensor) for name, tensor in tensors.items()}
                 write_tensors(folder, part, layout, tensors.items())
-        description = Description(
-            model=checkpoint.model,
-            preprocessing=published_preprocessing(checkpoint.model),
-            origin={"kind": "official", "official": official},
-        )
+        if tokenizer is not None:
+            (folder / tokenizer.file_name).write_bytes(tokenizer.data)
+        num_parameters = sum(tensor.numel() for tensor in checkpoint.student.values())
+        write_card(folder, description, path.name, num_parameters)
         write_config(folder, description, {})
 
 
-def import_file(file: Path, folder: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
-    """Read an official file and write our folder; see `read_official` and `write_folder`."""
+def import_file(
+    file: Path, folder: Path, drop_unknown: bool = False, tokenizer: Path | None = None
+) -> OfficialCheckpoint:
+    """Read an official file and write our folder.
+
+    Args:
+        file: official checkpoint.
+        folder: to write.
+        drop_unknown: leave out tensors of the encoder that our network lacks.
+        tokenizer: of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only.
+
+    Returns:
+        What was read, with warnings about it.
+
+    Raises:
+        CheckpointError: see `read_official`; or the tokenizer is not one of this model, or `folder` something else.
+        UnsupportedOptionError: see `read_official`.
+        ConfigError: the tokenizer cannot be read.
+    """
     checkpoint = read_official(file, drop_unknown)
-    write_folder(folder, checkpoint, file.name)
+    loaded = None
+    if tokenizer is not None:
+        loaded = _tokenizer_of(checkpoint, tokenizer)
+    elif checkpoint.modality == "text":
+        checkpoint.warnings.append("no --tokenizer: the folder gives features of token ids, not of text")
+    write_folder(folder, checkpoint, file.name, loaded)
     return checkpoint
+
+
+_TOKENIZER_KINDS = {".json": "bpe", ".model": "sentencepiece"}
+
+
+def _tokenizer_of(checkpoint: OfficialCheckpoint, path: Path) -> Tokenizer:
+    """The tokenizer of a text model, if its ids fit the embedding."""
+    text = checkpoint.model.modalities.text
+    if text is None:
+        raise CheckpointError(f"--tokenizer {path}: the checkpoint is of {checkpoint.modality}; leave it out")
+    if path.suffix not in _TOKENIZER_KINDS:
+        raise CheckpointError(f"--tokenizer {path}: expected a tokenizer.json or a sentencepiece .model")
+    tokenizer = load_tokenizer(_TOKENIZER_KINDS[path.suffix], path)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise CheckpointError(
+            f"--tokenizer {path}: has {tokenizer.vocab_size} ids, the checkpoint embeds {text.vocab_size}; it was "
+            "trained with another tokenizer"
+        )
+    if tokenizer.vocab_size < text.vocab_size:
+        checkpoint.warnings.append(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the checkpoint {text.vocab_size}: is it the right one?"
+        )
+    return tokenizer
 
 
 def export_file(path: Path, file: Path, modality: str | None = None) -> None:
@@ -442,7 +505,7 @@ def _print_report(file: Path, folder: Path, checkpoint: OfficialCheckpoint) -> N
         print(f"ignored: {', '.join(checkpoint.ignored)}")
     for warning in checkpoint.warnings:
         print(f"WARNING: {warning}")
-    print(f"licence: {LICENCES[checkpoint.modality]}; {_CHECK_LICENCE}")
+    print(f"licence: {_licence(checkpoint.modality)}")
     print(f"written: {folder}")
 
 
@@ -458,6 +521,9 @@ def main(arguments: list[str] | None = None) -> int:
     importing.add_argument(
         "--drop-unknown", action="store_true", help="leave out tensors that our network lacks instead of stopping"
     )
+    importing.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="of text: RoBERTa's tokenizer.json or a sentencepiece .model"
+    )
     exporting = commands.add_parser("export", help="our folder -> official file")
     exporting.add_argument("source", type=Path, metavar="FOLDER", help="an export of this project")
     exporting.add_argument("--out", type=Path, required=True, metavar="FILE.pt", help="to write")
@@ -465,7 +531,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "import":
-            _print_report(options.source, options.out, import_file(options.source, options.out, options.drop_unknown))
+            found = import_file(options.source, options.out, options.drop_unknown, options.tokenizer)
+            _print_report(options.source, options.out, found)
         else:
             export_file(options.source, options.out, options.modality)
             print(f"written: {options.out}")

@@ -12,7 +12,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from d2v2ds import FeatureExtractor, load_model
 from d2v2ds.config import load_config
+from d2v2ds.data.tokenizers import load_tokenizer
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.fairseq import main, read_official
 from d2v2ds.interop.folder import (
@@ -32,9 +34,10 @@ from d2v2ds.model.data2vec2 import Data2Vec2, total_loss
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.verify import Case, case_names
-from tests.interop.official_files import save
+from tests.interop.official_files import PUBLISHED, content_of, save
 from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, write_back
 from tests.oracles import official_image_text, official_step
+from tests.test_api import small_tokenizer
 from tests.test_verify_oracle_cases import CASES, case
 
 MICRO = Path(__file__).parents[1] / "golden" / "micro"
@@ -302,14 +305,54 @@ def test_command_imports_to_a_folder_and_exports_the_same_file(
     file, folder, back = save(tmp_path / "official.pt", content), tmp_path / "folder", tmp_path / "back.pt"
     assert main(["import", str(file), "--out", str(folder)]) == 0
     printed = capsys.readouterr().out
-    assert ("NON-COMMERCIAL" in printed) == (modality == "image")
+    card = (folder / "README.md").read_text()
+    assert ["NON-COMMERCIAL" in text for text in (printed, card)] == [modality == "image"] * 2
     assert "check what came with your file" in printed
     assert main(["export", str(folder), "--out", str(back)]) == 0
     found = read_pickled(back)
     assert_same_tensors(found["model"], content["model"])
     assert found["cfg"]["model"] == OmegaConf.to_container(content["cfg"])["model"]
+    assert load_model(folder).config == read_official(file).model
     assert load_encoder(ModelFolder(folder)).config == read_official(file).model
     assert load_encoder(ModelFolder(folder), "teacher").config == read_official(file).model
+
+
+def text_file(path: Path, vocabulary: int) -> Path:
+    """A tiny official text checkpoint."""
+    base = PUBLISHED["text_base"]
+    decoder = base.decoder | {"decoder_dim": 16, "decoder_layers": 1}
+    network = replace(base, width=32, heads=4, depth=1, vocabulary=vocabulary, decoder=decoder)
+    content = content_of(replace(network, model=base.model | {"average_top_k_layers": 1}))
+    return save(path, content)
+
+
+def test_tokenizer_travels_with_a_text_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, folder = tmp_path / "own.model", tmp_path / "folder"
+    tokenizer.write_bytes(small_tokenizer(["the quick brown fox", "jumps over a lazy dog"]))
+    size = load_tokenizer("sentencepiece", tokenizer).vocab_size
+    file = text_file(tmp_path / "official.pt", size)
+    command = ["import", str(file), "--out", str(folder)]
+    assert main(command) == 0
+    assert "no --tokenizer" in capsys.readouterr().out
+    assert main([*command, "--tokenizer", str(tokenizer)]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    assert FeatureExtractor(folder)(["the lazy fox"]).layers[0].shape[2] == 32
+    text_file(file, size + 1)
+    assert main([*command, "--tokenizer", str(tokenizer)]) == 0
+    assert f"the tokenizer has {size} ids, the checkpoint {size + 1}" in capsys.readouterr().out
+    text_file(file, size - 1)
+    assert main([*command, "--tokenizer", str(tokenizer)]) == 2
+    assert f"has {size} ids, the checkpoint embeds {size - 1}" in capsys.readouterr().err
+    assert main([*command, "--tokenizer", str(file)]) == 2
+    assert "expected a tokenizer.json or a sentencepiece .model" in capsys.readouterr().err
+
+
+def test_tokenizer_of_another_modality_is_refused(
+    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save(tmp_path / "x.pt", audio)
+    assert main(["import", str(file), "--out", str(tmp_path / "out"), "--tokenizer", "tokenizer.json"]) == 2
+    assert "the checkpoint is of audio; leave it out" in capsys.readouterr().err
 
 
 def test_command_brings_a_fine_tuned_file_back_too(audio: dict[str, Any], tmp_path: Path) -> None:

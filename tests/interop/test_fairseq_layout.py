@@ -121,3 +121,9 @@ def test_patches_of_another_width_keep_their_official_names(tmp_path: Path) -> N
     checkpoint = read_official(save(tmp_path / "official.pt", content))
     assert "encoders.image.local.widen.weight" in checkpoint.student
     assert_same_tensors(write_back(tmp_path / "back.pt", checkpoint)["model"], content["model"])
+
+
+def test_a_part_of_a_larger_tensor_is_written_without_the_rest(tmp_path: Path) -> None:
+    stacked = torch.zeros(1000, 8, 4)
+    write_official(tmp_path / "x.pt", {"blocks.0.mlp.fc1.weight": stacked[3]}, None, {})
+    assert (tmp_path / "x.pt").stat().st_size < 4000
