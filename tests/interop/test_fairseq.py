@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from d2v2ds import FeatureExtractor, load_model
 from d2v2ds.config import load_config
@@ -389,14 +389,15 @@ def test_export_of_a_joint_network_needs_a_modality_and_gives_its_part(
             assert_same_tensors(found, {k: v for k, v in parts[part].items() if k.startswith(kept)})  # type: ignore[index]
 
 
+@pytest.mark.parametrize("part", ["model", "teacher"])
 def test_export_of_a_folder_that_does_not_fit_itself_is_refused(
-    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: str, audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "folder"
     assert main(["import", str(save(tmp_path / "x.pt", audio)), "--out", str(folder)]) == 0
-    config = json.loads((folder / "config.json").read_text())
-    config["origin"]["official"]["section"]["depth"] -= 1
-    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / f"{part}.safetensors")
+    tensors["blocks.0.norm1.weight"] = torch.ones(7)
+    save_file(tensors, folder / f"{part}.safetensors")
     assert main(["export", str(folder), "--out", str(tmp_path / "back.pt")]) == 2
-    assert "not a tensor of this network" in capsys.readouterr().err
+    assert "blocks.0.norm1.weight: expected (16,), found (7,)" in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()

@@ -236,6 +236,25 @@ def test_a_file_cut_anywhere_is_damaged(is_new_format: bool, tmp_path: Path) -> 
             read_pickled(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("is_new_format", [True, False])
+def test_a_file_with_changed_bytes_is_read_or_refused_and_nothing_else(is_new_format: bool, tmp_path: Path) -> None:
+    content = {"model": {"w": torch.ones(9)}, "cfg": OmegaConf.create({"a": [1]}), "args": argparse.Namespace(b=2)}
+    path = write(tmp_path / "x.pt", content, _use_new_zipfile_serialization=is_new_format)
+    whole, refused = path.read_bytes(), 0
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        changed = bytearray(whole)
+        for place in rng.integers(0, len(whole), rng.choice([1, 3, 10])):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        try:
+            plain(read_pickled(path))
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"hello, world", pickle.dumps({"model": 1})])
 def test_what_torch_did_not_write_is_named_as_such(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
