@@ -44,10 +44,10 @@ from d2v2ds.model.target_net import TargetNet
 Tensors = dict[str, Tensor]
 
 LICENCES = {
-    "audio": "the official code and speech weights are offered under the MIT licence",
+    "audio": "to our knowledge the official speech weights are under the MIT licence, like the code",
     "image": "the official VISION weights are offered for NON-COMMERCIAL use only (CC-BY-NC 4.0), and so is what is "
     "made of them",
-    "text": "the official code and text weights are offered under the MIT licence",
+    "text": "to our knowledge the official text weights are under the MIT licence, like the code",
 }
 """What is known of the published weights; printed with every import."""
 
