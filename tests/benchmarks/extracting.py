@@ -1,0 +1,129 @@
+"""How fast `d2v2ds.extract` goes through a packed folder, against a bare forward of the same model.
+
+    python -m tests.benchmarks.extracting [--configs audio_base image_base text_base] [--inputs 48] [--dtype bfloat16]
+
+Synthetic inputs and random weights: clips of 5 to 15 s, photographs of 500 x 375, blocks of 512 tokens. A bare forward
+runs `Data2Vec2.layers` up to the same layer on inputs of one size that are in memory already (10 s, 224 pixels, 512
+tokens), with each of several batch sizes; the best counts. One process, all cores, pooled features of two layers.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2v2ds.config import load_config
+from d2v2ds.data.shards import open_shards
+from d2v2ds.extract import DTYPES, PART_TOKENS, Options, extract
+from d2v2ds.interop.folder import ModelFolder, load_encoder
+from d2v2ds.model.data2vec2 import Data2Vec2
+from preprocessing.pack_audio import main as pack_audio
+from preprocessing.pack_images import main as pack_images
+from preprocessing.pack_text import main as pack_text
+from tests.benchmarks.packing_text import python_reference
+from tests.interop.folders import write_folder
+
+RATE = 16_000
+BATCH_SIZES = (1, 2, 4, 8, 16)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=["audio_base", "image_base", "text_base"])
+    parser.add_argument("--inputs", type=int, default=48, help="clips, photographs or blocks (count)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--repeats", type=int, default=3, help="of both; the fastest counts")
+    options = parser.parse_args(arguments)
+    header = f"{'model':<14}{'unit':<9}{'extract/s':>12}{'bare/s':>12}{'batch':>7}{'ratio':>8}   goal 0.9\n"
+    sys.stdout.write(header)
+    for name in options.configs:
+        with tempfile.TemporaryDirectory() as folder:
+            row = measure(Path(folder), name, options.inputs, options.dtype, options.repeats)
+        sys.stdout.write("{:<14}{:<9}{:>12.4g}{:>12.4g}{:>7}{:>8.2f}\n".format(*row))
+        sys.stdout.flush()
+    return 0
+
+
+def measure(folder: Path, name: str, count: int, dtype: str, repeats: int) -> tuple[str, str, float, float, int, float]:
+    """One model: amounts a second of both, the best batch size, the ratio."""
+    config = load_config(name).model
+    modality, settings = next(iter(config.modalities.active().items()))
+    unit, pack, size, source = INPUTS[modality]
+    shards = pack(folder, count)
+    write_folder(folder / "model", config)
+    depth = config.shared_depth + settings.prenet_depth
+    wanted = Options(
+        model=str(folder / "model"), shards=str(shards), layers=(depth // 2, depth), pool="mean", weights="student",
+        dtype=dtype, batch_tokens=4096, part_tokens=PART_TOKENS,
+    )  # fmt: skip
+    amount = float(np.asarray(open_shards(shards).sizes[:], dtype=np.float64).sum())
+    amount = {"audio": amount / RATE, "image": float(count), "text": amount}[modality]
+    model = load_encoder(ModelFolder(folder / "model")).to(dtype=DTYPES[dtype])
+    own = min(timed(lambda: extract(wanted, folder / "features.arrow", 1)) for _ in range(repeats))
+    own -= min(timed(lambda: load_encoder(ModelFolder(folder / "model")).to(dtype=DTYPES[dtype])) for _ in range(2))
+    best = min((bare(model, modality, source(b), depth, repeats) / b, b) for b in BATCH_SIZES)
+    rates = amount / own, size / best[0]
+    return name, unit, *rates, best[1], rates[0] / rates[1]
+
+
+def bare(model: Data2Vec2, modality: str, source: Tensor, depth: int, repeats: int) -> float:
+    """Seconds of one forward."""
+    with torch.inference_mode():
+        return min(timed(lambda: model.layers(modality, source, depth=depth)) for _ in range(repeats + 1))
+
+
+def timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _clips(folder: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    (folder / "wav").mkdir()
+    for i in range(count):
+        samples = 0.1 * rng.standard_normal(int(rng.uniform(5, 15) * RATE))
+        soundfile.write(folder / "wav" / f"{i:04d}.wav", samples, RATE, subtype="PCM_16")
+    return _packed(pack_audio, folder / "wav", folder / "shards")
+
+
+def _photographs(folder: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    (folder / "jpg").mkdir()
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (38, 50, 3), dtype=np.uint8)).resize((500, 375))
+        coarse.save(folder / "jpg" / f"{i:04d}.jpg", quality=90)
+    return _packed(pack_images, folder / "jpg", folder / "shards")
+
+
+def _texts(folder: Path, count: int) -> Path:
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text(python_reference()[: count * 512 * 5], encoding="utf-8")
+    return _packed(pack_text, folder / "text", folder / "shards", "--train-tokenizer", "--vocab-size", "4000")
+
+
+def _packed(pack: Callable[[list[str]], int], source: Path, shards: Path, *options: str) -> Path:
+    if pack(["--input", str(source), "--output", str(shards), "--workers", "1", *options]) != 0:
+        raise RuntimeError("packing the benchmark's inputs failed")
+    return shards
+
+
+INPUTS: dict[str, tuple[str, Callable[[Path, int], Path], float, Callable[[int], Tensor]]] = {
+    "audio": ("seconds", _clips, 10.0, lambda b: torch.randn(b, 10 * RATE)),
+    "image": ("images", _photographs, 1.0, lambda b: torch.randint(0, 256, (b, 3, 224, 224), dtype=torch.uint8)),
+    "text": ("tokens", _texts, 512.0, lambda b: torch.randint(4, 4000, (b, 512))),
+}
+"""Modality -> unit, how inputs are packed, amount of one input of the bare forward, a batch of them."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
