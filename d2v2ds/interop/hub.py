@@ -16,13 +16,11 @@ from d2v2ds.model.data2vec2 import ModelConfig
 
 _PACKAGE = Path(__file__).parents[1]
 _TEMPLATES = "d2v2ds.interop.hub_files."
-_SPECIAL_TOKENS = {
-    "bos_token": "<s>",
-    "pad_token": "<pad>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "mask_token": "<mask>",
+_TOKENIZERS = {
+    "sentencepiece": ("tokenization_sentencepiece_d2v2ds", "D2V2DSSentencePieceTokenizer"),
+    "bpe": ("tokenization_bpe_d2v2ds", "D2V2DSBytePairTokenizer"),
 }
+"""Template and class by the kind of a tokenizer."""
 
 
 def write_hub_files(folder: Path, config: ModelConfig, preprocessing: dict[str, Any]) -> dict[str, Any]:
@@ -49,11 +47,9 @@ def write_hub_files(folder: Path, config: ModelConfig, preprocessing: dict[str, 
         _write_json(folder / "preprocessor_config.json", next(iter(processors.values())))
     elif processors:
         _write_json(folder / "processor_config.json", processors)  # where two of them would want the same file
-    tokenizer = active.get("text", {}).get("tokenizer")
-    if tokenizer is not None:
-        if tokenizer == "sentencepiece":
-            modules.append(f"{_TEMPLATES}tokenization_d2v2ds")
-        _write_json(folder / "tokenizer_config.json", _TOKENIZERS[tokenizer](active["text"]))
+    if tokenizer := active.get("text", {}).get("tokenizer"):
+        modules.append(_TEMPLATES + _TOKENIZERS[tokenizer][0])
+        _write_json(folder / "tokenizer_config.json", _tokenizer(active["text"]))
     for name, text in code_files(modules).items():
         (folder / name).write_text(text, encoding="utf-8")
     return {
@@ -90,29 +86,20 @@ def _image_processor(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sentencepiece(settings: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
+    module, name = _TOKENIZERS[settings["tokenizer"]]
     return {
-        "auto_map": {"AutoTokenizer": ["tokenization_d2v2ds.D2V2DSTokenizer", None]},
-        "tokenizer_class": "D2V2DSTokenizer",
-        "model_max_length": settings["max_tokens"],
-    }
-
-
-def _byte_pairs(settings: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens that a text happens to contain are encoded as the characters they are, as in training."""
-    return {
-        "tokenizer_class": "TokenizersBackend",
-        **_SPECIAL_TOKENS,
-        "add_bos_token": True,
-        "add_eos_token": True,
-        "split_special_tokens": True,
+        "auto_map": {"AutoTokenizer": [None, f"{module}.{name}"]},
+        "tokenizer_class": name,
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+        "split_special_tokens": True,  # as in training: `<s>` in a text is three characters
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": settings["max_tokens"],
     }
-
-
-_TOKENIZERS = {"sentencepiece": _sentencepiece, "bpe": _byte_pairs}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ class D2V2DSImageProcessor(PilBackend):
         if not isinstance(image, Image.Image):
             return super().convert_to_rgb(image, **kwargs)
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             above = image.convert("RGBA")
             image = Image.new("RGB", image.size, (255, 255, 255))
@@ -36,10 +38,12 @@ class D2V2DSImageProcessor(PilBackend):
 
     def resize(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         """(3, Y, X) uint8, the shorter side `size.shortest_edge` after; bicubic with antialiasing."""
-        height, width = image.shape[1:]
-        shorter, wanted = min(height, width), size.shortest_edge
-        target = (height * wanted // shorter, width * wanted // shorter)
-        source = torch.from_numpy(np.array(image))[None]  # (1, 3, Y, X)
+        sides, wanted = image.shape[1:], size.shortest_edge
+        shorter = min(sides)
+        top, left = (max(0, side - 2 * shorter) // 2 for side in sides)  # of a panorama only the middle
+        image = image[:, top : sides[0] - top, left : sides[1] - left].transpose(1, 2, 0)  # (Y, X, 3)
+        target = [side * wanted // shorter for side in image.shape[:2]]
+        source = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None]  # (1, 3, Y, X), channels last
         resized: np.ndarray = F.interpolate(source, target, mode="bicubic", antialias=True)[0].numpy()
         return resized
 

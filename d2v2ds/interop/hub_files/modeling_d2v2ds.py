@@ -57,7 +57,17 @@ class D2V2DSModel(PreTrainedModel):
         )
         self.blocks = nn.ModuleList(Block(model.block) for _ in range(model.shared_depth))
         self.main_input_name = INPUT_NAMES[next(iter(active))]
+        self._constants = [name for name, value in self.named_parameters() if not value.requires_grad]
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every weight that it reads trainable; those that never are stay so here."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model: D2V2DSModel = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in model._constants:
+            model.get_parameter(name).requires_grad_(False)
+        return loaded
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""`D2V2DSTokenizer`: a sentencepiece model whose ids follow fairseq's dictionary.
+"""`D2V2DSSentencePieceTokenizer`: a sentencepiece model whose ids follow fairseq's dictionary.
 
 `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, the model's other pieces in their order, `<mask>` last. sentencepiece itself
 does the work, so that ids are those of training for any text.
@@ -16,11 +16,11 @@ MASK_NAME = "<mask>"
 _UNK = 3
 
 
-class D2V2DSTokenizer(PreTrainedTokenizer):
+class D2V2DSSentencePieceTokenizer(PreTrainedTokenizer):
     """Reads tokenizer.model; `<s> ... </s>` stand around every text.
 
-    Special tokens that happen to be written in a text are encoded as the characters they are, as in training
-    (`split_special_tokens`).
+    Special tokens that happen to be written in a text are encoded as the characters they are, as in training:
+    tokenizer_config.json, which also names them, says `split_special_tokens`.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -41,9 +41,7 @@ class D2V2DSTokenizer(PreTrainedTokenizer):
         others = [model.id_to_piece(id) for id in range(model.vocab_size()) if id not in own]
         self._pieces = [*SPECIAL_NAMES, *others, MASK_NAME]
         self._ids = {piece: id for id, piece in enumerate(self._pieces)}
-        names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL_NAMES, strict=True))
-        settings = {"split_special_tokens": True, **names, "mask_token": MASK_NAME, **kwargs}
-        super().__init__(special_tokens_pattern="bos_eos", **settings)
+        super().__init__(special_tokens_pattern="bos_eos", **kwargs)
 
     @property
     def vocab_size(self) -> int:

@@ -1,0 +1,364 @@
+"""Export folders with transformers: the same features, without d2v2ds, and preprocessors that make the same input."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d2v2ds.data.image import ImageReader
+from d2v2ds.data.tokenizers import BytePairTokenizer, SentencePieceTokenizer
+from d2v2ds.interop.folder import Description, Kind, write_config, write_tensors
+from d2v2ds.interop.hub import write_hub_files
+from d2v2ds.interop.preprocessing import published_preprocessing
+from d2v2ds.model.data2vec2 import Data2Vec2, ModalitiesConfig, ModelConfig
+from d2v2ds.model.init import initialise
+from d2v2ds.model.local import normalise_pixels
+from d2v2ds.shapes import AUDIO_NORM_EPS, PAD_ID
+from preprocessing.tokenization import gpt2_tokenizer_json
+from tests.data.fake_images import FakeImages, encode, photo
+from tests.model.tiny import tiny_model_config
+from tests.model.tiny_joint import joint_batch, joint_model_config
+from tests.preprocessing.test_tokenization import TEXTS, foreign_model
+from tests.preprocessing.texts import sentencepiece_model, write_gpt2_files
+
+transformers = pytest.importorskip("transformers", reason="needs the extra `hub`")
+
+INPUTS = {"audio": "input_values", "image": "pixel_values", "text": "input_ids"}
+TEXTS_WITH_SPECIALS = [*TEXTS, "a <s> b</s> <mask><unk><pad>", "  two  spaces  ", "\n\n"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies code to before it imports it."""
+    place = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", place)
+        patch.setattr("sys.path", list(sys.path))
+        yield
+
+
+def tiny_network(config: ModelConfig, seed: int = 3) -> Data2Vec2:
+    """In eval mode, with no parameter at the value that it would have without being loaded."""
+    model = Data2Vec2(config).eval()
+    initialise(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def write_export(
+    folder: Path,
+    model: Data2Vec2,
+    dtype: torch.dtype = torch.float32,
+    decoders: bool = True,
+    piece_bytes: int = 10**9,
+    **preprocessing: Any,
+) -> Path:
+    """An export folder for transformers, with `preprocessing` in place of the published one of a modality."""
+    folder.mkdir(parents=True)
+    tensors = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    tensors = {name: value for name, value in tensors.items() if decoders or not name.startswith("decoders.")}
+    layout = {name: Kind.of(value) for name, value in tensors.items()}
+    write_tensors(folder, "model", layout, tensors.items(), piece_bytes)
+    inputs = published_preprocessing(model.config) | preprocessing
+    description = Description(model=model.config, preprocessing=inputs, origin={"kind": "test"})
+    write_config(folder, description, write_hub_files(folder, model.config, inputs))
+    return folder
+
+
+def text_settings(tokenizer: str, file: str) -> dict[str, Any]:
+    return {"tokenizer": tokenizer, "file": file, "max_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def network() -> Data2Vec2:
+    return tiny_network(joint_model_config())
+
+
+@pytest.fixture(scope="module")
+def folder(network: Data2Vec2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_export(tmp_path_factory.mktemp("exports") / "joint-1.0", network)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Any:
+    return load(folder)
+
+
+def inputs_of(modality: str) -> Tensor:
+    """(B, ...) as the model reads them."""
+    source = joint_batch(modality, seed=1).source
+    return normalise_pixels(source, torch.float32) if modality == "image" else source
+
+
+@torch.no_grad()
+def features(model: Any, modality: str) -> list[Tensor]:
+    """L x (B, T, D) of a model of transformers."""
+    return list(model(**{INPUTS[modality]: inputs_of(modality)}, output_hidden_states=True).hidden_states)
+
+
+@torch.no_grad()
+def wanted(network: Data2Vec2, modality: str) -> list[Tensor]:
+    return network.layers(modality, inputs_of(modality))
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modality", INPUTS)
+def test_features_are_those_of_layers(loaded: Any, network: Data2Vec2, modality: str) -> None:
+    assert_equal(features(loaded, modality), wanted(network, modality))
+    with torch.no_grad():
+        output = loaded(**{INPUTS[modality]: inputs_of(modality)})
+        assert output.hidden_states is None
+        assert torch.equal(
+            output.last_hidden_state, loaded(**{INPUTS[modality]: inputs_of(modality)}, return_dict=False)[0]
+        )
+    assert torch.equal(output.last_hidden_state, wanted(network, modality)[-1])
+
+
+def test_every_weight_comes_from_the_file_and_nothing_is_reported(folder: Path, network: Data2Vec2) -> None:
+    model, report = load(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    trained = {name for name, value in network.named_parameters() if value.requires_grad}
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == {
+        name for name in trained if not name.startswith("decoders.")
+    }
+    assert not model.training and model.dtype == torch.float32
+
+
+def test_weights_in_several_files_in_half_precision_and_without_decoders(network: Data2Vec2, tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "sharded", network, torch.float16, decoders=False, piece_bytes=20_000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    rounded = Data2Vec2(network.config).eval()
+    rounded.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
+    model = load(folder)
+    for modality in INPUTS:
+        assert_equal(features(model, modality), wanted(rounded, modality))
+
+
+def test_bfloat16_on_request(folder: Path, network: Data2Vec2) -> None:
+    model = load(folder, dtype=torch.bfloat16)
+    for modality in INPUTS:
+        found, expected = features(model, modality)[-1], wanted(network, modality)[-1]
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_saved_again_it_is_the_same_model(loaded: Any, network: Data2Vec2, tmp_path: Path) -> None:
+    loaded.save_pretrained(tmp_path / "again")
+    assert not any(name.startswith("decoders.") for name in load_file(tmp_path / "again" / "model.safetensors"))
+    model, report = load(tmp_path / "again", output_loading_info=True)
+    assert not any(report.values()), report
+    for modality in INPUTS:
+        assert_equal(features(model, modality), wanted(network, modality))
+
+
+def test_a_new_model_of_a_configuration_has_every_weight_drawn(loaded: Any) -> None:
+    torch.manual_seed(1)
+    model = transformers.AutoModel.from_config(loaded.config, trust_remote_code=True)
+    assert 0.3 < model.encoders["image"].extra.tokens.std() < 3
+    assert torch.equal(
+        model.encoders["image"].fixed_positions.table,
+        Data2Vec2(joint_model_config()).encoders["image"].fixed_positions.table,
+    )
+    assert (model.encoders["audio"].alibi.scale == 1).all()
+    assert (loaded.config.hidden_size, loaded.config.num_attention_heads, loaded.config.num_hidden_layers) == (16, 4, 3)
+
+
+def test_other_inputs_than_one_of_the_models_are_refused(loaded: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected one of .*found \['input_values', 'input_ids'\]"):
+        loaded(input_values=inputs_of("audio"), input_ids=inputs_of("text"))
+    speech = load(write_export(tmp_path / "speech", tiny_network(tiny_model_config())))
+    assert speech.main_input_name == "input_values"
+    with pytest.raises(ValueError, match=r"expected one of \['input_values'\], found \['pixel_values'\]"):
+        speech(pixel_values=inputs_of("image"))
+
+
+def test_padded_speech_has_the_features_of_each_recording_alone(folder: Path, loaded: Any) -> None:
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+    rng = np.random.default_rng(0)
+    recordings = [0.01 * rng.normal(size=length).astype(np.float32) for length in (900, 400, 650)]
+    batch = extractor(recordings, sampling_rate=16000, return_tensors="pt")
+    assert batch["input_values"].shape == batch["attention_mask"].shape == (3, 900)
+    with torch.no_grad():
+        output = loaded(**batch)
+        for row, recording in enumerate(recordings):
+            alone = loaded(**extractor(recording, sampling_rate=16000, return_tensors="pt")).last_hidden_state[0]
+            assert int(output.attention_mask[row].sum()) == len(alone)
+            torch.testing.assert_close(output.last_hidden_state[row, : len(alone)], alone, rtol=0, atol=1e-5)
+    length = output.last_hidden_state.shape[1]
+    mask = loaded._get_feature_vector_attention_mask(length, batch["attention_mask"])
+    assert torch.equal(mask, output.attention_mask)
+
+
+def test_padded_text_has_the_features_of_each_text_alone(loaded: Any) -> None:
+    ids = inputs_of("text")
+    padded = ids.clone()
+    padded[0, 12:] = PAD_ID
+    mask = (padded != PAD_ID).long()
+    garbled = torch.where(mask == 1, padded, 7)  # what lies under the mask does not matter
+    with torch.no_grad():
+        alone = loaded(input_ids=ids[:1, :12]).last_hidden_state[0]
+        for found in (loaded(input_ids=padded), loaded(input_ids=garbled, attention_mask=mask)):
+            torch.testing.assert_close(found.last_hidden_state[0, :12], alone, rtol=0, atol=1e-5)
+            assert torch.equal(found.attention_mask, mask.bool())
+
+
+def test_a_folder_loads_offline_where_d2v2ds_is_not_installed(folder: Path, network: Data2Vec2, tmp_path: Path) -> None:
+    blocked = ["d2v2ds", "deepspeed", "pydantic", "pyarrow", "torchvision", "sentencepiece"]
+    program = f"""
+import sys
+for name in {blocked}:
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoFeatureExtractor.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    inputs = load_file("inputs.safetensors")
+    found = {{name: model(**{{name: value}})[0].contiguous() for name, value in inputs.items()}}
+save_file(found, "outputs.safetensors")
+"""
+    save_file(
+        {name: inputs_of(modality).contiguous() for modality, name in INPUTS.items()}, tmp_path / "inputs.safetensors"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        cwd=tmp_path,
+        env=environment | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr.lower() and "newly initialized" not in done.stderr, done.stderr
+    outputs = load_file(tmp_path / "outputs.safetensors")
+    for modality, name in INPUTS.items():
+        assert torch.equal(outputs[name], wanted(network, modality)[-1])
+
+
+# --- preprocessors ----------------------------------------------------------------------------------------------------
+
+
+def test_recordings_are_normalised_one_by_one_as_in_training(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "speech", tiny_network(tiny_model_config()))
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+    rng = np.random.default_rng(0)
+    for loudness in (1.0, 1e-2, 1e-4):  # the quieter, the more the epsilon matters
+        recording = (loudness * (rng.normal(size=1000) + 0.3)).astype(np.float32)
+        found = extractor(recording, sampling_rate=16000)["input_values"][0]
+        expected = F.layer_norm(torch.from_numpy(recording), (1000,), eps=AUDIO_NORM_EPS)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2e-6)
+    extractor.save_pretrained(tmp_path / "again")
+    again = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert np.array_equal(again(recording, sampling_rate=16000)["input_values"][0], found)
+
+
+def test_other_rates_and_channels_are_refused(folder: Path) -> None:
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match="trained with 16000 Hz, found 8000 Hz; resample"):
+        extractor(np.zeros(100), sampling_rate=8000)
+    with pytest.raises(ValueError, match=r"of one channel, found \(100, 2\); mix them down"):
+        extractor([np.zeros((100, 2))], sampling_rate=16000)
+
+
+def test_images_become_the_crops_of_evaluation(network: Data2Vec2, tmp_path: Path) -> None:
+    side, shorter = 224, 256
+    image = {"side": side, "shorter_side": shorter, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    only_image = ModelConfig(
+        block=network.config.block,
+        shared_depth=2,
+        modalities=ModalitiesConfig(image=network.config.modalities.image),
+    )
+    folder = write_export(tmp_path / "vision", tiny_network(only_image), image=image)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    transparent = Image.fromarray(np.dstack([photo(300, 280, 4), np.full((280, 300), 128, np.uint8)]))
+    files = [
+        encode(photo(333, 257, 0)),  # odd differences to the crop
+        encode(photo(259, 500, 1), "PNG"),
+        encode(photo(900, 230, 2), "PNG"),  # a panorama
+        encode(transparent, "PNG"),
+        encode(Image.fromarray(photo(301, 299, 5)).convert("L")),
+    ]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files.append(encode(photo(310, 290, 6), exif=turned))
+    shards = FakeImages(files, [1, 1, 1, 1, 1, 6])
+    reader = ImageReader(shards, SimpleNamespace(mask=None), SimpleNamespace(input_size=side))  # type: ignore[arg-type]
+    for row, data in enumerate(files):
+        found = processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"]
+        expected = normalise_pixels(reader.read_whole(row)[None], torch.float32)
+        if row < 5:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        else:  # turned before it is resized, not after: other intermediate roundings, in grey levels
+            assert found.shape == expected.shape and (found - expected).abs().mean() < 0.5 / 255 / 0.225
+
+
+@pytest.mark.parametrize("data", [sentencepiece_model(), sentencepiece_model("identity"), foreign_model()])
+def test_sentencepiece_tokenizers_give_the_ids_of_training(data: bytes, network: Data2Vec2, tmp_path: Path) -> None:
+    ours = SentencePieceTokenizer(data)
+    folder = write_export(tmp_path / "text", network, text=text_settings("sentencepiece", "tokenizer.model"))
+    (folder / "tokenizer.model").write_bytes(data)
+    check_tokenizer(folder, ours)
+
+
+@pytest.mark.parametrize("left_out", [0, 40])
+def test_byte_pair_tokenizers_give_the_ids_of_training(left_out: int, network: Data2Vec2, tmp_path: Path) -> None:
+    files = write_gpt2_files(tmp_path / "gpt2", left_out)
+    data = gpt2_tokenizer_json(
+        *((files / name).read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe", "dict.txt")), files
+    )
+    folder = write_export(tmp_path / "text", network, text=text_settings("bpe", "tokenizer.json"))
+    (folder / "tokenizer.json").write_bytes(data)
+    ours = BytePairTokenizer(data)
+    assert (3 in ours.encode(TEXTS)[0]) == (left_out > 0), "tokens that the dictionary lacks are unknown"
+    check_tokenizer(folder, ours)
+
+
+def check_tokenizer(folder: Path, ours: SentencePieceTokenizer | BytePairTokenizer) -> None:
+    """The same ids for every text, special ones around them, padding behind; also after `save_pretrained`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer.save_pretrained(folder.parent / "saved")
+    again = transformers.AutoTokenizer.from_pretrained(folder.parent / "saved", trust_remote_code=True)
+    for text in TEXTS_WITH_SPECIALS:
+        expected = [0, *ours.encode([text])[0].tolist(), 2]
+        for one in (tokenizer, again):
+            assert one(text)["input_ids"] == expected, text
+            assert one.decode(expected, skip_special_tokens=True) == ours.decode(expected)
+    batch = tokenizer(["the sea", "the old whale and the ship"], padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert (
+        torch.equal(batch["input_ids"] != PAD_ID, batch["attention_mask"].bool())
+        and batch["input_ids"][0, -1] == PAD_ID
+    )
+    special = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+    assert (*special, tokenizer.mask_token_id) == (0, 1, 2, 3, ours.vocab_size - 1)
+    assert tokenizer.model_max_length == 64 and len(tokenizer("the sea " * 100, truncation=True)["input_ids"]) == 64
