@@ -18,7 +18,7 @@ from d2v2ds.interop.hub_files.configuration_d2v2ds import D2V2DSConfig
 from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.block import Block
 from d2v2ds.model.data2vec2 import ENCODERS, Data2Vec2, ModelConfig
-from d2v2ds.model.encoder import ExtraTokens
+from d2v2ds.model.encoder import ExtraTokens, ModalityEncoder
 from d2v2ds.model.positions import GridPositions, sin_cos_grid
 from d2v2ds.shapes import PAD_ID
 
@@ -117,8 +117,8 @@ class D2V2DSModel(PreTrainedModel):
 
     def _padded_frames(self, modality: str, padding: Tensor | None, length: int) -> Tensor | None:
         """(B, S) -> (B, T), True = padding."""
-        frames: Tensor | None = self.encoders[modality].token_padding(padding, length)
-        return frames
+        encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
+        return encoder.token_padding(padding, length)
 
     def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
         """(B, S) of samples -> (B, T) bool of frames, as the speech models of transformers call it."""
