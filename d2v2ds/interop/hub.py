@@ -112,12 +112,25 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def code_files(modules: Iterable[str]) -> dict[str, str]:
     """Modules of ours, and all of ours that they import, for one flat folder: text by file name.
 
-    transformers copies a module together with those that it imports relatively from its own folder, and no others.
+    transformers copies a module together with those that it imports relatively from its own folder, and no others; the
+    first versions of 5 only those that it imports itself, so the modules asked for import all of them.
     """
-    waiting, files = list(modules), {}
+    files = {}
+    for module in modules:
+        needed = _with_imports(module)
+        name, *others = needed
+        lines = [f"from .{other} import __name__ as _{other}\n" for other in sorted(others)]
+        needed[name] += "".join(lines)
+        files.update({f"{key}.py": text for key, text in needed.items()})
+    return files
+
+
+def _with_imports(module: str) -> dict[str, str]:
+    """A module of ours, first, and all of ours that it imports: text by flat name."""
+    waiting, files = [module], {}
     while waiting:
         module = waiting.pop()
-        name = f"{_flat_name(module)}.py"
+        name = _flat_name(module)
         if name in files:
             continue
         place = Path(*module.split(".")[1:]).with_suffix(".py")

@@ -327,6 +327,15 @@ def test_images_become_the_crops_of_evaluation(network: Data2Vec2, tmp_path: Pat
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         else:  # turned before it is resized, not after: other intermediate roundings, in grey levels
             assert found.shape == expected.shape and (found - expected).abs().mean() < 0.5 / 255 / 0.225
+    pixels = photo(300, 270, 9)
+    first, last, torched, drawn = processor(
+        [pixels.transpose(2, 0, 1), pixels, torch.from_numpy(pixels), Image.fromarray(pixels)], return_tensors="np"
+    )["pixel_values"]
+    assert np.array_equal(first, drawn) and np.array_equal(last, drawn) and np.array_equal(torched, drawn)
+    with pytest.raises(ValueError, match=r"arrays of uint8 \(0 to 255\), found float64"):
+        processor(pixels / 255)
+    with pytest.raises(ValueError, match=r"those of the model, found \['do_resize'\]"):
+        processor(pixels, do_resize=False)
 
 
 @pytest.mark.parametrize(

@@ -6,48 +6,95 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import (
+    ChannelDimension,
+    infer_channel_dimension_format,
+    make_flat_list_of_images,
+    to_numpy_array,
+)
 
 
-class D2V2DSImageProcessor(PilBackend):
+class D2V2DSImageProcessor(BaseImageProcessor):
     """Upright RGB; the shorter side resized; the middle cut out; normalised per channel.
 
-    Own steps where those of transformers round otherwise, by up to one pixel of the crop: d2v2ds resizes with torch
-    and rounds the crop's corner to even numbers.
+    Own steps, because those of transformers cut a pixel beside where d2v2ds does (every fourth picture), and Pillow
+    resizes to other grey levels than torch.
     """
 
-    resample = PILImageResampling.BICUBIC
-    size = {"shortest_edge": 256}
-    crop_size = {"height": 224, "width": 224}
-    default_to_square = False
-    do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
+    model_input_names = ["pixel_values"]
 
-    def convert_to_rgb(self, image: Any, **kwargs: Any) -> Any:
-        """As displayed, without transparency: white lies below."""
-        if not isinstance(image, Image.Image):
-            return super().convert_to_rgb(image, **kwargs)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            above = image.convert("RGBA")
-            image = Image.new("RGB", image.size, (255, 255, 255))
-            image.paste(above, mask=above.getchannel("A"))
-        return np.asarray(image.convert("RGB"))
+    def __init__(
+        self,
+        size: dict[str, int] | None = None,
+        crop_size: dict[str, int] | None = None,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            size: `shortest_edge`, pixels of the shorter side after resizing.
+            crop_size: `height` and `width` of the result.
+            image_mean: of each channel on the scale 0 to 1.
+            image_std: likewise.
+            kwargs: of `BaseImageProcessor`.
+        """
+        super().__init__(**kwargs)
+        self.size = size or {"shortest_edge": 256}
+        self.crop_size = crop_size or {"height": 224, "width": 224}
+        self.image_mean = image_mean or [0.485, 0.456, 0.406]
+        self.image_std = image_std or [0.229, 0.224, 0.225]
 
-    def resize(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
-        """(3, Y, X) uint8, the shorter side `size.shortest_edge` after; bicubic with antialiasing."""
-        sides, wanted = image.shape[1:], size.shortest_edge
-        shorter = min(sides)
-        top, left = (max(0, side - 2 * shorter) // 2 for side in sides)  # of a panorama only the middle
-        image = image[:, top : sides[0] - top, left : sides[1] - left].transpose(1, 2, 0)  # (Y, X, 3)
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+        """
+        Args:
+            images: one or several, of Pillow, NumPy or torch; arrays are uint8 with three channels, first or last.
+            return_tensors: "pt" or "np".
+            kwargs: nothing: the size of the result is the model's.
+
+        Returns:
+            `pixel_values` (B, 3, Y, X) float32.
+
+        Raises:
+            ValueError: an array is not of bytes, or a setting is given that is fixed.
+        """
+        if kwargs:
+            raise ValueError(f"{type(self).__name__}: settings are those of the model, found {sorted(kwargs)}")
+        mean, std = (
+            np.array(values, dtype=np.float32)[:, None, None] * 255 for values in (self.image_mean, self.image_std)
+        )
+        crops = [(self._crop(_rgb(image)) - mean) / std for image in make_flat_list_of_images(images)]
+        return BatchFeature({"pixel_values": crops}, tensor_type=return_tensors)
+
+    def _crop(self, image: np.ndarray) -> np.ndarray:
+        """(Y, X, 3) uint8 -> (3, height, width) uint8: bicubic with antialiasing, then the middle."""
+        shorter, wanted = min(image.shape[:2]), self.size["shortest_edge"]
+        above, before = (max(0, side - 2 * shorter) // 2 for side in image.shape[:2])  # of a panorama only the middle
+        image = image[above : image.shape[0] - above, before : image.shape[1] - before]
         target = [side * wanted // shorter for side in image.shape[:2]]
         source = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None]  # (1, 3, Y, X), channels last
-        resized: np.ndarray = F.interpolate(source, target, mode="bicubic", antialias=True)[0].numpy()
-        return resized
+        resized = F.interpolate(source, target, mode="bicubic", antialias=True)[0].numpy()  # (3, Y, X)
+        height, width = self.crop_size["height"], self.crop_size["width"]
+        top, left = round((target[0] - height) / 2), round((target[1] - width) / 2)
+        crop: np.ndarray = resized[:, top : top + height, left : left + width]
+        return crop
 
-    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
-        """(3, Y, X) -> (3, size.height, size.width)."""
-        top, left = round((image.shape[1] - size.height) / 2), round((image.shape[2] - size.width) / 2)
-        return image[:, top : top + size.height, left : left + size.width]
+
+def _rgb(image: Any) -> np.ndarray:
+    """(Y, X, 3) uint8: as displayed, of 16 bits the upper 8, and white below what is transparent."""
+    if not isinstance(image, Image.Image):
+        array: np.ndarray = to_numpy_array(image)
+        if array.dtype != np.uint8:
+            raise ValueError(f"images: expected Pillow images or arrays of uint8 (0 to 255), found {array.dtype}")
+        is_first = infer_channel_dimension_format(array) == ChannelDimension.FIRST
+        return array.transpose(1, 2, 0) if is_first else array
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        image = Image.new("RGB", image.size, (255, 255, 255))
+        image.paste(above, mask=above.getchannel("A"))
+    return np.asarray(image.convert("RGB"))
