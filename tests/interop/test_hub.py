@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d2v2ds.api import FeatureExtractor
 from d2v2ds.data.image import ImageReader
 from d2v2ds.data.tokenizers import BytePairTokenizer, SentencePieceTokenizer
 from d2v2ds.interop.folder import Description, Kind, ModelFolder, load_encoder, write_config, write_tensors
@@ -269,6 +271,40 @@ save_file(found, "outputs.safetensors")
     outputs = load_file(tmp_path / "outputs.safetensors")
     for modality, name in INPUTS.items():
         assert torch.equal(outputs[name], wanted(network, modality)[-1])
+
+
+def test_raw_inputs_have_the_features_of_our_own_extractor(tmp_path: Path) -> None:
+    config = joint_model_config()
+    assert config.modalities.text is not None
+    text = replace(config.modalities.text, vocab_size=420, max_tokens=64)
+    network = tiny_network(replace(config, modalities=replace(config.modalities, text=text)))
+    folder = write_export(tmp_path / "raw", network, text=text_settings("sentencepiece", "tokenizer.model"))
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    ours, theirs = FeatureExtractor(folder, layers=[-1], min_seconds=0), load(folder)
+    rng = np.random.default_rng(0)
+    recordings = [0.02 * rng.normal(size=length).astype(np.float32) for length in (900, 500)]
+    pictures = [Image.fromarray(photo(width, 40, width)) for width in (50, 41)]
+    texts = ["the sea", "the old whale and the ship"]
+    of = {
+        "audio": transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)(
+            recordings, sampling_rate=16000, return_tensors="pt"
+        ),
+        "image": transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(
+            pictures, return_tensors="pt"
+        ),
+        "text": transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(
+            texts, padding=True, return_tensors="pt"
+        ),
+    }
+    for modality, inputs in {"audio": recordings, "image": pictures, "text": texts}.items():
+        expected = ours(inputs, modality=modality, sample_rate=16000)
+        with torch.no_grad():
+            found = theirs(**of[modality])
+        real = ~expected.padding
+        if found.attention_mask is not None:
+            assert torch.equal(found.attention_mask, real)
+        (layer,) = expected.layers.values()
+        torch.testing.assert_close(found.last_hidden_state[real], layer[real], rtol=0, atol=1e-5)
 
 
 # --- preprocessors ----------------------------------------------------------------------------------------------------
