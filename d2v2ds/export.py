@@ -27,6 +27,7 @@ from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_tea
 from d2v2ds.errors import CheckpointError, D2V2Error, MissingExtraError, ShardError
 from d2v2ds.interop.card import write_card
 from d2v2ds.interop.folder import Description, Kind, Layout, Part, new_folder, write_config, write_tensors
+from d2v2ds.interop.hub import write_hub_files
 from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
 from d2v2ds.model.target_net import TargetNet
@@ -110,7 +111,7 @@ def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = 
         shutil.copyfile(run_dir / "config.yaml", folder / "run.yaml")
         _draw_curves(run_dir, folder, list(model.modalities.active()))
         write_card(folder, description, to.name, num_parameters)
-        write_config(folder, description, {})
+        write_config(folder, description, write_hub_files(folder, model, preprocessing))
     logger.info("%s: %s of %s, %d parameters", to, " and ".join(parts), checkpoint, num_parameters)
 
 

@@ -34,6 +34,7 @@ from d2v2ds.interop.folder import (
     write_config,
     write_tensors,
 )
+from d2v2ds.interop.hub import write_hub_files
 from d2v2ds.interop.keymap import is_alibi_scale, official_names, official_shape, with_official_shape, with_our_shape
 from d2v2ds.interop.official_config import UnsupportedOptionError, official_section, read_section
 from d2v2ds.interop.pickles import plain, read_pickled
@@ -398,7 +399,7 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
             (folder / tokenizer.file_name).write_bytes(tokenizer.data)
         num_parameters = sum(tensor.numel() for tensor in checkpoint.student.values())
         write_card(folder, description, path.name, num_parameters)
-        write_config(folder, description, {})
+        write_config(folder, description, write_hub_files(folder, checkpoint.model, preprocessing))
 
 
 def import_file(
