@@ -30,6 +30,9 @@ MIN_SECONDS = 0.25
 """Shorter recordings are refused: they are clicks or cut-off files more often than sounds."""
 WINDOW_SECONDS = 40.0
 """Twice the longest clip of published pretraining; attention over more costs memory with the square."""
+BATCH_TOKENS = {"cpu": 1024}
+"""Most tokens of one forward by type of device: more would leave a processor's cache (`benchmarks/extracting.py`)."""
+BATCH_TOKENS_OF_ACCELERATORS = 16384
 CONTEXT_SHARE = 8
 """A window's features are used up to 1 / 8 of its length from its ends, where it lacks one side of its surroundings."""
 
@@ -143,7 +146,7 @@ class FeatureExtractor:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         min_seconds: float = MIN_SECONDS,
         window_seconds: float = WINDOW_SECONDS,
     ) -> None:
@@ -151,7 +154,7 @@ class FeatureExtractor:
         Args:
             path: as in `load_model`, and `weights`, `device`, `dtype`, `compile` likewise.
             layers: which layers; negative numbers count from the last one; None: all.
-            batch_tokens: most tokens of one forward, padding included.
+            batch_tokens: most tokens of one forward, padding included; None: what suits the device.
             min_seconds: shorter recordings are refused.
             window_seconds: longer recordings are cut.
 
@@ -162,7 +165,8 @@ class FeatureExtractor:
         self.model = load_model(path, weights=weights, device=device, dtype=dtype, compile=compile)
         self.device = next(self.model.parameters()).device
         self._layers = layers
-        self._batch_tokens, self._min_seconds, self._window_seconds = batch_tokens, min_seconds, window_seconds
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS_OF_ACCELERATORS)
+        self._min_seconds, self._window_seconds = min_seconds, window_seconds
 
     @property
     def modalities(self) -> list[str]:
@@ -282,7 +286,7 @@ class FeatureExtractor:
             lengths[piece.index] = max(lengths[piece.index], piece.place + piece.last - piece.first)
         longest, width = max(lengths), self.folder.description.model.block.width
         layers = {number: torch.zeros(count, longest, width) for number in numbers}
-        for batch in _batches(pieces, self._batch_tokens, config.num_tokens):
+        for batch in _batches(pieces, self.batch_tokens, config.num_tokens):
             source, padding = _collate([piece.source for piece in batch])
             if padding is not None:
                 padding = padding.to(self.device)

@@ -52,7 +52,7 @@ class Options:
     pool: str
     weights: str
     dtype: str
-    batch_tokens: int
+    batch_tokens: int | None
     part_tokens: int
 
 
@@ -155,7 +155,7 @@ class Extraction:
                 yield group
                 group = []
             if not group:
-                room = max(1, self.options.batch_tokens // max(1, self._model.num_tokens(int(sizes[at]))))
+                room = max(1, self.extractor.batch_tokens // max(1, self._model.num_tokens(int(sizes[at]))))
             group.append(rows[at])
         if group:
             yield group
@@ -279,7 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=("student", "teacher"), default="student")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the computation (float32)")
     parser.add_argument("--workers", type=int, help="processes; one for each accelerator if not given")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="most tokens of one forward (4096)")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="most tokens of one forward; what suits the device if not given"
+    )
     parser.add_argument(
         "--part-tokens", type=int, default=PART_TOKENS, help="tokens of a part that is kept when killed"
     )

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from d2v2ds.config import load_config
 from d2v2ds.data.shards import open_shards
-from d2v2ds.extract import DTYPES, PART_TOKENS, Options, extract
-from d2v2ds.interop.folder import ModelFolder, load_encoder
+from d2v2ds.extract import DTYPES, PART_TOKENS, Extraction, Options
 from d2v2ds.model.data2vec2 import Data2Vec2
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
@@ -54,31 +53,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, name: str, count: int, dtype: str, repeats: int) -> tuple[str, str, float, float, int, float]:
-    """One model: amounts a second of both, the best batch size, the ratio."""
+    """One model: amounts a second of both, the best batch size, the ratio; both sides by turns."""
     config = load_config(name).model
     modality, settings = next(iter(config.modalities.active().items()))
     unit, pack, size, source = INPUTS[modality]
     shards = pack(folder, count)
     write_folder(folder / "model", config)
     depth = config.shared_depth + settings.prenet_depth
-    wanted = Options(
-        model=str(folder / "model"), shards=str(shards), layers=(depth // 2, depth), pool="mean", weights="student",
-        dtype=dtype, batch_tokens=4096, part_tokens=PART_TOKENS,
+    extraction = Extraction(
+        Options(
+            model=str(folder / "model"), shards=str(shards), layers=(depth // 2, depth), pool="mean", weights="student",
+            dtype=dtype, batch_tokens=None, part_tokens=PART_TOKENS,
+        )
     )  # fmt: skip
     amount = float(np.asarray(open_shards(shards).sizes[:], dtype=np.float64).sum())
     amount = {"audio": amount / RATE, "image": float(count), "text": amount}[modality]
-    model = load_encoder(ModelFolder(folder / "model")).to(dtype=DTYPES[dtype])
-    own = min(timed(lambda: extract(wanted, folder / "features.arrow", 1)) for _ in range(repeats))
-    own -= min(timed(lambda: load_encoder(ModelFolder(folder / "model")).to(dtype=DTYPES[dtype])) for _ in range(2))
-    best = min((bare(model, modality, source(b), depth, repeats) / b, b) for b in BATCH_SIZES)
-    rates = amount / own, size / best[0]
-    return name, unit, *rates, best[1], rates[0] / rates[1]
+    model = extraction.extractor.model
+
+    def every_part() -> None:
+        for number in range(len(extraction.bounds) - 1):
+            extraction.write_part(number, folder / f"{number}.arrow")
+
+    own, alone = [], []
+    for _ in range(repeats):
+        own.append(timed(every_part))
+        alone += [(bare(model, modality, source(b, settings), depth) / b, b) for b in BATCH_SIZES]
+    seconds, batch = min(alone)
+    rates = amount / min(own), size / seconds
+    return name, unit, *rates, batch, rates[0] / rates[1]
 
 
-def bare(model: Data2Vec2, modality: str, source: Tensor, depth: int, repeats: int) -> float:
-    """Seconds of one forward."""
+def bare(model: Data2Vec2, modality: str, source: Tensor, depth: int) -> float:
+    """Seconds of one forward; the faster of two."""
     with torch.inference_mode():
-        return min(timed(lambda: model.layers(modality, source, depth=depth)) for _ in range(repeats + 1))
+        return min(timed(lambda: model.layers(modality, source, depth=depth)) for _ in range(2))
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -108,7 +116,7 @@ def _photographs(folder: Path, count: int) -> Path:
 def _texts(folder: Path, count: int) -> Path:
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text(python_reference()[: count * 512 * 5], encoding="utf-8")
-    return _packed(pack_text, folder / "text", folder / "shards", "--train-tokenizer", "--vocab-size", "4000")
+    return _packed(pack_text, folder / "text", folder / "shards", "--train-tokenizer", "--vocab-size", "600")
 
 
 def _packed(pack: Callable[[list[str]], int], source: Path, shards: Path, *options: str) -> Path:
@@ -117,10 +125,14 @@ def _packed(pack: Callable[[list[str]], int], source: Path, shards: Path, *optio
     return shards
 
 
-INPUTS: dict[str, tuple[str, Callable[[Path, int], Path], float, Callable[[int], Tensor]]] = {
-    "audio": ("seconds", _clips, 10.0, lambda b: torch.randn(b, 10 * RATE)),
-    "image": ("images", _photographs, 1.0, lambda b: torch.randint(0, 256, (b, 3, 224, 224), dtype=torch.uint8)),
-    "text": ("tokens", _texts, 512.0, lambda b: torch.randint(4, 4000, (b, 512))),
+def _pixels(count: int, settings: Any) -> Tensor:
+    return torch.randint(0, 256, (count, 3, settings.image_size, settings.image_size), dtype=torch.uint8)
+
+
+INPUTS: dict[str, tuple[str, Callable[[Path, int], Path], float, Callable[[int, Any], Tensor]]] = {
+    "audio": ("seconds", _clips, 10.0, lambda b, _: torch.randn(b, 10 * RATE)),
+    "image": ("images", _photographs, 1.0, _pixels),
+    "text": ("tokens", _texts, 512.0, lambda b, _: torch.randint(4, 600, (b, 512))),
 }
 """Modality -> unit, how inputs are packed, amount of one input of the bare forward, a batch of them."""
 
