@@ -92,14 +92,20 @@ Layout = Mapping[str, Kind]
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which takes its name only when the block ends well.
 
-    An export folder that is already there is replaced then; anything else is not touched.
+    An export folder that is already there is replaced then; anything else is not touched. Killed between the two
+    renames, the earlier export waits beside under a hidden name, and the next call puts it back first.
 
     Raises:
-        CheckpointError: if `path` is a file, or a folder with anything but an export in it.
+        CheckpointError: if `path` is a file, the current folder, or a folder with anything but an export in it.
     """
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CONFIG_NAME).is_file()):
+    path = path.resolve()  # a link stays one, and `.` and `..` get the names that they stand for
+    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "replaced"))
+    if not path.exists() and is_export(old):
+        old.rename(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_export(path)):
         raise CheckpointError(f"{path}: expected no file, or the folder of an earlier export; give another name")
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    if path.is_dir() and Path.cwd().is_relative_to(path):
+        raise CheckpointError(f"{path}: is the current folder, which cannot be replaced; go elsewhere or give another")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -109,9 +115,20 @@ def new_folder(path: Path) -> Iterator[Path]:
             path.rename(old)
         partial.rename(path)
     except BaseException:
+        if not path.exists() and old.exists():
+            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def is_export(path: Path) -> bool:
+    """Whether the folder was written by us, of whatever version; many other programs write a config.json too."""
+    try:
+        values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("format") == FORMAT
 
 
 def write_config(folder: Path, description: Description, extra: Mapping[str, Any]) -> None:
@@ -215,7 +232,12 @@ class ModelFolder:
             self.description = Description(
                 model=model, preprocessing=values["preprocessing"], origin=values.get("origin", {})
             )
-        except (KeyError, TypeError, ValidationError) as error:
+            lacking = set(model.modalities.active()) - set(values["preprocessing"])
+            if lacking:
+                raise CheckpointError(f"{path}: config.json has no preprocessing of {', '.join(sorted(lacking))}")
+            if tokenizer := values["preprocessing"].get("text", {}).get("file"):
+                _inside(path / CONFIG_NAME, tokenizer)
+        except (KeyError, TypeError, AttributeError, ValidationError) as error:
             raise CheckpointError(f"{path}: not the description of a model: {error}") from error
 
     def has(self, part: Part) -> bool:
@@ -262,8 +284,11 @@ class ModelFolder:
             return [self.path] if part == "model" else []
         index = self.path / f"{part}.safetensors.index.json"
         if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [self.path / name for name in dict.fromkeys(names)]
+            try:
+                names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: expected a weight_map, found: {error!r}") from error
+            return [self.path / _inside(index, name) for name in names]
         single = self.path / f"{part}.safetensors"
         return [single] if single.is_file() else []
 
@@ -306,6 +331,17 @@ class ModelFolder:
             "preprocessing": published_preprocessing(model),
             "origin": {"kind": "run", "step": int(metadata["step"])},
         }
+
+
+def _inside(where: Path, name: Any) -> str:
+    """A file name that a folder from elsewhere gives.
+
+    Raises:
+        CheckpointError: it leads out of the folder.
+    """
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{where}: expected the name of a file beside it, found {name!r}")
+    return name
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The export folder: whole or not there, read back as written, and clear about what is wrong with it."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,101 @@ def test_an_export_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="expected no file, or the folder of an earlier export"):
         write_folder(tmp_path / "mine", tiny_config("text"))
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_a_folder_of_another_program_with_a_config_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"name": "my application"}')
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(CheckpointError, match="expected no file, or the folder of an earlier export"):
+        write_folder(tmp_path, tiny_config("text"))
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_a_users_own_backup_beside_an_export_is_left_alone(tmp_path: Path) -> None:
+    for name in ("model.old", "model.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
+    write_folder(tmp_path / "model", tiny_config("text"))
+    write_folder(tmp_path / "model", tiny_config("text"))
+    assert sorted(entry.name for entry in tmp_path.rglob("mine")) == ["mine", "mine"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_while_an_export_is_replaced_the_earlier_one_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """The process ends at a rename; then another export fails before it is whole."""
+    path = tmp_path / "model"
+    student = write_folder(path, tiny_config("audio"))
+    process = os.fork()
+    if process == 0:
+        done = []
+        rename = Path.rename
+        monkeypatch.setattr(
+            Path, "rename", lambda *names: os._exit(9) if len(done) == renames else done.append(rename(*names))
+        )
+        with new_folder(path) as folder:
+            (folder / "model.safetensors").write_bytes(b"new")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    assert path.exists() == (renames == 0)
+    with pytest.raises(OSError, match="full"), new_folder(path):
+        raise OSError("disk full")
+    assert same(dict(ModelFolder(path).tensors("model")), student)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_rename_that_fails_puts_the_earlier_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    student = write_folder(path, tiny_config("audio"))
+    rename = Path.rename
+
+    def failing(source: Path, target: Path) -> Path:
+        if source.name.endswith(".partial"):
+            raise OSError("stale file handle")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="stale"):
+        write_folder(path, tiny_config("text"))
+    assert same(dict(ModelFolder(path).tensors("model")), student)
+
+
+def test_links_and_relative_names_mean_the_folder_they_lead_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        write_folder(tmp_path / "link", tiny_config("text"))
+    assert (tmp_path / "link").is_symlink()
+    assert ModelFolder(tmp_path / "real").has("model")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "real"]
+    monkeypatch.chdir(tmp_path / "real")
+    with pytest.raises(CheckpointError, match="is the current folder"):
+        write_folder(Path(), tiny_config("text"))
+    assert ModelFolder(tmp_path / "real").has("model")
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("text"), piece_bytes=4000)
+    index = path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shutil.copy(path / weight_map["blocks.0.norm1.weight"], tmp_path / "secret.safetensors")
+    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), 7):
+        index.write_text(json.dumps({"weight_map": weight_map | {"blocks.0.norm1.weight": name}}))
+        with pytest.raises(CheckpointError, match="expected the name of a file beside it"):
+            load_encoder(ModelFolder(path))
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="expected a weight_map"):
+        load_encoder(ModelFolder(path))
+    config = json.loads((path / "config.json").read_text())
+    config["preprocessing"]["text"]["file"] = "../../tokenizer.model"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected the name of a file beside it"):
+        ModelFolder(path)
+    (path / "config.json").write_text(json.dumps(config | {"preprocessing": {}}))
+    with pytest.raises(CheckpointError, match="no preprocessing of text"):
+        ModelFolder(path)
 
 
 def test_the_encoder_is_the_students_without_decoders(tmp_path: Path) -> None:
