@@ -202,15 +202,15 @@ class FeatureExtractor:
         return self._run(modality, len(sources), pieces)
 
     def layers_of(self, modality: str) -> list[int]:
-        """Numbers of the layers that are returned.
+        """Numbers of the layers that are returned, each once.
 
         Raises:
             ValueError: the model does not have one that was asked for.
         """
         depth = self.model.depth(modality)
         wanted = range(depth + 1) if self._layers is None else self._layers
-        numbers = [layer if layer >= 0 else depth + 1 + layer for layer in wanted]
-        if not all(0 <= number <= depth for number in numbers):
+        numbers = list(dict.fromkeys(layer if layer >= 0 else depth + 1 + layer for layer in wanted))
+        if not numbers or not all(0 <= number <= depth for number in numbers):
             raise ValueError(f"layers {list(wanted)}: {modality} has layers 0 (input of the first block) to {depth}")
         return numbers
 

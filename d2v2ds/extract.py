@@ -110,12 +110,13 @@ class Extraction:
         """What the parts depend on; model and shards by their contents, for they may be moved or written anew."""
         index = read_index(Path(self.options.shards))
         checksum = 0
-        for _, parameter in sorted(self.extractor.model.named_parameters()):
-            if parameter.dim() == 1:  # norms and biases differ wherever weights do, and are few
-                checksum = zlib.crc32(parameter.float().cpu().numpy().tobytes(), checksum)
+        for _, parameter in sorted(self.extractor.model.named_parameters()):  # all: norms alone are equal at init
+            checksum = zlib.crc32(parameter.float().cpu().contiguous().numpy(), checksum)
+        description = self.extractor.folder.description
         return {
             **asdict(self.options),
-            "model": f"{self.extractor.folder.description.model} {checksum:08x}",
+            "model": f"{description.model} {checksum:08x}",
+            "preprocessing": description.preprocessing[self.modality],
             "shards": f"{index.rows} rows {index.digest(index.num_shards)}",
             "layers": list(self.layers),
             "bounds": self.bounds,
@@ -202,6 +203,8 @@ def extract(options: Options, out: Path, workers: int | None = None) -> int:
     Raises:
         CheckpointError, ShardError, ConfigError: with what to do.
     """
+    if not out.name or out.is_dir():
+        raise ConfigError(f"--out {out}: expected the name of a file to write, found a folder")
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     processes = workers or len(devices)
     own = Extraction(options, devices[0] if processes == 1 else "cpu")
@@ -240,7 +243,7 @@ def _finished(
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits: the call at the block's end would take the cancelling back
             raise
 
 
@@ -263,6 +266,8 @@ def _check_plan(folder: Path, fingerprint: dict[str, Any]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob("part-*"):  # of an extraction that was killed at its very end, while it removed them
+        part.unlink()
     temporary = plan.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(plan)
@@ -274,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder written by d2v2ds.export")
     parser.add_argument("--shards", required=True, help="packed folder")
     parser.add_argument("--out", type=Path, required=True, help="Arrow file to write")
-    parser.add_argument("--layers", help="numbers such as 6,12; negative ones count from the last; all if not given")
+    parser.add_argument("--layers", help="numbers such as 6,12; --layers=-2,-1 counts from the last; all if not given")
     parser.add_argument("--pool", choices=("mean", "none"), default="mean", help="mean over tokens (default), or none")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the computation (float32)")
@@ -286,6 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--part-tokens", type=int, default=PART_TOKENS, help="tokens of a part that is kept when killed"
     )
     given = parser.parse_args(arguments)
+    for name in ("workers", "batch_tokens", "part_tokens"):
+        if (value := getattr(given, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected 1 or more")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         layers = None if given.layers is None else tuple(int(number) for number in given.layers.split(","))
@@ -306,6 +314,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
         return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted; finished parts stay in %s.parts, the same command goes on from them", given.out)
+        return 130
     logger.info("%s: %d rows, layers %s", given.out, rows, given.layers or "all")
     return 0
 

@@ -14,9 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from d2v2ds import extract
 from d2v2ds.api import FeatureExtractor
+from d2v2ds.data import featurefile
 from d2v2ds.data.readers import open_whole
 from d2v2ds.extract import main, part_bounds
 from preprocessing.pack_images import main as pack_images
@@ -146,6 +148,88 @@ def test_finished_parts_are_not_computed_again(
     assert out.read_bytes() == whole
 
 
+def test_a_kill_while_finished_parts_are_removed_mixes_nothing(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan may be removed first: parts without one are of some extraction, not of this one."""
+    out, parts = tmp_path / "features.arrow", tmp_path / "features.arrow.parts"
+    monkeypatch.setattr(extract.shutil, "rmtree", lambda folder: (Path(folder) / "plan.json").unlink())
+    assert main(arguments(model, shards, out, "--weights", "teacher", *MANY_PARTS)) == 0
+    assert list(parts.glob("*.arrow"))
+    assert main(arguments(model, shards, out, *MANY_PARTS)) == 0
+    assert main(arguments(model, shards, tmp_path / "alone.arrow", *MANY_PARTS)) == 0
+    assert read(out) == read(tmp_path / "alone.arrow")
+
+
+def test_models_that_differ_in_matrices_alone_do_not_share_parts(model: Path, shards: Path, tmp_path: Path) -> None:
+    """As two networks do that were drawn and not trained."""
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    weights = load_file(other / "model.safetensors")
+    next(x for name, x in weights.items() if name.startswith("blocks.") and x.dim() == 2)[0, 0] += 1
+    save_file(weights, other / "model.safetensors")
+    plans = [
+        extract.Extraction(
+            extract.Options(
+                model=str(folder),
+                shards=str(shards),
+                layers=None,
+                pool="mean",
+                weights="student",
+                dtype="float32",
+                batch_tokens=400,
+                part_tokens=400,
+            )
+        ).fingerprint()
+        for folder in (model, other)
+    ]
+    assert plans[0].pop("model") != plans[1].pop("model")
+    assert plans[0] == plans[1]
+
+
+def test_an_error_of_a_process_ends_the_extraction_without_the_other_parts(
+    model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, parts = tmp_path / "features.arrow", tmp_path / "features.arrow.parts"
+    many = ["--part-tokens", "1"]
+    for number in (0, 1):
+        (parts / f"part-{number:06d}.arrow.partial").mkdir(parents=True)  # cannot be opened for writing
+    options = extract.Options(
+        model=str(model), shards=str(shards), layers=None, pool="mean", weights="student", dtype="float32",
+        batch_tokens=4096, part_tokens=1,
+    )  # fmt: skip
+    fingerprint = extract.Extraction(options).fingerprint()
+    (parts / "plan.json").write_text(json.dumps(fingerprint, sort_keys=True))
+    assert main([*arguments(model, shards, out, *many), "--workers", "2"]) == 2
+    assert "part-00000" in caplog.text
+    assert "cannot be written" in caplog.text
+    total = len(fingerprint["bounds"]) - 1
+    assert len(list(parts.glob("*.arrow"))) < total - 4, "parts that nobody waits for"
+
+
+def test_what_could_not_be_written_does_not_fill_the_disk(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "features.arrow"
+    monkeypatch.setattr(featurefile.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert main(arguments(model, shards, out, *MANY_PARTS)) == 2
+    assert [path.name for path in (tmp_path / "features.arrow.parts").iterdir()] == ["plan.json"]
+
+
+def test_an_interrupt_is_no_traceback(
+    model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract.Extraction, "write_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(arguments(model, shards, tmp_path / "features.arrow")) == 130
+    assert "the same command goes on" in caplog.text
+
+
+def test_a_layer_named_twice_is_one_column(model: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "features.arrow"
+    assert main(arguments(model, shards, out, "--layers=3,-1")) == 0
+    assert [name for name in read(out).column_names if name.startswith("layer_")] == ["layer_3"]
+
+
 def test_images_and_texts(model: Path, tmp_path: Path) -> None:
     class_folders(tmp_path / "photos", count=12)
     assert (
@@ -176,8 +260,12 @@ def test_what_is_wrong_is_said(
     assert "expected a finished shard folder" in caplog.text
     assert main(arguments(tmp_path / "nothing", shards, out)) == 2
     assert "no such file or folder" in caplog.text
-    with pytest.raises(SystemExit):
-        main(arguments(model, shards, out, "--layers", "six"))
+    for folder in (tmp_path, Path()):
+        assert main(arguments(model, shards, folder)) == 2
+        assert f"--out {folder}: expected the name of a file to write" in caplog.text
+    for wrong in (["--layers", "six"], ["--part-tokens", "0"], ["--batch-tokens", "-1"], ["--workers", "0"]):
+        with pytest.raises(SystemExit):
+            main(arguments(model, shards, out, *wrong))
     assert not out.exists()
 
 

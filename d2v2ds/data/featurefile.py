@@ -7,9 +7,10 @@ Columns: `row` (number in the folder), `id`, the annotations that the shards hav
     matrix = table["layer_12"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)   # (N, D), pooled
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,8 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Sequence[Any
     """
     arrays = [_layer(columns[f.name], f.type) if f.name.startswith("layer_") else pa.array(columns[f.name], f.type)
               for f in schema]  # fmt: skip
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _whole_file(path, schema) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 def _layer(vectors: Sequence[NDArray[np.float32]], kind: pa.DataType) -> pa.Array:
@@ -71,14 +67,27 @@ def _layer(vectors: Sequence[NDArray[np.float32]], kind: pa.DataType) -> pa.Arra
 
 def join_files(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
     """Put files of some rows each one behind the other, batch by batch, whole or not at all."""
+    with _whole_file(path, schema) as writer:
+        for part in parts:
+            with pa.memory_map(str(part)) as source:
+                reader = pa.ipc.open_file(source)
+                for number in range(reader.num_record_batches):
+                    writer.write_batch(reader.get_batch(number))
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    """A writer of a file that takes its name when the block ends well; else nothing of it stays to fill the disk."""
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            for part in parts:
-                with pa.memory_map(str(part)) as source:
-                    reader = pa.ipc.open_file(source)
-                    for number in range(reader.num_record_batches):
-                        writer.write_batch(reader.get_batch(number))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                yield writer
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # there no more when all went well
