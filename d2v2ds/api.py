@@ -10,6 +10,7 @@
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,7 +161,11 @@ class FeatureExtractor:
 
         Raises:
             CheckpointError: if the model cannot be loaded.
+            ValueError: a size is not above 0.
         """
+        for name, size in (("batch_tokens", batch_tokens), ("window_seconds", window_seconds)):
+            if not size > 0:
+                raise ValueError(f"{name}: expected a number above 0, found {size}")
         self.folder = ModelFolder(Path(path))
         self.model = load_model(path, weights=weights, device=device, dtype=dtype, compile=compile)
         self.device = next(self.model.parameters()).device
@@ -281,7 +286,7 @@ class FeatureExtractor:
     def _run(self, modality: str, count: int, pieces: list[_Piece]) -> Features:
         config: Any = self.folder.description.model.modalities.active()[modality]
         numbers = self.layers_of(modality)
-        lengths = [0] * count
+        lengths, number_of = [0] * count, Counter(piece.index for piece in pieces)
         for piece in pieces:
             lengths[piece.index] = max(lengths[piece.index], piece.place + piece.last - piece.first)
         longest, width = max(lengths), self.folder.description.model.block.width
@@ -299,7 +304,7 @@ class FeatureExtractor:
         return Features(
             layers=layers,
             padding=torch.arange(longest) >= torch.tensor(lengths)[:, None],
-            windows=[sum(piece.index == index for piece in pieces) for index in range(count)],
+            windows=[number_of[index] for index in range(count)],
         )
 
 

@@ -117,6 +117,14 @@ def test_sixteen_bit_samples_are_the_floats_they_stand_for(exported: Path) -> No
     close(a.layers, b.layers, 0.0)
 
 
+def test_samples_of_any_floating_type_are_read(exported: Path) -> None:
+    extractor = FeatureExtractor(exported, layers=[3])
+    samples = torch.from_numpy(noise(0.5)).bfloat16()
+    expected = extractor(samples.float(), sample_rate=RATE, modality="audio").layers[3]
+    for same in (samples, samples.double().requires_grad_(), samples.float().numpy()):
+        torch.testing.assert_close(extractor(same, sample_rate=RATE, modality="audio").layers[3], expected)
+
+
 def test_pictures_of_any_mode_are_read(exported: Path, tmp_path: Path) -> None:
     grey = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 33), dtype=np.uint8))
     grey.save(tmp_path / "grey.png")
@@ -198,6 +206,10 @@ def test_mistakes_name_the_input_and_what_was_expected(exported: Path, tmp_path:
         ([], "text", None, "no inputs"),
         ("fox", "video", None, "modality='video': the model reads audio, image, text"),
         (Features, "audio", RATE, "input 0"),
+        (noise(0.5), "audio", 0, "input 0: expected sample_rate in Hz, found 0"),
+        (noise(0.5), "audio", "16k", "input 0: expected sample_rate in Hz, found '16k'"),  # type: ignore[list-item]
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (0, 9))], "image", None, "input 1: .* found one of 0 x 9 pixels"),
+        (["fox", "\ud83d"], "text", None, "input 1: expected text, found half a character"),
     ]
     for given, modality, rate, said in cases:
         with pytest.raises(ValueError, match=said):
@@ -206,6 +218,11 @@ def test_mistakes_name_the_input_and_what_was_expected(exported: Path, tmp_path:
         extractor("fox")
     with pytest.raises(ValueError, match=r"layers \[4\]: text has layers 0 .* to 3"):
         FeatureExtractor(exported, layers=[4])("fox", modality="text")
+    with pytest.raises(ValueError, match=r"layers \[\]: text has layers 0"):
+        FeatureExtractor(exported, layers=[])("fox", modality="text")
+    for settings in ({"window_seconds": 0}, {"batch_tokens": -1}):
+        with pytest.raises(ValueError, match="expected a number above 0"):
+            FeatureExtractor(exported, **settings)  # type: ignore[arg-type]
     assert FeatureExtractor(exported, min_seconds=0.1)(noise(0.2), sample_rate=RATE, modality="audio").layers
 
 

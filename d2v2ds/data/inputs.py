@@ -42,11 +42,15 @@ def read_waveform(given: Any, sample_rate_hz: int | None, wanted_hz: int, place:
                 f"{place}: the file says {rate} Hz, sample_rate is {sample_rate_hz}; leave sample_rate out"
             )
     else:
-        samples = _one_channel(np.asarray(given.numpy(force=True) if isinstance(given, Tensor) else given), place)
+        if isinstance(given, Tensor):  # NumPy has no bfloat16
+            given = (given.float() if given.is_floating_point() else given).numpy(force=True)
+        samples = _one_channel(np.asarray(given), place)
         if sample_rate_hz is None:
             raise ValueError(
                 f"{place}: samples without a rate; give sample_rate=, the model is made for {wanted_hz} Hz"
             )
+        if not isinstance(sample_rate_hz, int | float | np.integer | np.floating) or not 0 < sample_rate_hz < np.inf:
+            raise ValueError(f"{place}: expected sample_rate in Hz, found {sample_rate_hz!r}")
         rate = sample_rate_hz
     if not len(samples):
         raise ValueError(f"{place}: expected samples, found none")
@@ -122,6 +126,8 @@ def read_picture(given: Any, side: int, place: str) -> Tensor:
         rgb = to_rgb(ImageOps.exif_transpose(opened))
     except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"{place}: cannot be decoded as a picture: {error}") from error
+    if not rgb.width or not rgb.height:
+        raise ValueError(f"{place}: expected a picture, found one of {rgb.width} x {rgb.height} pixels")
     view = whole_view(rgb.width, rgb.height, side)
     return view.middle(resize(np.array(rgb.crop(view.box)), *view.size), side)
 
@@ -134,6 +140,10 @@ def token_ids(given: Any, tokenizer: Tokenizer, place: str) -> Tensor:
     """
     if not isinstance(given, str):
         raise ValueError(f"{place}: expected a string, found {type(given).__name__}")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: expected text, found half a character of UTF-16: {error}") from error
     ids, _ = tokenizer.encode([given])
     if not len(ids):
         raise ValueError(f"{place}: expected text, found {given!r}, of which the tokenizer makes no token")
