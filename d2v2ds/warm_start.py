@@ -26,6 +26,9 @@ MAY_DIFFER = {"layer_drop", "attention_path", "loss", "target", "mask_noise_std"
 """Settings of the model that change how it is trained, not what its weights mean, or that their shapes show; and
 everything named dropout."""
 
+MOST_SHAPES = 5
+"""Tensors of other shapes that are listed; where one setting differs there may be hundreds."""
+
 
 class WarmStart:
     """The weights that a run begins with."""
@@ -44,18 +47,22 @@ class WarmStart:
     def faults(self) -> list[str]:
         """Why these weights do not fit the run's model, as sentences."""
         where = f"init.weights {self.folder.path}"
-        problems = []
-        for part, layout in self._found.items():
-            for name, kind in layout.items():
-                if kind.shape != self._expected[name]:
-                    problems.append(
-                        f"{where}: {part} {name} has shape {kind.shape}, this run's {self._expected[name]}; change the "
-                        f"model, or leave it out with init.skip=[{name}]"
-                    )
-        problems += [
+        problems = [
             f"{where}: was made with {key} {theirs!r}, this run has {ours!r}"
             for key, theirs, ours in self._other_settings()
         ]
+        other = [
+            (part, name, kind.shape)
+            for part, layout in self._found.items()
+            for name, kind in layout.items()
+            if kind.shape != self._expected[name]
+        ]
+        with_way_out = not problems  # leaving tensors out does not make another setting fit
+        for part, name, shape in other[:MOST_SHAPES]:
+            way_out = f"; change the model, or leave it out with init.skip=[{name}]" if with_way_out else ""
+            problems.append(f"{where}: {part} {name} has shape {shape}, this run's {self._expected[name]}{way_out}")
+        if len(other) > MOST_SHAPES:
+            problems.append(f"{where}: {len(other) - MOST_SHAPES} more tensors have other shapes")
         if not any(name.startswith("blocks.") for name in self._found["model"]):
             problems.append(f"{where}: has none of the shared blocks")
         problems += [f"init.skip: {prefix!r} is no parameter or part of one" for prefix in self._skip if not any(
