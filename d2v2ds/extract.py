@@ -111,7 +111,7 @@ class Extraction:
         index = read_index(Path(self.options.shards))
         checksum = 0
         for _, parameter in sorted(self.extractor.model.named_parameters()):  # all: norms alone are equal at init
-            checksum = zlib.crc32(parameter.float().cpu().contiguous().numpy(), checksum)
+            checksum = zlib.crc32(parameter.float().cpu().contiguous().numpy().data, checksum)
         description = self.extractor.folder.description
         return {
             **asdict(self.options),
