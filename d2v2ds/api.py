@@ -164,7 +164,7 @@ class FeatureExtractor:
             ValueError: a size is not above 0.
         """
         for name, size in (("batch_tokens", batch_tokens), ("window_seconds", window_seconds)):
-            if not size > 0:
+            if size is not None and not size > 0:
                 raise ValueError(f"{name}: expected a number above 0, found {size}")
         self.folder = ModelFolder(Path(path))
         self.model = load_model(path, weights=weights, device=device, dtype=dtype, compile=compile)

@@ -196,7 +196,7 @@ def test_an_error_of_a_process_ends_the_extraction_without_the_other_parts(
         (parts / f"part-{number:06d}.arrow.partial").mkdir(parents=True)  # cannot be opened for writing
     options = extract.Options(
         model=str(model), shards=str(shards), layers=None, pool="mean", weights="student", dtype="float32",
-        batch_tokens=4096, part_tokens=1,
+        batch_tokens=None, part_tokens=1,
     )  # fmt: skip
     fingerprint = extract.Extraction(options).fingerprint()
     (parts / "plan.json").write_text(json.dumps(fingerprint, sort_keys=True))
