@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v2ds.data.inputs import normalised, read_picture, read_waveform, token_ids
-from d2v2ds.data.tokenizers import BOS, Tokenizer, load_tokenizer
+from d2v2ds.data.inputs import given_ids, normalised, read_picture, read_waveform, token_ids
+from d2v2ds.data.schema import read_index
+from d2v2ds.data.tokenizers import BOS, TOKENIZERS, Tokenizer, load_tokenizer
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.folder import ModelFolder, Weights, load_encoder
 from d2v2ds.model.data2vec2 import Data2Vec2
@@ -182,7 +183,7 @@ class FeatureExtractor:
         """
         Args:
             inputs: a list of inputs, or one. Recordings: paths, or samples (S,), (C, S), (S, C) as array or tensor.
-                Pictures: paths or PIL images. Texts: strings.
+                Pictures: paths or PIL images. Texts: strings, or ids (S,) with <s> and </s>.
             sample_rate: of samples (Hz).
             modality: which encoder; needed where the model has several.
 
@@ -243,7 +244,10 @@ class FeatureExtractor:
         return read_picture(item, self.folder.description.preprocessing["image"]["side"], place)
 
     def _ids(self, item: Any, sample_rate: int | None, place: str) -> Tensor:
-        return token_ids(item, self.tokenizer, place)
+        if isinstance(item, str):
+            return token_ids(item, self.tokenizer, place)
+        config: Any = self.folder.description.model.modalities.text
+        return given_ids(item, config.vocab_size, place)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -257,6 +261,10 @@ class FeatureExtractor:
             raise CheckpointError(
                 f"{self.folder.path}: has no tokenizer; export again where the run's shards can be read, or import the "
                 "official file with --tokenizer"
+            )
+        if settings["tokenizer"] not in TOKENIZERS:
+            raise CheckpointError(
+                f"{self.folder.path}: tokenizer of kind {settings['tokenizer']!r}, expected {' or '.join(TOKENIZERS)}"
             )
         return load_tokenizer(settings["tokenizer"], self.folder.path / settings["file"])
 
@@ -306,6 +314,24 @@ class FeatureExtractor:
             padding=torch.arange(longest) >= torch.tensor(lengths)[:, None],
             windows=[number_of[index] for index in range(count)],
         )
+
+
+def tokenizer_faults(folder: ModelFolder, shards: Path) -> list[str]:
+    """Why ids of packed text are not those that a model was trained on, as sentences; empty if they are, or unknown.
+
+    Args:
+        folder: of the model.
+        shards: packed text.
+
+    Raises:
+        ShardError: the packed folder cannot be read.
+    """
+    file = folder.description.preprocessing.get("text", {}).get("file")
+    beside = [(shards / entry.file).read_bytes() for entry in read_index(shards).files_beside]
+    if file is None or not beside or (folder.path / file).read_bytes() in beside:
+        return []
+    own = folder.path / file
+    return [f"{shards}: was packed with another tokenizer than the model's; pack with --tokenizer {own}"]
 
 
 def _cut_ids(index: int, ids: Tensor, max_tokens: int) -> list[_Piece]:

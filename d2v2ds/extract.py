@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from d2v2ds.api import FeatureExtractor
+from d2v2ds.api import FeatureExtractor, tokenizer_faults
 from d2v2ds.data.collate import Reader
 from d2v2ds.data.featurefile import ANNOTATIONS, feature_schema, join_files, write_rows
 from d2v2ds.data.readers import open_whole
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PART_TOKENS = 1 << 17
 """Tokens of a part, about: 44 minutes of speech, 669 images of 224 pixels, 256 blocks of 512 tokens."""
+PART_BYTES = 1 << 30
+"""Features of a part that are not pooled."""
 PLAN_NAME = "plan.json"
 
 
@@ -53,7 +55,7 @@ class Options:
     weights: str
     dtype: str
     batch_tokens: int | None
-    part_tokens: int
+    part_tokens: int | None
 
 
 class Extraction:
@@ -87,6 +89,8 @@ class Extraction:
         self._model = description.model.modalities.active()[self.modality]
         rate = description.preprocessing.get("audio", {}).get("sample_rate_hz", 16000)
         self.reader: Reader = open_whole(folder, self.modality, self._model, rate)
+        if self.modality == "text" and (faults := tokenizer_faults(self.extractor.folder, folder)):
+            raise ConfigError("; ".join(faults))
         self._shards = open_shards(folder)
         labels = self._shards.read_labels(0) if len(self._shards) else None
         self._annotations = [name for name in ANNOTATIONS if hasattr(labels, name)]
@@ -97,7 +101,10 @@ class Extraction:
             annotations=self._annotations,
             facts={**asdict(options), "modality": self.modality, "origin": description.origin.get("kind")},
         )
-        self.bounds = part_bounds(self._tokens(), options.part_tokens)
+        part_tokens = options.part_tokens or PART_TOKENS
+        if options.pool == "none" and options.part_tokens is None:  # a part is whole in memory before it is written
+            part_tokens = min(part_tokens, PART_BYTES // (4 * description.model.block.width * len(self.layers)))
+        self.bounds = part_bounds(self._tokens(), max(1, part_tokens))
 
     def _tokens(self) -> NDArray[np.int64]:
         """(N,) tokens of every row, about: exact ones would take a Python call a row."""
@@ -288,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--batch-tokens", type=int, help="most tokens of one forward; what suits the device if not given"
     )
     parser.add_argument(
-        "--part-tokens", type=int, default=PART_TOKENS, help="tokens of a part that is kept when killed"
+        "--part-tokens", type=int, help=f"tokens of a part that is kept when killed ({PART_TOKENS}, unpooled 1 GiB)"
     )
     given = parser.parse_args(arguments)
     for name in ("workers", "batch_tokens", "part_tokens"):

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v2ds.api import tokenizer_faults
 from d2v2ds.config import RunConfig, to_dict
+from d2v2ds.data.joined import folders_of
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.start import start_from
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.errors import CheckpointError
+from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.interop.folder import Kind, ModelFolder, Part
 from d2v2ds.model.data2vec2 import Data2Vec2
 
@@ -69,6 +71,10 @@ class WarmStart:
             _within(name, prefix) for name in self._expected
         )]  # fmt: skip
         return problems
+
+    def takes_embeddings(self) -> bool:
+        """Whether ids of text must mean what they meant."""
+        return self._has("encoders.text.local.tokens")
 
     def fresh(self) -> list[str]:
         """Parts of the student that these weights do not have, and that are drawn."""
@@ -140,6 +146,12 @@ def open_warm_start(config: RunConfig) -> tuple[WarmStart | None, list[str]]:
         return None, []
     try:
         start = WarmStart(config, config.init.weights)
+        problems = start.faults()
+        if config.data.text is not None and start.takes_embeddings():
+            for shards in folders_of(config.data.text.shards):
+                problems += [f"init.weights: {fault}" for fault in tokenizer_faults(start.folder, shards)]
     except CheckpointError as error:
         return None, [f"init.weights: {error}"]
-    return start, start.faults()
+    except ShardError:  # said by those who check the data
+        return start, problems
+    return start, problems

@@ -1,6 +1,8 @@
 """Inference as a user types it: any recording, picture or text to features of every layer."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,7 +204,9 @@ def test_mistakes_name_the_input_and_what_was_expected(exported: Path, tmp_path:
         (tmp_path / "broken.png", "image", None, "cannot be decoded as a picture"),
         (7, "image", None, "expected a path or a PIL image, found int"),
         ("", "text", None, "input 0: expected text, found ''"),
-        (["fox", 3], "text", None, "input 1: expected a string, found int"),
+        (["fox", 3], "text", None, "input 1: expected a string, or ids .* found int"),
+        (np.array([0, 7, 40]), "text", None, "ids from 0 to 40, the model has 0 to 39"),
+        (np.array([0.5]), "text", None, "found ndarray of float64"),
         ([], "text", None, "no inputs"),
         ("fox", "video", None, "modality='video': the model reads audio, image, text"),
         (Features, "audio", RATE, "input 0"),
@@ -224,6 +228,24 @@ def test_mistakes_name_the_input_and_what_was_expected(exported: Path, tmp_path:
         with pytest.raises(ValueError, match="expected a number above 0"):
             FeatureExtractor(exported, **settings)  # type: ignore[arg-type]
     assert FeatureExtractor(exported, min_seconds=0.1)(noise(0.2), sample_rate=RATE, modality="audio").layers
+
+
+def test_ids_of_the_users_own_are_taken_as_they_are(exported: Path) -> None:
+    extractor = FeatureExtractor(exported)
+    ids, _ = extractor.tokenizer.encode(["the lazy dog"])
+    given = np.concatenate([[0], ids, [2]])
+    text = extractor("the lazy dog", modality="text")
+    close(extractor([given], modality="text").layers, text.layers, 0.0)
+    close(extractor([torch.from_numpy(given)], modality="text").layers, text.layers, 0.0)
+
+
+def test_an_unknown_kind_of_tokenizer_is_said(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["preprocessing"]["text"]["tokenizer"] = "wordpiece"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="tokenizer of kind 'wordpiece', expected sentencepiece or bpe"):
+        FeatureExtractor(tmp_path / "model")("fox", modality="text")
 
 
 def test_one_modality_needs_no_name_and_a_text_model_needs_its_tokenizer(tmp_path: Path) -> None:

@@ -250,6 +250,38 @@ def test_images_and_texts(model: Path, tmp_path: Path) -> None:
     assert max(read(tmp_path / "text.arrow")["tokens"].to_pylist()) == 24
 
 
+def test_ids_of_another_tokenizer_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    packed = ["--input", str(write_stories(tmp_path / "books")), "--output", str(tmp_path / "text"), "--workers", "1"]
+    assert pack_text([*packed, "--train-tokenizer", "--vocab-size", "420", "--block-tokens", "24"]) == 0
+    config = tiny_config("text")
+    assert config.modalities.text is not None
+    text = replace(config.modalities.text, vocab_size=420)
+    config = replace(config, modalities=replace(config.modalities, text=text))
+    own = (tmp_path / "text" / "tokenizer.model").read_bytes()
+    for data, code in ((own, 0), (own + b"\x00", 2)):
+        write_folder(tmp_path / "model", config, tokenizer=("sentencepiece", "tokenizer.model", data))
+        assert main(arguments(tmp_path / "model", tmp_path / "text", tmp_path / "out.arrow", "--layers", "1")) == code
+    assert "was packed with another tokenizer" in caplog.text
+
+
+def test_parts_of_unpooled_features_fit_into_memory(model: Path, shards: Path) -> None:
+    common = {
+        "model": str(model),
+        "shards": str(shards),
+        "weights": "student",
+        "dtype": "float32",
+        "batch_tokens": None,
+    }
+    sizes = {}
+    for pool in ("mean", "none"):
+        options = extract.Options(**common, layers=(1, 3), pool=pool, part_tokens=None)  # type: ignore[arg-type]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(extract, "PART_BYTES", 4 * 16 * 2 * 500)
+            sizes[pool] = len(extract.Extraction(options).bounds) - 1
+    assert sizes["mean"] == 1
+    assert sizes["none"] > 5
+
+
 def test_what_is_wrong_is_said(
     model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip

@@ -16,8 +16,10 @@ from d2v2ds.interop.folder import ModelFolder
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.pretrain import prepare
-from d2v2ds.warm_start import WarmStart
+from d2v2ds.warm_start import WarmStart, open_warm_start
+from preprocessing.pack_text import main as pack_text
 from tests.interop.folders import tiny_config, write_folder
+from tests.preprocessing.texts import write_stories
 from tests.runs import arguments_of, attempt, deterministic, fp32, launch, pack_clips, weights
 
 PLAIN = ["model.block.mlp_dropout=0", "model.layer_drop=0", "model.modalities.audio.decoder.mask_noise_std=0"]
@@ -150,3 +152,22 @@ def test_settings_of_training_may_differ_and_those_of_the_network_may_not(tmp_pa
     assert any("model.modalities.audio.alibi False, this run has True" in fault for fault in faults)
     assert any("model.block.norm_eps 1e-06, this run has 1e-05" in fault for fault in faults)
     assert len(faults) == 2
+
+
+def test_ids_of_another_tokenizer_are_refused_unless_the_embeddings_are_drawn(tmp_path: Path) -> None:
+    packed = ["--input", str(write_stories(tmp_path / "books")), "--output", str(tmp_path / "text"), "--workers", "1"]
+    assert pack_text([*packed, "--train-tokenizer", "--vocab-size", "420", "--block-tokens", "24"]) == 0
+    own = (tmp_path / "text" / "tokenizer.model").read_bytes()
+    for data, skip, count in (
+        (own, "[]", 0),
+        (own + b"\x00", "[]", 1),
+        (own + b"\x00", "[encoders.text.local.tokens]", 0),
+    ):
+        model = ["model.block.width=16", "model.modalities.text.vocab_size=420"]
+        given = [f"data.shards={tmp_path / 'text'}", f"init.weights={tmp_path / 'model'}", f"init.skip={skip}"]
+        config = load_config("text_tiny", [*model, *given])
+        write_folder(tmp_path / "model", config.model, tokenizer=("sentencepiece", "tokenizer.model", data))
+        start, faults = open_warm_start(config)
+        assert start is not None
+        assert len(faults) == count, faults
+        assert all("was packed with another tokenizer" in fault for fault in faults)

@@ -132,19 +132,39 @@ def read_picture(given: Any, side: int, place: str) -> Tensor:
     return view.middle(resize(np.array(rgb.crop(view.box)), *view.size), side)
 
 
-def token_ids(given: Any, tokenizer: Tokenizer, place: str) -> Tensor:
+def token_ids(text: str, tokenizer: Tokenizer, place: str) -> Tensor:
     """(S,) int64 ids of a text, <s> in front and </s> at its end.
 
     Raises:
-        ValueError: it is no text, or nothing is left of it.
+        ValueError: nothing is left of it.
     """
-    if not isinstance(given, str):
-        raise ValueError(f"{place}: expected a string, found {type(given).__name__}")
     try:
-        given.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: expected text, found half a character of UTF-16: {error}") from error
-    ids, _ = tokenizer.encode([given])
+    ids, _ = tokenizer.encode([text])
     if not len(ids):
-        raise ValueError(f"{place}: expected text, found {given!r}, of which the tokenizer makes no token")
+        raise ValueError(f"{place}: expected text, found {text!r}, of which the tokenizer makes no token")
     return torch.from_numpy(np.concatenate(([BOS], ids, [EOS])).astype(np.int64))
+
+
+def given_ids(given: Any, vocab_size: int, place: str) -> Tensor:
+    """(S,) int64 ids that the user has made, with <s> and </s>, as they are.
+
+    Args:
+        given: array or tensor (S,) of whole numbers.
+        vocab_size: of the model.
+        place: how messages call the input.
+
+    Raises:
+        ValueError: it is something else, or an id is not one of the model's.
+    """
+    ids = np.asarray(given.numpy(force=True) if isinstance(given, Tensor) else given)
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"{place}: expected a string, or ids (S,) as array or tensor, found {type(given).__name__} "
+            f"of {ids.dtype} {ids.shape}"
+        )
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"{place}: ids from {ids.min()} to {ids.max()}, the model has 0 to {vocab_size - 1}")
+    return torch.from_numpy(ids.astype(np.int64))

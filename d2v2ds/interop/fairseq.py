@@ -53,7 +53,17 @@ LICENCES = {
 """What is known of the published weights; printed with every import."""
 
 
-def _licence(modality: str) -> str:
+OWN_LICENCE = "weights of a run of d2v2ds: their owner decides"
+"""Of what `export` writes of our own runs."""
+_MADE_BY = "d2v2ds"
+"""Key of `cfg` under which `export` says what it wrote, for `import` to find."""
+
+
+def _licence(modality: str, configuration: Any) -> str:
+    """What a file written by us says of itself, else what is known of the published ones."""
+    made_by = configuration.get(_MADE_BY) if isinstance(configuration, dict) else None
+    if isinstance(made_by, dict) and isinstance(made_by.get("licence"), str):
+        return str(made_by["licence"])
     return f"{LICENCES[modality]}; check what came with your file, which alone is binding"
 
 
@@ -82,6 +92,8 @@ class OfficialCheckpoint:
     """What stands before the encoder's names in a fine-tuned file."""
     ignored: list[str]
     """What the file has beside, as `name=value` or `name`."""
+    licence: str
+    """What is known of it."""
     warnings: list[str]
 
     @property
@@ -140,7 +152,8 @@ def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
         teacher=teacher,
         head=head,
         prefix=prefix,
-        ignored=ignored,
+        ignored=[name for name in ignored if name != f"cfg.{_MADE_BY}"],
+        licence=_licence(modality, content.get("cfg")),
         warnings=warnings,
     )
 
@@ -323,6 +336,7 @@ def write_official(
     *,
     head: Mapping[str, Tensor] | None = None,
     prefix: str = "",
+    licence: str = OWN_LICENCE,
 ) -> None:
     """Write the official layout, of plain containers and tensors alone.
 
@@ -333,6 +347,7 @@ def write_official(
         section: official fields of the network, see `official_section`.
         head: tensors outside the encoder, by their own names.
         prefix: put before the encoder's names.
+        licence: of the weights, for a later import.
 
     Raises:
         KeyError: a tensor has no official name.
@@ -342,7 +357,9 @@ def write_official(
         model[prefix + _TEACHER] = dict(_official(teacher, bare_blocks=_has_bare_blocks(section)))
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"args": None, "cfg": {"model": dict(section)}, "model": model}, temporary)
+    torch.save(
+        {"args": None, "cfg": {"model": dict(section), _MADE_BY: {"licence": licence}}, "model": model}, temporary
+    )
     temporary.replace(path)
 
 
@@ -386,7 +403,7 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
         origin={
             "kind": "official",
             "source": f"the official checkpoint {file_name}, read by d2v2ds",
-            "licence": _licence(checkpoint.modality),
+            "licence": checkpoint.licence,
             "official": official,
         },
     )
@@ -482,7 +499,13 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
     if teacher:
         require_layout(path, {name: Kind.of(tensor) for name, tensor in teacher.items()}, expected.teacher)
     write_official(
-        file, student, teacher or None, section, head=dict(folder.tensors("head")), prefix=official.get("prefix", "")
+        file,
+        student,
+        teacher or None,
+        section,
+        head=dict(folder.tensors("head")),
+        prefix=official.get("prefix", ""),
+        licence=folder.description.origin.get("licence", OWN_LICENCE),
     )
 
 
@@ -506,7 +529,7 @@ def _print_report(file: Path, folder: Path, checkpoint: OfficialCheckpoint) -> N
         print(f"ignored: {', '.join(checkpoint.ignored)}")
     for warning in checkpoint.warnings:
         print(f"WARNING: {warning}")
-    print(f"licence: {_licence(checkpoint.modality)}")
+    print(f"licence: {checkpoint.licence}")
     print(f"written: {folder}")
 
 

@@ -111,15 +111,27 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
         if path.exists():
             path.rename(old)
         partial.rename(path)
+        _sync(path.parent)
     except BaseException:
         if not path.exists() and old.exists():
             old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's or folder's content survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_export(path: Path) -> bool:
@@ -182,9 +194,6 @@ def write_tensors(
             file, offset = places[name]
             file.seek(offset)
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        for file in {file for file, _ in places.values()}:
-            file.flush()
-            os.fsync(file.fileno())
     if waiting:
         raise ValueError(f"{part}: tensors that did not come: {', '.join(sorted(waiting))}")
 

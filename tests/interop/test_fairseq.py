@@ -16,7 +16,7 @@ from d2v2ds import FeatureExtractor, load_model
 from d2v2ds.config import load_config
 from d2v2ds.data.tokenizers import load_tokenizer
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.fairseq import main, read_official
+from d2v2ds.interop.fairseq import OWN_LICENCE, main, read_official
 from d2v2ds.interop.folder import (
     Description,
     Kind,
@@ -34,6 +34,8 @@ from d2v2ds.model.data2vec2 import Data2Vec2, total_loss
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.verify import Case, case_names
+from tests.interop.folders import tiny_config
+from tests.interop.folders import write_folder as write_tiny_folder
 from tests.interop.official_files import PUBLISHED, content_of, save
 from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, write_back
 from tests.oracles import official_image_text, official_step
@@ -401,3 +403,14 @@ def test_export_of_a_folder_that_does_not_fit_itself_is_refused(
     assert main(["export", str(folder), "--out", str(tmp_path / "back.pt")]) == 2
     assert "blocks.0.norm1.weight: expected (16,), found (7,)" in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()
+
+
+def test_weights_of_our_own_come_back_without_a_licence_of_others(tmp_path: Path) -> None:
+    write_tiny_folder(tmp_path / "run", tiny_config("image"), teacher=True)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "own.pt")]) == 0
+    checkpoint = read_official(tmp_path / "own.pt")
+    assert checkpoint.licence == OWN_LICENCE
+    assert not any("d2v2ds" in name for name in checkpoint.ignored)
+    assert main(["import", str(tmp_path / "own.pt"), "--out", str(tmp_path / "again")]) == 0
+    assert main(["export", str(tmp_path / "again"), "--out", str(tmp_path / "twice.pt")]) == 0
+    assert read_official(tmp_path / "twice.pt").licence == OWN_LICENCE
