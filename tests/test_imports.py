@@ -53,6 +53,9 @@ ONLY_IN = {
     "mpi4py": {"preprocessing"},
     "pyarrow": {"data", "preprocessing"},
     "transformers": {"interop.hub_files"},
+    "onnx": {"interop"},
+    "onnxscript": {"interop"},
+    "onnxruntime": {"interop"},
 }
 """Outside packages that stay in certain rooms, or in a part of one."""
 NEVER = {"preprocessing": {"torch", "deepspeed"}, "model": {"numpy", "pyarrow", "deepspeed"}, "masking": {"torch"}}

@@ -216,7 +216,8 @@ class ModalityEncoder(nn.Module):
             # Masks may hit every real token of a short text (spec section 6.4). A row that sees nothing but padding
             # attends to it: softmax over no key at all would make the whole step NaN, as it does in the reference.
             padding = padding & ~padding.all(1, keepdim=True)
-            padding = padding if padding.any() else None
+            if not torch.compiler.is_exporting():  # an exported graph cannot branch on data, and masks nothing instead
+                padding = padding if padding.any() else None
         if (
             self.num_extra_tokens and padding is not None
         ):  # never padding, and never beside ALiBi: positions are not read

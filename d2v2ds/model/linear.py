@@ -39,7 +39,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        if x.device.type == "cpu" and x.dtype == torch.float32 and _USES_ONEDNN:
+        fits = x.device.type == "cpu" and x.dtype == torch.float32
+        if fits and _USES_ONEDNN and not torch.compiler.is_exporting():  # a graph for elsewhere takes the plain product
             return _OneDnnLinear.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 

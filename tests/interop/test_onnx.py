@@ -1,0 +1,239 @@
+"""ONNX graphs give PyTorch's features for any batch and length; a graph that does not is not let through."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2v2ds.errors import D2V2Error, MissingExtraError
+from d2v2ds.interop import onnx as onnx_graphs
+from d2v2ds.interop.folder import Description, Kind, write_config, write_tensors
+from d2v2ds.interop.onnx import KINDS, OnnxEncoder, check_onnx, export_onnx, main, measure, quantise, random_inputs
+from d2v2ds.interop.preprocessing import published_preprocessing
+from d2v2ds.model import linear
+from d2v2ds.model.attention import Attention
+from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.model.init import initialise
+from tests.model.tiny_joint import joint_model_config
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+MODALITIES = ("audio", "image", "text")
+
+
+def small_model() -> Data2Vec2:
+    """A prenet block and two shared ones; ALiBi for speech (a scale for each block) and text, two extra tokens."""
+    config = joint_model_config(width=64)
+    modalities = config.modalities
+    assert modalities.audio is not None and modalities.image is not None and modalities.text is not None
+    modalities = replace(
+        modalities,
+        audio=replace(modalities.audio, alibi_per_block=True),
+        image=replace(modalities.image, num_extra_tokens=2),
+        text=replace(modalities.text, alibi=True),
+    )
+    model = Data2Vec2(replace(config, modalities=modalities))
+    initialise(model, 0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.qkv.weight.mul_(8)  # logits that matter, so that a wrong bias shows
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Data2Vec2:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def graphs(model: Data2Vec2, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One graph of each modality with layers 0, 1 and 3."""
+    folder = tmp_path_factory.mktemp("graphs")
+    for modality in MODALITIES:
+        export_onnx(model, modality, folder / f"{modality}.onnx", layers=(0, 1, 3))
+    return {modality: folder / f"{modality}.onnx" for modality in MODALITIES}
+
+
+def noise(model: Data2Vec2, modality: str, rows: int, size: int, seed: int = 3) -> tuple[torch.Tensor, ...]:
+    config = model.config.modalities.active()[modality]
+    return random_inputs(config, modality, [size] * rows, size, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_graph_gives_the_features_of_pytorch(model: Data2Vec2, graphs: dict[str, Path], modality: str) -> None:
+    assert check_onnx(model, modality, graphs[modality]) < 1e-5
+
+
+@pytest.mark.parametrize("modality, rows, size", [("audio", 1, 41), ("audio", 5, 977), ("text", 1, 1), ("text", 3, 24)])
+def test_batch_and_length_are_free(
+    model: Data2Vec2, graphs: dict[str, Path], modality: str, rows: int, size: int
+) -> None:
+    source, padding = noise(model, modality, rows, size)
+    found = OnnxEncoder(graphs[modality])(source, padding)
+    with torch.inference_mode():
+        expected = model.layers(modality, source)  # nothing padded, none given
+    for i in (0, 1, 3):
+        assert torch.allclose(found[f"layer_{i}"], expected[i], atol=1e-5)
+    assert found["token_padding"].shape == expected[0].shape[:2] and not found["token_padding"].any()
+
+
+@pytest.mark.parametrize("modality, sizes", [("audio", (400, 777, 130)), ("text", (9, 24, 2))])
+def test_padded_row_equals_the_same_row_alone(
+    model: Data2Vec2, graphs: dict[str, Path], modality: str, sizes: tuple[int, ...]
+) -> None:
+    graph, config = OnnxEncoder(graphs[modality]), model.config.modalities.active()[modality]
+    source, padding = random_inputs(config, modality, sizes, max(sizes), torch.Generator().manual_seed(4))
+    together = graph(source, padding)
+    for row, size in enumerate(sizes):
+        alone = graph(source[row : row + 1, :size], padding[row : row + 1, :size])
+        real = ~together["token_padding"][row]
+        assert real.sum() == config.num_tokens(size)
+        for name in ("layer_0", "layer_1", "layer_3"):
+            assert torch.allclose(together[name][row][real], alone[name][0], atol=1e-5), name
+
+
+def test_image_graph_takes_any_number_of_images(model: Data2Vec2, graphs: dict[str, Path]) -> None:
+    (source,) = noise(model, "image", 7, 16)
+    found = OnnxEncoder(graphs["image"])(source)
+    assert found["layer_3"].shape == (7, 16, 64) and found["token_padding"].shape == (7, 16)
+
+
+def test_other_attention_and_precision_export_the_same_graph(graphs: dict[str, Path], tmp_path: Path) -> None:
+    model = small_model()
+    other = Data2Vec2(replace(model.config, block=replace(model.config.block, attention_path="rowwise")))
+    other.load_state_dict(model.state_dict())
+    other.train().double()
+    export_onnx(other, "text", tmp_path / "text.onnx", layers=(0, 1, 3))
+    assert other.training and next(other.parameters()).dtype == torch.float64
+    assert (tmp_path / "text.onnx").read_bytes() == graphs["text"].read_bytes()
+
+
+def test_export_does_not_depend_on_the_processor(
+    model: Data2Vec2, graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_USES_ONEDNN", not linear._USES_ONEDNN)
+    export_onnx(model, "image", tmp_path / "image.onnx", layers=(0, 1, 3))
+    assert (tmp_path / "image.onnx").read_bytes() == graphs["image"].read_bytes()
+
+
+def test_graph_names_no_file_of_this_machine(graphs: dict[str, Path]) -> None:
+    for path in graphs.values():
+        assert b".py" not in path.read_bytes()
+
+
+def test_large_weights_lie_beside_the_graph(model: Data2Vec2, tmp_path: Path) -> None:
+    path = tmp_path / "text.onnx"
+    export_onnx(model, "text", path, single_file_bytes=1000)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for part in onnx_graphs.parts_of(path):
+        part.rename(moved / part.name)
+    assert (moved / "text.onnx.data").stat().st_size > 50_000
+    assert check_onnx(model, "text", moved / "text.onnx") < 1e-5
+    quantise(moved / "text.onnx", moved / "text.int8.onnx")
+    assert sorted(file.name for file in moved.iterdir()) == ["text.int8.onnx", "text.onnx", "text.onnx.data"]
+
+
+def test_graph_of_other_weights_is_caught(model: Data2Vec2, graphs: dict[str, Path]) -> None:
+    other = small_model()
+    with torch.no_grad():
+        other.encoders["audio"].alibi.scale.mul_(1.05)  # type: ignore[union-attr, operator]
+    with pytest.raises(D2V2Error, match=r"4 rows of size \d+: layer_1 differs by \d"):
+        check_onnx(other, "audio", graphs["audio"])
+
+
+def test_graph_that_overlooks_padding_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    encoder_class = type(model.encoders["text"])
+    biases = encoder_class.biases
+    monkeypatch.setattr(encoder_class, "biases", lambda self, places, padding, depth: biases(self, places, None, depth))
+    export_onnx(model, "text", tmp_path / "text.onnx", layers=(3,))
+    check_onnx(model, "text", tmp_path / "text.onnx")  # while PyTorch overlooks it, too
+    monkeypatch.undo()
+    with pytest.raises(D2V2Error) as caught:
+        check_onnx(model, "text", tmp_path / "text.onnx")
+    assert "4 rows of size 9: layer_3" in str(caught.value) and "1 rows" not in str(caught.value)
+
+
+def test_graph_that_gives_no_number_is_caught(tmp_path: Path) -> None:
+    model = small_model()
+    good = small_model()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[0] = float("nan")  # type: ignore[union-attr, index]
+    export_onnx(model, "image", tmp_path / "image.onnx", layers=(3,))
+    with pytest.raises(D2V2Error, match="layer_3 differs by inf"):
+        check_onnx(good, "image", tmp_path / "image.onnx")
+
+
+def test_graph_with_a_fixed_length_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    fixed = replace(KINDS["text"], axes=("batch",))
+    monkeypatch.setitem(KINDS, "text", fixed)
+    export_onnx(model, "text", tmp_path / "text.onnx", layers=(3,))
+    monkeypatch.undo()
+    with pytest.raises(D2V2Error, match="(?s)1 rows of size 1: onnxruntime cannot run it: .*Expected: 23"):
+        check_onnx(model, "text", tmp_path / "text.onnx")
+
+
+@pytest.mark.parametrize("modality, bound", [("audio", 0.016), ("image", 0.007), ("text", 0.007)])
+def test_int8_is_less_than_half_the_size_and_close(
+    model: Data2Vec2, graphs: dict[str, Path], modality: str, bound: float, tmp_path: Path
+) -> None:
+    """The bounds are twice what was measured with these weights, which are random."""
+    quantise(graphs[modality], tmp_path / "small.onnx")
+    size = KINDS[modality].sizes(model.config.modalities.active()[modality], [60])[0]
+    rows = measure(model, modality, [graphs[modality], tmp_path / "small.onnx"], noise(model, modality, 2, size))
+    assert [row.name for row in rows] == ["PyTorch fp32", f"{modality}.onnx", "small.onnx"]
+    assert rows[2].megabytes < rows[1].megabytes / 2
+    assert rows[1].errors["layer_3"][1] < 1e-5
+    assert 1e-4 < rows[2].errors["layer_3"][0] < bound
+
+
+def test_wrong_requests_name_what_there_is(model: Data2Vec2, tmp_path: Path) -> None:
+    with pytest.raises(D2V2Error, match="'video': this model has audio, image, text"):
+        export_onnx(model, "video", tmp_path / "a.onnx")
+    with pytest.raises(D2V2Error, match=r"layers \[4\]: expected some of 0 to 3 for text, found 2, 4"):
+        export_onnx(model, "text", tmp_path / "a.onnx", layers=(4, 2))
+    with pytest.raises(D2V2Error, match="found none"):
+        export_onnx(model, "text", tmp_path / "a.onnx", layers=())
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_extra_names_its_install(model: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"needs onnxruntime: pip install 'd2v2ds\[onnx\]'"):
+        export_onnx(model, "text", tmp_path / "a.onnx")
+
+
+def write_folder(model: Data2Vec2, folder: Path) -> Path:
+    tensors = model.state_dict()
+    folder.mkdir()
+    write_tensors(folder, "model", {name: Kind.of(value) for name, value in tensors.items()}, tensors.items())
+    description = Description(model=model.config, preprocessing=published_preprocessing(model.config), origin={})
+    write_config(folder, description, {})
+    return folder
+
+
+def test_command_writes_checked_graphs_and_a_table(
+    model: Data2Vec2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, to = write_folder(model, tmp_path / "folder"), tmp_path / "graphs"
+    assert main([str(folder), "--to", str(to), "--modality", "text", "--layers", "1,3", "--int8"]) == 0
+    assert sorted(file.name for file in to.iterdir()) == ["text.int8.onnx", "text.onnx"]
+    assert OnnxEncoder(to / "text.int8.onnx").layers == [1, 3]
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[1:]] == ["PyTorch fp32", "text.onnx", "text.int8.onnx"]
+    assert rows[2][4].strip().startswith("1: ") and ", 3: " in rows[2][4]
+
+
+def test_command_leaves_nothing_that_failed_the_check(
+    model: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, to = write_folder(model, tmp_path / "folder"), tmp_path / "graphs"
+    monkeypatch.setattr(onnx_graphs, "_largest_difference", lambda found, expected: 2e-4)
+    assert main([str(folder), "--to", str(to), "--modality", "image", "--layers", "3"]) == 2
+    assert "do not use this graph" in caplog.text and not list(to.iterdir())
