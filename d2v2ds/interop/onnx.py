@@ -16,9 +16,11 @@ lengths as symbols; the older tracer would write down whichever branches the tra
 """
 
 import argparse
+import ast
 import contextlib
 import importlib.util
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -48,6 +50,7 @@ TOLERANCE = 1e-4
 SINGLE_FILE_BYTES = 1_800_000_000
 """Weights of more bytes go to a file of their own beside the graph: a protobuf message ends at 2 GB."""
 _QUANTISED = ("MatMul", "Gemm")
+_LOCAL = re.compile(r"\.local\b")
 _REPEATS = 5
 
 
@@ -261,17 +264,20 @@ def export_onnx(
             dynamic_shapes=tuple(dict(enumerate(kind.axes)) for _ in inputs),
         )
     logger.info("%s: traced in %.0f s, writing", path, time.perf_counter() - started)
-    _forget_origin(program.model)
+    _name_nodes(program.model)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=num_bytes > single_file_bytes)
 
 
-def _forget_origin(model: Any) -> None:
-    """Remove the stack traces that torch writes beside every node: they name files of this machine."""
+def _name_nodes(model: Any) -> None:
+    """Name every node after its module, and remove the stack traces beside it: they name files of this machine."""
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
+        node.name = f"{module}/{node.name}"
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
@@ -372,7 +378,8 @@ def _largest_difference(found: Tensor, expected: Tensor) -> float:
 def quantise(path: Path, to: Path) -> None:
     """Store the weights of all matrix products as int8, a scale for each column; their inputs become int8 on the fly.
 
-    Convolutions, embeddings, norms and the products inside attention stay fp32.
+    Local encoders, norms, convolutions and the products inside attention stay fp32: they hold few weights (embeddings
+    apart), and the error of what enters the first block would go through all of them.
 
     Args:
         path: a graph of `export_onnx`, with or without a file of weights.
@@ -382,12 +389,21 @@ def quantise(path: Path, to: Path) -> None:
         MissingExtraError: if ONNX is not installed.
     """
     require_onnx()
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logger.info("%s: writing int8 weights", to)
     to.parent.mkdir(parents=True, exist_ok=True)
+    nodes = onnx.load(path, load_external_data=False).graph.node
     with _quiet():
-        quantize_dynamic(path, to, op_types_to_quantize=list(_QUANTISED), per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            path,
+            to,
+            op_types_to_quantize=list(_QUANTISED),
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[node.name for node in nodes if _LOCAL.search(node.name)],
+        )
 
 
 @dataclass(frozen=True)

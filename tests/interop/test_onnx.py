@@ -179,18 +179,19 @@ def test_graph_with_a_fixed_length_is_caught(tmp_path: Path, monkeypatch: pytest
         check_onnx(model, "text", tmp_path / "text.onnx")
 
 
-@pytest.mark.parametrize("modality, bound", [("audio", 0.016), ("image", 0.007), ("text", 0.007)])
+@pytest.mark.parametrize("modality", MODALITIES)
 def test_int8_is_less_than_half_the_size_and_close(
-    model: Data2Vec2, graphs: dict[str, Path], modality: str, bound: float, tmp_path: Path
+    model: Data2Vec2, graphs: dict[str, Path], modality: str, tmp_path: Path
 ) -> None:
-    """The bounds are twice what was measured with these weights, which are random."""
+    """The bound is twice what was measured with these weights, which are random: 3.4e-3 to 3.6e-3."""
     quantise(graphs[modality], tmp_path / "small.onnx")
     size = KINDS[modality].sizes(model.config.modalities.active()[modality], [60])[0]
     rows = measure(model, modality, [graphs[modality], tmp_path / "small.onnx"], noise(model, modality, 2, size))
     assert [row.name for row in rows] == ["PyTorch fp32", f"{modality}.onnx", "small.onnx"]
     assert rows[2].megabytes < rows[1].megabytes / 2
     assert rows[1].errors["layer_3"][1] < 1e-5
-    assert 1e-4 < rows[2].errors["layer_3"][0] < bound
+    assert rows[2].errors["layer_0"][1] < 1e-5, "the local encoder stays fp32"
+    assert 1e-4 < rows[2].errors["layer_3"][0] < 0.007
 
 
 def test_wrong_requests_name_what_there_is(model: Data2Vec2, tmp_path: Path) -> None:
