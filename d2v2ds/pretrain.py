@@ -53,7 +53,7 @@ from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise, undrawn
 from d2v2ds.model.target_net import TargetNet
-from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints
+from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints, reading_ahead
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.interval import ModalityInfo
 from d2v2ds.train.loop import LoopConfig, Trainer
@@ -121,7 +121,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
             start_worker_server()
         will_resume = has_checkpoints(config.run.dir)
         warm_start = None if will_resume else open_warm_start(config)[0]
-        student, teacher = build_engines(config, ds_config, will_resume, warm_start)
+        with reading_ahead(config.run.dir) if will_resume else nullcontext():
+            student, teacher = build_engines(config, ds_config, will_resume, warm_start)
         guard, progress = Guard(config.health), Progress(sampler={name: SamplerState() for name in streams})
         checkpoints = Checkpoints(
             student,
@@ -300,6 +301,9 @@ def build_engines(
         model = Data2Vec2(config.model, activation_checkpointing=config.engine.activation_checkpointing)
         if not is_overwritten:
             initialise(model, config.run.seed)
+        elif ds_config.get("bf16", {}).get("enabled", False):
+            for param in model.parameters():  # converting them would touch memory that holds nothing yet
+                param.data = torch.empty_like(param.data, dtype=torch.bfloat16)
     optimizer = EarlyEpsilonAdam([p for p in model.parameters() if p.requires_grad], lr=0.0, config=config.optim)
     student = build_student_engine(model, optimizer, ds_config, gather_units=[Block])
     student.train()

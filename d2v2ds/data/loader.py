@@ -12,12 +12,14 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -142,7 +144,7 @@ class StepLoader(Iterator[StepData]):
     """Gathers micro-batches into steps, and ends the workers."""
 
     def __init__(self, loader: DataLoader) -> None:
-        with _job_signals_held():
+        with _job_signals_held(), _main_module_hidden():
             running = [iter(loader)]
         self._running = running
         self.close = weakref.finalize(self, _stop, running)
@@ -238,3 +240,15 @@ def _job_signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Start processes that do not import the program's main module, as multiprocessing's would: what is sent to ours
+    comes from this package, and importing the trainer with DeepSpeed would cost each of them more than a second."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.consolidate import (
+    LATEST,
     MANIFEST,
     SHARD_FILE,
     Manifest,
@@ -21,13 +24,14 @@ from d2v2ds.dist.consolidate import (
     candidate_tags,
     file_faults,
     lost_tags,
+    named_tag,
     persistent_buffers,
     read_manifest,
     read_plain,
     shard_file,
 )
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.dist.tensorfile import TensorFile
+from d2v2ds.dist.tensorfile import BLOCK_BYTES, TensorFile
 from d2v2ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -97,6 +101,33 @@ def load(
         f"{folder}: no usable checkpoint ({len(tags) + len(lost)} damaged); start a new run in another folder, or "
         "remove it"
     )
+
+
+@contextmanager
+def reading_ahead(folder: Path) -> Iterator[None]:
+    """Meanwhile, bring this rank's part of the newest checkpoint from the disk into the system's memory. Local.
+
+    A thread reads it and throws it away. `load` trusts nothing of that: it reads every byte again, from memory now,
+    and checks it; a file that cannot be read is for `load` to report. On the way out the thread ends, finished or not.
+    """
+    enough = threading.Event()
+    thread = threading.Thread(target=_read_and_forget, args=(folder, enough), name="read ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+
+
+def _read_and_forget(folder: Path, enough: threading.Event) -> None:
+    with suppress(OSError, ValueError):  # the latter from a damaged `latest`
+        files = (folder / (named_tag(folder, LATEST) or "")).glob(f"*.rank{comm.rank():05d}.safetensors")
+        block = bytearray(BLOCK_BYTES)
+        for path in sorted(files, key=lambda path: path.name.startswith("optimizer.")):  # `load` reads these last
+            with path.open("rb", buffering=0) as file:
+                while not enough.is_set() and file.readinto(block):
+                    pass
 
 
 def _all_faults(find: Callable[[], list[str]]) -> list[str]:

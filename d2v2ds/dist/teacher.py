@@ -55,7 +55,7 @@ class Teacher:
 
         Args:
             module: the teacher's network, whole, on the CPU. Every parameter and buffer name must exist in the
-                student's module with the same shape; the student may have more. Its values are overwritten.
+                student's module with the same shape; the student may have more. Its values are never read.
             student: the engine to follow, at any ZeRO stage.
 
         Raises:
@@ -260,9 +260,9 @@ class Teacher:
 
     def _place(self, module: nn.Module) -> tuple[nn.Module, Any]:
         """Bring the module to its device, type and partition; returns it and what runs its forward."""
+        for param in module.parameters():
+            param.data = torch.empty_like(param.data, dtype=self._dtype)  # the first update or copy writes them all
         if self._stage < 3:
-            for param in module.parameters():
-                param.data = param.data.to(self._dtype)
             module.to(comm.device())
             return module, module
         zero.adopt_gather_units(module, self._student)

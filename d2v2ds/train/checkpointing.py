@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def has_checkpoints(run_dir: Path) -> bool:
     folder = run_dir / "checkpoints"
     # A shared file system may show ranks different lists.
     return comm.broadcast_object(bool(candidate_tags(folder)) or bool(lost_tags(folder)))
+
+
+def reading_ahead(run_dir: Path) -> AbstractContextManager[None]:
+    """Meanwhile, bring the newest checkpoint of a run from the disk, for `Checkpoints.resume` to find it in memory."""
+    return checkpoint.reading_ahead(run_dir / "checkpoints")
 
 
 class Checkpoints:

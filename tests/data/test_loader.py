@@ -194,6 +194,21 @@ def run_script(tmp_path, body, timeout_s=60):
         return result.returncode, out.read(), err.read()
 
 
+def test_workers_do_not_import_the_program_that_starts_them(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "print('imported as', __name__, flush=True)\n"
+        "from tests.data.test_loader import steps\n"
+        "if __name__ == '__main__':\n"
+        "    assert steps(1, num_workers=2)\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, str(program)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == ["imported as __main__"]
+
+
 def descendants(process):
     """Process numbers of all children and their children."""
     children = [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,76 @@ def test_another_topology_is_refused_unless_asked_for(saved: dict, read: dict) -
 def test_damaged_checkpoint_falls_back_to_the_one_before(read: dict) -> None:
     assert read["damaged"] == "step3"
     assert "teacher.rank00001.safetensors: damaged" in read["torn"]
+
+
+def damaged_while_read_ahead(folder: Path) -> dict[str, Any]:
+    """Two checkpoints, a byte of the newer one changed, then as a run starts again."""
+    engine, teacher = start(3, "bf16")
+    for step in (1, 2):
+        train(engine, teacher, step, step + 1)
+        saver.save(engine, teacher, folder, f"step{step}", {}, {})
+        if step == 1:
+            before = everything(engine, teacher)
+    engine.destroy()
+    file = folder / "step2" / "optimizer.exp_avg_sq.rank00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    messages: list[str] = []
+    checkpoint.logger.warning = lambda text, *values: messages.append(text % values)  # type: ignore[method-assign]
+    with checkpoint.reading_ahead(folder):
+        engine, teacher = start(3, "bf16")
+    tag = checkpoint.load(engine, teacher, folder).tag
+    same = [torch.equal(a, b) for a, b in zip(before, everything(engine, teacher), strict=True)]
+    return {"tag": tag, "messages": messages, "same": all(same)}
+
+
+def test_damage_in_what_was_read_ahead_is_named_and_the_checkpoint_before_taken(tmp_path: Path) -> None:
+    seen = run_distributed(damaged_while_read_ahead, 1, tmp_path)[0]
+    assert seen["tag"] == "step1" and seen["same"]
+    (message,) = seen["messages"]
+    assert "step2 is damaged" in message and "optimizer.exp_avg_sq.rank00000.safetensors: damaged" in message
+
+
+def test_this_ranks_files_of_the_newest_checkpoint_are_read_ahead_in_the_order_of_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("optimizer.exp_avg.rank00001", "student.rank00001", "student.rank00000", "teacher.rank00001"):
+        for tag in ("step1", "step2"):
+            (tmp_path / tag).mkdir(exist_ok=True)
+            (tmp_path / tag / f"{name}.safetensors").write_bytes(b"content")
+    (tmp_path / "latest").write_text("step2")
+    opened: list[Path] = []
+    reading = Path.open
+
+    def noted(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".safetensors":
+            opened.append(path)
+        return reading(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", noted)
+    monkeypatch.setattr(comm, "rank", lambda: 1)
+    checkpoint._read_and_forget(tmp_path, threading.Event())
+    names = ["student", "teacher", "optimizer.exp_avg"]
+    assert opened == [tmp_path / "step2" / f"{name}.rank00001.safetensors" for name in names]
+
+
+@pytest.mark.parametrize("latest", [None, b"step1", b"\xff\xfe", b"a\0b"])
+def test_reading_ahead_leaves_what_is_wrong_to_the_reading(tmp_path: Path, latest: bytes | None) -> None:
+    if latest is not None:
+        (tmp_path / "latest").write_bytes(latest)
+    checkpoint._read_and_forget(tmp_path, threading.Event())
+    checkpoint._read_and_forget(tmp_path / "nowhere", threading.Event())
+
+
+def test_reading_ahead_ends_with_what_it_runs_beside(tmp_path: Path) -> None:
+    (tmp_path / "step1").mkdir()
+    (tmp_path / "latest").write_text("step1")
+    with (tmp_path / "step1" / "student.rank00000.safetensors").open("wb") as file:
+        file.truncate(1 << 40)  # without end, as far as this test goes; takes no room
+    with checkpoint.reading_ahead(tmp_path):
+        pass
+    assert "read ahead" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_rank_killed_while_saving_leaves_the_old_checkpoint(folder: Path, killed: dict, read: dict) -> None:
