@@ -8,13 +8,13 @@ import errno
 import io
 import mmap
 import os
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from d2v2ds.crc import crc32
 from d2v2ds.data.schema import move_into_place
 from d2v2ds.errors import ShardError
 
@@ -98,7 +98,7 @@ class ChecksumFile(io.RawIOBase):
 
     def _put(self, piece: memoryview) -> None:
         """Sum and write the next piece; in the background thread, in order, one at a time."""
-        self._crc = zlib.crc32(piece, self._crc)
+        self._crc = crc32(piece, self._crc)
         _write_all(self._descriptor, piece)
 
     def _wait(self) -> None:

@@ -11,13 +11,13 @@ A damaged pixel in the middle of a whole JPEG shows only when it is decoded (`de
 import io
 import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image
 
+from d2v2ds.crc import crc32
 from d2v2ds.data.pixels import PILLOW_ERRORS, SWAPS_SIDES, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -182,7 +182,7 @@ def _png(data: bytes) -> tuple[str, int, int, int]:
         kind, end = data[at + 4 : at + 8], at + 8 + length
         if end + 4 > len(data):
             raise BadImageError(f"cut off in chunk {kind!r} (PNG)")
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+        if crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise BadImageError(f"damaged: checksum of chunk {kind!r} (PNG)")
         if size is None:
             if kind != b"IHDR" or length != 13:

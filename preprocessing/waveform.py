@@ -18,7 +18,8 @@ Samples = NDArray[np.int16]
 _EXACT_SUBTYPES = frozenset({"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
 """Sample formats that libsndfile turns into int16 without loss; others lose bits or clip and are rounded here."""
 _BLOCK_FRAMES = 1 << 18
-_STATS_BLOCK = 1 << 18
+_STATS_BLOCK = 1 << 15
+"""Samples that stay, as float64, in the processor's second cache together with the recording they come from."""
 _STATS_ROW = 1 << 12
 _HOP_SECONDS = 0.01
 _QUIET_HOPS = 10
@@ -103,8 +104,11 @@ def mean_and_variance(samples: Samples) -> tuple[float, float]:
     BLAS does not start threads, which on shared cores cost far more than they save.
     """
     total = squares = 0
+    space = np.empty(min(_STATS_BLOCK, len(samples)))
     for start in range(0, len(samples), _STATS_BLOCK):
-        block = samples[start : start + _STATS_BLOCK].astype(np.float64)
+        part = samples[start : start + _STATS_BLOCK]
+        block = space[: len(part)]
+        block[:] = part
         whole = len(block) - len(block) % _STATS_ROW
         rows, rest = block[:whole].reshape(-1, _STATS_ROW), block[whole:]
         total += int(block.sum())

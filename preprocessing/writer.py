@@ -6,7 +6,6 @@ finished. A restart trusts a shard only with its sidecar. The checksum is comput
 
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from d2v2ds.crc import crc32
 from d2v2ds.data.schema import (
     FIELDS_CRC32,
     LAYOUTS,
@@ -134,7 +134,7 @@ class ShardWriter:
         layout, stored = self._layout, dict(row.values)
         for name in layout.texts:
             stored[name] = None if stored[name] is None else stored[name].encode()
-        stored[PAYLOAD_CRC32] = zlib.crc32(payload)  # here, where the bytes still lie in the processor's cache
+        stored[PAYLOAD_CRC32] = crc32(payload)  # here, where the bytes still lie in the processor's cache
         stored[TEXTS_CRC32] = layout.texts_crc32(stored[name] for name in layout.texts)
         numbers = (stored[name] for name in layout.numbers)
         stored[FIELDS_CRC32] = layout.fields_crc32(self._number, len(self.sizes), numbers)

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     # room: rooms of ours it may import
     "errors": set(),
+    "crc": set(),
     "shapes": set(),
     "batch": {"shapes", "errors"},
     "masking": {"shapes", "errors"},
     "model": {"shapes", "batch", "errors"},
-    "data": {"shapes", "batch", "masking", "errors"},
-    "dist": {"errors"},
+    "data": {"crc", "shapes", "batch", "masking", "errors"},
+    "dist": {"crc", "errors"},
     "train": {"model", "data", "dist", "batch", "shapes", "errors"},
     "interop": {"model", "data.tokenizers", "shapes", "errors"},
     "evals": {"model", "data", "batch", "errors"},
@@ -24,6 +25,7 @@ ALLOWED = {
     "config": {"model", "data", "train", "masking", "errors", "summary"},  # summary: for the command alone
     "summary": {"config", "model", "dist", "masking"},
     "preprocessing": {
+        "crc",
         "data.schema",
         "data.shards",
         "data.shardfile",

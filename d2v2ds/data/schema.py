@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from d2v2ds.crc import crc32
 from d2v2ds.errors import ShardError
 
 SCHEMA_VERSION = 3
@@ -96,7 +96,7 @@ class Layout:
             row: number of the row inside it.
             numbers: values of `numbers`.
         """
-        return zlib.crc32(self.packing.pack(shard, row, *numbers))
+        return crc32(self.packing.pack(shard, row, *numbers))
 
     def texts_crc32(self, texts: Iterable[bytes | None]) -> int:
         """The checksum of a row's texts.
@@ -105,7 +105,7 @@ class Layout:
             texts: values of `texts`, UTF-8; None for null.
         """
         # 0xfe and 0xff do not occur in UTF-8
-        return zlib.crc32(b"".join(b"\xfe" if text is None else text + b"\xff" for text in texts))
+        return crc32(b"".join(b"\xfe" if text is None else text + b"\xff" for text in texts))
 
 
 def _column(name: str, kind: pa.DataType, nullable: bool = False) -> pa.Field:
@@ -328,5 +328,5 @@ def file_crc32(path: Path) -> str:
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
+            crc = crc32(block, crc)
     return f"{crc:08x}"

@@ -6,7 +6,6 @@ batch's place gives bytes of another checksum. Every fault of a file, also one o
 """
 
 import os
-import zlib
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from d2v2ds.crc import crc32
 from d2v2ds.data.schema import FIELDS_CRC32, LAYOUTS, PAYLOAD_CRC32, TEXTS_CRC32, Index, Layout, shard_schema
 from d2v2ds.errors import ShardError
 
@@ -145,7 +145,7 @@ class RowBatch:
                 f"{self.where(row)}: expected a place inside the {len(self.data)} bytes of its batch, found bytes "
                 f"{start} to {stop}; {WHAT_TO_DO}"
             )
-        found = zlib.crc32(self.data[start:stop].data)
+        found = crc32(self.data[start:stop].data)
         if found != expected:
             self._fail(row, self._layout.payload, expected, found)
         return start, stop
