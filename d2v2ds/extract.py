@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from d2v2ds.api import FeatureExtractor, tokenizer_faults
+from d2v2ds.crc import crc32
 from d2v2ds.data.collate import Reader
 from d2v2ds.data.featurefile import ANNOTATIONS, feature_schema, join_files, write_rows
 from d2v2ds.data.readers import open_whole
@@ -118,7 +118,7 @@ class Extraction:
         index = read_index(Path(self.options.shards))
         checksum = 0
         for _, parameter in sorted(self.extractor.model.named_parameters()):  # all: norms alone are equal at init
-            checksum = zlib.crc32(parameter.float().cpu().contiguous().numpy().data, checksum)
+            checksum = crc32(parameter.float().cpu().contiguous().numpy().data, checksum)
         description = self.extractor.folder.description
         return {
             **asdict(self.options),

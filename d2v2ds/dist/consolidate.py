@@ -18,7 +18,6 @@ import json
 import math
 import pickle
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from d2v2ds.crc import crc32
 from d2v2ds.errors import CheckpointError
 
 FORMAT_VERSION = 3
@@ -97,7 +97,7 @@ class Manifest:
 
 
 def _checksum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return crc32(json.dumps(content, sort_keys=True).encode())
 
 
 SHARD_FILE = re.compile(r"(student|teacher|optimizer\..+)\.rank\d{5,}\.safetensors")
@@ -166,7 +166,7 @@ def crc32_of(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
+            checksum = crc32(block, checksum)
     return checksum
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v2ds.crc import crc32
 from d2v2ds.errors import CheckpointError
 
 BLOCK_BYTES = 8 << 20
@@ -46,7 +46,7 @@ class Writing:
         for part in parts:
             size += len(part)
             for block in _blocks(part):
-                checksum = zlib.crc32(block, checksum)
+                checksum = crc32(block, checksum)
         self.files[path.name] = {"bytes": size, "crc32": checksum}
 
     def finish(self) -> dict[str, dict[str, int]]:
@@ -103,7 +103,7 @@ class TensorFile:
         Raises:
             CheckpointError: the checksum is another one; what was filled is worth nothing then.
         """
-        checksum = zlib.crc32(self._head)
+        checksum = crc32(self._head)
         try:
             with ThreadPoolExecutor(1) as thread, self._path.open("rb", buffering=0) as file:
                 file.seek(len(self._head))
@@ -113,13 +113,13 @@ class TensorFile:
                     place = self._place(entry, target)
                     for block in _blocks(_bytes_of(place)):
                         reading = thread.submit(file.readinto, block)
-                        checksum = zlib.crc32(before, checksum)
+                        checksum = crc32(before, checksum)
                         if reading.result() != len(block):
                             raise CheckpointError(f"{self._path}: cut off while it was read")
                         before = block
                     if target is not None and place is not target:
                         target.copy_(place)
-                checksum = zlib.crc32(before, checksum)
+                checksum = crc32(before, checksum)
         except OSError as error:
             raise CheckpointError(f"{self._path}: cannot be read: {error}") from error
         if checksum != self._crc32:
