@@ -329,7 +329,7 @@ def recipe(config: RunConfig) -> Recipe:
 
 
 def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype, restarts: int) -> LoopConfig:
-    """The numbers of the loop; the peak is measured here, in the engine's compute type, by all ranks at once."""
+    """The numbers of the loop; its peak is that of the engine's compute type."""
 
     def flops_of(batch: Batch) -> float:
         return step_flops(
@@ -347,7 +347,6 @@ def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype, restart
         modalities[name] = ModalityInfo(
             reader=streams[name].reader, loss_scale=None if model.loss.beta else scale, grid_side=model.grid_side
         )
-    comm.barrier()
     return LoopConfig(
         num_heads=config.model.block.num_heads,
         modalities={name: modalities[name] for name in streams},
@@ -357,7 +356,7 @@ def loop_config(config: RunConfig, streams: Streams, dtype: torch.dtype, restart
         save_every_steps=config.run.save_every_steps,
         validate_every_steps=config.valid.every_steps,
         restarts=restarts,
-        peak_flops=matmul_peak_flops(comm.device(), dtype, seconds=0.3),
+        measure_peak=lambda: matmul_peak_flops(comm.device(), dtype, seconds=0.3),
         flops_of=flops_of,
     )
 

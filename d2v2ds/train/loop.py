@@ -46,8 +46,8 @@ class LoopConfig:
     """Earlier starts of this run."""
     modalities: dict[str, ModalityInfo]
     """By name, in the order of the micro-batches."""
-    peak_flops: float
-    """Matrix-product peak of this rank's device, measured at start."""
+    measure_peak: Callable[[], float]
+    """Measures the matrix-product peak of this rank's device; called once, with the first record, on all ranks."""
     num_heads: int
     flops_of: Callable[[Batch], float]
     """Algorithmic operations of one micro-batch."""
@@ -112,6 +112,7 @@ class Trainer:
         self.stop, self.watchdog, self.metrics = stop, watchdog, metrics
         self.validation = validation
         self.samples = self._empty_samples()
+        self._peak_flops: float | None = None
 
     def run(self, data: Iterator[StepData]) -> None:
         """Train up to `total_steps`.
@@ -275,7 +276,10 @@ class Trainer:
     def _reduce_run(self, out: StepOutput, interval: Interval, seconds: float) -> dict[str, float]:
         """What belongs to the run as a whole."""
         flops_per_s = interval.flops / seconds
-        flops, mfu = comm.all_reduce_sum([flops_per_s, flops_per_s / max(self.config.peak_flops, 1.0)])
+        if self._peak_flops is None:
+            comm.barrier()  # all at once: ranks on a CPU share its cores in the steps, too
+            self._peak_flops = self.config.measure_peak()
+        flops, mfu = comm.all_reduce_sum([flops_per_s, flops_per_s / max(self._peak_flops, 1.0)])
         own = (
             1000 * seconds / interval.steps,
             1000 * interval.data_wait_s / interval.steps,

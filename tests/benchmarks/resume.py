@@ -57,7 +57,6 @@ def main() -> None:
     time_calls(pretrain, "prepare", "configuration and data")
     time_calls(pretrain, "build_engines", "model, first weights, teacher", less=(FRAMEWORK[2],))
     time_calls(pretrain.Checkpoints, "resume", "reading the checkpoint")
-    time_calls(pretrain, "loop_config", "matrix-product peak")
     time_calls(pretrain.provenance, "write", "provenance")
     loop.pretrain_step = first_step
     with suppress(FirstStepError):
