@@ -221,6 +221,14 @@ def test_resizing_is_as_exact_as_pillows():
         assert ours <= pillows + 0.01 < 0.4
 
 
+def test_a_fourth_channel_changes_nothing():
+    pixels = photo(90, 40)
+    rest = np.random.default_rng(0).integers(0, 256, (40, 90, 1), dtype=np.uint8)
+    four = np.concatenate([pixels, rest], axis=-1)
+    for side in (20, 64, 224):
+        np.testing.assert_array_equal(resize(four, side, side), resize(pixels, side, side))
+
+
 def test_damaged_rows_name_folder_and_row(source):
     broken = FakeImages([source.files[0]] * 3)
     broken.files[2] = broken.files[2][:400]
