@@ -295,26 +295,15 @@ def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBat
     name = options.text_field
     for first, lines in _lines(span, options.errors):
         batch = DocumentBatch(texts=[])
-        for number, padded in enumerate(lines, start=first):
-            line = padded.strip()
-            if not line:
-                continue
+        for number, line in enumerate(lines, start=first):
             try:
-                values = _parsed(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{_place(span, number)}: expected one JSON object, found {error}") from error
-            if not isinstance(values, dict):
-                raise ConfigError(f"{_place(span, number)}: expected one JSON object, found {line!r:.60}")
-            text = values.get(name)
-            if not isinstance(text, str):
-                found = f"it is {text!r:.40}" if name in values else f"the fields {sorted(values)!r:.200}"
-                raise ConfigError(
-                    f"{_place(span, number)}: expected text in field {name!r}, found {found}; name the field by "
-                    "--text-field"
-                )
-            text = text.strip()
-            if "\\u" in line:
-                text = _whole_characters(text, span, number, options.errors)
+                values = orjson.loads(line)
+                text = values[name].strip()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                if not line.strip():
+                    continue
+                values = _looked_at(line.strip(), name, span, number)
+                text = _whole_characters(values[name].strip(), span, number, options.errors)
             if options.label_field is not None:
                 batch.labels.append(_label_of(values, options.label_field, span, number))
             elif not text:
@@ -325,12 +314,25 @@ def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBat
             yield batch
 
 
-def _parsed(line: str) -> Any:
-    """One line of JSON. What orjson refuses goes to Python's decoder, which takes half a character or says why not."""
+def _looked_at(line: str, name: str, span: TextSpan, number: int) -> dict[str, Any]:
+    """One line of JSON that orjson refuses or that has no text: Python's decoder takes half a character.
+
+    Raises:
+        ConfigError: saying what is wrong with the line.
+    """
     try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return json.loads(line)
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{_place(span, number)}: expected one JSON object, found {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{_place(span, number)}: expected one JSON object, found {line!r:.60}")
+    text = values.get(name)
+    if not isinstance(text, str):
+        found = f"it is {text!r:.40}" if name in values else f"the fields {sorted(values)!r:.200}"
+        raise ConfigError(
+            f"{_place(span, number)}: expected text in field {name!r}, found {found}; name the field by --text-field"
+        )
+    return values
 
 
 def _label_of(values: dict[str, Any], name: str, span: TextSpan, number: int) -> str | None:

@@ -117,30 +117,23 @@ class ShardWriter:
         self._buffer = self._spare
         self._used = 0
         self._offsets = [0]
-        self._values: dict[str, list[Any]] = {name: [] for name in self._schema.names if name != layout.payload}
+        self._checksums: list[int] = []
+        self._values: list[Mapping[str, Any]] = []
         self.sizes: list[int] = []
-        """Of all rows so far, as ``rows.npy`` has them."""
+        """Of all rows written so far, as ``rows.npy`` has them."""
 
     def add(self, row: Row) -> None:
-        """Copy one row into the batch; its payload may be overwritten afterwards."""
+        """Copy one row's payload into the batch; it may be overwritten afterwards, the values may not."""
         payload = memoryview(row.payload).cast("B")
         if self._used + len(payload) > BATCH_BYTES:
             self._flush()
         if len(payload) > len(self._buffer):
             self._buffer = memoryview(bytearray(len(payload)))
+        self._checksums.append(crc32(payload))  # here, where the bytes still lie in the processor's cache
         self._buffer[self._used : self._used + len(payload)] = payload
         self._used += len(payload)
         self._offsets.append(self._used)
-        layout, stored = self._layout, dict(row.values)
-        for name in layout.texts:
-            stored[name] = None if stored[name] is None else stored[name].encode()
-        stored[PAYLOAD_CRC32] = crc32(payload)  # here, where the bytes still lie in the processor's cache
-        stored[TEXTS_CRC32] = layout.texts_crc32(stored[name] for name in layout.texts)
-        numbers = (stored[name] for name in layout.numbers)
-        stored[FIELDS_CRC32] = layout.fields_crc32(self._number, len(self.sizes), numbers)
-        for name, values in self._values.items():
-            values.append(stored[name])
-        self.sizes.append(math.prod(stored[name] for name in layout.size))
+        self._values.append(row.values)
 
     def close(self) -> None:
         """Write the last batch and the Arrow footer."""
@@ -149,7 +142,7 @@ class ShardWriter:
         give_buffer(self._spare)
 
     def _flush(self) -> None:
-        if self._offsets == [0]:
+        if not self._values:
             return
         offsets = np.array(self._offsets, dtype=np.int64)
         payload = pa.LargeBinaryArray.from_buffers(
@@ -157,15 +150,34 @@ class ShardWriter:
             len(offsets) - 1,
             [None, pa.py_buffer(offsets), pa.py_buffer(self._buffer[: self._used])],
         )
+        values = self._columns()
         columns = [
-            payload if field.name == self._layout.payload else _column(self._values[field.name], field.type)
+            payload if field.name == self._layout.payload else _column(values[field.name], field.type)
             for field in self._schema
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self.sizes.extend(map(math.prod, zip(*(values[name] for name in self._layout.size), strict=True)))
         self._used = 0
         self._offsets = [0]
-        for values in self._values.values():
-            values.clear()
+        self._checksums.clear()
+        self._values.clear()
+
+    def _columns(self) -> dict[str, list[Any]]:
+        """The rows of the batch by columns, texts as UTF-8, with their checksums. Columns are faster than rows."""
+        layout, first = self._layout, len(self.sizes)
+        columns: dict[str, list[Any]] = {PAYLOAD_CRC32: self._checksums}
+        for name in layout.texts:
+            texts = [values[name] for values in self._values]
+            columns[name] = [None if text is None else text.encode() for text in texts]
+        texts_by_row = zip(*(columns[name] for name in layout.texts), strict=True)
+        columns[TEXTS_CRC32] = [layout.texts_crc32(texts) for texts in texts_by_row]
+        for name in layout.numbers.keys() - columns.keys():
+            columns[name] = [values[name] for values in self._values]
+        numbers_by_row = zip(*(columns[name] for name in layout.numbers), strict=True)
+        columns[FIELDS_CRC32] = [
+            layout.fields_crc32(self._number, row, numbers) for row, numbers in enumerate(numbers_by_row, start=first)
+        ]
+        return columns
 
 
 def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
