@@ -169,8 +169,9 @@ class ShardWriter:
         for name in layout.texts:
             texts = [values[name] for values in self._values]
             columns[name] = [None if text is None else text.encode() for text in texts]
-        texts_by_row = zip(*(columns[name] for name in layout.texts), strict=True)
-        columns[TEXTS_CRC32] = [layout.texts_crc32(texts) for texts in texts_by_row]
+        texts_by_row = list(zip(*(columns[name] for name in layout.texts), strict=True))
+        checksums = {texts: layout.texts_crc32(texts) for texts in set(texts_by_row)}  # blocks of a file have the same
+        columns[TEXTS_CRC32] = [checksums[texts] for texts in texts_by_row]
         for name in layout.numbers.keys() - columns.keys():
             columns[name] = [values[name] for values in self._values]
         numbers_by_row = zip(*(columns[name] for name in layout.numbers), strict=True)

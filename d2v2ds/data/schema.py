@@ -105,7 +105,7 @@ class Layout:
             texts: values of `texts`, UTF-8; None for null.
         """
         # 0xfe and 0xff do not occur in UTF-8
-        return crc32(b"".join(b"\xfe" if text is None else text + b"\xff" for text in texts))
+        return crc32(b"".join([b"\xfe" if text is None else text + b"\xff" for text in texts]))
 
 
 def _column(name: str, kind: pa.DataType, nullable: bool = False) -> pa.Field:
