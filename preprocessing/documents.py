@@ -295,6 +295,7 @@ def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBat
     name = options.text_field
     for first, lines in _lines(span, options.errors):
         batch = DocumentBatch(texts=[])
+        add_text, add_line = batch.texts.append, batch.lines.append
         for number, line in enumerate(lines, start=first):
             try:
                 values = orjson.loads(line)
@@ -308,8 +309,8 @@ def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBat
                 batch.labels.append(_label_of(values, options.label_field, span, number))
             elif not text:
                 continue
-            batch.lines.append(number)
-            batch.texts.append(text)
+            add_line(number)
+            add_text(text)
         if batch.texts:
             yield batch
 
