@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from d2v2ds.config import RunConfig, load_config
 from d2v2ds.data.loader import LoaderConfig, build_loader
@@ -171,3 +172,13 @@ def test_ids_of_another_tokenizer_are_refused_unless_the_embeddings_are_drawn(tm
         assert start is not None
         assert len(faults) == count, faults
         assert all("was packed with another tokenizer" in fault for fault in faults)
+
+
+def test_a_single_file_of_the_version_before_is_taken(tmp_path: Path) -> None:
+    student = write_folder(tmp_path / "audio", tiny_config("audio"))
+    model = json.dumps(json.loads((tmp_path / "audio" / "config.json").read_text())["model"])
+    metadata = {"format": "d2v2ds-model-2", "weights": "student", "model": model, "step": "3"}
+    save_file(student, tmp_path / "old.safetensors", metadata=metadata)
+    start = configured(tmp_path, tmp_path / "old.safetensors", "audio")
+    assert (start.faults(), start.fresh()) == ([], [])
+    assert not start.folder.has("teacher"), "it will start as a copy of the student"
