@@ -309,7 +309,7 @@ def build_engines(
     student.train()
     with undrawn():  # `Teacher` makes it a copy of the student
         network = TargetNet(config.model)
-    teacher = Teacher(network, student)
+    teacher = Teacher(network, student, will_be_restored=will_resume)
     if warm_start is not None:
         warm_start.load(student, teacher)
     return student, teacher

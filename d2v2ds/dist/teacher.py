@@ -50,13 +50,14 @@ class _Span:
 class Teacher:
     """The EMA of a student engine, callable like the module it wraps."""
 
-    def __init__(self, module: nn.Module, student: DeepSpeedEngine) -> None:
+    def __init__(self, module: nn.Module, student: DeepSpeedEngine, *, will_be_restored: bool = False) -> None:
         """Take over `module` and make it an exact copy of the student's fp32 master weights.
 
         Args:
             module: the teacher's network, whole, on the CPU. Every parameter and buffer name must exist in the
                 student's module with the same shape; the student may have more. Its values are never read.
             student: the engine to follow, at any ZeRO stage.
+            will_be_restored: copy nothing, for a checkpoint is read before the first use.
 
         Raises:
             ValueError: listing every parameter without a partner of the same name and shape.
@@ -73,7 +74,9 @@ class Teacher:
         self._module, self._forward = self._place(module.requires_grad_(False).eval())
         self._adopt_working_copy()
         self._seen_step = -1
-        self.reset()
+        self._is_stale = True
+        if not will_be_restored:
+            self.reset()
 
     @property
     def module(self) -> nn.Module:
