@@ -22,11 +22,12 @@ from torch import Tensor
 
 from d2v2ds.data.inputs import given_ids, normalised, read_picture, read_waveform, token_ids
 from d2v2ds.data.schema import read_index
-from d2v2ds.data.tokenizers import BOS, TOKENIZERS, Tokenizer, load_tokenizer
+from d2v2ds.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.folder import ModelFolder, Weights, load_encoder
+from d2v2ds.model.block import Block
 from d2v2ds.model.data2vec2 import Data2Vec2
-from d2v2ds.shapes import PAD_ID, receptive_field
+from d2v2ds.shapes import PAD_ID, shortest_input
 
 MIN_SECONDS = 0.25
 """Shorter recordings are refused: they are clicks or cut-off files more often than sounds."""
@@ -62,13 +63,20 @@ def load_model(
     Raises:
         CheckpointError: with what was found and what to do.
     """
-    model = load_encoder(ModelFolder(Path(path)), weights)
+    return _loaded(ModelFolder(Path(path)), weights, device, dtype, compile)
+
+
+def _loaded(
+    folder: ModelFolder, weights: Weights, device: str | torch.device | None, dtype: torch.dtype, compile: bool
+) -> Data2Vec2:
+    """`load_model` of a folder that is open."""
+    model = load_encoder(folder, weights)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device=device, dtype=dtype)
     if compile:
         for module in model.modules():
-            if type(module).__name__ == "Block":
+            if isinstance(module, Block):
                 module.compile(dynamic=True)
     return model
 
@@ -168,7 +176,7 @@ class FeatureExtractor:
             if size is not None and not size > 0:
                 raise ValueError(f"{name}: expected a number above 0, found {size}")
         self.folder = ModelFolder(Path(path))
-        self.model = load_model(path, weights=weights, device=device, dtype=dtype, compile=compile)
+        self.model = _loaded(self.folder, weights, device, dtype, compile)
         self.device = next(self.model.parameters()).device
         self._layers = layers
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS_OF_ACCELERATORS)
@@ -204,7 +212,8 @@ class FeatureExtractor:
             modality: whose encoder.
             sources: one row of `Batch.source` each, of any length.
         """
-        pieces = [piece for index, source in enumerate(sources) for piece in self._cut(modality, index, source)]
+        config = self.folder.description.model.modalities.active()[modality]
+        pieces = [p for index, source in enumerate(sources) for p in CUT[modality](self, config, index, source)]
         return self._run(modality, len(sources), pieces)
 
     def layers_of(self, modality: str) -> list[int]:
@@ -270,25 +279,35 @@ class FeatureExtractor:
 
     # --- cutting and putting together ---------------------------------------------------------------------------------
 
-    def _cut(self, modality: str, index: int, source: Tensor) -> list[_Piece]:
-        config: Any = self.folder.description.model.modalities.active()[modality]
-        if modality == "text":
-            return _cut_ids(index, source, config.max_tokens)
-        total = config.num_tokens(source.shape[-1])
-        if modality == "image":
-            return [_Piece(index, source, 0, total, 0)]
-        hop = math.prod(stride for _, _, stride in config.conv_layers)
-        field = receptive_field(config.conv_layers)
+    def _cut_waveform(self, config: Any, index: int, source: Tensor) -> list[_Piece]:
+        total, layers = config.num_tokens(len(source)), config.conv_layers
+        if total < 1:
+            needed = shortest_input(1, layers)
+            raise ValueError(f"input {index}: {len(source)} samples make no token; the front end needs {needed}")
+        hop = math.prod(stride for _, _, stride in layers)
         rate = self.folder.description.preprocessing["audio"]["sample_rate_hz"]
         size = max(2 * CONTEXT_SHARE, int(self._window_seconds * rate) // hop)
-        if total < 1:
-            raise ValueError(f"input {index}: {len(source)} samples make no token; the front end needs {field}")
         if total <= size:
             return [_Piece(index, source, 0, total, 0)]
+        samples = shortest_input(size, layers)
         return [
-            _Piece(index, source[start * hop : (start + size - 1) * hop + field], first - start, last - start, first)
+            _Piece(index, source[start * hop : start * hop + samples], first - start, last - start, first)
             for start, first, last in windows(total, size)
         ]
+
+    def _cut_picture(self, config: Any, index: int, source: Tensor) -> list[_Piece]:
+        return [_Piece(index, source, 0, config.num_tokens(source.shape[-1]), 0)]
+
+    def _cut_ids(self, config: Any, index: int, source: Tensor) -> list[_Piece]:
+        """Pieces that all begin with the first id, which is <s>, as the blocks of pretraining do."""
+        front, content = source[:1], source[1:]
+        size, pieces = config.max_tokens - 1, []
+        for start, first, last in windows(len(content), size):
+            piece = torch.cat((front, content[start : start + size]))
+            with_front = first == 0  # that of the first window is the text's own
+            begin = 0 if with_front else first - start + 1
+            pieces.append(_Piece(index, piece, begin, last - start + 1, 0 if with_front else first + 1))
+        return pieces
 
     @torch.inference_mode()
     def _run(self, modality: str, count: int, pieces: list[_Piece]) -> Features:
@@ -299,7 +318,9 @@ class FeatureExtractor:
             lengths[piece.index] = max(lengths[piece.index], piece.place + piece.last - piece.first)
         longest, width = max(lengths), self.folder.description.model.block.width
         layers = {number: torch.zeros(count, longest, width) for number in numbers}
-        for batch in _batches(pieces, self.batch_tokens, config.num_tokens):
+        sizes = [piece.source.shape[-1] for piece in pieces]
+        for chosen in batches_by_size(sizes, self.batch_tokens, config.num_tokens):
+            batch = [pieces[i] for i in chosen]
             source, padding = _collate([piece.source for piece in batch])
             if padding is not None:
                 padding = padding.to(self.device)
@@ -334,33 +355,22 @@ def tokenizer_faults(folder: ModelFolder, shards: Path) -> list[str]:
     return [f"{shards}: was packed with another tokenizer than the model's; pack with --tokenizer {own}"]
 
 
-def _cut_ids(index: int, ids: Tensor, max_tokens: int) -> list[_Piece]:
-    """(S,) ids with <s> and </s> -> pieces that all begin with <s>, as the blocks of pretraining do."""
-    if len(ids) <= max_tokens:
-        return [_Piece(index, ids, 0, len(ids), 0)]
-    size, content = max_tokens - 1, ids[1:]
-    pieces = []
-    for start, first, last in windows(len(content), size):
-        source = torch.cat((torch.tensor([BOS]), content[start : start + size]))
-        with_bos = first == 0  # that of the first window is the text's own
-        begin = 0 if with_bos else first - start + 1
-        pieces.append(_Piece(index, source, begin, last - start + 1, 0 if with_bos else first + 1))
-    return pieces
+def batches_by_size(sizes: Sequence[int], most: int, num_tokens: Callable[[int], int]) -> Iterator[list[int]]:
+    """Divide inputs into forwards: similar sizes together, largest first, with at most so many tokens.
 
+    Args:
+        sizes: of the inputs.
+        most: tokens of one forward, padding included; an input of more has one to itself.
+        num_tokens: T of an input of a size.
 
-def _batches(pieces: Sequence[_Piece], most: int, num_tokens: Callable[[int], int]) -> Iterator[list[_Piece]]:
-    """Pieces of similar length, longest first, with at most so many tokens a batch."""
-    batch: list[_Piece] = []
-    room = 0
-    for piece in sorted(pieces, key=lambda piece: -piece.source.shape[-1]):
-        if len(batch) >= room and batch:
-            yield batch
-            batch = []
-        if not batch:
-            room = max(1, most // max(1, num_tokens(piece.source.shape[-1])))
-        batch.append(piece)
-    if batch:
-        yield batch
+    Yields:
+        Indices into `sizes`.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    while order:
+        room = max(1, most // max(1, num_tokens(sizes[order[0]])))
+        yield order[:room]
+        order = order[room:]
 
 
 def _collate(sources: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -379,3 +389,9 @@ READ: dict[str, Callable[[FeatureExtractor, Any, int | None, str], Tensor]] = {
     "text": FeatureExtractor._ids,
 }
 """How each modality's raw input is read."""
+CUT: dict[str, Callable[[FeatureExtractor, Any, int, Tensor], list[_Piece]]] = {
+    "audio": FeatureExtractor._cut_waveform,
+    "image": FeatureExtractor._cut_picture,
+    "text": FeatureExtractor._cut_ids,
+}
+"""How an input of each modality is divided into forwards."""

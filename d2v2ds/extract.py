@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from d2v2ds.api import FeatureExtractor, tokenizer_faults
+from d2v2ds.api import FeatureExtractor, batches_by_size, tokenizer_faults
 from d2v2ds.crc import crc32
 from d2v2ds.data.collate import Reader
 from d2v2ds.data.featurefile import ANNOTATIONS, feature_schema, join_files, write_rows
@@ -89,7 +89,7 @@ class Extraction:
         self._model = description.model.modalities.active()[self.modality]
         rate = description.preprocessing.get("audio", {}).get("sample_rate_hz", 16000)
         self.reader: Reader = open_whole(folder, self.modality, self._model, rate)
-        if self.modality == "text" and (faults := tokenizer_faults(self.extractor.folder, folder)):
+        if faults := tokenizer_faults(self.extractor.folder, folder):
             raise ConfigError("; ".join(faults))
         self._shards = open_shards(folder)
         labels = self._shards.read_labels(0) if len(self._shards) else None
@@ -136,7 +136,9 @@ class Extraction:
         vectors: dict[int, list[Any]] = {layer: [None] * len(rows) for layer in self.layers}
         tokens = [0] * len(rows)
         amount = 0.0
-        for group in self._groups(rows):
+        sizes = np.asarray(self.reader.sizes[first:last]).tolist()
+        for chosen in batches_by_size(sizes, self.extractor.batch_tokens, self._model.num_tokens):
+            group = [rows[i] for i in chosen]
             sources = [self.reader.read_whole(row) for row in group]
             features = self.extractor.encode(self.modality, sources)
             pooled = features.mean() if self.options.pool == "mean" else None
@@ -152,21 +154,6 @@ class Extraction:
         columns |= {f"layer_{layer}": vectors[layer] for layer in self.layers}
         write_rows(path, self.schema, columns)
         return amount
-
-    def _groups(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Rows of similar size, as many as one forward takes."""
-        sizes = np.asarray(self.reader.sizes[rows[0] : rows[-1] + 1])
-        group: list[int] = []
-        room = 0
-        for at in np.argsort(-sizes, kind="stable").tolist():
-            if group and len(group) >= room:
-                yield group
-                group = []
-            if not group:
-                room = max(1, self.extractor.batch_tokens // max(1, self._model.num_tokens(int(sizes[at]))))
-            group.append(rows[at])
-        if group:
-            yield group
 
 
 def part_bounds(tokens: NDArray[np.int64], part_tokens: int) -> list[int]:

@@ -120,7 +120,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         if config.data.num_workers > 0:
             start_worker_server()
         will_resume = has_checkpoints(config.run.dir)
-        warm_start = None if will_resume else open_warm_start(config)[0]
+        weights = None if will_resume else config.init.weights
+        warm_start = None if weights is None else WarmStart(config, weights)
         with reading_ahead(config.run.dir) if will_resume else nullcontext():
             student, teacher = build_engines(config, ds_config, will_resume, warm_start)
         guard, progress = Guard(config.health), Progress(sampler={name: SamplerState() for name in streams})

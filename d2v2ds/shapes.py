@@ -58,13 +58,14 @@ def conv_output_length(num_samples: int, layers: Sequence[ConvLayer]) -> int:
     return length
 
 
-def receptive_field(layers: Sequence[ConvLayer]) -> int:
-    """Samples that one token of an unpadded stack of strided convolutions sees.
+def shortest_input(num_tokens: int, layers: Sequence[ConvLayer]) -> int:
+    """Samples that so many neighbouring tokens of an unpadded stack see; of one token: its receptive field.
 
     Args:
+        num_tokens: 1 or more.
         layers: (channels, kernel, stride) of each layer, in order.
     """
-    field = 1
+    length = num_tokens
     for _, kernel, stride in reversed(layers):
-        field = (field - 1) * stride + kernel
-    return field
+        length = (length - 1) * stride + kernel
+    return length

@@ -12,14 +12,15 @@ ALLOWED = {
     # room: rooms of ours it may import
     "errors": set(),
     "crc": set(),
+    "durable": set(),
     "shapes": set(),
     "batch": {"shapes", "errors"},
     "masking": {"shapes", "errors"},
     "model": {"shapes", "batch", "errors"},
     "data": {"crc", "shapes", "batch", "masking", "errors"},
-    "dist": {"crc", "errors"},
+    "dist": {"crc", "durable", "errors"},
     "train": {"model", "data", "dist", "batch", "shapes", "errors"},
-    "interop": {"model", "data.tokenizers", "shapes", "errors"},
+    "interop": {"model", "data.tokenizers", "durable", "shapes", "errors"},
     "evals": {"model", "data", "batch", "errors"},
     "api": {"model", "data", "interop", "shapes", "errors"},
     "config": {"model", "data", "train", "masking", "errors", "summary"},  # summary: for the command alone

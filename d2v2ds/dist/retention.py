@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v2ds.dist import durable
+from d2v2ds import durable
 from d2v2ds.dist.consolidate import BEST, LATEST, PARTIAL, candidate_tags, named_tag, read_manifest
 
 

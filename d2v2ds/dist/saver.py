@@ -30,7 +30,8 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from d2v2ds.dist import comm, durable, zero
+from d2v2ds import durable
+from d2v2ds.dist import comm, zero
 from d2v2ds.dist.consolidate import (
     BEST,
     FORMAT_VERSION,

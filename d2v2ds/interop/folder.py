@@ -14,7 +14,6 @@ holds one tensor in memory, reading maps the files.
 import contextlib
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from d2v2ds.durable import sync
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
@@ -112,26 +112,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in (*partial.iterdir(), partial):
-            _sync(file)
+            sync(file)
         if path.exists():
             path.rename(old)
         partial.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         if not path.exists() and old.exists():
             old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's or folder's content survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_export(path: Path) -> bool:

@@ -39,7 +39,7 @@ from d2v2ds.errors import D2V2Error, MissingExtraError
 from d2v2ds.interop.folder import ModelFolder, load_encoder
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.encoder import ModalityEncoder
-from d2v2ds.shapes import PAD_ID, ConvLayer
+from d2v2ds.shapes import PAD_ID, shortest_input
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +54,8 @@ _LOCAL = re.compile(r"\.local\b")
 _REPEATS = 5
 
 
-def _num_samples(num_tokens: int, layers: Sequence[ConvLayer]) -> int:
-    """Shortest waveform of so many tokens."""
-    for _, kernel, stride in reversed(layers):
-        num_tokens = (num_tokens - 1) * stride + kernel
-    return num_tokens
-
-
 def _audio_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:
-    return [_num_samples(count, config.conv_layers) + i for i, count in enumerate(num_tokens)]
+    return [shortest_input(count, config.conv_layers) + i for i, count in enumerate(num_tokens)]
 
 
 def _image_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from d2v2ds.dist import checkpoint, comm, durable, saver, tensorfile, zero
+from d2v2ds import durable
+from d2v2ds.dist import checkpoint, comm, saver, tensorfile, zero
 from d2v2ds.dist.consolidate import (
     candidate_tags,
     iterate_student,
