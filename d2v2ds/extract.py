@@ -174,6 +174,7 @@ def _begin_worker(options: Options, devices: list[str], threads: int, counter: A
     with counter.get_lock():
         number = counter.value
         counter.value += 1
+    torch.set_flush_denormal(True)  # before any product; see train.perf.tune_cpu
     torch.set_num_threads(threads)
     _own = Extraction(options, devices[number % len(devices)])
 

@@ -59,7 +59,7 @@ from d2v2ds.train.interval import ModalityInfo
 from d2v2ds.train.loop import LoopConfig, Trainer
 from d2v2ds.train.metrics import Metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam
-from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops, use_all_cores
+from d2v2ds.train.perf import matmul_peak_flops, tune_cpu
 from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import Recipe
 from d2v2ds.train.validate import Validation
@@ -114,9 +114,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     config, streams, ds_config = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     with StopRequest() as stop, comm.process_group(timedelta(minutes=config.engine.timeout_minutes)):
         start_logging(config.run.dir)
-        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if comm.device().type == "cpu":
-            keep_large_blocks()
+            tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if config.data.num_workers > 0:
             start_worker_server()
         will_resume = has_checkpoints(config.run.dir)

@@ -31,7 +31,7 @@ from d2v2ds.evals.probes import Fold, ProbeConfig, Score, leave_one_out, score
 from d2v2ds.export import load_student
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.init import initialise
-from d2v2ds.train.perf import use_all_cores
+from d2v2ds.train.perf import tune_cpu
 
 LEARNED_POINTS = 5.0
 """Percentage points over the random start that count as having learned; one standard error of the digit probe
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", help="tag of a checkpoint; the newest if not given")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
-    use_all_cores(1)
+    tune_cpu(processes=1)
     folders = (options.shards,) if options.test_shards is None else (options.shards, options.test_shards)
     try:
         print(

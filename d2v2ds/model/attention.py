@@ -112,13 +112,10 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, DistanceBias | None, float], 
 class Attention(nn.Module):
     """Multi-head self-attention (spec section 2)."""
 
-    def __init__(
-        self, width: int, num_heads: int, *, attention_dropout: float, output_dropout: float, path: AttentionPath
-    ) -> None:
+    def __init__(self, width: int, num_heads: int, *, attention_dropout: float, path: AttentionPath) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        self.output_dropout = output_dropout
         self.path = path
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
@@ -131,4 +128,4 @@ class Attention(nn.Module):
         rate = self.attention_dropout if self.training else 0.0
         x = attend(q, k, v, bias, dropout_rate=rate, path=self.path)
         x = x.transpose(1, 2).reshape(rows, length, width)  # (R, N, D)
-        return dropout(self.proj(x), self.output_dropout, self.training)
+        return self.proj(x)

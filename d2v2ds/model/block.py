@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2v2ds.errors import below
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
-from d2v2ds.model.dropout import dropout
+from d2v2ds.model.dropout import add_dropped, dropout
 from d2v2ds.model.linear import Linear
 
 
@@ -78,12 +78,12 @@ class Block(nn.Module):
             config.width,
             config.num_heads,
             attention_dropout=config.attention_dropout,
-            output_dropout=config.attention_output_dropout,
             path=config.attention_path,
         )
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention_output_dropout = config.attention_output_dropout
         self.mlp_dropout = config.mlp_dropout
 
     def forward(self, x: Tensor, bias: DistanceBias | None) -> tuple[Tensor, Tensor]:
@@ -96,6 +96,6 @@ class Block(nn.Module):
             The block's output (R, N, D), and `ffn_target` (R, N, D): the feed-forward output before
             residual, dropout and norm, of which the teacher makes its targets.
         """
-        x = self.norm1(x + self.attn(x, bias))
+        x = self.norm1(add_dropped(x, self.attn(x, bias), self.attention_output_dropout, self.training))
         ffn_target = self.mlp(x)
-        return self.norm2(x + dropout(ffn_target, self.mlp_dropout, self.training)), ffn_target
+        return self.norm2(add_dropped(x, ffn_target, self.mlp_dropout, self.training)), ffn_target

@@ -23,26 +23,33 @@ def scale_of(dropped_levels: int) -> float:
     return _LEVELS / (_LEVELS - dropped_levels)
 
 
-def keep_mask(shape: torch.Size, dropped_levels: int) -> Tensor:
-    """(shape) bool on the CPU, True = kept, each element dropped with probability dropped_levels / 32768."""
+def margins(shape: torch.Size, dropped_levels: int) -> Tensor:
+    """(shape) int16 on the CPU, each element negative with probability dropped_levels / 32768: dropped."""
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_()  # 63 random bits each
     levels = words.view(torch.int16)[:count].view(shape).bitwise_and_(_LEVELS - 1)
-    return levels >= dropped_levels
+    return levels - dropped_levels
 
 
 class _CpuDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped_levels: int) -> Tensor:
-        kept = keep_mask(x.shape, dropped_levels)
-        ctx.save_for_backward(kept)
-        ctx.scale = scale_of(dropped_levels)
-        return x.mul(kept).mul_(ctx.scale)
+    """x * kept * scale, or base + x * kept * scale, in one pass each way.
+
+    `kept` has the dtype of `x`: a product with booleans would first write them out as numbers, every time.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def forward(ctx: Any, x: Tensor, base: Tensor | None, dropped_levels: int) -> Tensor:
+        kept = torch.ge(margins(x.shape, dropped_levels), 0, out=torch.empty_like(x))
+        ctx.save_for_backward(kept)
+        ctx.scale = scale_of(dropped_levels)
+        return torch.addcmul(x.new_zeros(()) if base is None else base, x, kept, value=ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (kept,) = ctx.saved_tensors
-        return grads[0].mul(kept).mul_(ctx.scale), None
+        grad = grads[0]
+        dx = torch.addcmul(grad.new_zeros(()), grad, kept, value=ctx.scale)
+        return dx, grad if ctx.needs_input_grad[1] else None, None
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -60,4 +67,11 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, rate)
-    return _CpuDropout.apply(x, num_dropped_levels(rate))
+    return _CpuDropout.apply(x, None, num_dropped_levels(rate))
+
+
+def add_dropped(base: Tensor, x: Tensor, rate: float, training: bool) -> Tensor:
+    """base + dropout(x), both of one shape: the end of a residual branch."""
+    if not training or rate == 0.0 or x.device.type != "cpu":
+        return base + dropout(x, rate, training)
+    return _CpuDropout.apply(x, base, num_dropped_levels(rate))

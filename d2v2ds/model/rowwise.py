@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2v2ds.model.alibi import DistanceBias
-from d2v2ds.model.dropout import keep_mask, num_dropped_levels, scale_of
+from d2v2ds.model.dropout import margins, num_dropped_levels, scale_of
 
 _CACHED_LOGITS = 1 << 18
 """Logits of the rows that are taken together: 1 MiB in fp32. Long rows come one by one."""
@@ -25,6 +25,12 @@ def _slices(probs: Tensor) -> Iterator[slice]:
 
 
 class _RowwiseAttention(torch.autograd.Function):
+    """Keeps the probabilities with a minus sign where they were dropped: what survived is their positive part.
+
+    With W the probabilities P after dropout and dW their gradient, that of the logits is
+    W dW - P sum(W dW), the sum over keys: P dP = W dW wherever an element was kept, and both are 0 elsewhere.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -37,41 +43,44 @@ class _RowwiseAttention(torch.autograd.Function):
         dropped_levels: int,
     ) -> Tensor:
         """q, k, v (R, H, N, Dh); penalty (H,) fp32; places (R or 1, N) fp32; padding (R, N) bool."""
-        probs = q.new_empty(*q.shape[:3], k.shape[2])  # (R, H, N, N), before dropout
-        kept = keep_mask(probs.shape, dropped_levels) if dropped_levels else None
-        out = torch.empty_like(q)
-        scale = q.shape[-1] ** -0.5
-        for rows in _slices(probs):
-            logits = ((q[rows] * scale) @ k[rows].transpose(2, 3)).float()  # (r, H, N, N)
+        count, heads, length, width = q.shape
+        signed = q.new_empty(count, heads, length, k.shape[2])  # (R, H, N, N)
+        drawn = margins(signed.shape, dropped_levels) if dropped_levels else None
+        out = q.new_empty(count, length, heads, width).transpose(1, 2)  # as the projection that follows reads it
+        for rows in _slices(signed):
+            logits = ((q[rows] * width**-0.5) @ k[rows].transpose(2, 3)).float()  # (r, H, N, N)
             if penalty is not None and places is not None:
                 logits.addcmul_(_distance(places, rows)[:, None], penalty[:, None, None], value=-1)
             if padding is not None:
                 logits.masked_fill_(padding[rows, None, None], float("-inf"))
-            probs[rows] = logits.softmax(-1)
-            weights = probs[rows] if kept is None else probs[rows].mul(kept[rows]).mul_(scale_of(dropped_levels))
-            out[rows] = weights @ v[rows]
-        ctx.save_for_backward(q, k, v, penalty, places, probs, kept)
+            probs = signed[rows].copy_(torch.softmax(logits, -1, out=logits))
+            if drawn is None:
+                out[rows] = probs @ v[rows]
+            else:
+                kept = torch.copysign(probs, drawn[rows], out=probs).relu()
+                out[rows] = (kept @ v[rows]).mul_(scale_of(dropped_levels))
+        ctx.save_for_backward(q, k, v, penalty, places, signed)
         ctx.dropped_levels = dropped_levels
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, penalty, places, probs, kept = ctx.saved_tensors
-        scale, kept_scale = q.shape[-1] ** -0.5, scale_of(ctx.dropped_levels)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        q, k, v, penalty, places, signed = ctx.saved_tensors
+        count, heads, length, width = q.shape
+        # side by side, as the gradient of the layer that made the three wants them
+        dq, dk, dv = q.new_empty(count, length, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
         dpenalty = None if penalty is None else torch.zeros_like(penalty)
-        for rows in _slices(probs):
-            dout = grads[0][rows]
-            weights, dprobs = probs[rows], dout @ v[rows].transpose(2, 3)  # (r, H, N, N)
-            if kept is not None:
-                weights = weights.mul(kept[rows]).mul_(kept_scale)
-                dprobs.mul_(kept[rows]).mul_(kept_scale)
+        for rows in _slices(signed):
+            dout, weights, probs = grads[0][rows], signed[rows], signed[rows]
+            if ctx.dropped_levels:
+                dout, weights, probs = dout * scale_of(ctx.dropped_levels), weights.relu(), probs.abs()
             dv[rows] = weights.transpose(2, 3) @ dout
-            dlogits = torch._softmax_backward_data(dprobs.float(), probs[rows].float(), -1, torch.float32)
+            dlogits = (dout @ v[rows].transpose(2, 3)).float().mul_(weights)  # (r, H, N, N)
+            dlogits.addcmul_(probs, dlogits.sum(-1, keepdim=True), value=-1)
             if dpenalty is not None:
                 for one, distance in zip(dlogits, _distance(places, rows).expand(len(dlogits), -1, -1), strict=True):
                     dpenalty.sub_(one.flatten(1) @ distance.flatten())
-            scaled = dlogits.mul_(scale).to(q.dtype)
+            scaled = dlogits.mul_(width**-0.5).to(q.dtype)
             dq[rows] = scaled @ k[rows]
             dk[rows] = scaled.transpose(2, 3) @ q[rows]
         return dq, dk, dv, dpenalty, None, None, None

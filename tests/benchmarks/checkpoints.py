@@ -28,7 +28,7 @@ from d2v2ds.dist.saver import Saver
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.model.data2vec2 import total_loss
 from d2v2ds.pretrain import build_engines
-from d2v2ds.train.perf import keep_large_blocks, use_all_cores
+from d2v2ds.train.perf import tune_cpu
 from tests.benchmarks.zero import make_batch
 
 BLOCK = 4 << 20
@@ -95,9 +95,8 @@ def main() -> None:
     options = parser.parse_args()
     config, folder = load_config(options.config, options.overrides), options.folder
     with comm.process_group():
-        use_all_cores(comm.world())
         if comm.device().type == "cpu":
-            keep_large_blocks()
+            tune_cpu(comm.world())
         student, teacher = build(config)
         batch = make_batch(config, options.seconds).to(comm.device())
         factor = gradient_sum_factor(student) / comm.all_reduce_sum([batch.num_masked])[0]

@@ -36,7 +36,7 @@ from d2v2ds.model.loss import LossConfig
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.model.targets import TargetConfig
 from d2v2ds.model.text import TextConfig
-from d2v2ds.train.perf import keep_large_blocks, matmul_peak_flops
+from d2v2ds.train.perf import matmul_peak_flops, tune_cpu
 
 SAMPLE_RATE_HZ = 16000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cpu":
-        keep_large_blocks()
+        tune_cpu(processes=1)
     print(
         f"{options.config}, batch {options.batch}, speech {options.seconds:g} s, torch {torch.__version__}, {device}",
         end="",

@@ -39,7 +39,7 @@ from d2v2ds.dist.zero import full_shape
 from d2v2ds.model.data2vec2 import total_loss
 from d2v2ds.pretrain import build_engines
 from d2v2ds.train.metrics import peak_memory_gib
-from d2v2ds.train.perf import keep_large_blocks, use_all_cores
+from d2v2ds.train.perf import tune_cpu
 
 
 def memory_in_use() -> int:
@@ -171,9 +171,8 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     with comm.process_group():
-        use_all_cores(comm.world())
         if comm.device().type == "cpu":
-            keep_large_blocks()
+            tune_cpu(comm.world())
         if comm.rank() == 0:
             recompute = "on" if config.engine.activation_checkpointing else "off"
             print(f"{options.config}, {comm.world()} ranks on {comm.device().type}, one clip of {options.seconds:g} s "

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2v2ds.model.dropout import dropout
+from d2v2ds.model.dropout import add_dropped, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,3 +35,21 @@ def test_same_seed_same_mask_and_eval_is_identity() -> None:
         draws.append(dropout(x, 0.3, training=True))
     assert torch.equal(*draws)
     assert dropout(x, 0.3, training=False) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dropped_branch_is_added_with_both_gradients(dtype: torch.dtype) -> None:
+    base, x = (torch.randn(31, 17, dtype=dtype, requires_grad=True) for _ in range(2))
+    results = []
+    for add in (add_dropped, lambda a, b, *how: a + dropout(b, *how)):
+        torch.manual_seed(5)
+        y = add(base, x, 0.3, True)
+        results.append([y, *torch.autograd.grad((y * y.detach()).sum(), (base, x))])
+    for a, b in zip(*results, strict=True):  # in bf16 the sum alone is rounded, not its second term before
+        torch.testing.assert_close(
+            a, b, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-5 if dtype == torch.float32 else 0.02
+        )
+    assert torch.equal(add_dropped(base, x, 0.3, training=False), base + x)
+    frozen = base.detach()
+    torch.manual_seed(5)
+    assert torch.equal(add_dropped(frozen, x, 0.3, training=True), results[0][0])

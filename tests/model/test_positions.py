@@ -1,0 +1,49 @@
+"""Token convolutions: the products that replace a strided convolution's backward give its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from d2v2ds.model import positions
+from d2v2ds.model.positions import TokenConv
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("length", [16, 17, 18])  # the last window may leave tokens over
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (5, 3), (4, 3), (2, 3), (7, 2)])
+def test_strided_convolution_has_the_gradients_of_conv1d(kernel: int, stride: int, length: int, rows: int) -> None:
+    torch.manual_seed(0)
+    conv = TokenConv(6, 4, kernel, stride, bias=False)
+    x = torch.randn(rows, length, 6, requires_grad=True)
+    found = conv(x)
+    expected = F.conv1d(x.transpose(1, 2), conv.weight, stride=stride).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    pairs = [torch.autograd.grad((y * weights).sum(), (x, conv.weight)) for y in (found, expected)]
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_added_up_in_fp32() -> None:
+    """In bf16, 256 + 1 is 256, and stays 256 however often 1 is added."""
+    conv = TokenConv(2, 2, 2, 2, bias=False).bfloat16()
+    x = torch.ones(65, 2, 2, dtype=torch.bfloat16)
+    x[0] = 256
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
+    assert (conv.weight.grad == 320).all()
+
+
+def test_only_a_strided_training_convolution_on_a_cpu_takes_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    apply = positions._StridedConv.apply
+    monkeypatch.setattr(positions._StridedConv, "apply", lambda *args: (calls.append("products"), apply(*args))[1])
+    x = torch.randn(1, 16, 6)
+    TokenConv(6, 4, 3, 2, bias=False)(x)
+    assert calls == ["products"]
+    with torch.no_grad():
+        TokenConv(6, 4, 3, 2, bias=False)(x)
+    TokenConv(6, 4, 3, padding=1)(x)
+    TokenConv(6, 6, 3, 2, groups=2, bias=False)(x)
+    TokenConv(1, 6, 3, 2, bias=False)(x[..., :1])
+    assert calls == ["products"]
