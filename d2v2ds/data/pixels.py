@@ -1,15 +1,18 @@
-"""Encoded image files -> pixels, by Pillow: upright RGB of 8 bits. No torch.
+"""Encoded image files -> pixels, by Pillow and simplejpeg: upright RGB of 8 bits. No torch.
 
 Packing (where it re-encodes) and reading go through the same functions, so that an image trains alike whether it was
 packed as it is or re-encoded.
 
 `decode_box` is the fast way to a part of an image. A JPEG is decoded at a reduced scale where the part is larger than
 needed, and not further down than the part reaches. Both leave out work without changing what remains: the scale is
-part of the format (ITU-T T.81, an inverse DCT of fewer frequencies), and rows are stored from the top.
+part of the format (ITU-T T.81, an inverse DCT of fewer frequencies), and rows are stored from the top. Whole ordinary
+JPEGs go to simplejpeg, which calls the same library as Pillow (libjpeg-turbo) with fewer copies in between: the same
+pixels in four fifths of the time. Pillow decodes everything else, and says what is wrong with a file.
 """
 
 import io
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +28,11 @@ try:
     from PIL import Image
 except ImportError as error:
     raise MissingExtraError("images need Pillow: pip install 'd2v2ds[image]'") from error
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 ALPHA_OVER = (255, 255, 255)
 """What shows through transparent pixels: white."""
@@ -68,6 +76,11 @@ _ROWS_OF_CONTEXT = 2
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers of a segment that begins with the size of the image."""
 _START_OF_SCAN = 0xDA
+_END_OF_IMAGE = b"\xff\xd9"
+_LARGEST_SCRATCH = 1 << 26
+"""Bytes that a thread keeps to decode into: a photograph of 22 million pixels."""
+_COLOURS = {1: "GRAY", 3: "RGB"}
+"""What a JPEG of so many components decodes to."""
 
 
 class DecodeError(ValueError):
@@ -95,6 +108,8 @@ class Box:
 
     def reduced(self, scale: int) -> "Box":
         """The whole pixels of an image of 1 / scale that are nearest to this box: off by half of one at most."""
+        if scale == 1:
+            return self
         return Box(*((edge + scale // 2) // scale for edge in (self.left, self.top, self.right, self.bottom)))
 
 
@@ -171,19 +186,23 @@ def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least:
     Raises:
         DecodeError: the bytes cannot be decoded, or to another size.
     """
-    file = io.BytesIO(data)
     frame = _find_frame(data)
+    file: memoryview | bytes | bytearray = data
     scale = 1
     if frame is not None:
-        height, width = struct.unpack_from(">HH", data, frame)
+        height, width, components = struct.unpack_from(">HHB", data, frame)
         _check_size((width, height), size)
         scale = _reduction(box, least)
         rows = (box.reduced(scale).bottom + _ROWS_OF_CONTEXT) * scale
-        if rows < height:  # told of fewer rows, the decoder stops early
-            with file.getbuffer() as buffer:
-                struct.pack_into(">H", buffer, frame, rows)
+        if rows < height:  # told of fewer rows, a decoder stops early
+            file = bytearray(data)
+            struct.pack_into(">H", file, frame, rows)
+        if simplejpeg is not None and components in _COLOURS and bytes(data[-2:]) == _END_OF_IMAGE:
+            fast = _decode_fast(file, _COLOURS[components], (width, min(rows, height)), scale, box.reduced(scale))
+            if fast is not None:
+                return fast
     with _pillow():
-        image = Image.open(file)
+        image = Image.open(io.BytesIO(file))
         if frame is None:
             _check_size(image.size, size)
         if scale > 1:
@@ -196,6 +215,48 @@ def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least:
         if cropped.mode != "L" or cropped.has_transparency_data:
             cropped = to_rgb(cropped)
     return np.array(cropped).reshape(part.height, part.width, -1)
+
+
+class _Scratch(threading.local):
+    """Where a thread decodes, again and again: fresh memory has to be cleared, which takes a fifth of the time."""
+
+    memory = bytearray()
+
+    def of(self, size: int) -> bytearray:
+        """At least `size` bytes, kept unless they are many."""
+        if size > _LARGEST_SCRATCH:
+            return bytearray(size)
+        if len(self.memory) < size:
+            self.memory = bytearray(size)
+        return self.memory
+
+
+_scratch = _Scratch()
+
+
+def _decode_fast(
+    file: memoryview | bytes | bytearray, colours: str, size: tuple[int, int], scale: int, part: Box
+) -> NDArray[np.uint8] | None:
+    """(Y, X, C) uint8, a part of a JPEG at 1 / scale; None if simplejpeg cannot make it.
+
+    `strict` would also refuse what follows the rows that are wanted, so a file that lost its end must not come here.
+    """
+    width, height = (-(-length // scale) for length in size)
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            file,
+            colours,
+            min_height=height,
+            min_width=width,
+            min_factor=scale,
+            buffer=_scratch.of(height * width * (1 if colours == "GRAY" else 3)),
+            strict=False,
+        )
+    except ValueError:
+        return None
+    if pixels.shape[:2] != (height, width):
+        return None
+    return pixels[part.top : part.bottom, part.left : part.right].copy()
 
 
 def _four_bytes(image: Image.Image) -> NDArray[np.uint8] | None:

@@ -221,6 +221,13 @@ def test_resizing_is_as_exact_as_pillows():
         assert ours <= pillows + 0.01 < 0.4
 
 
+def test_resizing_is_torchs_interpolation():
+    for pixels in (photo(300, 200), photo(90, 400), photo(50, 50)[..., :1]):
+        source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        expected = torch.nn.functional.interpolate(source, (150, 224), mode="bicubic", antialias=True)
+        np.testing.assert_array_equal(resize(pixels, 224, 150), expected[0].permute(1, 2, 0).numpy())
+
+
 def test_a_fourth_channel_changes_nothing():
     pixels = photo(90, 40)
     rest = np.random.default_rng(0).integers(0, 256, (40, 90, 1), dtype=np.uint8)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2v2ds.data import pixels
 from d2v2ds.data.pixels import (
     SCALES,
     TRANSPOSES,
@@ -25,6 +26,16 @@ from tests.data.fake_images import encode, photo
 
 WIDTH, HEIGHT = 93, 70
 """No multiple of a JPEG's blocks."""
+
+
+@pytest.fixture(autouse=True, params=["simplejpeg", "Pillow"])
+def decoder(request, monkeypatch):
+    """Everything here holds with simplejpeg and without it."""
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    else:
+        monkeypatch.setattr(pixels, "simplejpeg", None)
+    return request.param
 
 
 def decoded(data: bytes, scale: int = 1) -> np.ndarray:
@@ -48,6 +59,7 @@ KINDS = {
     "colours at half resolution": {},
     "colours at half width": {"subsampling": 1},
     "full colours": {"subsampling": 0},
+    "red, green and blue": {"keep_rgb": True},
     "progressive": {"progressive": True},
     "progressive, full colours": {"progressive": True, "subsampling": 0},
     "restart markers": {"restart_marker_rows": 1},
@@ -75,6 +87,32 @@ def test_a_reduced_jpeg_decoded_down_to_any_row_equals_the_whole(options, scale)
         part = part_of(data, box, min(8 * scale, 63) // scale)
         assert part.shape[:2] == (box.reduced(scale).height, box.reduced(scale).width)
         np.testing.assert_array_equal(part, cut(whole, box.reduced(scale)), err_msg=str(bottom))
+
+
+@pytest.mark.parametrize("scale", [1, *SCALES])
+@pytest.mark.parametrize("kind", ["bytes", "row of a shard"])
+def test_ordinary_jpegs_are_for_simplejpeg(decoder, kind, scale, monkeypatch):
+    data = encode(photo(WIDTH * 4, HEIGHT * 4))
+    given = {"bytes": bytes, "row of a shard": lambda x: np.frombuffer(x, dtype=np.uint8).data}[kind]
+    opened, really_open = [], Image.open
+    monkeypatch.setattr(pixels.Image, "open", lambda *args: opened.append(True) or really_open(*args))
+    part = decode_box(given(data), (WIDTH * 4, HEIGHT * 4), Box(8, 8, 8 + 8 * scale, 8 + 8 * scale), 8)
+    assert bool(opened) == (decoder == "Pillow")
+    assert part.shape[:2] == (8, 8)
+
+
+def test_memory_to_decode_into_is_used_again_without_touching_earlier_parts(decoder):
+    boxes = [Box(0, 0, 60, 50), Box(3, 4, 9, 8), Box(1, 2, 93, 70)]
+    files = [encode(photo(WIDTH, HEIGHT, seed)) for seed in range(3)]
+    parts = [decode_box(data, (WIDTH, HEIGHT), box, None) for data, box in zip(files, boxes, strict=True)]
+    for data, box, part in zip(files, boxes, parts, strict=True):
+        np.testing.assert_array_equal(part[..., :3], cut(decoded(data), box))
+
+
+def test_a_jpeg_cut_off_inside_the_box_is_refused():
+    data = encode(photo(200, 400))
+    with pytest.raises(DecodeError, match="truncated"):
+        decode_box(data[:-100], (200, 400), Box(0, 0, 200, 400), None)
 
 
 def test_decoding_stops_below_the_box():
