@@ -7,6 +7,7 @@ them; where they are divided depends on the files alone.
 
 import codecs
 import contextlib
+import functools
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import orjson
+import msgspec
 import pyarrow as pa
 
 from d2v2ds.errors import ConfigError, ShardError
@@ -38,7 +39,7 @@ CHUNK_BYTES = 512 << 10
 """Read at a time; a batch of documents is about as long."""
 PIECE_CHARS = 128 << 10
 """A longer document reaches the tokenizer in pieces of at most this length."""
-MAX_LINE_CHARS = 64 << 20
+MAX_LINE_BYTES = 64 << 20
 """A JSON or TSV line has to fit in memory; a longer one is no line."""
 _SCAN_BYTES = 64 << 10
 
@@ -109,7 +110,7 @@ class DocumentBatch:
     """The first text goes on with the last one of the batch before."""
     ends_inside: bool = False
     """The last text goes on in the next batch."""
-    lines: list[int] = field(default_factory=list)
+    lines: Sequence[int] = ()
     """Of JSON and TSV: line numbers inside the span, from 0."""
     labels: list[str | None] = field(default_factory=list)
     """Only if labels were asked for."""
@@ -292,31 +293,62 @@ _SPLITTERS: dict[DocumentKind, Callable[[str], list[str]]] = {
 
 
 def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch]:
-    name = options.text_field
-    for first, lines in _lines(span, options.errors):
-        batch = DocumentBatch(texts=[])
-        add_text, add_line = batch.texts.append, batch.lines.append
-        for number, line in enumerate(lines, start=first):
-            try:
-                values = orjson.loads(line)
-                text = values[name].strip()
-            except (ValueError, TypeError, KeyError, AttributeError):
-                if not line.strip():
-                    continue
-                values = _looked_at(line.strip(), name, span, number)
-                text = _whole_characters(values[name].strip(), span, number, options.errors)
-            if options.label_field is not None:
-                batch.labels.append(_label_of(values, options.label_field, span, number))
-            elif not text:
-                continue
-            add_line(number)
-            add_text(text)
+    for first, position, data in _whole_lines(span):
+        batch = _all_at_once(first, data, options)
+        if batch is None:
+            lines = _decode(data, position, span, options.errors).split("\n")
+            batch = _line_by_line(first, lines, span, options)
         if batch.texts:
             yield batch
 
 
+def _all_at_once(first: int, data: bytes, options: DocumentOptions) -> DocumentBatch | None:
+    """The documents of many lines, or None if any of them needs to be looked at."""
+    try:
+        objects = _decoder(options.text_field, options.label_field).decode_lines(data)
+    except ValueError:
+        return None
+    if len(objects) != data.count(b"\n") + 1:
+        return None
+    texts = [values.text.strip() for values in objects]
+    numbers: Sequence[int] = range(first, first + len(texts))
+    if options.label_field is not None:
+        labels = [None if values.label is None else str(values.label) for values in objects]
+        return DocumentBatch(texts=texts, lines=numbers, labels=labels)
+    if not all(texts):
+        numbers = [number for number, text in zip(numbers, texts, strict=True) if text]
+        texts = [text for text in texts if text]
+    return DocumentBatch(texts=texts, lines=numbers)
+
+
+@functools.cache
+def _decoder(text_field: str, label_field: str | None) -> msgspec.json.Decoder[Any]:
+    """Of the lines of a file: only the fields that are wanted become objects."""
+    fields: list[Any] = [("text", str, msgspec.field(name=text_field))]
+    if label_field is not None:
+        fields.append(("label", str | int | None, msgspec.field(name=label_field, default=None)))
+    return msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
+
+
+def _line_by_line(first: int, lines: Sequence[str], span: TextSpan, options: DocumentOptions) -> DocumentBatch:
+    """The same for lines of which some are blank, hold half characters, or are wrong."""
+    texts, numbers, labels = [], [], []
+    for number, line in enumerate(map(str.strip, lines), start=first):
+        if not line:
+            continue
+        values = _looked_at(line, options.text_field, span, number)
+        text = _whole_characters(values[options.text_field].strip(), span, number, options.errors)
+        if options.label_field is not None:
+            labels.append(_label_of(values, options.label_field, span, number))
+        elif not text:
+            continue
+        numbers.append(number)
+        texts.append(text)
+    return DocumentBatch(texts=texts, lines=numbers, labels=labels)
+
+
 def _looked_at(line: str, name: str, span: TextSpan, number: int) -> dict[str, Any]:
-    """One line of JSON that orjson refuses or that has no text: Python's decoder takes half a character.
+    """One line of JSON, by Python's decoder, which takes half a character and says what is wrong.
 
     Raises:
         ConfigError: saying what is wrong with the line.
@@ -362,7 +394,7 @@ def _read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatc
     _check_columns(span.file, columns, wanted)
     at = [columns.index(name) for name in wanted]
     for first, lines in _lines(span, options.errors):
-        batch = DocumentBatch(texts=[])
+        batch = DocumentBatch(texts=[], lines=(numbers := []))
         for number, line in enumerate(lines, start=first):
             if not line or (number == 0 and span.start == 0):
                 continue
@@ -376,7 +408,7 @@ def _read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatc
                 batch.labels.append(values[at[1]] or None)
             elif not text:
                 continue
-            batch.lines.append(number)
+            numbers.append(number)
             batch.texts.append(text)
         if batch.texts:
             yield batch
@@ -407,21 +439,40 @@ _READERS = {"text": _read_plain, "json": _read_json, "tsv": _read_tsv}
 
 
 def _lines(span: TextSpan, errors: Errors) -> Iterator[tuple[int, list[str]]]:
-    """Whole lines with the number of the first, counted from 0 inside the span."""
-    first, rest, held = 0, [""], 0
-    for text in _decoded(span, errors):
-        lines = text.split("\n")
-        rest.append(lines[0])
-        held += len(lines[0])
-        if held > MAX_LINE_CHARS:
-            raise ConfigError(f"{_place(span, first)}: expected a line, found more than {MAX_LINE_CHARS} characters")
-        if len(lines) > 1:
-            lines[0] = "".join(rest)
-            rest = [lines.pop()]
-            held = len(rest[0])
-            yield first, lines
-            first += len(lines)
-    yield first, ["".join(rest)]
+    """Lines with the number of the first, counted from 0 inside the span."""
+    for first, position, data in _whole_lines(span):
+        yield first, _decode(data, position, span, errors).split("\n")
+
+
+def _whole_lines(span: TextSpan) -> Iterator[tuple[int, int, bytes]]:
+    """Many lines at a time, with line ends between them: number of the first inside the span, its byte, the lines."""
+    first, position = 0, span.start
+    rest: list[bytes] = []
+    held = 0
+    for data in _chunks(span):
+        end = data.rfind(b"\n")
+        held += len(data) if end < 0 else data.find(b"\n")
+        if held > MAX_LINE_BYTES:
+            raise ConfigError(f"{_place(span, first)}: expected a line, found more than {MAX_LINE_BYTES} bytes")
+        if end < 0:
+            rest.append(data)
+            continue
+        lines = b"".join([*rest, memoryview(data)[:end]])
+        yield first, position, lines
+        first += lines.count(b"\n") + 1
+        position += len(lines) + 1
+        rest = [data[end + 1 :]]
+        held = len(rest[0])
+    yield first, position, b"".join(rest)
+
+
+def _decode(data: bytes, position: int, span: TextSpan, errors: Errors) -> str:
+    """Whole lines of a span that begin at a byte of its text."""
+    try:
+        text = data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise _no_utf8(error, span, position, data) from error
+    return text.removeprefix("\ufeff") if position == 0 else text
 
 
 def _decoded(span: TextSpan, errors: Errors) -> Iterator[str]:
@@ -433,14 +484,19 @@ def _decoded(span: TextSpan, errors: Errors) -> Iterator[str]:
         try:
             text, used = codecs.utf_8_decode(rest, errors, not data)
         except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{span.file.source}: expected UTF-8 text, found {error.reason} at byte {position + error.start}"
-                f"{' of the decompressed text' if span.file.compression else ''} "
-                f"({bytes(rest[error.start : error.start + 4]).hex(' ')}); convert the file, or --errors replace"
-            ) from error
+            raise _no_utf8(error, span, position, rest) from error
         yield text.removeprefix("\ufeff") if position == 0 else text
         position += used
         rest = rest[used:]
+
+
+def _no_utf8(error: UnicodeDecodeError, span: TextSpan, position: int, data: bytes) -> ConfigError:
+    """What is said of `data`, which begins at a byte of the text."""
+    return ConfigError(
+        f"{span.file.source}: expected UTF-8 text, found {error.reason} at byte {position + error.start}"
+        f"{' of the decompressed text' if span.file.compression else ''} "
+        f"({data[error.start : error.start + 4].hex(' ')}); convert the file, or --errors replace"
+    )
 
 
 def _chunks(span: TextSpan) -> Iterator[bytes]:

@@ -88,10 +88,22 @@ class SentencePieceTokenizer:
         )
 
     def encode(self, texts: list[str]) -> tuple[Ids, NDArray[np.int64]]:
-        parts: list[Ids] = self._model.encode(texts, return_type="numpy", num_threads=1)
-        lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
-        ids: Ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        views = [memoryview(part) for part in self._encode_each(texts)]
+        lengths = np.fromiter(map(len, views), dtype=np.int64, count=len(views))
+        ids: Ids = np.frombuffer(bytearray().join(views), dtype=np.int32)
         return ids if self._to_ours is None else self._to_ours[ids], lengths
+
+    def _encode_each(self, texts: list[str]) -> list[Any]:
+        """Ids of each text as a buffer of int32.
+
+        Inside the library, before it wraps every buffer into an array: a sixth of its time where documents are short.
+        """
+        sampling = (False, -1, 0.1)
+        try:
+            parts = self._model._processor._EncodeAsBufferBatch(texts, 1, None, *sampling, False, False, False)
+        except (AttributeError, TypeError):  # another version of the library
+            parts = self._model.encode(texts, return_type="numpy", num_threads=1)
+        return list(parts)
 
     def decode(self, ids: Sequence[int]) -> str:
         theirs = [self._to_theirs[id] for id in map(int, ids) if id in self._to_theirs]

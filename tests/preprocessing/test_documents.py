@@ -307,10 +307,10 @@ def test_damaged_compression_is_named(tmp_path: Path, suffix: str) -> None:
 def test_a_line_that_never_ends_and_a_file_that_shrank_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "MAX_LINE_CHARS", 1000)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(documents, "CHUNK_BYTES", 100)
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 3000)
-    with pytest.raises(ConfigError, match="a.jsonl line 2: expected a line, found more than 1000 characters"):
+    with pytest.raises(ConfigError, match="a.jsonl line 2: expected a line, found more than 1000 bytes"):
         documents_of(path)
     file = text_file(write(tmp_path / "a.txt", b"x" * 50))
     write(tmp_path / "a.txt", b"x" * 40)

@@ -52,6 +52,29 @@ def test_a_batch_is_its_texts_one_by_one_and_nothing_is_unknown() -> None:
     assert tokenizer.encode([])[0].size == 0
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["inside the library", "by its arrays"])
+def test_ids_are_those_of_the_librarys_own_call(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sentencepiece
+
+    tokenizer = SentencePieceTokenizer(sentencepiece_model())
+    expected = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).encode(TEXTS)
+    public, calls = tokenizer._model, []
+
+    class Watched:
+        """The library's processor, with or without what the inner call needs."""
+
+        _processor = public._processor if inside else None
+
+        def encode(self, *args: object, **how: object) -> object:
+            calls.append(args)
+            return public.encode(*args, **how)
+
+    monkeypatch.setattr(tokenizer, "_model", Watched())
+    ids, lengths = tokenizer.encode(TEXTS)
+    assert ids.tolist() == [id for text in expected for id in text] and lengths.tolist() == [len(x) for x in expected]
+    assert bool(calls) != inside
+
+
 def test_identity_gives_every_text_back_and_the_default_its_normal_form() -> None:
     exact = SentencePieceTokenizer(sentencepiece_model("identity"))
     normal = SentencePieceTokenizer(sentencepiece_model())
