@@ -303,12 +303,19 @@ def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBat
 
 
 def _all_at_once(first: int, data: bytes, options: DocumentOptions) -> DocumentBatch | None:
-    """The documents of many lines, or None if any of them needs to be looked at."""
+    """The documents of many lines, or None if any of them needs to be looked at.
+
+    The decoder takes no notice of line ends and of what it skips. But a line end between two braces is never inside an
+    object, so if all are and there is one object more than line ends, every line is one object.
+    """
     try:
         objects = _decoder(options.text_field, options.label_field).decode_lines(data)
+        if not data.isascii():
+            data.decode()
     except ValueError:
         return None
-    if len(objects) != data.count(b"\n") + 1:
+    ends = data.count(b"\n")
+    if len(objects) != ends + 1 or not (data.count(b"}\n{") == ends or data.count(b"}\r\n{") == ends):
         return None
     texts = [values.text.strip() for values in objects]
     numbers: Sequence[int] = range(first, first + len(texts))

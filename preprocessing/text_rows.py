@@ -75,8 +75,9 @@ def _note(span: TextSpan, documents: int, notes: Notes) -> None:
 
 
 def _text_bytes(texts: Sequence[str]) -> int:
-    text = "".join(texts)  # once over everything is faster than once per document
-    return len(text) if text.isascii() else len(text.encode())
+    if all(map(str.isascii, texts)):
+        return sum(map(len, texts))
+    return len("".join(texts).encode())  # once over everything is faster than once per document
 
 
 def with_ends(ids: NDArray[Any], lengths: NDArray[np.int64], open_end: bool) -> NDArray[Any]:

@@ -280,6 +280,40 @@ def test_bad_labels_are_named(tmp_path: Path) -> None:
     assert [(batch.texts, batch.labels) for batch in batches] == [(["a", ""], ["3", None])], "a labelled row stays"
 
 
+@pytest.mark.parametrize(
+    ("lines", "named", "what"),
+    [
+        (['{"text": "a"}{"text": "b"}', "", '{"text": "c"}'], 1, "expected one JSON object"),
+        (['{"text": "a"}', '{"text":', '"b"}', '{"text": "c"}{"text": "d"}'], 2, "expected one JSON object"),
+        (['{"text": "a"}', '{"text": "b", "more": {"x": 1}', ', "y": 2}'], 2, "expected one JSON object"),
+    ],
+    ids=["two on a line and none on another", "one on two lines and two on a line", "one on two lines"],
+)
+def test_every_line_is_one_object_although_the_objects_are_as_many_as_the_lines(
+    tmp_path: Path, lines: list[str], named: int, what: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    with pytest.raises(ConfigError, match=f"a.jsonl line {named}: {what}"):
+        documents_of(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_good_lines_are_not_looked_at_one_by_one(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_looked_at", lambda *_: pytest.fail("looked at"))
+    rows = [{"text": text, "label": label} for text, label in (("a", "x"), ("", None), ("é", 3))]
+    path = write(tmp_path / "a.jsonl", end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert documents_of(path) == ["a", "é"]
+    batches = list(read_documents(TextSpan(file=text_file(path)), DocumentOptions(label_field="label")))
+    found = [row for batch in batches for row in zip(batch.lines, batch.texts, batch.labels, strict=True)]
+    assert found == [(0, "a", "x"), (1, "", None), (2, "é", "3")]
+
+
+def test_a_field_that_is_not_wanted_has_to_be_utf8_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b", "name": "\xff"}\n')
+    with pytest.raises(ConfigError, match="a.jsonl: expected UTF-8 text, found invalid start byte at byte 37"):
+        documents_of(path)
+
+
 def test_bad_tsv_lines_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", b"text\tlabel\nfine\t1\nshort\n")
     with pytest.raises(ConfigError, match="a.tsv line 3: expected 2 tab-separated fields, found 1"):
