@@ -283,16 +283,25 @@ def test_bad_labels_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "named", "what"),
     [
-        (['{"text": "a"}{"text": "b"}', "", '{"text": "c"}'], 1, "expected one JSON object"),
+        (['{"text": "a"}{"text": "b"}', " ", '{"text": "c"}'], 1, "expected one JSON object"),
+        (["\r", '{"text": "a"}{"text": "b"}'], 2, "expected one JSON object"),
+        (["", '{"text": "a"}{"text": "b"}'], 2, "expected one JSON object"),
         (['{"text": "a"}', '{"text":', '"b"}', '{"text": "c"}{"text": "d"}'], 2, "expected one JSON object"),
         (['{"text": "a"}', '{"text": "b", "more": {"x": 1}', ', "y": 2}'], 2, "expected one JSON object"),
     ],
-    ids=["two on a line and none on another", "one on two lines and two on a line", "one on two lines"],
+    ids=[
+        "two on a line and none on another",
+        "none and two",
+        "an empty line and two",
+        "one on two lines and two on a line",
+        "one on two lines",
+    ],
 )
 def test_every_line_is_one_object_although_the_objects_are_as_many_as_the_lines(
     tmp_path: Path, lines: list[str], named: int, what: str
 ) -> None:
-    path = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    good = '{"text": "z"}'  # the last line has no end and is read alone
+    path = write(tmp_path / "a.jsonl", "\n".join([*lines, good]).encode())
     with pytest.raises(ConfigError, match=f"a.jsonl line {named}: {what}"):
         documents_of(path)
 
@@ -306,6 +315,14 @@ def test_good_lines_are_not_looked_at_one_by_one(tmp_path: Path, end: str, monke
     batches = list(read_documents(TextSpan(file=text_file(path)), DocumentOptions(label_field="label")))
     found = [row for batch in batches for row in zip(batch.lines, batch.texts, batch.labels, strict=True)]
     assert found == [(0, "a", "x"), (1, "", None), (2, "é", "3")]
+
+
+@pytest.mark.parametrize("blank", ["", "\r", " \t"])
+def test_blank_lines_are_left_out_wherever_they_are(tmp_path: Path, blank: str) -> None:
+    lines = ['{"text": "a"}', '{"text": "b"}']
+    for at in range(3):
+        path = write(tmp_path / f"{at}.jsonl", "\n".join([*lines[:at], blank, *lines[at:]]).encode())
+        assert documents_of(path) == ["a", "b"]
 
 
 def test_a_field_that_is_not_wanted_has_to_be_utf8_too(tmp_path: Path) -> None:
