@@ -297,7 +297,7 @@ def _read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBat
     for first, position, data in _whole_lines(span):
         batch = _all_at_once(first, data, options)
         if batch is None:
-            lines = _decode(data, position, span, options.errors).split("\n")
+            lines = _decode_lines(data, position, span, options.errors)
             batch = _line_by_line(first, lines, span, options)
         if batch.texts:
             yield batch
@@ -413,9 +413,9 @@ def _read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatc
     columns, wanted = tsv_columns(span.file), _wanted_columns(options)
     _check_columns(span.file, columns, wanted)
     at = [columns.index(name) for name in wanted]
-    for first, lines in _lines(span, options.errors):
+    for first, position, data in _whole_lines(span):
         batch = DocumentBatch(texts=[], lines=(numbers := []))
-        for number, line in enumerate(lines, start=first):
+        for number, line in enumerate(_decode_lines(data, position, span, options.errors), start=first):
             if not line or (number == 0 and span.start == 0):
                 continue
             values = line.removesuffix("\r").split("\t")
@@ -458,12 +458,6 @@ def _check_columns(file: TextFile, columns: Sequence[str], wanted: Sequence[str]
 _READERS = {"text": _read_plain, "json": _read_json, "tsv": _read_tsv}
 
 
-def _lines(span: TextSpan, errors: Errors) -> Iterator[tuple[int, list[str]]]:
-    """Lines with the number of the first, counted from 0 inside the span."""
-    for first, position, data in _whole_lines(span):
-        yield first, _decode(data, position, span, errors).split("\n")
-
-
 def _whole_lines(span: TextSpan) -> Iterator[tuple[int, int, bytes]]:
     """Many lines at a time, with line ends between them: number of the first inside the span, its byte, the lines."""
     first, position = 0, span.start
@@ -486,13 +480,13 @@ def _whole_lines(span: TextSpan) -> Iterator[tuple[int, int, bytes]]:
     yield first, position, b"".join(rest)
 
 
-def _decode(data: bytes, position: int, span: TextSpan, errors: Errors) -> str:
-    """Whole lines of a span that begin at a byte of its text."""
+def _decode_lines(data: bytes, position: int, span: TextSpan, errors: Errors) -> list[str]:
+    """Whole lines that begin at a byte of a span's text."""
     try:
         text = data.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise _no_utf8(error, span, position, data) from error
-    return text.removeprefix("\ufeff") if position == 0 else text
+    return (text.removeprefix("\ufeff") if position == 0 else text).split("\n")
 
 
 def _decoded(span: TextSpan, errors: Errors) -> Iterator[str]:

@@ -31,7 +31,7 @@ except ImportError as error:
 
 try:
     import simplejpeg
-except ImportError:
+except ImportError:  # no wheel for this machine: its JPEGs are for Pillow too
     simplejpeg = None
 
 ALPHA_OVER = (255, 255, 255)
@@ -198,7 +198,7 @@ def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least:
             file = bytearray(data)
             struct.pack_into(">H", file, frame, rows)
         if simplejpeg is not None and components in _COLOURS and bytes(data[-2:]) == _END_OF_IMAGE:
-            fast = _decode_fast(file, _COLOURS[components], (width, min(rows, height)), scale, box.reduced(scale))
+            fast = _decode_fast(file, components, (width, min(rows, height)), scale, box.reduced(scale))
             if fast is not None:
                 return fast
     with _pillow():
@@ -235,7 +235,7 @@ _scratch = _Scratch()
 
 
 def _decode_fast(
-    file: memoryview | bytes | bytearray, colours: str, size: tuple[int, int], scale: int, part: Box
+    file: memoryview | bytes | bytearray, components: int, size: tuple[int, int], scale: int, part: Box
 ) -> NDArray[np.uint8] | None:
     """(Y, X, C) uint8, a part of a JPEG at 1 / scale; None if simplejpeg cannot make it.
 
@@ -245,11 +245,11 @@ def _decode_fast(
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             file,
-            colours,
+            _COLOURS[components],
             min_height=height,
             min_width=width,
             min_factor=scale,
-            buffer=_scratch.of(height * width * (1 if colours == "GRAY" else 3)),
+            buffer=_scratch.of(height * width * components),
             strict=False,
         )
     except ValueError:
