@@ -21,6 +21,7 @@ from d2v2ds.data.schema import CODECS, Index
 from preprocessing.audio_plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio_rows import rows_of
 from preprocessing.audio_sources import find_clips, read_headers
+from preprocessing.flac import miniaudio
 from preprocessing.packer import Notes, Row
 from preprocessing.packing import common_parser, read_all, run
 from preprocessing.parallel import Team
@@ -92,6 +93,7 @@ class AudioPacker:
             "soundfile": soundfile.__version__,
             "libsndfile": soundfile.__libsndfile_version__,
             "soxr": soxr.__version__,
+            "miniaudio": "none" if miniaudio is None else miniaudio.__version__,
         }
 
 

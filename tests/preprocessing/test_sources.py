@@ -3,12 +3,10 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 from d2v2ds.errors import ConfigError
-from preprocessing.audio_sources import find_clips, parse_streaminfo, read_headers
+from preprocessing.audio_sources import find_clips, read_headers
 
 
 def touch(path: Path, text: str = "") -> Path:
@@ -93,20 +91,3 @@ def test_file_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
     (clip,) = find_clips([tmp_path])
     assert clip.source == "caf\\udce9.wav"
     assert read_headers([clip.path], lambda files, samples: None)[0].fault == "empty file (0 bytes)"
-
-
-@pytest.mark.parametrize(("rate", "channels", "frames"), [(16000, 1, 12345), (8000, 2, 1), (48000, 6, 70000)])
-def test_flac_header_says_what_libsndfile_says(tmp_path: Path, rate: int, channels: int, frames: int) -> None:
-    path = tmp_path / "a.flac"
-    soundfile.write(path, np.zeros((frames, channels), dtype=np.int16), rate)
-    info = soundfile.info(path)
-    assert parse_streaminfo(path.read_bytes()[:42]) == (info.frames, info.samplerate, info.channels)
-    assert (info.frames, info.samplerate, info.channels) == (frames, rate, channels)
-
-
-def test_other_beginnings_are_left_to_libsndfile(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.flac", np.zeros(100, dtype=np.int16), 16000)
-    start = (tmp_path / "a.flac").read_bytes()[:42]
-    unknown_length = start[:21] + bytes([start[21] & 0xF0]) + bytes(4) + start[26:]
-    for other in (b"", start[:30], b"RIFF" + start[4:], unknown_length):
-        assert parse_streaminfo(other) is None
