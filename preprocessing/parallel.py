@@ -12,7 +12,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -103,7 +105,10 @@ def _scheduled_tasks(environment: Mapping[str, str]) -> int:
 
 
 class LocalTeam:
-    """This process and, while `map` runs, `workers` child processes."""
+    """This process and up to `workers` children, which start with the first work for them and stay for more.
+
+    Leaving the ``with`` block ends them; so does the end of this process, however it comes.
+    """
 
     is_leader = True
 
@@ -111,6 +116,7 @@ class LocalTeam:
         if workers < 1:
             raise ConfigError(f"--workers {workers}: expected at least 1")
         self.size = workers
+        self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def share(self, decide: Callable[[], Result]) -> Result:
         return decide()
@@ -119,46 +125,54 @@ class LocalTeam:
         size = min(self.size, len(jobs))
         if size <= 1:
             return [work(job, report) for job in jobs]
-        # spawn: a forked child would inherit the locks of Arrow's threads
-        context = multiprocessing.get_context("spawn")
-        results: list[Any] = [None] * len(jobs)
-        processes = []
-        connections: dict[Connection, int] = {}
         try:
-            for rank in range(size):
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_run_worker, args=(theirs, work, list(enumerate(jobs))[rank::size]))
-                process.start()
-                theirs.close()  # so that the end of the child ends the pipe
-                processes.append(process)
-                connections[ours] = rank
-            while connections:
-                for ready in wait(list(connections)):
-                    assert isinstance(ready, Connection)
-                    rank = connections[ready]
-                    try:
-                        kind, value = ready.recv()
-                    except EOFError:
-                        processes[rank].join()
-                        raise D2V2Error(
-                            f"worker {rank} ended with exit code {processes[rank].exitcode} before its work was done "
-                            "(-9 often means that memory ran out: use fewer --workers); run the same command again, "
-                            "finished shards are kept"
-                        ) from None
-                    if kind == "progress":
-                        report(*value)
-                    elif kind == "result":
-                        results[value[0]] = value[1]
-                    elif kind == "error":
-                        raise value
-                    else:
-                        del connections[ready]
-        finally:
-            for process in processes:
-                if connections:
-                    process.terminate()
-                process.join()
+            return self._deal(work, list(enumerate(jobs)), size, report)
+        except BaseException:
+            self._end(kill=True)
+            raise
+
+    def _deal(
+        self, work: Work[Job, Result], jobs: Sequence[tuple[int, Job]], size: int, report: Report
+    ) -> list[Result]:
+        while len(self._workers) < size:
+            self._workers.append(_start_worker())
+        results: list[Any] = [None] * len(jobs)
+        working = {connection: rank for rank, (_, connection) in enumerate(self._workers[:size])}
+        for connection, rank in working.items():
+            with suppress(BrokenPipeError):  # it has ended already: found out below
+                connection.send((work, jobs[rank::size]))
+        while working:
+            for ready in wait(list(working)):
+                assert isinstance(ready, Connection)
+                rank = working[ready]
+                try:
+                    kind, value = ready.recv()
+                except (EOFError, ConnectionResetError):
+                    process, _ = self._workers[rank]
+                    process.join()
+                    raise D2V2Error(
+                        f"worker {rank} ended with exit code {process.exitcode} before its work was done "
+                        "(-9 often means that memory ran out: use fewer --workers); run the same command again, "
+                        "finished shards are kept"
+                    ) from None
+                if kind == "progress":
+                    report(*value)
+                elif kind == "result":
+                    results[value[0]] = value[1]
+                elif kind == "error":
+                    raise value
+                else:
+                    del working[ready]
         return results
+
+    def _end(self, kill: bool) -> None:
+        for process, connection in self._workers:
+            connection.close()  # a child that waits for work ends with this
+            if kill:
+                process.terminate()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -166,24 +180,39 @@ class LocalTeam:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self._end(kill=error is not None)
 
 
-def _run_worker(connection: Connection, work: Work[Job, Result], jobs: Sequence[tuple[int, Job]]) -> None:
-    """The life of a child process. If its parent is gone, the next report fails and ends it."""
+def _start_worker() -> tuple[BaseProcess, Connection]:
+    # spawn: a forked child would inherit the locks of Arrow's threads
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_worker, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the child ends the pipe
+    return process, ours
+
+
+def _run_worker(connection: Connection) -> None:
+    """The life of a child process. If its parent is gone, the next report or the wait for work ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_FAILED))  # leave no temporary file behind
     report = _Throttle(lambda files, size: connection.send(("progress", (files, size))))
-    try:
-        for number, job in jobs:
-            result = work(job, report.add)
-            report.flush()
-            connection.send(("result", (number, result)))
-        connection.send(("done", None))
-    except BrokenPipeError:
-        sys.exit(EXIT_FAILED)
-    except (D2V2Error, OSError) as error:
-        connection.send(("error", error))
+    while True:
+        try:
+            work, jobs = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            for number, job in jobs:
+                result = work(job, report.add)
+                report.flush()
+                connection.send(("result", (number, result)))
+            connection.send(("done", None))
+        except BrokenPipeError:
+            sys.exit(EXIT_FAILED)
+        except (D2V2Error, OSError) as error:
+            connection.send(("error", error))
 
 
 class MpiTeam:

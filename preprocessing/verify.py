@@ -81,7 +81,8 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
     index = read_index(folder)
     jobs = [ShardCheck(folder=folder, number=number, index=index) for number in range(len(index.shards))]
     progress = Progress("verifying", index.rows, unit="rows")
-    faults = [found for part in LocalTeam(workers).map(check_shard, jobs, progress.add) for found in part]
+    with LocalTeam(workers) as team:
+        faults = [found for part in team.map(check_shard, jobs, progress.add) for found in part]
     progress.finish()
     beside = [found for entry in (index.rows_file, *index.files_beside) for found in _file_faults(folder, entry)]
     faults = [*beside, *faults]

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +159,67 @@ def test_error_of_a_worker_arrives_with_its_type() -> None:
 def test_worker_that_is_killed_is_reported() -> None:
     with pytest.raises(D2V2Error, match="exit code -9"):
         LocalTeam(2).map(die, range(2), lambda files, samples: None)
+
+
+def whoami(job: int, report: Report) -> int:
+    return os.getpid()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.distributed
+def test_workers_stay_for_the_next_call_and_end_with_the_team() -> None:
+    with LocalTeam(3) as team:
+        first = team.map(whoami, range(4), lambda files, samples: None)
+        assert len(set(first)) == 3 and first[0] == first[3] and os.getpid() not in first
+        assert team.map(whoami, range(2), lambda files, samples: None) == first[:2]
+        assert team.map(whoami, range(1), lambda files, samples: None) == [os.getpid()], "one job is for this process"
+        assert all(map(alive, first))
+    assert not any(map(alive, first))
+
+
+@pytest.mark.distributed
+def test_after_an_error_no_worker_is_left_and_new_ones_start() -> None:
+    with LocalTeam(2) as team:
+        first = team.map(whoami, range(2), lambda files, samples: None)
+        with pytest.raises(D2V2Error, match="three is too many"):
+            team.map(fail_at_three, range(5), lambda files, samples: None)
+        assert not any(map(alive, first))
+        assert not set(first) & set(team.map(whoami, range(2), lambda files, samples: None))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("state", ["idle", "at work"])
+def test_workers_end_when_their_parent_is_killed(state: str, tmp_path: Path) -> None:
+    code = (
+        "import time; from pathlib import Path; from preprocessing.parallel import LocalTeam;"
+        "from tests.preprocessing.test_parallel import whoami, work_on; team = LocalTeam(2);"
+        "print(*team.map(whoami, range(2), lambda files, samples: None), flush=True);"
+        + ("team.map(work_on, range(2), lambda files, samples: None)" if state == "at work" else "time.sleep(60)")
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=clean_environment()) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        time.sleep(0.2)
+        assert all(map(alive, workers))
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+def work_on(job: int, report: Report) -> None:
+    for _ in range(600):
+        time.sleep(0.1)
+        report(1, 1)
 
 
 def test_sidecars_do_not_remain(recordings: Path, tmp_path: Path) -> None:
