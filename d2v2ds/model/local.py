@@ -77,7 +77,8 @@ def normalise_pixels(source: Tensor, dtype: torch.dtype) -> Tensor:
     """
     mean = torch.tensor(IMAGE_MEAN, device=source.device)[:, None, None] * 255
     std = torch.tensor(IMAGE_STD, device=source.device)[:, None, None] * 255
-    return ((source.float() - mean) / std).to(dtype)
+    pixels = source.to(torch.float32, memory_format=torch.contiguous_format)  # they come channels last
+    return ((pixels - mean) / std).to(dtype)
 
 
 class PatchEncoder(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
 from d2v2ds.model.init import initialise
-from d2v2ds.model.local import IMAGE_MEAN, IMAGE_STD, TokenEncoder
+from d2v2ds.model.local import IMAGE_MEAN, IMAGE_STD, PatchEncoder, TokenEncoder, normalise_pixels
 from d2v2ds.model.positions import sin_cos_grid
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.shapes import PAD_ID
@@ -63,6 +63,19 @@ def test_initialisation_of_images_and_text_follows_the_table() -> None:
     assert student.decoders["image"].proj.weight.std().item() > 0.1, "1 / sqrt(3 * 8) by the framework's uniform"
     scale = {name for name, p in student.named_parameters() if (p == 7.0).any()}
     assert scale == {"encoders.audio.alibi.scale"}, "whose start is its constructor's"
+
+
+def test_how_pixels_lie_in_memory_changes_nothing() -> None:
+    """The reader's lie channels last; a convolution would take another way for them, and round otherwise."""
+    source = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    channels_last = source.contiguous(memory_format=torch.channels_last)
+    assert channels_last.stride() != source.stride()
+    pixels = normalise_pixels(channels_last, torch.float32)
+    assert pixels.is_contiguous()
+    assert torch.equal(pixels, normalise_pixels(source, torch.float32))
+    torch.testing.assert_close(pixels[:, 1], (source[:, 1] / 255 - IMAGE_MEAN[1]) / IMAGE_STD[1])
+    encoder = PatchEncoder(8, 16, 16)
+    assert torch.equal(encoder(channels_last), encoder(source))
 
 
 def test_a_modality_that_is_left_out_does_not_change_the_start_of_the_others() -> None:
