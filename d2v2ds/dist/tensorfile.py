@@ -1,8 +1,7 @@
 """safetensors files of flat tensors, written and read at the speed of the disk, with a checksum on the way.
 
 The library writes and reads them too, but then a checksum costs another pass over the bytes, and reading a copy. Here
-the checksum of one block is computed while the next is on its way to or from the disk. The format is the library's:
-8 bytes length of the header, the header (JSON, padded to a multiple of 8), the tensors one after another.
+the checksum of one block is computed while the next is on its way to or from the disk.
 """
 
 import json
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from d2v2ds.crc import crc32
 from d2v2ds.errors import CheckpointError
+from d2v2ds.tensorheader import DTYPES, make_header
 
 BLOCK_BYTES = 8 << 20
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Writing:
@@ -36,8 +34,9 @@ class Writing:
 
     def add(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Begin a file of contiguous CPU tensors, which must not change before `finish`."""
-        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # keeps all aligned
-        self.add_parts(path, [_header(tensors, metadata), *(_bytes_of(t) for t in tensors.values() if t.numel())])
+        header, places = make_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
+        in_order = [tensors[name] for name in places]
+        self.add_parts(path, [memoryview(header), *(_bytes_of(tensor) for tensor in in_order if tensor.numel())])
 
     def add_parts(self, path: Path, parts: list[memoryview]) -> None:
         """Begin a file of any content."""
@@ -127,23 +126,12 @@ class TensorFile:
 
     def _place(self, entry: Mapping[str, Any], target: Tensor | None) -> Tensor:
         """The target itself where it can be written to directly, else memory of the same size and the file's type."""
-        dtype = _DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(f"{self._path}: damaged, a tensor of type {entry['dtype']}")
         if target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             return target
         return torch.empty(entry["shape"], dtype=dtype)
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> memoryview:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return memoryview(struct.pack("<Q", len(text)) + text)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from d2v2ds.durable import sync
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
+from d2v2ds.tensorheader import DTYPES, make_header
 
 FORMAT = "d2v2ds-model"
 SCHEMA_VERSION = 3
@@ -43,7 +43,8 @@ Part = Literal["model", "teacher", "head"]
 PARTS: tuple[Part, ...] = ("model", "teacher", "head")
 Weights = Literal["student", "teacher"]
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_METADATA = {"format": "pt"}
+"""What transformers expects in every file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ def write_tensors(
         places = {}
         for name, piece in zip(names, pieces, strict=True):
             file = stack.enter_context((folder / name).open("wb"))
-            header, offsets = _header({key: layout[key] for key in piece})
+            header, offsets = make_header({key: (layout[key].dtype, layout[key].shape) for key in piece}, _METADATA)
             file.write(header)
             places.update({key: (file, offset) for key, offset in offsets.items()})
         for name, tensor in tensors:
@@ -200,18 +201,6 @@ def _divide(layout: Layout, piece_bytes: int) -> list[list[str]]:
         pieces[-1].append(name)
         size += kind.num_bytes
     return pieces
-
-
-def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file, and where in the file each tensor begins."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begins, end = {}, 0
-    for name, kind in sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize):  # keeps all of them aligned
-        begins[name], end = end, end + kind.num_bytes
-        entries[name] = {"dtype": _DTYPES[kind.dtype], "shape": kind.shape, "data_offsets": (begins[name], end)}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
 
 
 class ModelFolder:
@@ -247,14 +236,14 @@ class ModelFolder:
     def layout(self, part: Part) -> dict[str, Kind]:
         """Every tensor of a part; empty if it is not there."""
         found: dict[str, Kind] = {}
-        types = {name: dtype for dtype, name in _DTYPES.items()}
         for file in self._files(part):
             with _opened(file) as handle:
                 for name in handle.keys():  # noqa: SIM118  (not a dictionary)
                     piece = handle.get_slice(name)
-                    if piece.get_dtype() not in types:
+                    dtype = DTYPES.get(piece.get_dtype())
+                    if dtype is None or not dtype.is_floating_point:
                         raise CheckpointError(f"{file}: {name} is {piece.get_dtype()}, expected a floating type")
-                    found[name] = Kind(tuple(piece.get_shape()), types[piece.get_dtype()])
+                    found[name] = Kind(tuple(piece.get_shape()), dtype)
         return found
 
     def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
