@@ -11,8 +11,8 @@ from pathlib import Path
 
 import soundfile
 
+from d2v2ds.data.flac import LARGEST_RATIO, STREAMINFO_BYTES, parse_streaminfo
 from d2v2ds.errors import ConfigError
-from preprocessing.flac import LARGEST_RATIO, STREAMINFO_BYTES, parse_streaminfo
 from preprocessing.progress import Report
 from preprocessing.sources import check_unique, read_manifest, source_name, utf8, walk
 

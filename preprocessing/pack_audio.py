@@ -17,11 +17,11 @@ from typing import Any
 import soundfile
 import soxr
 
+from d2v2ds.data.flac import DECODER
 from d2v2ds.data.schema import CODECS, Index
 from preprocessing.audio_plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio_rows import rows_of
 from preprocessing.audio_sources import find_clips, read_headers
-from preprocessing.flac import miniaudio
 from preprocessing.packer import Notes, Row
 from preprocessing.packing import common_parser, read_all, run
 from preprocessing.parallel import Team
@@ -93,7 +93,7 @@ class AudioPacker:
             "soundfile": soundfile.__version__,
             "libsndfile": soundfile.__libsndfile_version__,
             "soxr": soxr.__version__,
-            "miniaudio": "none" if miniaudio is None else miniaudio.__version__,
+            "flac": DECODER,
         }
 
 

@@ -1,8 +1,8 @@
 """From an audio file to stored samples: decode, mix to mono, resample, cut at quiet points, count. NumPy only.
 
 Stored samples are int16. A mono 16-bit file of the right rate is decoded straight to them, FLAC the fast way
-(`flac.py`); anything else passes through float32 block by block, so that besides the int16 result only one block is in
-memory.
+(`d2v2ds/data/flac.py`); anything else passes through float32 block by block, so that besides the int16 result only one
+block is in memory.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from d2v2ds.data.flac import decode_mono16
 from d2v2ds.data.schema import SAMPLE_SCALE
-from preprocessing.flac import decode_mono16
 
 Samples = NDArray[np.int16]
 

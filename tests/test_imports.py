@@ -31,6 +31,7 @@ ALLOWED = {
         "data.schema",
         "data.shards",
         "data.shardfile",
+        "data.flac",
         "data.pixels",
         "data.tokenizers",
         "shapes",

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from preprocessing import flac
-from preprocessing.flac import StreamInfo, decode_mono16, parse_streaminfo
+from d2v2ds.data import flac
+from d2v2ds.data.flac import StreamInfo, decode_mono16, parse_streaminfo
+from d2v2ds.data.shards import AudioShards
 from preprocessing.pack_audio import main as pack
 from preprocessing.waveform import Decoder
 from tests.preprocessing.helpers import noise
@@ -146,3 +147,20 @@ def test_shards_are_the_same_without_miniaudio(codec: str, tmp_path: Path, monke
     for name in ("audio-00000.arrow", "rows.npy", "skipped.tsv"):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
     assert "cut.flac" in (tmp_path / "with" / "skipped.tsv").read_text()
+
+
+@pytest.mark.parametrize("decoder", ["miniaudio", "soundfile"])
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 12_000), (3_999, 15_999), (5_000, 9_000), (16_000, 16_000)])
+def test_shards_give_any_part(
+    start: int, stop: int | None, decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = noise(1.0, 0)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.flac").write_bytes(encoded(samples))
+    assert pack(["--input", str(tmp_path / "in"), "--codec", "flac", "--output", str(tmp_path / "out")]) == 0
+    if decoder == "soundfile":
+        monkeypatch.setattr(flac, "miniaudio", None)
+    elif stop is None or stop - start >= 12_000:  # of 16,000
+        pytest.importorskip("miniaudio")
+        monkeypatch.setattr(soundfile, "SoundFile", _Untouchable())
+    np.testing.assert_array_equal(AudioShards(tmp_path / "out").read_audio(0, start, stop), samples[start:stop])
