@@ -1,6 +1,6 @@
 """Speed of `Teacher.update` against the machine's copy bandwidth, measured in the same run with the same threads.
 
-    python tests/benchmarks/ema.py [--world 2] [--million 310] [--stage 3] [--dtype bf16]
+    python -m tests.benchmarks.ema [--world 2] [--million 310] [--stage 3] [--dtype bf16]
 
 One update has to move, for each element, the average twice (read, write), the master once and the working copy once:
 14 bytes in bf16, 12 in fp32. The yardstick is a copy of as many bytes between large fp32 tensors (read and written

@@ -1,6 +1,6 @@
 """Tokenizing and packing text against the tokenizer alone on the same documents in the same run.
 
-    python tests/benchmarks/packing_text.py [--data FOLDER] [--megabytes 60] [--vocab-size 4000] [--rounds 3]
+    python -m tests.benchmarks.packing_text [--data FOLDER] [--megabytes 60] [--vocab-size 4000] [--rounds 3]
 
 Without ``--data`` the text is the language reference that comes with Python. It is copied until there are
 `--megabytes`, as plain text (paragraphs) and as JSON lines. "Alone" has all documents in memory as `str` and asks the

@@ -1,6 +1,6 @@
 """Reading blocks of text: from the shard to an int64 batch, in random order, beside what memory allows.
 
-    python tests/benchmarks/reading_text.py [--shards FOLDER] [--rows 200000] [--batch 16] [--rounds 5]
+    python -m tests.benchmarks.reading_text [--shards FOLDER] [--rows 200000] [--batch 16] [--rounds 5]
 
 Without ``--shards`` it writes rows of random ids. One worker, one core. The limit is `np.copyto` from the stored type
 to int64 for as many tokens: once out of one small array that stays in the cache, and once from the same random places
