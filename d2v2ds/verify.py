@@ -404,14 +404,38 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
 
 
 def case_names(folder: Path, modality: str | None) -> list[str]:
-    """Names of the cases in a folder, those of one modality if it is given."""
-    names = []
-    for path in sorted(folder.glob("*.grads.safetensors")):
-        name = path.name.removesuffix(".grads.safetensors")
-        meta = json.loads((folder / f"{name}.json").read_text())
-        if modality is None or meta["modality"].lower() == modality:
-            names.append(name)
-    return names
+    """Names of the cases in a folder, those of one modality if it is given.
+
+    Any file that only a case has makes one: a case of which some files are gone must fail, not vanish. One whose
+    modality cannot be read is of every modality, for the same reason.
+    """
+    names = set()
+    for path in folder.glob("*"):
+        ending = next((ending for ending in _ONLY_OF_CASES if path.name.endswith(ending)), None)
+        if ending is not None:
+            names.add(path.name.removesuffix(ending))
+        elif path.suffix == ".json" and _is_case(folder, path.stem):
+            names.add(path.stem)
+    return sorted(name for name in names if modality is None or _modality_of(folder, name) in (modality, None))
+
+
+_ONLY_OF_CASES = (".grads.safetensors", ".traj.json", ".traj.safetensors")
+
+
+def _is_case(folder: Path, name: str) -> bool:
+    """Whether NAME.json describes a case, or nobody can tell what it is and weights lie beside it."""
+    try:
+        values = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return (folder / f"{name}.safetensors").exists()
+    return isinstance(values, dict) and "modality" in values
+
+
+def _modality_of(folder: Path, name: str) -> str | None:
+    try:
+        return str(json.loads((folder / f"{name}.json").read_text())["modality"]).lower()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]:
@@ -424,7 +448,7 @@ def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]
     try:
         case = Case.read(folder, name)
         check_step(case, report)
-        if (folder / f"{name}.traj.json").exists():
+        if any((folder / f"{name}.traj{ending}").exists() for ending in (".json", ".safetensors")):
             check_trajectory(case, folder, report)
     except UnsupportedOptionError as error:
         return report, f"unsupported: {error}"
@@ -442,7 +466,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = case_names(options.folder, options.modality)
     if not names:
-        print(f"{options.folder}: no golden cases (NAME.json with NAME.grads.safetensors) found", file=sys.stderr)
+        print(
+            f"{options.folder}: no golden cases (NAME.json with NAME.grads.safetensors) found",
+            file=sys.stderr,
+        )
         return 2
     failed = []
     for name in names:

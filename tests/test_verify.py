@@ -145,6 +145,37 @@ def test_unsupported_option_is_named_and_fails(copy: Path, option: dict, capsys:
     assert f"unsupported: {next(iter(option))}=" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("file", ["audio_micro.json", "audio_micro.safetensors", "audio_micro.grads.safetensors"])
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+@pytest.mark.parametrize("modality", [[], ["--modality", "audio"]])
+def test_a_damaged_case_fails_and_the_others_are_still_compared(
+    file: str, damage: str, modality: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cases"
+    shutil.copytree(MICRO, folder)
+    if damage == "removed":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    assert main([str(folder), *modality]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL audio_micro: " in said
+    if not modality:
+        assert "pass image_micro" in said and "2 of 3 cases pass" in said
+
+
+@pytest.mark.parametrize("ending", [".traj.json", ".traj.safetensors"])
+def test_half_a_trajectory_fails(ending: str, copy: Path) -> None:
+    (copy / f"audio_micro{ending}").write_bytes(b"{}")
+    assert main([str(copy)]) == 1
+
+
+def test_files_that_are_no_case_are_left_alone(copy: Path) -> None:
+    (copy / "schedules.json").write_text('{"cosine": [1]}')
+    save_file({"x": torch.zeros(1)}, copy / "adam_steps.safetensors")
+    assert case_names(copy, None) == ["audio_micro", "image_micro", "text_micro"]
+
+
 def test_empty_folder_is_an_error(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 2
 
