@@ -1,6 +1,7 @@
 """Which recordings are packed, joined and skipped, decided from their headers before anything is decoded."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,10 @@ class AudioSettings:
     def check(self) -> None:
         """Raise a `ConfigError` that names every setting that cannot work."""
         faults = []
-        if self.min_seconds < 0 or self.max_seconds < 0:
-            faults.append(f"--min-seconds {self.min_seconds} and --max-seconds {self.max_seconds} must not be negative")
+        if not (0 <= self.min_seconds < math.inf and 0 <= self.max_seconds < math.inf):
+            faults.append(
+                f"--min-seconds {self.min_seconds} and --max-seconds {self.max_seconds} must be finite and not negative"
+            )
         if self.max_seconds and self.max_seconds < 2 * self.min_seconds + 0.02:
             faults.append(f"--max-seconds {self.max_seconds} must exceed twice --min-seconds {self.min_seconds}")
         if self.shard_bytes < 1:

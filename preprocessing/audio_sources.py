@@ -11,11 +11,13 @@ from pathlib import Path
 
 import soundfile
 
-from d2v2ds.data.flac import LARGEST_RATIO, STREAMINFO_BYTES, parse_streaminfo
+from d2v2ds.data.flac import STREAMINFO_BYTES, parse_streaminfo
 from d2v2ds.errors import ConfigError
 from preprocessing.progress import Report
-from preprocessing.sources import check_unique, read_manifest, source_name, utf8, walk
+from preprocessing.sources import check_unique, read_manifest, source_name, text_lines, utf8, walk
 
+_LARGEST_RATIO = 1 << 13
+"""Samples per byte of file that not even silence reaches: above it a header's length is not believed."""
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 
 
@@ -101,7 +103,7 @@ def _read_header(path: str) -> Header:
         return Header(fault=f"unreadable: {error.strerror}")
     if channels < 1:
         return Header(bytes=size, fault="zero channels")
-    if frames > size * LARGEST_RATIO:  # a stream that was never closed has no length; the plan needs only an estimate
+    if frames > size * _LARGEST_RATIO:  # a stream that was never closed has no length; the plan needs only an estimate
         frames = size
     fault = "no samples" if frames < 1 else None
     return Header(bytes=size, num_frames=frames, sample_rate_hz=rate, channels=channels, fault=fault)
@@ -126,7 +128,7 @@ def _librispeech_transcripts(folder: Path) -> dict[str, str] | None:
     path = folder / f"{folder.parent.name}-{folder.name}.trans.txt"
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = text_lines(path)
     return {key: text for key, _, text in (line.partition(" ") for line in lines)}
 
 

@@ -136,6 +136,9 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
         if leads:
             print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
+    except OSError as error:
+        print(f"error: {error}; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED

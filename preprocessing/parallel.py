@@ -70,7 +70,7 @@ def choose_team(workers: int | None, use_mpi: bool, environment: Mapping[str, st
     """
     tasks = _scheduled_tasks(environment)
     if not (use_mpi or tasks > 1 or any(name in environment for name in _LAUNCHER_VARIABLES)):
-        return LocalTeam(workers or len(os.sched_getaffinity(0)))
+        return LocalTeam(len(os.sched_getaffinity(0)) if workers is None else workers)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library to load
@@ -80,7 +80,7 @@ def choose_team(workers: int | None, use_mpi: bool, environment: Mapping[str, st
     world = MPI.COMM_WORLD
     check_world(tasks, world.size)
     if world.size == 1 and not use_mpi:
-        return LocalTeam(workers or len(os.sched_getaffinity(0)))
+        return LocalTeam(len(os.sched_getaffinity(0)) if workers is None else workers)
     if workers is not None and workers > 1:
         raise ConfigError(f"--workers {workers} under MPI: expected one process per rank; start more ranks instead")
     return MpiTeam(world)
@@ -212,7 +212,8 @@ def _run_worker(connection: Connection) -> None:
         except BrokenPipeError:
             sys.exit(EXIT_FAILED)
         except (D2V2Error, OSError) as error:
-            connection.send(("error", error))
+            with suppress(BrokenPipeError):  # an error of another worker was first, and nobody listens any more
+                connection.send(("error", error))
 
 
 class MpiTeam:
@@ -304,7 +305,7 @@ def exit_code(error: BaseException) -> int:
     """What the process returns to its caller for an error: 2 wrong input or settings, 4 files, else 1."""
     if isinstance(error, (ConfigError, MissingExtraError)):
         return 2
-    return 4 if isinstance(error, D2V2Error) else EXIT_FAILED
+    return 4 if isinstance(error, (D2V2Error, OSError)) else EXIT_FAILED
 
 
 class _Throttle:

@@ -64,10 +64,19 @@ def walk(root: Path, suffixes: Collection[str]) -> list[tuple[str, list[str]]]:
     """Folders below `root` that hold files of these suffixes (lower case), with the files' names; all sorted.
 
     Links are followed, each real folder is entered once, hidden files and folders are left out.
+
+    Raises:
+        ConfigError: a folder cannot be read; what it holds would be missing without a trace.
     """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(
+            f"--input {root}: {error.filename} cannot be read: {error.strerror}; allow it, or give folders without it"
+        ) from error
+
     found = []
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         status = os.stat(folder)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -89,6 +98,12 @@ def source_name(root: Path, path: str) -> str:
     return utf8(os.path.relpath(path, root).replace(os.sep, "/"))
 
 
+def text_lines(path: Path, encoding: str = "utf-8") -> list[str]:
+    """Lines that end with a newline. `str.splitlines` ends them at U+2028 and others too, which texts contain."""
+    lines = path.read_text(encoding=encoding).split("\n")  # reading has turned the other two line ends into this one
+    return lines[:-1] if lines[-1] == "" else lines
+
+
 def read_manifest(manifest: Path, optional: Sequence[str], required: Sequence[str] = ()) -> Iterator[ManifestLine]:
     """The lines of a TSV manifest with the column `path` and perhaps others.
 
@@ -101,9 +116,11 @@ def read_manifest(manifest: Path, optional: Sequence[str], required: Sequence[st
         ConfigError: if it is malformed; lines are named.
     """
     try:
-        lines = manifest.read_text(encoding="utf-8-sig").splitlines()
+        lines = text_lines(manifest, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{manifest}: expected UTF-8 text, found {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{manifest}: cannot be read: {error.strerror}") from error
     columns = lines[0].split("\t") if lines else []
     if absent := [name for name in ("path", *required) if name not in columns]:
         raise ConfigError(

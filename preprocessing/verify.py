@@ -3,7 +3,7 @@
 Checked: sizes and checksums of all files, columns, row counts, ``rows.npy`` against the shards, and every row against
 its checksums and its bytes: audio decodes to the stated length, mean and variance, an image to the stated format and
 size. Prints one line per fault (file, what, expected, found).
-Exit codes: 0 everything is right; 1 at least one fault; 2 no such folder, or unfinished.
+Exit codes: 0 everything is right; 1 at least one fault; 2 no such folder, or unfinished; 130 interrupted.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from preprocessing.reports import REPORTS, fault
 
 EXIT_FAULTY = 1
 EXIT_UNREADABLE = 2
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except D2V2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNREADABLE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     for found in faults:
         print(found)
     index = read_index(options.folder)

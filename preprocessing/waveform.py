@@ -5,6 +5,7 @@ Stored samples are int16. A mono 16-bit file of the right rate is decoded straig
 block is in memory.
 """
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,13 @@ Samples = NDArray[np.int16]
 _EXACT_SUBTYPES = frozenset({"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
 """Sample formats that libsndfile turns into int16 without loss; others lose bits or clip and are rounded here."""
 _BLOCK_FRAMES = 1 << 18
+_LARGEST_PIECE = 1 << 26
+"""Samples that are read at a time where a header may promise more than there is."""
+_UNKNOWN_LENGTH = 1 << 62
+_PLAUSIBLE_RATIO = 64
+"""Samples per byte of file up to which memory is taken for as many as a header promises."""
+_STREAMED_WAV_BYTES = 0x7FFFF000
+"""From this size on a header was written before its writer knew how much would come."""
 _WHOLE_FILE_BYTES = 32 << 20
 """FLAC files below this size, about half an hour, are decoded from memory."""
 _STATS_BLOCK = 1 << 15
@@ -64,7 +72,14 @@ class Decoder:
 
     def _read(self, path: str) -> Samples:
         try:
+            size = os.stat(path).st_size  # noqa: PTH116
+            if path[-4:].lower() == ".wav":
+                _check_wav(path, size)
             with soundfile.SoundFile(path) as file:
+                if file.frames >= _UNKNOWN_LENGTH:  # soundfile would seek to the end, which then fails
+                    file.seekable = lambda: False
+                elif file.frames <= size * _PLAUSIBLE_RATIO:  # in one piece: growing would take twice the memory
+                    self._reserve(0, file.frames)
                 if file.samplerate == self._sample_rate_hz and file.channels == 1 and file.subtype in _EXACT_SUBTYPES:
                     samples = self._read_exact(file)
                 else:
@@ -80,7 +95,7 @@ class Decoder:
     def _read_exact(self, file: soundfile.SoundFile) -> Samples:
         """A header's length is right or an upper bound, except that of an unfinished stream: then grow."""
         length = 0
-        wanted = min(file.frames, 1 << 26)
+        wanted = min(file.frames, _LARGEST_PIECE)
         while True:
             got: int = len(file.read(out=self._reserve(length, wanted)))
             length += got
@@ -194,5 +209,22 @@ def _resampled(blocks: Iterator[NDArray[np.float32]], rate: int, target: int) ->
 
 def _check_length(file: soundfile.SoundFile, found: int) -> None:
     """A file that ends early was cut off. MP3 lengths are estimates, and unfinished streams have none."""
-    if found < file.frames and file.format != "MP3" and file.frames < 1 << 62:
+    if found < file.frames and file.format != "MP3" and file.frames < _UNKNOWN_LENGTH:
         raise BadAudioError(f"cut off: its header says {file.frames} samples, found {found}")
+
+
+def _check_wav(path: str, size: int) -> None:
+    """Raise a `BadAudioError` if a RIFF file is shorter than its own header says; libsndfile takes what is there."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        start = file.read(12)
+        if start[:4] != b"RIFF" or start[8:] != b"WAVE":
+            return
+        while len(head := file.read(8)) == 8:
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] != b"data":
+                file.seek(length + length % 2, os.SEEK_CUR)
+                continue
+            found = size - file.tell()
+            if found < length < _STREAMED_WAV_BYTES:
+                raise BadAudioError(f"cut off: its header says {length} bytes of samples, found {found}")
+            return

@@ -19,8 +19,8 @@ DECODER = "libsndfile" if miniaudio is None else f"miniaudio {miniaudio.__versio
 """What decodes plain FLAC files here."""
 STREAMINFO_BYTES = 42
 """How much of a file `parse_streaminfo` wants to see."""
-LARGEST_RATIO = 64
-"""Samples per byte of file that no format reaches with speech: above it a header's length is not believed."""
+_MOST_SAMPLES = 1 << 26
+"""What is decoded at once, 70 minutes: it is in memory twice, and a header may promise anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def decode_mono16(data: bytes, sample_rate_hz: int) -> NDArray[np.int16] | None:
     info = parse_streaminfo(data[:STREAMINFO_BYTES])
     if miniaudio is None or info is None or (info.sample_rate_hz, info.channels, info.bits) != (sample_rate_hz, 1, 16):
         return None
-    if info.frames > len(data) * LARGEST_RATIO:  # memory would be taken for all of them
+    if info.frames > _MOST_SAMPLES:
         return None
     try:
         samples = np.frombuffer(miniaudio.flac_read_s16(data).samples, dtype=np.int16)

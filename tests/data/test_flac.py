@@ -71,6 +71,13 @@ def test_other_rates_channels_and_bits_are_left_to_libsndfile(samples: np.ndarra
     assert decode_mono16(encoded(samples, rate, subtype), RATE) is None
 
 
+def test_silence_of_any_length_is_decoded() -> None:
+    pytest.importorskip("miniaudio")
+    silence = np.zeros(600_000, dtype=np.int16)  # 200 samples a byte
+    found = decode_mono16(encoded(silence), RATE)
+    assert found is not None and np.array_equal(found, silence)
+
+
 def test_a_header_that_promises_far_too_much_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray(encoded(noise(0.5, 0)))
     data[22:26] = b"\xff" * 4  # of 36 bits: 4 G samples

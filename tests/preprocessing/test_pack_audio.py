@@ -337,3 +337,19 @@ def test_a_file_that_vanishes_while_packing_is_skipped(recordings: Path, tmp_pat
 
     index = pack_all(Vanishing(1), [recordings], tmp_path / "out", AudioPacker(AudioSettings()))
     assert (index.files_skipped, index.rows) == (1, 23)
+
+
+@pytest.mark.parametrize("output", ["a file", "a file/below"])
+def test_an_output_that_cannot_be_made_is_one_line(
+    recordings: Path, tmp_path: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a file").write_bytes(b"")
+    assert main(["--input", str(recordings), "--output", str(tmp_path / output), "--workers", "1"]) == 4
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "a file" in said
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_lengths_are_finite(recordings: Path, tmp_path: Path, seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--input", str(recordings), "--output", str(tmp_path / "out"), "--min-seconds", seconds]) == 2
+    assert "must be finite and not negative" in capsys.readouterr().err

@@ -116,6 +116,8 @@ def test_one_worker_per_core_by_default() -> None:
     assert choose_team(None, False, {}).size == len(os.sched_getaffinity(0))
     assert choose_team(3, False, {"SLURM_NTASKS": "1"}).size == 3
     with pytest.raises(ConfigError, match="--workers 0"):
+        choose_team(0, False, {})
+    with pytest.raises(ConfigError, match="--workers 0"):
         LocalTeam(0).map(square, [1], lambda files, samples: None)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from d2v2ds.errors import ConfigError
 from preprocessing.audio_sources import find_clips, read_headers
+from preprocessing.sources import read_manifest
 
 
 def touch(path: Path, text: str = "") -> Path:
@@ -91,3 +92,24 @@ def test_file_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
     (clip,) = find_clips([tmp_path])
     assert clip.source == "caf\\udce9.wav"
     assert read_headers([clip.path], lambda files, samples: None)[0].fault == "empty file (0 bytes)"
+
+
+def test_lines_of_a_manifest_end_with_newlines_only(tmp_path: Path) -> None:
+    (tmp_path / "m.tsv").write_bytes("path\ttext\r\na.wav\tone\u2028two\x85three\x1cfour\r\n".encode())
+    (line,) = read_manifest(tmp_path / "m.tsv", ["text"])
+    assert line.values["text"] == "one\u2028two\x85three\x1cfour"
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.wav").write_bytes(b"")
+    scandir = os.scandir
+
+    def refusing(folder: str) -> object:  # root may read everything
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ConfigError, match="closed cannot be read: Permission denied"):
+        find_clips([tmp_path])

@@ -71,6 +71,38 @@ def test_flac_that_was_cut_off_is_refused(tmp_path: Path) -> None:
         Decoder(16000).decode(str(tmp_path / "a.flac"))
 
 
+@pytest.mark.parametrize("bits", [16, 24])
+def test_flac_of_unknown_length_is_read_to_its_end(tmp_path: Path, bits: int) -> None:
+    """As an encoder writes into a pipe."""
+    soundfile.write(tmp_path / "a.flac", noise(30.0, 5), 16000, subtype=f"PCM_{bits}")
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(data)
+    np.testing.assert_array_equal(Decoder(16000).decode(str(tmp_path / "a.flac")), noise(30.0, 5))
+
+
+@pytest.mark.parametrize("format", ["WAV", "WAVEX"])
+def test_wav_that_was_cut_off_is_refused(tmp_path: Path, format: str) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(1.0, 5), 16000, format=format)
+    data = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(data[:-2])
+    with pytest.raises(BadAudioError, match="cut off: its header says 32000 bytes of samples, found 31998"):
+        Decoder(16000).decode(str(tmp_path / "a.wav"))
+    place = data.index(b"data") + 4  # streamed: the header says everything that fits, or nothing
+    for size in (0xFFFFFFFF, 0x7FFFFFFF - 36):
+        (tmp_path / "a.wav").write_bytes(data[:place] + size.to_bytes(4, "little") + data[place + 4 :])
+        np.testing.assert_array_equal(Decoder(16000).decode(str(tmp_path / "a.wav")), noise(1.0, 5))
+
+
+def test_memory_is_taken_once_for_a_long_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(3.0, 5), 16000)
+    monkeypatch.setattr("preprocessing.waveform._LARGEST_PIECE", 1000)
+    decoder = Decoder(16000)
+    np.testing.assert_array_equal(decoder.decode(str(tmp_path / "a.wav")), noise(3.0, 5))
+    assert len(decoder._buffer) == 48000
+
+
 @pytest.mark.parametrize("count", [1, 4095, 4096, 300_001])
 def test_mean_and_variance_are_exact_functions_of_the_integers(count: int) -> None:
     samples = np.random.default_rng(count).integers(-32768, 32768, count).astype(np.int16)
