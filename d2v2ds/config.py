@@ -407,11 +407,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="name in d2v2ds/configs or path of a YAML file")
     parser.add_argument("--world", type=int, default=1, help="ranks, for the memory of one (1)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.world < 1:
+        parser.error(f"--world {options.world}: expected 1 rank or more")
     try:
         config = load_config(options.config, options.overrides)
         lines = summary(config, options.world)
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:  # ValueError: masks that cannot be drawn
         print(error, file=sys.stderr)
         return 2
     print(to_yaml(config), end="")

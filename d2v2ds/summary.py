@@ -8,7 +8,7 @@ from torch import nn
 
 from d2v2ds.config import RunConfig
 from d2v2ds.dist.ds_config import load_ds_config
-from d2v2ds.dist.memory import expected_bytes
+from d2v2ds.dist.memory import expected_bytes, passing_bytes
 from d2v2ds.masking import masked_count
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.flops import step_flops
@@ -73,10 +73,15 @@ def _memory(config: RunConfig, student: nn.Module, teacher: nn.Module, world: in
     held = expected_bytes(_count(student, trained_only=True), _count(teacher), world, ds_config, kept_whole)
     total = sum(held.values()) / 2**30
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
-    return [
+    passing = passing_bytes(_count(student, trained_only=True), world, ds_config) / 2**30
+    lines = [
         f"memory of one of {world} rank(s) with {config.engine.deepspeed} (stage {stage}): {total:.2f} GiB ({parts}); "
-        "activations come on top"
+        f"in a step {passing:.2f} GiB of gradients and the activations come on top"
     ]
+    if section.get("offload_optimizer", {}).get("device") == "cpu":
+        moved = (held["master"] + held["optimizer"]) / 2**30
+        lines.append(f"of it master and optimizer, {moved:.2f} GiB, lie in the memory of the host")
+    return lines
 
 
 def _length(config: RunConfig) -> list[str]:

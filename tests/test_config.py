@@ -206,3 +206,15 @@ def test_summary_says_what_a_run_amounts_to(capsys: pytest.CaptureFixture[str]) 
     assert "375,300 optimizer steps" in said[2]
     assert "196 tokens a sample, 147 masked and 49 visible" in said[3]
     assert "TFLOP per step" in said[4]
+
+
+def test_overrides_may_stand_behind_options_and_bad_arguments_are_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image_tiny", "--world", "4", "engine.deepspeed=zero3_bf16_offload"]) == 0
+    said = capsys.readouterr().out
+    assert "of gradients and the activations come on top" in said
+    assert "of it master and optimizer" in said and "in the memory of the host" in said
+    assert main(["image_tiny", "data.image.mask.masked_fraction=0.9999"]) == 2
+    assert "leaves nothing visible" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["image_tiny", "--world", "0"])
+    assert "--world 0: expected 1 rank or more" in capsys.readouterr().err

@@ -253,6 +253,7 @@ def _prepare(shards: Path, *overrides: str) -> None:
         ("data.num_workers=-1", "data.num_workers is -1, expected 0 or more"),
         ("model.block.num_heads=0", "block.num_heads is 0, expected 1 or more"),
         ("model.modalities.audio.decoder.groups=0", "decoder.groups is 0, expected 1 or more"),
+        ("model.modalities.audio.conv_layers=[[8,10,0]]", "conv_layers are"),
         ("model.modalities.audio.position_depth=0", "position_depth is 0, expected 1 or more"),
         ("lr.warmup_steps=-5", "lr.warmup_steps is -5, expected 0 or more"),
     ],

@@ -5,10 +5,13 @@ The JSON owns memory, precision and communication; the run owns the algorithm. A
 """
 
 import copy
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from d2v2ds.errors import ConfigError
 
@@ -23,6 +26,16 @@ REQUIRED: dict[str, Any] = {
 
 RUN_OWNED_SECTIONS = ("optimizer", "scheduler", "tensorboard", "wandb", "csv_monitor", "data_efficiency", "fp16", "amp")
 """Sections that must not appear: the run owns the optimizer, schedule, logging and data; fp16 is not supported."""
+
+KNOWN = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "bf16", "data_types", "communication_data_type", "aio",
+    "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+    "disable_python_gc",
+}  # fmt: skip
+"""Keys of the JSON that have a meaning here. DeepSpeed itself passes over any key that it does not know."""
 
 
 def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
@@ -46,7 +59,37 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"DeepSpeed config {path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"DeepSpeed config {path}: expected a JSON object, found {type(config).__name__}")
+    if path.parent != SHIPPED_FOLDER and (faults := _faults(config, f"DeepSpeed config {path}")):
+        raise ConfigError("\n".join(faults))
     return config
+
+
+def _faults(config: Mapping[str, Any], source: str) -> list[str]:
+    """Unknown keys and wrong types, which DeepSpeed would find when the processes already wait for each other."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # seconds, and the shipped files are tested
+
+    faults = []
+    for key, value in config.items():
+        if key in RUN_OWNED_SECTIONS:
+            continue  # said when it is merged
+        if key == "activation_checkpointing":
+            faults.append(f"{source} has {key!r}: remove it; the run owns it (engine.activation_checkpointing), block by block")
+        elif key not in KNOWN:
+            near = difflib.get_close_matches(key, KNOWN, n=1)
+            faults.append(f"{source} has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        elif key in ("zero_optimization", "bf16", "data_types") and not isinstance(value, dict):
+            faults.append(f"{source}: {key} is {value!r}, expected an object")
+    section = config.get("zero_optimization", {})
+    if isinstance(section, dict):
+        try:
+            DeepSpeedZeroConfig(**section)
+        except ValidationError as error:
+            for fault in error.errors():
+                name, found = ".".join(map(str, fault["loc"])), fault["input"]
+                near = difflib.get_close_matches(name, DeepSpeedZeroConfig.model_fields, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near and name not in DeepSpeedZeroConfig.model_fields else ""
+                faults.append(f"{source}: zero_optimization.{name} = {found!r}: {fault['msg']}{hint}")
+    return faults
 
 
 def merge_ds_config(

@@ -53,3 +53,19 @@ def expected_bytes(
         "teacher_average": 4 * teacher // shards,
         "teacher_weights": int(compute * teacher * working),
     }
+
+
+def passing_bytes(trained: int, world: int, ds_config: Mapping[str, Any]) -> int:
+    """Bytes of gradients on one rank that come and go in a step, beside what `expected_bytes` holds.
+
+    Args:
+        trained: elements of the student's trainable parameters.
+        world: number of ranks.
+        ds_config: a JSON from `merge_ds_config`.
+    """
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    compute = 2 if ds_config.get("bf16", {}).get("enabled", False) else 4
+    wide = ds_config.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
+    gradient = 4 if wide else compute
+    in_flight = {0: 4.0, 1: float(compute), 2: gradient / world, 3: 0.0}[stage]
+    return int(trained * (in_flight + (4 / world if stage else 0)))

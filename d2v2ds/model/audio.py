@@ -52,8 +52,12 @@ class AudioConfig:
     grid_side = None
 
     def num_tokens(self, size: int) -> int:
-        """T of a waveform of `size` samples."""
-        return conv_output_length(size, self.conv_layers)
+        """T of a waveform of `size` samples; 0 of layers that `check` refuses, so that it can be asked before."""
+        return conv_output_length(size, self.conv_layers) if self._has_layers else 0
+
+    @property
+    def _has_layers(self) -> bool:
+        return bool(self.conv_layers) and min(min(layer) for layer in self.conv_layers) >= 1
 
     def check(self, block: BlockConfig, shared_depth: int) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
@@ -61,7 +65,7 @@ class AudioConfig:
         problems = common_faults(self, block, shared_depth) + few
         if not few and block.width % self.position_groups:
             problems.append(f"position_groups {self.position_groups} does not divide the model width {block.width}")
-        if not self.conv_layers or min(min(layer) for layer in self.conv_layers) < 1:
+        if not self._has_layers:
             problems.append(
                 f"conv_layers are {self.conv_layers}, expected (channels, kernel, stride) of 1 or more each"
             )

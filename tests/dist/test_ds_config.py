@@ -11,7 +11,7 @@ from d2v2ds.dist import comm, zero
 from d2v2ds.dist.ds_config import SHIPPED_FOLDER, load_ds_config, merge_ds_config, teacher_ds_config
 from d2v2ds.dist.engine import build_student_engine, optimizer_step
 from d2v2ds.dist.held import held_bytes
-from d2v2ds.dist.memory import expected_bytes
+from d2v2ds.dist.memory import expected_bytes, passing_bytes
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import ConfigError
 from tests.dist import toy
@@ -153,3 +153,41 @@ def test_memory_held_is_that_of_the_formula(trained: dict, name: str) -> None:
         if name == "zero3_bf16_offload" and purpose == "gradients":
             continue  # a second, fp32 copy lies beside the offloaded optimizer
         assert held[purpose] == pytest.approx(nbytes, rel=0.1, abs=200), purpose
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"foo_bar": 1}, "unknown key 'foo_bar'"),
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "has 'activation_checkpointing': remove it"),
+        ({"zero_optimization": 3}, "zero_optimization is 3, expected an object"),
+        ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage = 9: Input should be"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "zero_optimization.reduce_bucket_size = 'many'"),
+        ({"zero_optimization": {"overlap_com": True}}, "did you mean 'overlap_comm'?"),
+    ],
+)
+def test_what_deepspeed_would_pass_over_or_stumble_on_is_found_when_the_file_is_read(
+    change: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(load_ds_config("zero3_bf16") | change | {"unheard_of": 1}))
+    with pytest.raises(ConfigError) as error:
+        load_ds_config(path)
+    assert sentence in str(error.value)
+    assert "unheard_of" in str(error.value), "all at once"
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_pass_the_check_of_others(name: str, tmp_path: Path) -> None:
+    copy = tmp_path / f"{name}.json"
+    copy.write_bytes((SHIPPED_FOLDER / f"{name}.json").read_bytes())
+    assert load_ds_config(copy) == load_ds_config(name)
+
+
+def test_passing_gradients_follow_the_table() -> None:
+    bf16 = {"bf16": {"enabled": True}}
+    found = [passing_bytes(1000, 4, {"zero_optimization": {"stage": stage}} | bf16) for stage in (1, 2, 3)]
+    assert found == [2000 + 1000, 500 + 1000, 1000]
+    assert passing_bytes(1000, 4, {}) == 4000
