@@ -71,7 +71,7 @@ def test_array_packs_in_parts_and_the_job_after_it_writes_the_index(cluster: Clu
     last = cluster.submit("--ntasks-per-node=1", f"--dependency=afterok:{array}", *script)
     for job in (whole, last):
         assert cluster.finished(job)["JobState"] == "COMPLETED", cluster.story()
-    said = "".join(path.read_text() for path in cluster.jobs.glob("preprocess_audio-*.out"))
+    said = "".join(path.read_text(errors="replace") for path in cluster.jobs.glob("preprocess_audio-*.out"))
     assert all(f"{four}: part {part}/4 is packed; no index yet" in said for part in range(4))
     assert "packing: 0 of 0 files" in cluster.output(last), "all parts were there"
     assert contents(four) == contents(one)
