@@ -81,7 +81,7 @@ class Batch:
     def submit(self, script: str, *arguments: str, **variables: str) -> tuple[int, str]:
         """Exit code, and what was said."""
         process = self.start(script, *arguments, **variables)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=180)
         return process.returncode, said
 
     def pretrain(self, *arguments: str, **variables: str) -> tuple[int, str]:
@@ -315,7 +315,7 @@ def test_a_signal_reaches_the_ranks_and_their_exit_code_counts(batch: Batch, num
     process = batch.start("pretrain_audio.sh", f"run.dir={batch.run_dir}")
     wait_for(batch.notes / "up")
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 75, said
     assert (batch.notes / "told").exists()
     assert f"got {number.name}; asking all ranks to save" in said
@@ -331,7 +331,7 @@ def test_ranks_that_do_not_end_cannot_keep_the_job_from_going_back(batch: Batch)
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 137, said
     assert "got SIGTERM, and ranks warned by SIGUSR1 have not ended; not waiting for them" in said
     assert batch.requeues() == ["requeue 20007"]
@@ -345,7 +345,7 @@ def test_a_job_warned_before_its_ranks_are_there_does_not_start_them(batch: Batc
     process = batch.start("pretrain_audio.sh", f"run.dir={batch.run_dir}")
     wait_for(batch.notes / "up")
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 75, said
     assert not (batch.notes / "srun").exists()
     assert batch.requeues() == ["requeue 20007"]
