@@ -51,7 +51,7 @@ def load_model(
     """The encoder of an export, in eval mode and without gradient.
 
     Args:
-        path: folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`, or a single file of earlier versions.
+        path: folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`, or a single file of `d2v2ds.export`.
         weights: the student's, or the teacher's where the export has them.
         device: where to; the accelerator if there is one.
         dtype: of weights and activations.

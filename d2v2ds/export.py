@@ -1,7 +1,9 @@
 """Make a model of a run: a folder that loads with `d2v2ds.load_model`, and goes on training with `init.weights`.
 
     python -m d2v2ds.export RUN --to FOLDER [--teacher] [--checkpoint TAG]
+    python -m d2v2ds.export RUN --to NAME.safetensors [--teacher] [--checkpoint TAG]
 
+A folder has the student, with --teacher the average beside it, the tokenizer and a card; a file has one of the two.
 Reads the checkpoint tensor by tensor, whatever the number of ranks it was saved by: neither DeepSpeed, nor a process
 group, nor memory for more than one tensor is needed. `interop/folder.py` says what lies in the folder.
 """
@@ -12,6 +14,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,17 @@ from d2v2ds.data.schema import read_index
 from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_teacher, read_manifest, read_plain
 from d2v2ds.errors import CheckpointError, D2V2Error, MissingExtraError, ShardError
 from d2v2ds.interop.card import write_card
-from d2v2ds.interop.folder import Description, Kind, Layout, Part, new_folder, write_config, write_tensors
+from d2v2ds.interop.folder import (
+    FILE_SUFFIX,
+    Description,
+    Kind,
+    Layout,
+    Part,
+    new_folder,
+    write_config,
+    write_file,
+    write_tensors,
+)
 from d2v2ds.interop.hub import write_hub_files
 from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
@@ -74,12 +87,12 @@ def load_student(run_dir: Path, tag: str | None = None) -> tuple[Data2Vec2, int]
 
 
 def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = None) -> None:
-    """Write the folder.
+    """Write a folder, or one file if the name ends with .safetensors.
 
     Args:
         run_dir: folder of the run.
-        to: folder to write; the folder of an earlier export is replaced.
-        teacher: write the average too.
+        to: what to write; an earlier export is replaced.
+        teacher: write the average too; into a file, the encoder of the average instead of the student.
         tag: of the checkpoint; the newest if None.
 
     Raises:
@@ -88,6 +101,9 @@ def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = 
     config = load_config(str(run_dir / "config.yaml"))
     checkpoint = checkpoint_folder(run_dir, tag)
     model = model_of(checkpoint)
+    if to.suffix == FILE_SUFFIX:
+        _export_file(run_dir, to, teacher, checkpoint, config, model)
+        return
     parts: dict[Part, tuple[type[nn.Module], Iterator[tuple[str, Tensor]]]] = {
         "model": (Data2Vec2, iterate_student(checkpoint))
     }
@@ -115,6 +131,28 @@ def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = 
     logger.info("%s: %s of %s, %d parameters", to, " and ".join(parts), checkpoint, num_parameters)
 
 
+def _export_file(
+    run_dir: Path, to: Path, teacher: bool, checkpoint: Path, config: RunConfig, model: ModelConfig
+) -> None:
+    """The student, or the average with what it has of the student's, in one file."""
+    layout, tensors = layout_of(Data2Vec2, model), iterate_student(checkpoint)
+    if teacher:
+        own = layout_of(TargetNet, model)
+        layout = {name: kind for name, kind in layout.items() if not name.startswith("decoders.")}
+        borrowed = ((name, tensor) for name, tensor in tensors if name in layout and name not in own)
+        tensors = chain(borrowed, iterate_teacher(checkpoint))
+    preprocessing = published_preprocessing(model)
+    _set_rate(config, preprocessing)
+    origin = _origin(run_dir, config, read_manifest(checkpoint).counters) | {
+        "weights": "teacher" if teacher else "student"
+    }
+    shown = tqdm(tensors, to.name, len(layout), unit="tensor", leave=False, disable=None)
+    write_file(to, Description(model=model, preprocessing=preprocessing, origin=origin), layout, shown)
+    if "text" in preprocessing:
+        logger.warning("%s: a single file has no tokenizer; a folder has it", to)
+    logger.info("%s: the %s of %s, %d tensors", to, origin["weights"], checkpoint, len(layout))
+
+
 def layout_of(network: type[nn.Module], model: ModelConfig) -> Layout:
     """What a checkpoint holds of a network: everything in fp32."""
     with torch.device("meta"):
@@ -124,8 +162,7 @@ def layout_of(network: type[nn.Module], model: ModelConfig) -> Layout:
 def _preprocessing(config: RunConfig, model: ModelConfig, folder: Path) -> Preprocessing:
     """The published one with the run's own rate; the tokenizer is copied from the run's shards."""
     described = published_preprocessing(model)
-    if config.data.audio is not None:
-        described["audio"]["sample_rate_hz"] = config.data.audio.sample_rate_hz
+    _set_rate(config, described)
     if config.data.text is not None:
         shards = folders_of(config.data.text.shards)[0]
         try:
@@ -136,6 +173,11 @@ def _preprocessing(config: RunConfig, model: ModelConfig, folder: Path) -> Prepr
         except (ShardError, OSError) as error:
             logger.warning("no tokenizer is exported, the run's shards cannot be read: %s", error)
     return described
+
+
+def _set_rate(config: RunConfig, described: Preprocessing) -> None:
+    if config.data.audio is not None:
+        described["audio"]["sample_rate_hz"] = config.data.audio.sample_rate_hz
 
 
 def _origin(run_dir: Path, config: RunConfig, counters: dict[str, int]) -> dict[str, Any]:
@@ -192,8 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from a command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m d2v2ds.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write")
-    parser.add_argument("--teacher", action="store_true", help="the average too: to go on training from the folder")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write, or one file: NAME.safetensors")
+    parser.add_argument("--teacher", action="store_true", help="the average too; in one file, it alone")
     parser.add_argument("--checkpoint", help="tag of a checkpoint; the newest if not given")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from d2v2ds import FeatureExtractor
 from d2v2ds.config import load_config
@@ -18,6 +20,7 @@ from d2v2ds.dist.comm import free_port
 from d2v2ds.dist.consolidate import iterate_student, iterate_teacher
 from d2v2ds.errors import ConfigError
 from d2v2ds.export import checkpoint_folder, export
+from d2v2ds.export import main as export_main
 from d2v2ds.interop.folder import ModelFolder
 from d2v2ds.pretrain import main, prepare
 from d2v2ds.probe import main as probe_main
@@ -187,6 +190,25 @@ def test_an_export_is_the_checkpoint_and_tells_where_it_comes_from(unbroken: Pat
     assert load_config(str(to / "run.yaml")) == load_config(str(unbroken / "config.yaml"))
     features = FeatureExtractor(to)(np.random.default_rng(0).normal(size=16000).astype(np.float32), sample_rate=16000)
     assert features.layers[4].shape == (1, 49, 32)
+
+
+def test_one_file_has_the_student_or_the_average_and_loads_without_anything_beside_it(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    export(unbroken, tmp_path / "model", teacher=True)
+    samples = np.random.default_rng(0).normal(size=16000).astype(np.float32)
+    for kind in ("student", "teacher"):
+        file = tmp_path / f"{kind}.safetensors"
+        for _ in range(2):  # the second time it is replaced
+            assert export_main([str(unbroken), "--to", str(file), *["--teacher"][: kind == "teacher"]]) == 0
+        found = FeatureExtractor(file)(samples, sample_rate=16000).layers
+        expected = FeatureExtractor(tmp_path / "model", weights=kind)(samples, sample_rate=16000).layers
+        assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+        assert ModelFolder(file).description.origin["weights"] == kind
+    student, teacher = (load_file(tmp_path / f"{name}.safetensors") for name in ("student", "teacher"))
+    assert student.keys() - teacher.keys() == {name for name in student if name.startswith("decoders.")}
+    assert any(not torch.equal(student[name], tensor) for name, tensor in teacher.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "student.safetensors", "teacher.safetensors"]
 
 
 def test_exporting_starts_no_deepspeed(unbroken: Path, tmp_path: Path) -> None:

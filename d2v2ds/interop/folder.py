@@ -7,8 +7,10 @@
     tokenizer.*           of text
     README.md             the model card
 
-In: tensors one at a time, in any order and of any floating type. Out: a folder that is whole or not there. Writing
-holds one tensor in memory, reading maps the files.
+A single file instead, NAME.safetensors, has the `Description` in its metadata and no tokenizer.
+
+In: tensors one at a time, in any order and of any floating type. Out: a folder or file that is whole or not there.
+Writing holds one tensor in memory, reading maps the files.
 """
 
 import contextlib
@@ -33,8 +35,11 @@ from d2v2ds.tensorheader import DTYPES, make_header
 
 FORMAT = "d2v2ds-model"
 SCHEMA_VERSION = 3
-SINGLE_FILE_FORMAT = "d2v2ds-model-2"
+OLD_FILE_FORMAT = "d2v2ds-model-2"
 """What `d2v2ds.export` wrote before there were folders: one file with its description in the metadata."""
+FILE_SUFFIX = ".safetensors"
+DESCRIPTION_KEY = "d2v2ds"
+"""Where the metadata of a single file hold what config.json holds of a folder."""
 CONFIG_NAME = "config.json"
 PIECE_BYTES = 5_000_000_000
 """Weights of more bytes are divided into several files."""
@@ -89,6 +94,34 @@ Layout = Mapping[str, Kind]
 """Every tensor of a part, by name."""
 
 
+def write_file(path: Path, description: Description, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """One file that loads with `d2v2ds.load_model`, and with safetensors alone; whole or not there.
+
+    Args:
+        path: to write; an earlier file of ours is replaced.
+        description: of the weights.
+        layout: all tensors that will come.
+        tensors: they, each once, in any order, on any device.
+
+    Raises:
+        CheckpointError: if `path` is something else.
+        ValueError: if the tensors are not those of the layout.
+    """
+    path = path.resolve()
+    if path.exists() and not _is_exported_file(path):
+        raise CheckpointError(f"{path}: expected no file, or the file of an earlier export; give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    values = description.to_dict()
+    try:
+        _write_pieces("model", layout, tensors, {partial: list(layout)}, {DESCRIPTION_KEY: json.dumps(values)})
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which takes its name only when the block ends well.
@@ -135,6 +168,14 @@ def is_export(path: Path) -> bool:
     return isinstance(values, dict) and values.get("format") == FORMAT
 
 
+def _is_exported_file(path: Path) -> bool:
+    try:
+        metadata = _metadata(path)
+    except CheckpointError:
+        return False
+    return DESCRIPTION_KEY in metadata or metadata.get("format") == OLD_FILE_FORMAT
+
+
 def write_config(folder: Path, description: Description, extra: Mapping[str, Any]) -> None:
     """Write config.json.
 
@@ -171,12 +212,24 @@ def write_tensors(
             "weight_map": {name: file for file, piece in zip(names, pieces, strict=True) for name in piece},
         }
         (folder / f"{part}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    _write_pieces(part, layout, tensors, {folder / name: piece for name, piece in zip(names, pieces, strict=True)})
+
+
+def _write_pieces(
+    part: Part,
+    layout: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    pieces: Mapping[Path, list[str]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Put every tensor into the file that is to hold it."""
     waiting = set(layout)
     with contextlib.ExitStack() as stack:
         places = {}
-        for name, piece in zip(names, pieces, strict=True):
-            file = stack.enter_context((folder / name).open("wb"))
-            header, offsets = make_header({key: (layout[key].dtype, layout[key].shape) for key in piece}, _METADATA)
+        for path, piece in pieces.items():
+            file = stack.enter_context(path.open("wb"))
+            kinds = {key: (layout[key].dtype, layout[key].shape) for key in piece}
+            header, offsets = make_header(kinds, {**_METADATA, **(metadata or {})})
             file.write(header)
             places.update({key: (file, offset) for key, offset in offsets.items()})
         for name, tensor in tensors:
@@ -204,7 +257,7 @@ def _divide(layout: Layout, piece_bytes: int) -> list[list[str]]:
 
 
 class ModelFolder:
-    """An export that can be read: a folder, or the single file of earlier versions."""
+    """An export that can be read: a folder or a single file."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -291,14 +344,7 @@ class ModelFolder:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: expected the description of an exported model, found: {error}") from error
-        kind, version = (values.get(key) for key in ("format", "schema_version")) if isinstance(values, dict) else "  "
-        if kind != FORMAT:
-            raise CheckpointError(f"{file}: expected format {FORMAT}, found {kind!r}; was it written by another tool?")
-        if version != SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{file}: schema version {version}, this version of d2v2ds reads {SCHEMA_VERSION}; update d2v2ds"
-            )
-        return dict(values)
+        return _of_this_version(file, values)
 
     def _read_single_file(self) -> dict[str, Any]:
         if self.path.suffix in (".pt", ".pth"):
@@ -306,13 +352,18 @@ class ModelFolder:
                 f"{self.path}: a file of torch.save; of an official checkpoint python -m d2v2ds.interop.fairseq import "
                 f"{self.path} --out FOLDER makes a model"
             )
-        with _opened(self.path) as handle:
-            metadata = handle.metadata() or {}
-        if metadata.get("format") != SINGLE_FILE_FORMAT or metadata.get("weights") != "student":
+        metadata = _metadata(self.path)
+        if DESCRIPTION_KEY in metadata:
+            try:
+                values = json.loads(metadata[DESCRIPTION_KEY])
+            except ValueError as error:
+                raise CheckpointError(f"{self.path}: metadata {DESCRIPTION_KEY} is not JSON: {error}") from error
+            return _of_this_version(self.path, values)
+        if metadata.get("format") != OLD_FILE_FORMAT or metadata.get("weights") != "student":
             raise CheckpointError(
-                f"{self.path}: expected an exported folder, or a student in one file of format {SINGLE_FILE_FORMAT}; "
-                f"found {metadata.get('weights')} in format {metadata.get('format')}; export it again with "
-                "python -m d2v2ds.export RUN --to FOLDER"
+                f"{self.path}: expected a file with {DESCRIPTION_KEY} in its metadata, or of format {OLD_FILE_FORMAT} "
+                f"with a student; found {metadata.get('weights')} in format {metadata.get('format')}; export it again "
+                "with python -m d2v2ds.export RUN --to FOLDER"
             )
         model = TypeAdapter(ModelConfig).validate_json(metadata["model"])
         return {
@@ -320,6 +371,27 @@ class ModelFolder:
             "preprocessing": published_preprocessing(model),
             "origin": {"kind": "run", "step": int(metadata["step"])},
         }
+
+
+def _of_this_version(where: Path, values: Any) -> dict[str, Any]:
+    """The description of an export, if we can read it.
+
+    Raises:
+        CheckpointError: it is another program's, or of a later version.
+    """
+    kind, version = (values.get(key) for key in ("format", "schema_version")) if isinstance(values, dict) else "  "
+    if kind != FORMAT:
+        raise CheckpointError(f"{where}: expected format {FORMAT}, found {kind!r}; was it written by another tool?")
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{where}: schema version {version}, this version of d2v2ds reads {SCHEMA_VERSION}; update d2v2ds"
+        )
+    return dict(values)
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with _opened(file) as handle:
+        return dict(handle.metadata() or {})
 
 
 def _inside(where: Path, name: Any) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.folder import Kind, ModelFolder, load_encoder, new_folder, write_tensors
+from d2v2ds.interop.folder import Kind, ModelFolder, load_encoder, new_folder, write_file, write_tensors
 from d2v2ds.model.data2vec2 import Data2Vec2
 from tests.interop.folders import drawn, tiny_config, write_folder
 
@@ -209,6 +209,29 @@ def test_a_file_of_the_version_before_loads(tmp_path: Path) -> None:
     save_file(student, file, metadata=metadata | {"format": "d2v2ds-model-1"})
     with pytest.raises(CheckpointError, match="export it again with"):
         ModelFolder(file)
+
+
+def test_a_single_file_replaces_only_what_is_ours_and_is_whole_or_not_there(tmp_path: Path) -> None:
+    student = write_folder(tmp_path / "model", tiny_config("audio"))
+    description, layout = ModelFolder(tmp_path / "model").description, {n: Kind.of(t) for n, t in student.items()}
+    file = tmp_path / "of" / "model.safetensors"
+    write_file(file, description, layout, student.items())
+    assert same(load_file(file), student), "the library's"
+    assert ModelFolder(file).description == description
+    with pytest.raises(ValueError, match="did not come"):
+        write_file(file, description, layout, [])
+    assert same(dict(ModelFolder(file).tensors("model")), student)
+    assert [entry.name for entry in file.parent.iterdir()] == ["model.safetensors"]
+    save_file(student, file, metadata={"d2v2ds": json.dumps(description.to_dict() | {"schema_version": 4})})
+    with pytest.raises(CheckpointError, match="schema version 4.*update d2v2ds"):
+        ModelFolder(file)
+    for other in (b"notes", b""):
+        file.write_bytes(other)
+        with pytest.raises(CheckpointError, match="expected no file, or the file of an earlier export"):
+            write_file(file, description, layout, student.items())
+        assert file.read_bytes() == other
+    with pytest.raises(CheckpointError, match="expected no file, or the file of an earlier export"):
+        write_file(tmp_path / "model", description, layout, student.items())
 
 
 def _change(config: dict[str, object], key: str, value: object) -> str:
