@@ -141,6 +141,8 @@ def test_one_modality_trains_and_is_probed(
     amount = {"image": 6, "text": 256}[modality]
     assert records[-1][f"data/{unit}"] == pytest.approx(STEPS * amount, rel=0.05)
     assert records[-1][f"perf/{unit}_per_s"] > 0
+    per_sample = {"image": 1, "text": 32}[modality]
+    assert records[-1]["perf/samples_per_s"] * per_sample == pytest.approx(records[-1][f"perf/{unit}_per_s"])
     assert all(np.isfinite(r["loss/regression"]) for r in records)
     assert ("loss/cls" in records[-1]) == (modality == "image")
     assert {"target/exact_position_share", "target/effective_rank"} <= set(records[2])
@@ -165,6 +167,7 @@ def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
     parts = [(1.0, "audio/loss/regression"), (1.0, "image/loss/regression"), (1.0, "image/loss/cls")]
     expected = sum(w * last[name] for w, name in [*parts, (0.0722, "text/loss/regression")])
     assert last["loss/total"] == pytest.approx(expected, rel=1e-6)
+    assert last["perf/samples_per_s"] > last["perf/images_per_s"] + last["perf/tokens_per_s"] / 32
 
 
 @pytest.mark.distributed

@@ -75,6 +75,7 @@ class Interval:
     data_wait_s: float = 0.0
     grad_norm: float = 0.0
     flops: float = 0.0
+    samples: int = 0
 
     def add(
         self,
@@ -104,6 +105,7 @@ class Interval:
             if batch.loss_weight:
                 self.parts[batch.modality].add_data(batch, modalities[batch.modality].reader)
                 self.flops += flops_of(batch)
+                self.samples += batch.source.shape[0]
 
 
 def prediction_metrics(

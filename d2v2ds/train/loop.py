@@ -279,7 +279,9 @@ class Trainer:
         if self._peak_flops is None:
             comm.barrier()  # all at once: ranks on a CPU share its cores in the steps, too
             self._peak_flops = self.config.measure_peak()
-        flops, mfu = comm.all_reduce_sum([flops_per_s, flops_per_s / max(self._peak_flops, 1.0)])
+        flops, mfu, samples = comm.all_reduce_sum(
+            [flops_per_s, flops_per_s / max(self._peak_flops, 1.0), float(interval.samples)]
+        )
         own = (
             1000 * seconds / interval.steps,
             1000 * interval.data_wait_s / interval.steps,
@@ -293,6 +295,7 @@ class Trainer:
             "perf/restarts": float(self.config.restarts),
             "perf/checkpoint_stall_ms": 1000 * self.checkpoints.stall_s,
             "ema/decay": out.decay,
+            "perf/samples_per_s": samples / seconds,
             "perf/step_ms": step_ms,
             "perf/data_wait_ms": wait_ms,
             "perf/data_wait_fraction": wait_ms / step_ms,

@@ -31,6 +31,7 @@ SHARED_UNITS = {
     "data/hours": "audio seen since the run began; sum over ranks, hours, not multiplied by masks",
     "data/images": "images seen since the run began; sum over ranks, not multiplied by masks",
     "data/tokens": "text tokens seen since the run began, padding included; sum over ranks, not multiplied by masks",
+    "perf/samples_per_s": "crops, images and blocks of text per second of wall time, masks not counted; sum over ranks",
     "perf/audio_seconds_per_s": "audio seconds per second of wall time; sum over ranks",
     "perf/images_per_s": "images per second of wall time; sum over ranks",
     "perf/tokens_per_s": "text tokens per second of wall time, padding included; sum over ranks",
