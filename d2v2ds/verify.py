@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class _Read(Tensors):
 
     def __getitem__(self, key: str) -> Tensor:
         self.seen.add(key)
+        if key not in self:
+            raise D2V2Error(f"expected {key} in the case, found none")
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -94,7 +96,6 @@ class Case:
     name: str
     modality: str
     config: ModelConfig
-    official: dict[str, Any]
     tensors: _Read
     grads: Tensors
 
@@ -103,11 +104,13 @@ class Case:
         """Load NAME.json and its tensors."""
         meta = json.loads((folder / f"{name}.json").read_text())
         modality = meta["modality"].lower()
+        config = model_config(meta["model"], modality, meta.get("vocab_size"))
+        if dropping := list(_dropping(asdict(config))):
+            raise UnsupportedOptionError(f"{', '.join(dropping)} (expected 0: what was dropped is not recorded)")
         return Case(
             name,
             modality,
-            model_config(meta["model"], modality, meta.get("vocab_size")),
-            meta["model"],
+            config,
             _Read(load_file(folder / f"{name}.safetensors")),
             load_file(folder / f"{name}.grads.safetensors"),
         )
@@ -130,6 +133,23 @@ class Case:
             masks=MaskSet(keep=keep.view(samples, -1, keep.shape[1]), masked=masked.view(samples, -1, masked.shape[1])),
             num_masked=int(masked.sum()),
         )
+
+
+_OFFICIAL_DROPOUTS = {
+    "attention_output_dropout": "encoder_dropout",
+    "mlp_dropout": "post_mlp_drop",
+    "layer_drop": "layerdrop",
+    "embedding_dropout": "dropout",
+}
+
+
+def _dropping(config: dict[str, Any]) -> Iterator[str]:
+    """Options, by their official names, by which a training step drops something at random."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _dropping(value)
+        elif value and name.endswith(("dropout", "layer_drop")):
+            yield f"{_OFFICIAL_DROPOUTS.get(name, name)}={value}"
 
 
 def load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
@@ -466,10 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = case_names(options.folder, options.modality)
     if not names:
-        print(
-            f"{options.folder}: no golden cases (NAME.json with NAME.grads.safetensors) found",
-            file=sys.stderr,
-        )
+        print(f"{options.folder}: no golden cases (NAME.json with NAME.grads.safetensors) found", file=sys.stderr)
         return 2
     failed = []
     for name in names:

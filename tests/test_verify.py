@@ -136,13 +136,37 @@ def test_missing_weight_and_truncated_file_fail_with_a_reason(copy: Path) -> Non
     assert "SafetensorError" in verify_case(copy, "audio_micro", 1e-4)[1]
 
 
-@pytest.mark.parametrize("option", [{"layer_norm_first": True}, {"never_heard_of": 3}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"layer_norm_first": True},
+        {"never_heard_of": 3},
+        {"encoder_dropout": 0.1},
+        {"post_mlp_drop": 0.2},
+        {"layerdrop": 0.1},
+    ],
+)
 def test_unsupported_option_is_named_and_fails(copy: Path, option: dict, capsys: pytest.CaptureFixture[str]) -> None:
     meta = json.loads((copy / "audio_micro.json").read_text())
     meta["model"] |= option
     (copy / "audio_micro.json").write_text(json.dumps(meta))
     assert main([str(copy)]) == 1
     assert f"unsupported: {next(iter(option))}=" in capsys.readouterr().out
+
+
+def test_a_dropout_that_is_left_to_its_default_is_named(copy: Path) -> None:
+    meta = json.loads((copy / "text_micro.json").read_text())
+    del meta["model"]["modalities"]["text"]["dropout"]
+    (copy / "text_micro.json").write_text(json.dumps(meta))
+    assert verify_case(copy, "text_micro", 1e-4)[1].startswith("unsupported: dropout=0.1 (expected 0")
+
+
+def test_a_loss_that_the_case_has_not_recorded_is_named(copy: Path) -> None:
+    meta = json.loads((copy / "image_micro.json").read_text())
+    assert meta["model"]["cls_loss"]
+    tensors = load_file(copy / "image_micro.safetensors")
+    save_file({key: v for key, v in tensors.items() if key != "loss/cls"}, copy / "image_micro.safetensors")
+    assert verify_case(copy, "image_micro", 1e-4)[1] == "D2V2Error: expected loss/cls in the case, found none"
 
 
 @pytest.mark.parametrize("file", ["audio_micro.json", "audio_micro.safetensors", "audio_micro.grads.safetensors"])
