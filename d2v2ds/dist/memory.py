@@ -15,7 +15,28 @@ gradient shard of 4/W in the step itself).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class _Zero:
+    """What of a DeepSpeed JSON decides the sizes."""
+
+    stage: int
+    is_bf16: bool
+    compute: int
+    """Bytes of a weight that is computed with."""
+    gradient: int
+    """Bytes of an accumulated gradient."""
+
+    @staticmethod
+    def of(ds_config: Mapping[str, Any]) -> "_Zero":
+        is_bf16 = bool(ds_config.get("bf16", {}).get("enabled", False))
+        compute = 2 if is_bf16 else 4
+        is_wide = ds_config.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        return _Zero(stage, is_bf16, compute, 4 if is_wide else compute)
 
 
 def expected_bytes(
@@ -36,22 +57,18 @@ def expected_bytes(
         Bytes on one rank by purpose: weights, master, optimizer, gradients, reduce_bucket, teacher_average and
         teacher_weights.
     """
-    section = ds_config.get("zero_optimization", {})
-    stage = section.get("stage", 0)
-    is_bf16 = bool(ds_config.get("bf16", {}).get("enabled", False))
-    compute = 2 if is_bf16 else 4
-    wide = ds_config.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
-    gradient = 4 if wide else compute
-    shards = 1 if stage == 0 else world
-    working = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}[stage] + (1 / shards if is_bf16 else 0.0)
+    zero = _Zero.of(ds_config)
+    bucket = int(ds_config.get("zero_optimization", {}).get("reduce_bucket_size", 5e8))
+    shards = 1 if zero.stage == 0 else world
+    working = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}[zero.stage] + (1 / shards if zero.is_bf16 else 0.0)
     return {
-        "weights": compute * (trained // world + kept_whole if stage == 3 else trained),
-        "master": 0 if stage == 0 or (stage == 3 and not is_bf16) else 4 * trained // shards,
+        "weights": zero.compute * (trained // world + kept_whole if zero.stage == 3 else trained),
+        "master": 0 if zero.stage == 0 or (zero.stage == 3 and not zero.is_bf16) else 4 * trained // shards,
         "optimizer": 4 * moments * trained // shards,
-        "gradients": gradient * trained // world if stage == 3 else 0,
-        "reduce_bucket": compute * int(section.get("reduce_bucket_size", 5e8)) if stage == 3 else 0,
+        "gradients": zero.gradient * trained // world if zero.stage == 3 else 0,
+        "reduce_bucket": zero.compute * bucket if zero.stage == 3 else 0,
         "teacher_average": 4 * teacher // shards,
-        "teacher_weights": int(compute * teacher * working),
+        "teacher_weights": int(zero.compute * teacher * working),
     }
 
 
@@ -63,9 +80,6 @@ def passing_bytes(trained: int, world: int, ds_config: Mapping[str, Any]) -> int
         world: number of ranks.
         ds_config: a JSON from `merge_ds_config`.
     """
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    compute = 2 if ds_config.get("bf16", {}).get("enabled", False) else 4
-    wide = ds_config.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
-    gradient = 4 if wide else compute
-    in_flight = {0: 4.0, 1: float(compute), 2: gradient / world, 3: 0.0}[stage]
-    return int(trained * (in_flight + (4 / world if stage else 0)))
+    zero = _Zero.of(ds_config)
+    in_flight = {0: 4.0, 1: float(zero.compute), 2: zero.gradient / world, 3: 0.0}[zero.stage]
+    return int(trained * (in_flight + (4 / world if zero.stage else 0)))

@@ -442,7 +442,7 @@ def import_file(
     loaded = None
     if tokenizer is not None:
         loaded = _tokenizer_of(checkpoint, tokenizer)
-    elif checkpoint.modality == "text":
+    elif checkpoint.model.modalities.text is not None:
         checkpoint.warnings.append("no --tokenizer: the folder gives features of token ids, not of text")
     write_folder(folder, checkpoint, file.name, loaded)
     return checkpoint
