@@ -2,6 +2,7 @@
 # make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder);
 #              MODALITY=image, text or joint for the others
 # make test    all tests but the slow ones
+# make golden  write the kept first steps of the tiny configurations anew and print what changed
 # make faults  every way of dying that a run survives, slow ones too (half an hour)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -11,7 +12,7 @@ MODALITY ?= audio
 DEMO := $(RUNS)/demo-$(MODALITY)
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check faults
+.PHONY: setup demo test check golden faults
 
 setup: $(STAMP)
 
@@ -29,6 +30,9 @@ check: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+golden: $(STAMP)
+	$(BIN)/python -m tests.golden_curves
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/test_faults.py tests/slurm \
