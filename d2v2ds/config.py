@@ -401,7 +401,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the resolved run."""
-    from d2v2ds.summary import summary  # here, for it reads the configuration itself
+    from d2v2ds.summary import batch_advice, summary  # here, for it reads the configuration itself
 
     parser = argparse.ArgumentParser(prog="python -m d2v2ds.config", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="name in d2v2ds/configs or path of a YAML file")
@@ -412,7 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--world {options.world}: expected 1 rank or more")
     try:
         config = load_config(options.config, options.overrides)
-        lines = summary(config, options.world)
+        lines = summary(config, options.world) + batch_advice(options.config, config)
     except (ConfigError, ValueError) as error:  # ValueError: masks that cannot be drawn
         print(error, file=sys.stderr)
         return 2

@@ -53,6 +53,7 @@ from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise, undrawn
 from d2v2ds.model.target_net import TargetNet
+from d2v2ds.summary import batch_advice
 from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints, reading_ahead
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.interval import ModalityInfo
@@ -141,6 +142,9 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), ds_config)):
             raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")
         describe(config, streams)
+        if comm.rank() == 0:
+            for advice in batch_advice(config_name, config):
+                logger.warning("%s", advice)
         loader = build_loader(
             streams,
             state=progress.sampler,

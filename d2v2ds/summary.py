@@ -1,12 +1,13 @@
 """What a configuration amounts to, without data and without a process group: sizes, memory, steps, operations."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from d2v2ds.config import RunConfig
+from d2v2ds.config import CONFIG_FOLDER, RunConfig, load_config
 from d2v2ds.dist.ds_config import load_ds_config
 from d2v2ds.dist.memory import expected_bytes, passing_bytes
 from d2v2ds.masking import masked_count
@@ -106,3 +107,49 @@ def _length(config: RunConfig) -> list[str]:
         "(visible tokens only, teacher included)"
     )
     return lines
+
+
+def batch_advice(name: str, config: RunConfig) -> list[str]:
+    """What else to change where the global batch is not the one that a shipped recipe was tuned with, as sentences.
+
+    What happens per sample seen stays the same when warm-up and annealing, which are counted in steps, stretch with
+    1 / r and the teacher's decays are raised to the power r (arXiv 2307.13813), r being the batch over the shipped one;
+    Adam's learning rate goes with sqrt(r) (arXiv 2205.10287). Settings that are not the shipped ones any more have been
+    thought of and are left out.
+
+    Args:
+        name: as in `load_config`; a path is no shipped recipe.
+        config: the run.
+    """
+    if not (CONFIG_FOLDER / f"{name}.yaml").is_file():
+        return []
+    shipped = load_config(name)
+    own, theirs = config.data.active(), shipped.data.active()
+    amounts = {name: (AMOUNTS[name](own[name]), AMOUNTS[name](theirs[name])) for name in own if name in theirs}
+    ratios = {modality: ours[0] / original[0] for modality, (ours, original) in amounts.items()}
+    lines = [
+        f"{modality}: a global batch of {ours:,.6g} {unit}, {ratios[modality]:.3g} times the {original:,.6g} of {name}"
+        for modality, ((ours, unit), (original, _)) in amounts.items()
+        if not math.isclose(ratios[modality], 1.0)
+    ]
+    if not lines:
+        return []
+    if not math.isclose(min(ratios.values()), max(ratios.values())):
+        return [*lines, "learning rate, warm-up and the teacher's decay were tuned for the shipped batches"]
+    settings = list(_kept_per_sample(config, shipped, next(iter(ratios.values()))))
+    return [*lines, f"to keep what was tuned per sample: {' '.join(settings)}"] if settings else []
+
+
+def _kept_per_sample(config: RunConfig, shipped: RunConfig, ratio: float) -> Iterator[str]:
+    wanted = {
+        "lr.peak": shipped.lr.peak * math.sqrt(ratio),
+        "lr.warmup_steps": round(shipped.lr.warmup_steps / ratio),
+        "ema.start_decay": shipped.ema.start_decay**ratio,
+        "ema.end_decay": shipped.ema.end_decay**ratio,
+        "ema.anneal_steps": round(shipped.ema.anneal_steps / ratio),
+    }
+    for key, value in wanted.items():
+        section, field = key.split(".")
+        before = getattr(getattr(shipped, section), field)
+        if value != before and getattr(getattr(config, section), field) == before:
+            yield f"{key}={value:.9g}"

@@ -1,6 +1,7 @@
 """Every shipped configuration builds at its full size, counts, and takes a step with its depth reduced."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from d2v2ds.masking import draw_masks, visible_positions
 from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, total_loss
 from d2v2ds.model.init import initialise
 from d2v2ds.model.target_net import TargetNet
-from d2v2ds.summary import summary
+from d2v2ds.summary import batch_advice, summary
 from d2v2ds.train.optim import EarlyEpsilonAdam
 
 NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
@@ -36,6 +37,44 @@ def test_configuration_builds_at_full_size_and_says_what_it_amounts_to(name: str
     lines = summary(config, world=8)
     assert len(lines) == 4 + len(config.data.active())
     assert f"student {sum(p.numel() for p in student.parameters()):,}" in lines[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_as_shipped_needs_no_advice(name: str) -> None:
+    assert batch_advice(name, load_config(name)) == []
+
+
+def test_another_batch_comes_with_the_settings_that_go_with_it() -> None:
+    quarter = ["data.audio.global_batch_seconds=125"]
+    size, settings = batch_advice("audio_base", load_config("audio_base", quarter))
+    assert size == "audio: a global batch of 0.0347222 hours of audio, 0.25 times the 0.138889 of audio_base"
+    found = settings.split(": ")[1].split()
+    config = load_config("audio_base", quarter + found)
+    assert config.lr.peak == pytest.approx(7.5e-4 / 2)
+    assert config.lr.warmup_steps == 4 * 8000
+    assert config.ema.anneal_steps == 4 * 75_000
+    assert config.ema.start_decay**4 == pytest.approx(0.999)
+    assert config.ema.end_decay**4 == pytest.approx(0.99999)
+    assert batch_advice("audio_base", config) == [], "all of it was followed"
+    assert "lr.peak" not in batch_advice("audio_base", load_config("audio_base", [*quarter, "lr.peak=1e-4"]))[1]
+
+
+def test_advice_has_no_numbers_where_there_are_none(tmp_path: Path) -> None:
+    uneven = load_config("multimodal_tiny", ["data.image.global_batch_images=8"])
+    assert "were tuned for the shipped batches" in batch_advice("multimodal_tiny", uneven)[-1]
+    half = [
+        "data.audio.global_batch_seconds=4",
+        "data.image.global_batch_images=8",
+        "data.text.global_batch_tokens=2048",
+    ]
+    said = batch_advice("multimodal_tiny", load_config("multimodal_tiny", half))
+    assert len(said) == 4
+    assert "lr.warmup_steps=100" in said[-1]
+    own = tmp_path / "own.yaml"
+    own.write_text((CONFIG_FOLDER / "audio_base.yaml").read_text().replace("seconds: 500", "seconds: 125"))
+    assert batch_advice(str(own), load_config(str(own))) == []
+    frozen = batch_advice("audio_large", load_config("audio_large", ["data.audio.global_batch_seconds=480"]))
+    assert "ema.end_decay" not in frozen[-1], "1 stays 1"
 
 
 def shallow(config: ModelConfig) -> ModelConfig:
