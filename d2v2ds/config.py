@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -197,6 +198,8 @@ class RunConfig:
 
     def check(self) -> list[str]:
         """Contradictions within and between the sections, as sentences; empty if there are none."""
+        if wild := list(_not_finite(self)):
+            return wild
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += below(self.engine, "engine.", timeout_minutes=0.01) + self.lr.check()
         of_run = self.run.check()
@@ -387,6 +390,18 @@ def _sentence(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "missing":
         return f"{where}: required, not given"
     return f"{where}: {fault['msg']}, found {fault['input']!r}"
+
+
+def _not_finite(value: Any, where: str = "") -> Iterator[str]:
+    """Every number that is none, as a sentence; comparisons with it would pass or fail by accident."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _not_finite(getattr(value, field.name), f"{where}.{field.name}".lstrip("."))
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _not_finite(item, f"{where}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{where} is {value}, expected a finite number"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

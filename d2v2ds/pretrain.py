@@ -142,9 +142,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), ds_config)):
             raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")
         describe(config, streams)
-        if comm.rank() == 0:
-            for advice in batch_advice(config_name, config):
-                logger.warning("%s", advice)
+        for advice in batch_advice(config_name, config):
+            warn_once(advice)
         loader = build_loader(
             streams,
             state=progress.sampler,
@@ -381,6 +380,12 @@ def build_validation(config: RunConfig, student: Engine, teacher: Teacher, loop:
     )
 
 
+def warn_once(message: str) -> None:
+    """A warning from rank 0 alone, where every rank would say the same."""
+    if comm.rank() == 0:
+        logger.warning("%s", message)
+
+
 def describe(config: RunConfig, streams: Streams) -> None:
     """Say what is about to run: sizes, derived steps and accumulation, length of an epoch."""
     logger.info(
@@ -396,6 +401,12 @@ def describe(config: RunConfig, streams: Streams) -> None:
             plan.config.num_micro, plan.config.accumulation(comm.world()), epoch.steps, _units(stream, epoch.size),
             reader.unit, config.total_steps / max(epoch.steps, 1e-9),
         )  # fmt: skip
+        count, turns = plan.config.num_micro, plan.config.accumulation(comm.world()) * comm.world()
+        if count < turns:
+            warn_once(
+                f"{name}: {turns - count} of the {turns} turns of a step have no data, for {comm.world()} ranks do not "
+                f"divide its {count} micro-batches; take micro-batches of another size, or fewer ranks"
+            )
     logger.info("watch: tensorboard --logdir %s", config.run.dir / "tensorboard")
 
 

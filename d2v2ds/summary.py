@@ -62,7 +62,7 @@ def summary(config: RunConfig, world: int = 1) -> list[str]:
         f"{whole - decoders:,}; teacher {_count(teacher):,}"
     ]
     lines += _memory(config, student, teacher, world)
-    lines += _length(config)
+    lines += _length(config, world)
     return lines
 
 
@@ -85,7 +85,16 @@ def _memory(config: RunConfig, student: nn.Module, teacher: nn.Module, world: in
     return lines
 
 
-def _length(config: RunConfig) -> list[str]:
+def _turns(num_micro: int, world: int) -> str:
+    """How the micro-batches of a step are dealt out to ranks."""
+    accumulation = math.ceil(num_micro / world)
+    idle = accumulation * world - num_micro
+    return f"{num_micro} micro-batches, accumulation {accumulation} on {world} rank(s)" + (
+        f", {idle} of {accumulation * world} turns without data" if idle else ""
+    )
+
+
+def _length(config: RunConfig, world: int) -> list[str]:
     steps, flops, lines = config.total_steps, 0.0, [f"length: {config.total_steps:,} optimizer steps"]
     models = config.model.modalities.active()
     for name, data in config.data.active().items():
@@ -100,7 +109,8 @@ def _length(config: RunConfig) -> list[str]:
         flops += steps * samples * one.total
         lines.append(
             f"{name}: {amount:,.6g} {unit} per step x {data.mask.num_masks} masks, {amount * steps:,.6g} {unit} "
-            f"in all; {tokens} tokens a sample, {masked} masked and {tokens - masked} visible"
+            f"in all; {tokens} tokens a sample, {masked} masked and {tokens - masked} visible; "
+            f"{_turns(data.num_micro, world)}"
         )
     lines.append(
         f"operations: {flops / steps / 1e12:,.1f} TFLOP per step, {flops:.3g} FLOP in all "

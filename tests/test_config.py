@@ -175,6 +175,17 @@ def test_length_and_modalities_must_fit(overrides: list[str], message: str) -> N
         load_config("audio_base", overrides)
 
 
+@pytest.mark.parametrize("setting", ["data.audio.micro_batch_seconds", "run.hours", "lr.peak", "health.min_std"])
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
+def test_numbers_must_be_finite(setting: str, number: str) -> None:
+    with pytest.raises(ConfigError, match=rf"1 problem.*\n  - {setting} is -?(nan|inf), expected a finite number"):
+        load_config("audio_base", [f"{setting}={number}"])
+
+
+def test_a_micro_batch_that_divides_the_global_one_only_in_print_is_taken() -> None:
+    assert load_config("audio_base", ["data.audio.micro_batch_seconds=33.3333333"]).data.audio.num_micro == 15  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [

@@ -136,7 +136,7 @@ def test_more_ranks_than_micro_batches_give_the_same_losses(unbroken: Path, shar
 @pytest.mark.distributed
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "inf"
-    extra = ["model.modalities.audio.loss.scale=.inf", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
+    extra = ["model.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
     done = attempt("torchrun", 2, shards, run_dir, *extra)
     assert done.returncode != 0
     assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr

@@ -39,6 +39,19 @@ def test_configuration_builds_at_full_size_and_says_what_it_amounts_to(name: str
     assert f"student {sum(p.numel() for p in student.parameters()):,}" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        (1, "8 micro-batches, accumulation 8 on 1 rank(s)"),
+        (8, "8 micro-batches, accumulation 1 on 8 rank(s)"),
+        (16, "8 micro-batches, accumulation 1 on 16 rank(s), 8 of 16 turns without data"),
+        (3, "8 micro-batches, accumulation 3 on 3 rank(s), 1 of 9 turns without data"),
+    ],
+)
+def test_ranks_without_work_are_said(world: int, said: str) -> None:
+    assert summary(load_config("audio_base"), world)[3].endswith(said)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_as_shipped_needs_no_advice(name: str) -> None:
     assert batch_advice(name, load_config(name)) == []

@@ -7,7 +7,6 @@ The reference normalises the recording before it crops (spec section 14); the st
 numbers while only the crop is read and decoded.
 """
 
-import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,13 +41,19 @@ class AudioDataConfig:
     sample_rate_hz: int = 16000
     """Rate the model is built for; shards of another rate are refused."""
     global_batch_seconds: float
-    """Audio per optimizer step over all ranks (seconds, an upper limit; before the M masks multiply it)."""
+    """Audio per optimizer step over all ranks (seconds, an upper limit; before the M masks multiply it); a
+    multiple of the next."""
     micro_batch_seconds: float
     """Audio per forward pass on one rank (seconds, an upper limit); decides the memory needed."""
     min_seconds: float = 2.0
     """Shorter clips are never drawn (seconds)."""
     max_seconds: float = 20.0
     """Longer clips are cropped to this, at a random offset (seconds)."""
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return round(self.global_batch_seconds / self.micro_batch_seconds)
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
@@ -108,7 +113,7 @@ class AudioReader:
         config, rate = self.config, self.config.sample_rate_hz
         return PlanConfig(
             micro_size=round(config.micro_batch_seconds * rate),
-            num_micro=math.ceil(config.global_batch_seconds / config.micro_batch_seconds - 1e-9),
+            num_micro=config.num_micro,
             min_size=round(config.min_seconds * rate),
             max_size=round(config.max_seconds * rate),
             crops=True,

@@ -207,6 +207,18 @@ def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float,
             f"{where}global_batch_{unit} {global_batch:g} is less than micro_batch_{unit} {micro_batch:g}; lower the "
             "second"
         )
+    elif micro_batch > 0 and not math.isclose(
+        global_batch / micro_batch, round(global_batch / micro_batch), rel_tol=1e-6
+    ):
+        more = math.ceil(global_batch / micro_batch)
+        ways = [f"global_batch_{unit}={count * micro_batch:g}" for count in (more - 1, more)]
+        even = global_batch / more
+        if even >= largest_row and (isinstance(micro_batch, float) or even.is_integer()):
+            ways.append(f"micro_batch_{unit}={even:.9g}")
+        faults.append(
+            f"{where}global_batch_{unit} {global_batch:g} is no whole number of micro-batches of {micro_batch:g}; "
+            f"expected for example {' or '.join(ways)}"
+        )
     return faults
 
 

@@ -55,6 +55,11 @@ class ImageDataConfig:
     flip_probability: float = 0.5
     """Of mirroring left and right (fraction)."""
 
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return round(self.global_batch_images / self.micro_batch_images)
+
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
         where = "data.image."
@@ -122,7 +127,7 @@ class ImageReader:
         config = self.config
         return PlanConfig(
             micro_size=config.micro_batch_images * self.side,
-            num_micro=math.ceil(config.global_batch_images / config.micro_batch_images),
+            num_micro=config.num_micro,
             min_size=self.side,
             max_size=self.side,
             crops=False,

@@ -3,7 +3,6 @@
 In: token ids in the shard. Out: int64 (B, S), rows shorter than the longest one padded on the right.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,9 +33,15 @@ class TextDataConfig:
     loss_weight: float = 1.0
     """Of the text loss in a joint run; each modality's loss is a mean over its masked tokens."""
     global_batch_tokens: int
-    """Tokens per optimizer step over all ranks (count, an upper limit; before the M masks multiply it)."""
+    """Tokens per optimizer step over all ranks (count, an upper limit; before the M masks multiply it); a
+    multiple of the next."""
     micro_batch_tokens: int
     """Tokens per forward pass on one rank (count, an upper limit); decides the memory needed."""
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return round(self.global_batch_tokens / self.micro_batch_tokens)
 
     def check(self) -> list[str]:
         """Contradictions, as sentences; empty if there are none."""
@@ -104,7 +109,7 @@ class TextReader:
         config = self.config
         return PlanConfig(
             micro_size=config.micro_batch_tokens,
-            num_micro=math.ceil(config.global_batch_tokens / config.micro_batch_tokens - 1e-9),
+            num_micro=config.num_micro,
             min_size=self._smallest(),
             max_size=self.shards.block_tokens,
             crops=False,

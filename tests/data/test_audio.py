@@ -85,6 +85,11 @@ def test_seconds_become_micro_batches_without_rounding_surprises():
         ({"min_seconds": 0.0}, "min_seconds 0.0"),
         ({"micro_batch_seconds": 1.0}, "micro_batch_seconds 1 cannot hold one row of 2 seconds"),
         ({"global_batch_seconds": 3.0}, "global_batch_seconds 3 is less than micro_batch_seconds 4"),
+        (
+            {"global_batch_seconds": 10.0},
+            "global_batch_seconds 10 is no whole number of micro-batches of 4; expected for example "
+            "global_batch_seconds=8 or global_batch_seconds=12 or micro_batch_seconds=3.33333333",
+        ),
         ({"loss_weight": -1.0}, "loss_weight is -1.0"),
     ],
 )

@@ -42,7 +42,7 @@ class FakeModel:
 
 def config_of(**changes) -> ImageDataConfig:
     return ImageDataConfig(
-        **({"shards": Path("x"), "mask": MASK, "global_batch_images": 6, "micro_batch_images": 4} | changes)
+        **({"shards": Path("x"), "mask": MASK, "global_batch_images": 8, "micro_batch_images": 4} | changes)
     )
 
 
@@ -276,6 +276,11 @@ def test_a_batch_has_images_and_their_masks(source):
     [
         ({"micro_batch_images": 0}, "data.image.micro_batch_images is 0, expected 1 or more"),
         ({"global_batch_images": 3}, "data.image.global_batch_images 3 is less than micro_batch_images 4"),
+        (
+            {"global_batch_images": 9},
+            "is no whole number of .* of 4; expected .*=8 or global_batch_images=12 or micro.*=3$",
+        ),
+        ({"global_batch_images": 7}, "is no whole number of .* of 4; expected .*=4 or global_batch_images=8$"),
         ({"crop_scale": (0.0, 1.0)}, r"data.image.crop_scale is \[0.0, 1.0\]"),
         ({"crop_scale": (0.6, 0.5)}, r"data.image.crop_scale is \[0.6, 0.5\]"),
         ({"crop_scale": (0.5, 1.5)}, r"data.image.crop_scale is \[0.5, 1.5\]"),
