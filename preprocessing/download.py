@@ -33,8 +33,7 @@ from preprocessing.corpora import (
     read_url_list,
 )
 from preprocessing.fetch import WORK_NAME, Patience, Source, Transfer
-from preprocessing.packing import EXIT_INTERRUPTED
-from preprocessing.parallel import exit_code
+from preprocessing.parallel import EXIT_INTERRUPTED, exit_code
 from preprocessing.progress import Progress
 from preprocessing.sources import listed
 from preprocessing.unpack import check_tar_filter, folder_name, unpack

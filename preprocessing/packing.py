@@ -41,7 +41,7 @@ from d2v2ds.data.schema import (
 )
 from d2v2ds.errors import ConfigError, D2V2Error
 from preprocessing.packer import Packer
-from preprocessing.parallel import Team, choose_team, exit_code
+from preprocessing.parallel import EXIT_INTERRUPTED, Team, choose_team, exit_code
 from preprocessing.plan import Plan
 from preprocessing.progress import Progress, Report
 from preprocessing.sources import utf8
@@ -60,7 +60,6 @@ Found = TypeVar("Found")
 
 DEFAULT_SHARD_BYTES = 256 << 20
 EXIT_TOO_MANY_SKIPPED = 3
-EXIT_INTERRUPTED = 130
 _PLAN_NAME = "plan.json"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

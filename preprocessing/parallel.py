@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 Work = Callable[[Job, Report], Result]
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+"""Of every command here: what a shell makes of Ctrl-C."""
 _REPORT_PERIOD_S = 0.5
 _POLL_S = 0.01
 _TASK_VARIABLES = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")

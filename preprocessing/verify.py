@@ -30,13 +30,12 @@ from d2v2ds.data.schema import (
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error, ShardError
-from preprocessing.parallel import LocalTeam
+from preprocessing.parallel import EXIT_INTERRUPTED, LocalTeam
 from preprocessing.progress import Progress, Report
 from preprocessing.reports import REPORTS, fault
 
 EXIT_FAULTY = 1
 EXIT_UNREADABLE = 2
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
