@@ -30,6 +30,8 @@ EXIT_INTERRUPTED = 130
 """Of every command here: what a shell makes of Ctrl-C."""
 _REPORT_PERIOD_S = 0.5
 _POLL_S = 0.01
+_PATIENCE_S = 5.0
+"""For workers that are to end: time to remove their temporary files, unless something has stopped them."""
 _TASK_VARIABLES = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 _LAUNCHER_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
@@ -172,7 +174,10 @@ class LocalTeam:
             connection.close()  # a child that waits for work ends with this
             if kill:
                 process.terminate()
+        deadline = time.monotonic() + _PATIENCE_S
         for process, _ in self._workers:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()  # one that has ended takes no notice
             process.join()
         self._workers.clear()
 

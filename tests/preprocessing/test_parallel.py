@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,27 @@ def test_after_an_error_no_worker_is_left_and_new_ones_start() -> None:
             team.map(fail_at_three, range(5), lambda files, samples: None)
         assert not any(map(alive, first))
         assert not set(first) & set(team.map(whoami, range(2), lambda files, samples: None))
+
+
+def stop_or_fail(job: int, report: Report) -> None:
+    if job == 1:
+        time.sleep(1)  # until the other one is stopped
+        raise D2V2Error("one is too many")
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.distributed
+def test_a_worker_that_is_stopped_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preprocessing.parallel._PATIENCE_S", 0.5)
+    team = LocalTeam(2)
+    workers = team.map(whoami, range(2), lambda files, samples: None)
+    failsafe = threading.Timer(20, os.kill, (workers[0], signal.SIGKILL))
+    failsafe.start()
+    start = time.monotonic()
+    with pytest.raises(D2V2Error, match="one is too many"):
+        team.map(stop_or_fail, range(2), lambda files, samples: None)
+    failsafe.cancel()
+    assert time.monotonic() - start < 15 and not any(map(alive, workers))
 
 
 @pytest.mark.distributed
