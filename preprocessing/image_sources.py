@@ -310,10 +310,15 @@ def tar_members(path: str, start: int) -> Iterator[tarfile.TarInfo]:
                 archive.members = []  # type: ignore[attr-defined]  # else all headers of the archive stay in memory
                 if member.isreg() and not os.path.basename(member.name).startswith("."):  # noqa: PTH119
                     yield member
-            # `next` takes a damaged header for the end, which is a block of zeros or the end of the file
+            # `next` takes a damaged header and the end of the file for the end mark, which is a block of zeros
             file.seek(archive.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):
+            block = file.read(tarfile.BLOCKSIZE)
+            if any(block):
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
+            if len(block) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(
+                    f"cut off: expected the end mark at byte {archive.offset}, found {len(block)} bytes"
+                )
 
 
 def member_key(name: str) -> str:

@@ -245,6 +245,22 @@ def test_archives_that_cannot_be_read_to_their_end_stop_before_packing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("left", [0, 1, 511])
+def test_a_tar_file_cut_between_two_members_is_no_shorter_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], left: int
+) -> None:
+    members = {f"{number}.jpg": encoded(picture(40, 40, seed=number), "JPEG") for number in range(20)}
+    archive = write_tar(tmp_path / "a.tar", members)
+    data = archive.read_bytes()
+    end = len(data.rstrip(b"\0")) + 511 & ~511  # of the last member, the end mark follows
+    archive.write_bytes(data[: end + left])
+    assert pack(archive, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert f"a.tar: cut off: expected the end mark at byte {end}, found {left} bytes" in message
+    archive.write_bytes(data[: end + 512])
+    assert pack(archive, tmp_path / "out") == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
