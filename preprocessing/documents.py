@@ -8,10 +8,12 @@ them; where they are divided depends on the files alone.
 import codecs
 import contextlib
 import functools
+import gzip
 import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -437,7 +439,7 @@ def _read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatc
 def tsv_columns(file: TextFile) -> list[str]:
     """The names in the first line of a TSV file."""
     with _opened(file) as stream:
-        start = stream.read(_SCAN_BYTES)
+        start = _read(stream, _SCAN_BYTES, file, 0)
     line = start.split(b"\n", 1)[0].decode("utf-8-sig", "replace")
     return line.removesuffix("\r").split("\t")
 
@@ -521,13 +523,7 @@ def _chunks(span: TextSpan) -> Iterator[bytes]:
         if span.start:
             stream.seek(span.start)
         while left is None or left > 0:
-            try:
-                data = stream.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ConfigError(
-                    f"{span.file.source}: expected {span.file.compression or 'readable'} data, found it damaged behind "
-                    f"{done} bytes of text: {error}"
-                ) from error
+            data = _read(stream, CHUNK_BYTES if left is None else min(CHUNK_BYTES, left), span.file, done)
             if not data:
                 break
             done += len(data)
@@ -542,15 +538,30 @@ def _chunks(span: TextSpan) -> Iterator[bytes]:
     yield b""
 
 
+def _read(stream: Any, size: int, file: TextFile, done: int) -> bytes:
+    """The next bytes of a stream of which `done` have been read."""
+    try:
+        data: bytes = stream.read(size)
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
+        raise ConfigError(
+            f"{file.source}: expected {file.compression or 'readable'} data, found it damaged behind {done} bytes of "
+            f"text: {error}"
+        ) from error
+    return data
+
+
+_OPENERS: dict[str | None, Callable[[str], Any]] = {
+    None: io.FileIO,
+    "gzip": gzip.GzipFile,  # as the program does, it takes no notice of zeros behind the end; Arrow's refuses them
+    "zstd": lambda path: pa.CompressedInputStream(pa.OSFile(path, "rb"), "zstd"),
+}
+
+
 @contextlib.contextmanager
 def _opened(file: TextFile) -> Iterator[Any]:
     """A stream of the file's text."""
     try:
-        stream = (
-            io.FileIO(file.path)
-            if file.compression is None
-            else pa.CompressedInputStream(pa.OSFile(file.path, "rb"), file.compression)
-        )
+        stream = _OPENERS[file.compression](file.path)
     except OSError as error:
         raise ConfigError(f"{file.source}: expected a readable file, found {error.strerror or error}") from error
     with stream:

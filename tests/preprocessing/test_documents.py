@@ -355,6 +355,29 @@ def test_damaged_compression_is_named(tmp_path: Path, suffix: str) -> None:
         documents_of(path)
 
 
+@pytest.mark.parametrize("padding", [1, 7, 10_240])
+@pytest.mark.parametrize("chunk_bytes", [3, 512 << 10])
+def test_zeros_behind_a_gzip_file_are_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padding: int, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
+    path = write(tmp_path / "a.txt.gz", b"one\n\ntwo")
+    path.write_bytes(path.read_bytes() + bytes(padding))
+    assert documents_of(path) == ["one", "two"]
+    path.write_bytes(path.read_bytes() + b"\x1f\x8bmore")
+    with pytest.raises(ConfigError, match=r"a.txt.gz: expected gzip data, found it damaged behind \d bytes"):
+        documents_of(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_damaged_beginning_of_a_table_is_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.tsv{suffix}"
+    for data in (b"this is plain text, whatever its name says", write(path, b"text\nfine\n" * 99).read_bytes()[:-20]):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=rf"a.tsv{suffix}: expected (gzip|zstd) data, found it damaged behind"):
+            documents_of(path)
+
+
 def test_a_line_that_never_ends_and_a_file_that_shrank_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
