@@ -3,8 +3,9 @@
 Headers are read, a plan is made, each shard is packed by one process, and the leader writes the index at the end.
 Killed and started again with the same command, it keeps finished shards and ends with the same bytes.
 
-Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but more files than
---max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run again.
+Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
+than --max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run
+again.
 """
 
 import argparse

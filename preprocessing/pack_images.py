@@ -4,8 +4,9 @@ Inputs are folders (the folder that holds a file is its label), TSV manifests, t
 bytes are kept as they are unless --shorter-side re-encodes what is larger. Killed and started again with the same
 command, it keeps finished shards and ends with the same bytes.
 
-Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but more files than
---max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run again.
+Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
+than --max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run
+again.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from PIL import features
 
 from d2v2ds.data.pixels import ALPHA_OVER
 from d2v2ds.data.schema import Index
+from d2v2ds.errors import ConfigError
 from preprocessing.image_rows import ImageSettings, rows_of
 from preprocessing.image_sources import (
+    IMAGE_SUFFIXES,
     MISSING,
     Archive,
     ArchiveFacts,
@@ -40,7 +43,7 @@ from preprocessing.packing import common_parser, read_all, run
 from preprocessing.parallel import Team
 from preprocessing.plan import Plan, cut_shards, fingerprint
 from preprocessing.progress import MEBIBYTES
-from preprocessing.sources import check_present, check_unique, utf8
+from preprocessing.sources import check_present, check_unique, listed, utf8
 
 _FILES_PER_JOB = 1 << 15
 """Files whose size one process asks for in one go: less does not pay for starting it."""
@@ -130,6 +133,12 @@ def _make_plan(
     places = [place for one in listings for place in one.places or [""] * len(one.names)]
     check_present([place for place, size in zip(places, sizes, strict=True) if place and size == MISSING])
     units = make_units(found, sizes, facts, settings.shard_bytes)
+    if not any(unit.files for unit in units):
+        paths = [one.path for one in found if isinstance(one, Archive)]
+        raise ConfigError(
+            f"expected images, found none in {len(paths)} archives; of tar files, members whose suffix is one of "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))} count, of tables all rows:\n{listed(paths, len(paths))}"
+        )
     if num_inputs > 1 or any(one.ids for one in listings):  # names of one folder are unique as they are
         check_unique(_ids(found, units))
     return Plan(

@@ -7,7 +7,7 @@ the last block of a shard may be shorter. The tokenizer is trained on the corpus
 
 Killed and started again with the same command, it keeps finished shards and ends with the same bytes.
 
-Exit codes: 0 done; 2 wrong input or settings; 3 the folder is complete, but more files than --max-skipped were
+Exit codes: 0 done; 2 wrong input or settings; 3 the folder is complete, but all files or more than --max-skipped were
 skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run again.
 """
 

@@ -6,8 +6,9 @@ Several commands may pack a part of the shards each at the same time (`--part`);
 them finished and writes the index. What a modality adds is its `Packer`; ``pack_MODALITY.py`` holds that and the
 command line.
 
-Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but more files than
---max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run again.
+Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
+than --max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run
+again.
 """
 
 import argparse
@@ -146,16 +147,20 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
             print(f"{options.output}: part {'/'.join(map(str, options.part))} is packed; no index yet")
         return 0
     share = index.files_skipped / max(1, index.files)
-    too_many = share > options.max_skipped
+    reasons = f"reasons are in {options.output / SKIPPED_NAME}"
+    fault = None
+    if not index.rows:
+        fault = f"no rows came out of {index.files:,} files; {reasons}"
+    elif share > options.max_skipped:
+        fault = (
+            f"{share:.2%} of the files were skipped, --max-skipped allows {options.max_skipped:.2%}; {reasons}. "
+            "The folder is complete and usable."
+        )
     if leads:
         print(summary(options.output, index, packer))
-        if too_many:
-            print(
-                f"error: {share:.2%} of the files were skipped, --max-skipped allows {options.max_skipped:.2%}; "
-                f"reasons are in {options.output / SKIPPED_NAME}. The folder is complete and usable.",
-                file=sys.stderr,
-            )
-    return EXIT_TOO_MANY_SKIPPED if too_many else 0
+        if fault:
+            print(f"error: {fault}", file=sys.stderr)
+    return EXIT_TOO_MANY_SKIPPED if fault else 0
 
 
 def pack(

@@ -177,6 +177,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, normalization: No
     except (RuntimeError, OSError) as error:
         most = re.search(r"<= (\d+)", str(error))  # it was asked for one less: ``<mask>`` comes last
         advice = f"; --vocab-size {int(most[1]) + 1} is possible" if most else ""
+        if "sentences_.empty()" in str(error):
+            advice = "; the input holds no text"
         raise ConfigError(
             f"--train-tokenizer --vocab-size {vocab_size}: sentencepiece cannot train on this text: {error}{advice}"
         ) from error

@@ -187,10 +187,15 @@ def test_bad_files_are_skipped_with_their_reason_and_too_many_are_an_error_after
     assert pack(recordings, tmp_path / "out", "--max-skipped", 0.5) == 0
 
 
-def test_nothing_usable_gives_an_empty_but_whole_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("allowed", [0.01, 1])
+def test_a_folder_without_rows_is_an_error_however_many_may_be_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], allowed: float
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.wav").write_bytes(b"")
-    assert pack(tmp_path / "in", tmp_path / "out") == 3
+    assert pack(tmp_path / "in", tmp_path / "out", "--max-skipped", allowed) == 3
+    message = capsys.readouterr().err
+    assert "no rows came out of 1 files" in message and "skipped.tsv" in message and "usable" not in message
     assert json.loads((tmp_path / "out" / "index.json").read_text())["rows"] == 0
 
 

@@ -245,6 +245,18 @@ def test_archives_that_cannot_be_read_to_their_end_stop_before_packing(
     assert not (tmp_path / "out").exists()
 
 
+def test_archives_without_images_stop_before_packing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "a.tar", {"0.txt": b"a label of nothing"})
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "in" / "b.parquet")
+    assert pack(tmp_path / "in", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "in/a.tar" in message and "in/b.parquet" in message and "expected images" in message
+    assert not (tmp_path / "out").exists()
+    write_tar(tmp_path / "in" / "c.tar", {"0.jpg": encoded(picture(9, 9), "JPEG")})
+    assert pack(tmp_path / "in", tmp_path / "out") == 0, "one of many may be empty"
+
+
 @pytest.mark.parametrize("left", [0, 1, 511])
 def test_a_tar_file_cut_between_two_members_is_no_shorter_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], left: int

@@ -91,8 +91,9 @@ def test_training_gives_the_same_bytes_again() -> None:
 
 @pytest.mark.parametrize(("texts", "vocab_size"), [(["a b"] * 9, 5000), ([story(1, 99)], 270), ([], 400)])
 def test_a_vocabulary_that_the_text_cannot_give_is_refused(texts: list[str], vocab_size: int) -> None:
-    with pytest.raises(ConfigError, match=f"--vocab-size {vocab_size}: sentencepiece cannot train on this text"):
+    with pytest.raises(ConfigError, match=f"--vocab-size {vocab_size}: sentencepiece cannot train on this") as error:
         train_sentencepiece(texts, vocab_size, "nmt_nfkc")
+    assert ("the input holds no text" in str(error.value)) == (texts == [])
 
 
 def test_the_advised_vocabulary_is_possible_and_the_largest() -> None:
