@@ -160,7 +160,7 @@ def _joined(units: Sequence[AudioUnit]) -> AudioUnit:
 
 def _check_headers(clips: Sequence[Clip], headers: Sequence[Header], settings: AudioSettings) -> None:
     both = list(zip(clips, headers, strict=True))
-    check_present([clip.place for clip, header in both if header.missing])
+    check_present([clip.place for clip, header in both if header.missing and clip.in_manifest])
     if not settings.resample:
         wrong = [
             f"{clip.place}: {header.sample_rate_hz} Hz"

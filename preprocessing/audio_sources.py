@@ -14,7 +14,7 @@ import soundfile
 from d2v2ds.data.flac import STREAMINFO_BYTES, parse_streaminfo
 from d2v2ds.errors import ConfigError
 from preprocessing.progress import Report
-from preprocessing.sources import check_unique, read_manifest, source_name, text_lines, utf8, walk
+from preprocessing.sources import check_unique, read_manifest, source_name, text_lines, unreadable, utf8, walk
 
 _LARGEST_RATIO = 1 << 13
 """Samples per byte of file that not even silence reaches: above it a header's length is not believed."""
@@ -31,10 +31,15 @@ class Clip:
     source: str
     """How it is named in the shards: below its input folder, or as its manifest writes it."""
     place: str
-    """Where a message should point: the source, or the manifest's line."""
+    """Where a message should point: the path, or the manifest's line."""
     text: str | None = None
     label: str | None = None
     speaker: str | None = None
+
+    @property
+    def in_manifest(self) -> bool:
+        """Whether a manifest names it; else it was found in a folder."""
+        return self.place != self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +100,12 @@ def _read_header(path: str) -> Header:
         else:
             with soundfile.SoundFile(path) as file:
                 frames, rate, channels = file.frames, file.samplerate, file.channels
-    except FileNotFoundError:
-        return Header(fault="no such file", missing=True)
     except soundfile.LibsndfileError as error:
-        return Header(bytes=size, fault=f"unreadable: {error.error_string}")
+        said = error.error_string  # of an MP3 that is none: "File does not exist or is not a regular file"
+        reason = f"not audio that libsndfile can read, or its beginning is damaged (libsndfile: {said})"
+        return Header(bytes=size, fault=reason)
     except OSError as error:
-        return Header(fault=f"unreadable: {error.strerror}")
+        return Header(fault=unreadable(path, error), missing=isinstance(error, FileNotFoundError))
     if channels < 1:
         return Header(bytes=size, fault="zero channels")
     if frames > size * _LARGEST_RATIO:  # a stream that was never closed has no length; the plan needs only an estimate
@@ -116,11 +121,11 @@ def _clips_of_folder(root: Path) -> Iterator[Clip]:
             path = os.path.join(folder, name)  # noqa: PTH118  (300,000 files)
             source = source_name(root, path)
             if transcripts is None:
-                yield Clip(id=source, path=path, source=source, place=source)
+                yield Clip(id=source, path=path, source=source, place=path)
             else:
                 stem = utf8(Path(name).stem)
                 speaker = Path(folder).parent.name
-                yield Clip(id=stem, path=path, source=source, place=source, text=transcripts.get(stem), speaker=speaker)
+                yield Clip(id=stem, path=path, source=source, place=path, text=transcripts.get(stem), speaker=speaker)
 
 
 def _librispeech_transcripts(folder: Path) -> dict[str, str] | None:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2v2ds.errors import ConfigError, ShardError
-from preprocessing.sources import check_present, read_manifest, source_name, walk
+from preprocessing.sources import check_present, read_manifest, source_name, unreadable, walk
 
 DocumentKind = Literal["line", "paragraph", "file"]
 DOCUMENT_KINDS: tuple[DocumentKind, ...] = ("line", "paragraph", "file")
@@ -178,10 +178,14 @@ def _split_name(name: str) -> tuple[str, str | None]:
 
 def _text_file(path: str, root: Path, label: str | None = None) -> TextFile:
     suffix, compression = _split_name(path)
+    try:
+        size = os.stat(path).st_size  # noqa: PTH116
+    except OSError as error:
+        raise ConfigError(f"{path}: {unreadable(path, error)}; mend or remove it") from error
     return TextFile(
         path=path,
         source=source_name(root, path),
-        bytes=os.stat(path).st_size,  # noqa: PTH116
+        bytes=size,
         form="tsv" if suffix == ".tsv" else FORMS.get(suffix, "text"),
         compression=compression,
         label=label,

@@ -27,7 +27,7 @@ from preprocessing.image_sources import (
 )
 from preprocessing.packer import Notes, Row
 from preprocessing.plan import Skipped
-from preprocessing.sources import utf8
+from preprocessing.sources import unreadable, utf8
 
 PILLOW_MAX_PIXELS = 89_478_485
 """From here on Pillow warns of decompression bombs: a quarter of a GiB in RGB."""
@@ -138,11 +138,12 @@ def _read_files(unit: FileRun, settings: ImageSettings) -> Iterator[Found]:
         id, label = source, utf8(folder_label(name) or "") or None
         if unit.ids is not None and unit.labels is not None:
             id, label = unit.ids[number] or source, unit.labels[number]
+        path = os.path.join(unit.root, name)  # noqa: PTH118  (a million)
         try:
-            with open(os.path.join(unit.root, name), "rb", buffering=0) as file:  # noqa: PTH118, PTH123  (a million)
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
                 yield Found(source, id, file.readall(), label)
         except OSError as error:
-            yield Found(source, id, b"", label, f"unreadable: {error.strerror}")
+            yield Found(source, id, b"", label, unreadable(path, error))
 
 
 def _read_tar(unit: TarRun, settings: ImageSettings) -> Iterator[Found]:

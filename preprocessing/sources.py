@@ -36,6 +36,15 @@ def listed(places: Iterable[str], total: int) -> str:
     return "\n".join(lines)
 
 
+def unreadable(path: str, error: OSError) -> str:
+    """Why a file of an input cannot be read, as a reason or behind the file's name."""
+    if not isinstance(error, FileNotFoundError):
+        return f"unreadable: {error.strerror}"
+    if os.path.islink(path):  # noqa: PTH114
+        return f"a link to {utf8(os.readlink(path))}, where nothing is"  # noqa: PTH115
+    return "no such file: it was there when the input was listed"
+
+
 def check_unique(named: Iterable[tuple[str, str]]) -> None:
     """Raise a `ConfigError` if an id of the (id, place) pairs occurs twice."""
     first: dict[str, str] = {}
@@ -46,8 +55,8 @@ def check_unique(named: Iterable[tuple[str, str]]) -> None:
         first.setdefault(id, place)
     if doubled:
         raise ConfigError(
-            f"{len(doubled)} ids occur more than once; give each file once, or add an 'id' column:\n"
-            f"{listed(doubled, len(doubled))}"
+            f"{len(doubled)} ids occur more than once; give each file once, and of folders with equal names the folder "
+            f"above them, or a manifest with an 'id' column:\n{listed(doubled, len(doubled))}"
         )
 
 

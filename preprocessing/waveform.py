@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from d2v2ds.data.flac import decode_mono16
 from d2v2ds.data.schema import SAMPLE_SCALE
+from preprocessing.sources import unreadable
 
 Samples = NDArray[np.int16]
 
@@ -85,9 +86,10 @@ class Decoder:
                 else:
                     samples = self._read_float(file)
         except soundfile.LibsndfileError as error:
-            raise BadAudioError(f"unreadable: {error.error_string}") from error
+            said = error.error_string
+            raise BadAudioError(f"damaged or cut off: does not decode (libsndfile: {said})") from error
         except OSError as error:
-            raise BadAudioError(f"unreadable: {error.strerror}") from error
+            raise BadAudioError(unreadable(path, error)) from error
         if not len(samples):
             raise BadAudioError("no samples")
         return samples

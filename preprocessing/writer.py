@@ -218,5 +218,5 @@ def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
     with replacing(folder / SKIPPED_NAME, folder / PACKING_NAME) as sink:
         sink.write(b"path\treason\n")
         for one in skipped:
-            source = one.source.replace("\t", "\\t").replace("\n", "\\n")
-            sink.write(utf8(f"{source}\t{one.reason}\n").encode())
+            fields = (text.replace("\t", "\\t").replace("\n", "\\n") for text in (one.source, one.reason))
+            sink.write(utf8("\t".join(fields) + "\n").encode())

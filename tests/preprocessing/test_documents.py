@@ -199,6 +199,13 @@ def test_folders_are_searched_for_text_in_sorted_order(tmp_path: Path) -> None:
         find_text_files([tmp_path / "gone"], PARAGRAPHS)
 
 
+def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").symlink_to("gone.txt")
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/b/a.txt: a link to gone.txt, where nothing is"):
+        find_text_files([tmp_path], PARAGRAPHS)
+
+
 def test_a_manifest_stands_for_its_files_and_labels_them(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", b"a")
     write(tmp_path / "m.tsv", b"path\tauthor\na.txt\tausten\n")

@@ -148,6 +148,8 @@ def bad_files(folder: Path) -> dict[str, str]:
     """One file of every kind that is skipped, with a word of its reason."""
     (folder / "empty.wav").write_bytes(b"")
     (folder / "text.flac").write_text("this is not audio")
+    (folder / "text.mp3").write_bytes(bytes(range(256)) * 9)  # of which libsndfile says that it does not exist
+    (folder / "gone.wav").symlink_to("nowhere/b.wav")
     soundfile.write(folder / "silent.wav", np.zeros(0, dtype=np.int16), 16000)
     soundfile.write(folder / "short.wav", noise(0.05, 0), 16000)
     soundfile.write(folder / "zero_channels.wav", noise(0.5, 0), 16000)
@@ -161,12 +163,14 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:30000])
     return {
         "empty.wav": "empty file",
-        "text.flac": "unreadable",
+        "text.flac": "not audio that libsndfile can read, or its beginning is damaged (libsndfile: ",
+        "text.mp3": "not audio that libsndfile can read, or its beginning is damaged (libsndfile: ",
+        "gone.wav": "a link to nowhere/b.wav, where nothing is",
         "silent.wav": "no samples",
         "short.wav": "shorter than --min-seconds",
         "zero_channels.wav": "",
         "nan.wav": "NaN",
-        "cut.flac": "",
+        "cut.flac": "damaged or cut off: does not decode (libsndfile: ",
     }
 
 
@@ -183,7 +187,7 @@ def test_bad_files_are_skipped_with_their_reason_and_too_many_are_an_error_after
         assert found[name] and word in found[name]
         assert str(tmp_path) not in found[name]
     index = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert (index["files"], index["files_skipped"], index["rows"]) == (31, 7, 24)
+    assert (index["files"], index["files_skipped"], index["rows"]) == (33, 9, 24)
     assert pack(recordings, tmp_path / "out", "--max-skipped", 0.5) == 0
 
 
@@ -342,6 +346,11 @@ def test_a_file_that_vanishes_while_packing_is_skipped(recordings: Path, tmp_pat
 
     index = pack_all(Vanishing(1), [recordings], tmp_path / "out", AudioPacker(AudioSettings()))
     assert (index.files_skipped, index.rows) == (1, 23)
+    assert (
+        (tmp_path / "out" / "skipped.tsv")
+        .read_text()
+        .endswith("\tno such file: it was there when the input was listed\n")
+    )
 
 
 @pytest.mark.parametrize("output", ["a file", "a file/below"])

@@ -192,7 +192,7 @@ def test_bad_images_are_skipped_with_their_reason(photos: Path, tmp_path: Path) 
     reasons = skipped(tmp_path / "out")
     words = {"ape/cut.jpg": "cut off", "ape/cut.png": "cut off", "ape/cut.bmp": "truncated", "ape/empty.jpg": "0 bytes",
              "ape/page.jpg": "not an image", "bee/text.png": "not an image", "bee/huge.png": "decompression bomb",
-             "bee/gone.jpg": "No such file"}  # fmt: skip
+             "bee/gone.jpg": f"a link to {tmp_path}/nowhere, where nothing is"}  # fmt: skip
     assert list(reasons) == sorted(words)
     for name, word in words.items():
         assert word in reasons[name], reasons[name]
@@ -308,7 +308,9 @@ def test_the_same_id_in_two_inputs_is_an_error(
     shutil.copytree(photos, tmp_path / "again")
     arguments = ["--input", str(photos), str(tmp_path / "again"), "--output", str(tmp_path / "out"), "--workers", "1"]
     assert main(arguments) == 2
-    assert "36 ids occur more than once" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "36 ids occur more than once" in message and "the folder above them" in message
+    assert f"'ape/000.jpg': {photos}/ape/000.jpg and {tmp_path}/again/ape/000.jpg" in message
 
 
 # --- re-encoding -----------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_missing_label_column_is_an_error(tmp_path: Path) -> None:
 def test_same_id_in_two_inputs_names_both(tmp_path: Path) -> None:
     for name in ("one", "two"):
         touch(tmp_path / name / "a.wav")
-    with pytest.raises(ConfigError, match=r"'a\.wav'"):
+    with pytest.raises(ConfigError, match=rf"'a\.wav': {tmp_path}/one/a\.wav and {tmp_path}/two/a\.wav"):
         find_clips([tmp_path / "one", tmp_path / "two"])
 
 
