@@ -5,6 +5,7 @@ LibriSpeech's: transcripts from that file, the speaker from the path, the file's
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,20 +55,22 @@ class Header:
     missing: bool = False
 
 
-def find_clips(inputs: Sequence[Path], label_column: str = "label") -> list[Clip]:
+def find_clips(inputs: Sequence[Path], label_column: str = "label", ignored: Counter[str] | None = None) -> list[Clip]:
     """List the files of all inputs, in an order that depends on nothing else.
 
     Args:
         inputs: folders and TSV manifests.
         label_column: the manifest column stored as label.
+        ignored: other files of folders are counted here by suffix.
 
     Raises:
         ConfigError: if an input is missing or empty, a manifest is malformed, or ids are not unique.
     """
     clips: list[Clip] = []
+    ignored = Counter() if ignored is None else ignored
     for root in inputs:
         if root.is_dir():
-            found = list(_clips_of_folder(root))
+            found = list(_clips_of_folder(root, ignored))
         elif root.is_file():
             found = _clips_of_manifest(root, label_column)
         else:
@@ -114,9 +117,11 @@ def _read_header(path: str) -> Header:
     return Header(bytes=size, num_frames=frames, sample_rate_hz=rate, channels=channels, fault=fault)
 
 
-def _clips_of_folder(root: Path) -> Iterator[Clip]:
-    for folder, names in walk(root, AUDIO_SUFFIXES):
+def _clips_of_folder(root: Path, ignored: Counter[str]) -> Iterator[Clip]:
+    for folder, names in walk(root, AUDIO_SUFFIXES, ignored):
         transcripts = _librispeech_transcripts(Path(folder))
+        if transcripts is not None:
+            ignored[".txt"] -= 1  # it is read
         for name in names:
             path = os.path.join(folder, name)  # noqa: PTH118  (300,000 files)
             source = source_name(root, path)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,26 +120,25 @@ class DocumentBatch:
     """Only if labels were asked for."""
 
 
-def find_text_files(inputs: Sequence[Path], options: DocumentOptions) -> list[TextFile]:
+def find_text_files(
+    inputs: Sequence[Path], options: DocumentOptions, ignored: Counter[str] | None = None
+) -> list[TextFile]:
     """List the files of all inputs, in an order that depends on nothing else.
 
     Args:
         inputs: folders, and files of any name (what is neither JSON nor TSV by its suffix is plain text). A TSV file
             without the text's column but with a column ``path`` is a manifest: it stands for the files it names.
         options: names of the text's and the label's column.
+        ignored: other files of folders are counted here by suffix.
 
     Raises:
         ConfigError: if an input is missing, a folder holds no text, or a TSV file is malformed.
     """
     files: list[TextFile] = []
+    ignored = Counter() if ignored is None else ignored
     for root in inputs:
         if root.is_dir():
-            found = [
-                _text_file(os.path.join(folder, name), root)  # noqa: PTH118  (a corpus may have a million files)
-                for folder, names in walk(root, SUFFIXES)
-                for name in names
-                if _split_name(name)[0] in FORMS
-            ]
+            found = list(_of_folder(root, ignored))
         elif root.is_file():
             file = _text_file(str(root), root.parent)
             found = _of_manifest(root, options) if file.form == "tsv" and _is_manifest(file, options) else [file]
@@ -149,6 +149,16 @@ def find_text_files(inputs: Sequence[Path], options: DocumentOptions) -> list[Te
             raise ConfigError(f"--input {root}: expected text ({known}, each also with .gz or .zst), found none")
         files.extend(found)
     return files
+
+
+def _of_folder(root: Path, ignored: Counter[str]) -> Iterator[TextFile]:
+    for folder, names in walk(root, SUFFIXES, ignored):
+        for name in names:
+            suffix = _split_name(name)[0]
+            if suffix in FORMS:
+                yield _text_file(os.path.join(folder, name), root)  # noqa: PTH118  (a corpus may have a million files)
+            else:  # compressed, but no text
+                ignored[suffix + os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
 
 
 def _is_manifest(file: TextFile, options: DocumentOptions) -> bool:

@@ -8,6 +8,7 @@ and sizes are in memory.
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,12 +146,13 @@ class ArchiveFacts:
     fault: str | None = None
 
 
-def find_images(inputs: Sequence[Path], label_column: str) -> list[Listing | Archive]:
+def find_images(inputs: Sequence[Path], label_column: str, ignored: Counter[str]) -> list[Listing | Archive]:
     """List what all inputs hold, in an order that depends on nothing else.
 
     Args:
         inputs: folders, TSV manifests, tar files and parquet tables.
         label_column: the manifest column stored as label.
+        ignored: other files of folders are counted here by suffix.
 
     Raises:
         ConfigError: if an input is missing, empty or of another kind, or a manifest is malformed.
@@ -159,7 +161,7 @@ def find_images(inputs: Sequence[Path], label_column: str) -> list[Listing | Arc
     for root in inputs:
         suffix = root.suffix.lower()
         if root.is_dir():
-            inside = _listings_of_folder(root)
+            inside = _listings_of_folder(root, ignored)
         elif not root.is_file():
             raise ConfigError(f"--input {root}: expected a folder, manifest, tar file or parquet table, found nothing")
         elif suffix in ARCHIVE_SUFFIXES:
@@ -378,10 +380,10 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
     return list(names) if names else None
 
 
-def _listings_of_folder(root: Path) -> list[Listing | Archive]:
+def _listings_of_folder(root: Path, ignored: Counter[str]) -> list[Listing | Archive]:
     names: list[str] = []
     archives = []
-    for folder, files in walk(root, IMAGE_SUFFIXES.union(ARCHIVE_SUFFIXES)):
+    for folder, files in walk(root, IMAGE_SUFFIXES.union(ARCHIVE_SUFFIXES), ignored):
         below = os.path.relpath(folder, root)
         before = "" if below == os.curdir else f"{below}{os.sep}"
         for name in files:

@@ -10,8 +10,9 @@ again.
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,11 @@ class AudioPacker:
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:
         """Read all headers, spread over the team, and make the plan."""
-        clips = team.share(lambda: find_clips(inputs, self.settings.label_column))
+        ignored: Counter[str] = Counter()  # by the leader
+        clips = team.share(lambda: find_clips(inputs, self.settings.label_column, ignored))
         headers = read_all(team, read_headers, [clip.path for clip in clips], "reading headers")
-        return team.share(lambda: make_plan(clips, headers, self.settings))
+        ignored = +ignored  # without suffixes all of whose files turned out to be transcripts
+        return team.share(lambda: replace(make_plan(clips, headers, self.settings), ignored=ignored))
 
     def make_beside(self, folder: Path, plan: Plan) -> tuple[str, ...]:
         """Nothing lies beside recordings."""

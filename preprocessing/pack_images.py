@@ -11,8 +11,9 @@ again.
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class ImagePacker:
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:
         """List files, their sizes and the parts of archives; no image is opened."""
         settings = self.settings
-        found = team.share(lambda: find_images(inputs, settings.label_column))
+        ignored: Counter[str] = Counter()  # by the leader
+        found = team.share(lambda: find_images(inputs, settings.label_column, ignored))
         paths = [path for one in found if isinstance(one, Listing) for path in one.paths()]
         sizes = read_all(team, file_sizes, paths, "listing", _FILES_PER_JOB) if paths else []
         archives = [one for one in found if isinstance(one, Archive)]
@@ -85,7 +87,7 @@ class ImagePacker:
             label_column=settings.label_column,
         )
         facts = read_all(team, scan, archives, "reading archives", items_per_job=1) if archives else []
-        return team.share(lambda: _make_plan(found, sizes, facts, settings, len(inputs)))
+        return team.share(lambda: replace(_make_plan(found, sizes, facts, settings, len(inputs)), ignored=ignored))
 
     def make_beside(self, folder: Path, plan: Plan) -> tuple[str, ...]:
         """Nothing lies beside images."""

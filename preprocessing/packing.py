@@ -45,7 +45,7 @@ from preprocessing.packer import Packer
 from preprocessing.parallel import EXIT_INTERRUPTED, Team, choose_team, exit_code
 from preprocessing.plan import Plan
 from preprocessing.progress import Progress, Report
-from preprocessing.sources import utf8
+from preprocessing.sources import said_ignored, utf8
 from preprocessing.writer import (
     PACKING_NAME,
     ShardJob,
@@ -124,9 +124,13 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
         team = choose_team(options.workers, options.mpi)
         leads = team.is_leader
         with team:
+            plan = packer.scan(team, options.input)
+            ignored = said_ignored(plan.ignored)
+            if leads and ignored:  # before hours of packing, and again at the end
+                print(ignored, file=sys.stderr)
             index = pack(
                 team,
-                options.input,
+                plan,
                 options.output,
                 packer,
                 f"{options.program} {shlex.join(arguments or sys.argv[1:])}",
@@ -157,7 +161,7 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
             "The folder is complete and usable."
         )
     if leads:
-        print(summary(options.output, index, packer))
+        print("; ".join(filter(None, [summary(options.output, index, packer), ignored])))
         if fault:
             print(f"error: {fault}", file=sys.stderr)
     return EXIT_TOO_MANY_SKIPPED if fault else 0
@@ -165,17 +169,17 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
 
 def pack(
     team: Team,
-    inputs: Sequence[Path],
+    plan: Plan,
     output: Path,
     packer: Packer,
     command: str = "",
     part: tuple[int, int] | None = None,
 ) -> Index | None:
-    """Pack `inputs` into the shard folder `output`; every process of the team calls this.
+    """Pack what a plan holds into the shard folder `output`; every process of the team calls this.
 
     Args:
         team: who packs.
-        inputs: what `Packer.scan` takes.
+        plan: of `Packer.scan`.
         output: a new folder, or one to go on with.
         packer: of the modality.
         command: noted in the index.
@@ -185,10 +189,9 @@ def pack(
         The index; None after a part, unless the folder was finished before.
 
     Raises:
-        ConfigError: if inputs, settings or the output folder do not fit; nothing has been packed then.
+        ConfigError: if settings or the output folder do not fit; nothing has been packed then.
         ShardError: if the disk is full.
     """
-    plan = packer.scan(team, inputs)
     results = team.share(lambda: _prepare(output, packer, plan, part))
     if isinstance(results, Index):
         return results

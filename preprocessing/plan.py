@@ -5,8 +5,8 @@ change the bytes: each shard is packed on its own, from its own part of the plan
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 
@@ -47,6 +47,8 @@ class Plan:
     """Input files, the skipped ones included."""
     sha256: str
     """`fingerprint` of everything that the bytes of the shards depend on, beside the settings."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Files of the input folders that are not read, by suffix."""
 
 
 def cut_shards(

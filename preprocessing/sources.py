@@ -1,7 +1,8 @@
 """What all searches for input share: walking folders, TSV manifests, unique ids, and how messages name places."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +70,22 @@ def check_present(missing: Sequence[str]) -> None:
         )
 
 
-def walk(root: Path, suffixes: Collection[str]) -> list[tuple[str, list[str]]]:
+def said_ignored(ignored: Mapping[str, int]) -> str:
+    """``12 files ignored: 10 .txt, 2 .jpg``, from counts by suffix; empty if there are none."""
+    if not ignored:
+        return ""
+    counts = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:MAX_LISTED]]
+    if others := sum(count for _, count in counts[MAX_LISTED:]):
+        parts.append(f"{others:,} others")
+    return f"{sum(ignored.values()):,} files ignored: {', '.join(parts)}"
+
+
+def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> list[tuple[str, list[str]]]:
     """Folders below `root` that hold files of these suffixes (lower case), with the files' names; all sorted.
 
-    Links are followed, each real folder is entered once, hidden files and folders are left out.
+    Links are followed, each real folder is entered once, hidden files and folders are left out. Files of other
+    suffixes are counted by these in `ignored`.
 
     Raises:
         ConfigError: a folder cannot be read; what it holds would be missing without a trace.
@@ -92,11 +105,15 @@ def walk(root: Path, suffixes: Collection[str]) -> list[tuple[str, list[str]]]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        kept = [
-            name
-            for name in names
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")  # noqa: PTH122  (300,000 files)
-        ]
+        kept = []
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  (300,000 files)
+            if name.startswith("."):
+                continue
+            if suffix in suffixes:
+                kept.append(name)
+            else:
+                ignored[suffix] += 1
         if kept:
             found.append((folder, sorted(kept)))
     return sorted(found)

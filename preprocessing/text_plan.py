@@ -1,6 +1,7 @@
 """What goes into which shard of text, and what a tokenizer is trained on: from sizes and document boundaries."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -104,7 +105,8 @@ def make_plan(inputs: Sequence[Path], settings: TextSettings) -> Plan:
     Raises:
         ConfigError: if inputs or tokenizer do not fit the settings, found without reading everything.
     """
-    files = find_text_files(inputs, settings.documents)
+    ignored: Counter[str] = Counter()
+    files = find_text_files(inputs, settings.documents, ignored)
     if settings.one_row_per_document:
         check_unique((file.source, file.path) for file in files)
     bytes_per_size = token_dtype(settings.planned_vocab_size()).itemsize / BYTES_PER_TOKEN
@@ -127,6 +129,7 @@ def make_plan(inputs: Sequence[Path], settings: TextSettings) -> Plan:
                 [(span.order, span.start, span.stop) for span in spans],
             ]
         ),
+        ignored=ignored,
     )
 
 

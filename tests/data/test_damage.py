@@ -67,8 +67,9 @@ def pack_folder(kind: str, folder: Path) -> Path:
         ]
         assert pack_audio([*arguments, "--workers", "1"]) == 0
     else:
-        packer = TinyPacker if kind == "text" else LabelledPacker
-        pack(LocalTeam(1), [], output, packer(TinySettings((40, 64, 8, 64, 64, 30))))
+        settings, team = TinySettings((40, 64, 8, 64, 64, 30)), LocalTeam(1)
+        packer = TinyPacker(settings) if kind == "text" else LabelledPacker(settings)
+        pack(team, packer.scan(team, []), output, packer)
     return output
 
 

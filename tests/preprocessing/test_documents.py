@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,7 +184,9 @@ def test_folders_are_searched_for_text_in_sorted_order(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, b"")
-    found = find_text_files([tmp_path], PARAGRAPHS)
+    ignored: Counter[str] = Counter()
+    found = find_text_files([tmp_path], PARAGRAPHS, ignored)
+    assert ignored == {".md": 1, ".tar.gz": 1, ".tsv": 1}
     assert [(file.source, file.form, file.compression) for file in found] == [
         ("a.text", "text", None),
         ("c.json.gz", "json", "gzip"),

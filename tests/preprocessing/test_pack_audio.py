@@ -249,6 +249,26 @@ def test_a_folder_with_foreign_files_is_refused(recordings: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.distributed
+def test_files_that_are_not_read_are_counted_by_suffix_and_do_not_change_the_folder(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack(recordings, tmp_path / "plain") == 0
+    assert "ignored" not in "".join(capsys.readouterr())
+    names = ["a.m4a", "part0/b.m4a", "part1/c.M4A", "d.txt", "part2/e.txt", "Makefile", ".hidden", ".git/f.txt"]
+    names += [f"{letter}.{letter}" for letter in "ghijk"]
+    for name in names:
+        (recordings / name).parent.mkdir(exist_ok=True)
+        (recordings / name).write_bytes(b"")
+    for workers in (1, 2):
+        assert pack(recordings, tmp_path / f"{workers}", "--workers", workers) == 0
+        said = capsys.readouterr()
+        line = "11 files ignored: 3 .m4a, 2 .txt, 1 without suffix, 1 .g, 1 .h, 3 others"
+        assert said.out.splitlines()[-1].endswith(f"0 of 24 files skipped; {line}")
+        assert line in said.err.splitlines(), "before hours of packing too"
+        assert contents(tmp_path / f"{workers}") == contents(tmp_path / "plain")
+
+
 def test_packing_a_finished_folder_again_changes_nothing(recordings: Path, tmp_path: Path) -> None:
     pack(recordings, tmp_path / "out")
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -344,7 +364,10 @@ def test_a_file_that_vanishes_while_packing_is_skipped(recordings: Path, tmp_pat
                 next(recordings.rglob("clip05*")).unlink()
             return super().map(work, jobs, report)
 
-    index = pack_all(Vanishing(1), [recordings], tmp_path / "out", AudioPacker(AudioSettings()))
+    packer = AudioPacker(AudioSettings())
+    team = Vanishing(1)
+    index = pack_all(team, packer.scan(team, [recordings]), tmp_path / "out", packer)
+    assert index is not None
     assert (index.files_skipped, index.rows) == (1, 23)
     assert (
         (tmp_path / "out" / "skipped.tsv")

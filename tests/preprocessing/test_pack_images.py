@@ -78,11 +78,12 @@ def test_shards_open_with_the_reader(photos: Path, tmp_path: Path) -> None:
         assert (shards.read_labels(number).id, shards.read_labels(number).label) == (row["id"], row["label"])
 
 
-def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+def test_a_flat_folder_has_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.JPG").write_bytes(encoded(picture(20, 10), "JPEG"))
     (tmp_path / "flat" / "notes.txt").write_text("not an image, and not named as one")
     assert pack(tmp_path / "flat", tmp_path / "out") == 0
+    assert "; 1 files ignored: 1 .txt" in capsys.readouterr().out
     (row,) = table_of(tmp_path / "out").to_pylist()
     assert (row["id"], row["label"]) == ("a.JPG", None)
 

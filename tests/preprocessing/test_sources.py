@@ -1,6 +1,7 @@
 """Folder trees, LibriSpeech trees and manifests."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,13 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 def test_librispeech_tree_gives_transcripts_speakers_and_utterance_ids(tmp_path: Path) -> None:
     chapter = tmp_path / "LibriSpeech" / "train" / "19" / "198"
+    touch(tmp_path / "LibriSpeech" / "SPEAKERS.TXT")
     touch(chapter / "19-198.trans.txt", "19-198-0000 NORTHANGER ABBEY\n19-198-0001 THIS LITTLE WORK\n")
     touch(chapter / "19-198-0000.flac")
     touch(chapter / "19-198-0001.flac")
-    first, second = find_clips([tmp_path])
+    ignored: Counter[str] = Counter()
+    first, second = find_clips([tmp_path], ignored=ignored)
+    assert ignored == {".txt": 1}, "transcripts are read"
     assert (first.id, first.text, first.speaker) == ("19-198-0000", "NORTHANGER ABBEY", "19")
     assert (second.id, second.text, second.label) == ("19-198-0001", "THIS LITTLE WORK", None)
 

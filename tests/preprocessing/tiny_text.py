@@ -99,4 +99,5 @@ def pack_tiny(
     output: Path, lengths: Sequence[int], workers: int = 1, part: tuple[int, int] | None = None, **settings: Any
 ) -> Any:
     """A folder of text with rows of these lengths, or a part of it: its index, None for a part."""
-    return pack(LocalTeam(workers), [], output, TinyPacker(TinySettings(tuple(lengths), **settings)), part=part)
+    team, packer = LocalTeam(workers), TinyPacker(TinySettings(tuple(lengths), **settings))
+    return pack(team, packer.scan(team, []), output, packer, part=part)
