@@ -5,7 +5,7 @@
 * WebP: the length in its first bytes.
 * Anything else that Pillow reads (`FORMATS`), and JPEGs that are unusual, are decoded.
 
-A damaged pixel in the middle of a whole JPEG shows only when it is decoded (`decode=True`).
+Damage in the middle of a whole JPEG or WebP shows only when it is decoded (`decode=True`): neither has checksums.
 """
 
 import io
