@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -195,14 +196,19 @@ def _start_worker() -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_worker, args=(theirs,), daemon=True)
-    process.start()
+    resource_tracker.ensure_running()  # `start` would call it, and it unblocks the signal
+    # inherited, while the child imports too: the parent hears Ctrl-C and ends its children
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # so that the end of the child ends the pipe
     return process, ours
 
 
 def _run_worker(connection: Connection) -> None:
     """The life of a child process. If its parent is gone, the next report or the wait for work ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_FAILED))  # leave no temporary file behind
     report = _Throttle(lambda files, size: connection.send(("progress", (files, size))))
     while True:

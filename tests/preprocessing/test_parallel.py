@@ -16,7 +16,7 @@ from d2v2ds.errors import ConfigError, D2V2Error
 from preprocessing.pack_audio import main
 from preprocessing.parallel import LocalTeam, check_world, choose_team
 from preprocessing.progress import Report
-from tests.preprocessing.helpers import clean_environment, contents, run_module
+from tests.preprocessing.helpers import ROOT, clean_environment, contents, run_module
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 needs_mpi = pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside this Python: install the extra mpi")
@@ -195,6 +195,29 @@ def test_after_an_error_no_worker_is_left_and_new_ones_start() -> None:
             team.map(fail_at_three, range(5), lambda files, samples: None)
         assert not any(map(alive, first))
         assert not set(first) & set(team.map(whoami, range(2), lambda files, samples: None))
+
+
+@pytest.mark.distributed
+def test_ctrl_c_while_workers_start_is_heard_by_their_parent_only(tmp_path: Path) -> None:
+    """A terminal sends it to all of them, and workers import for a while before their own code runs."""
+    slow = "import sys, time\nif 'spawn_main' in ' '.join(sys.orig_argv): print('begun'); time.sleep(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    code = (
+        "import sys; from tests.preprocessing.test_parallel import LocalTeam, work_on\n"
+        "try: LocalTeam(2).map(work_on, range(2), lambda files, samples: None)\n"
+        "except KeyboardInterrupt: sys.exit('interrupted')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == parent.stdout.readline() == "begun\n"
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=30)[1] == "interrupted\n"
 
 
 def stop_or_fail(job: int, report: Report) -> None:
