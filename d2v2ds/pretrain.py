@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from d2v2ds import provenance
 from d2v2ds.batch import Batch
@@ -54,7 +55,13 @@ from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise, undrawn
 from d2v2ds.model.target_net import TargetNet
 from d2v2ds.summary import batch_advice
-from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints, reading_ahead
+from d2v2ds.train.checkpointing import (
+    Checkpoints,
+    Progress,
+    differing_fields,
+    has_checkpoints,
+    reading_ahead,
+)
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.interval import ModalityInfo
 from d2v2ds.train.loop import LoopConfig, Trainer
@@ -62,6 +69,7 @@ from d2v2ds.train.metrics import Metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam
 from d2v2ds.train.perf import matmul_peak_flops, tune_cpu
 from d2v2ds.train.preempt import StopRequest
+from d2v2ds.train.runlock import RunLock
 from d2v2ds.train.step import Recipe
 from d2v2ds.train.validate import Validation
 from d2v2ds.train.watchdog import Watchdog
@@ -113,8 +121,11 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     """
     launched = os.environ | comm.launcher_environment(dict(os.environ))
     config, streams, ds_config = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
-    with StopRequest() as stop, comm.process_group(timedelta(minutes=config.engine.timeout_minutes)):
+    timeout = timedelta(minutes=config.engine.timeout_minutes)
+    with StopRequest() as stop, comm.process_group(timeout), RunLock(config.run.dir) as lock:
         start_logging(config.run.dir)
+        if fault := comm.on_rank0(lock.take):
+            raise ConfigError(f"run.dir {config.run.dir}: {fault}")
         if comm.device().type == "cpu":
             tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if config.data.num_workers > 0:
@@ -138,6 +149,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         )
         if will_resume:
             checkpoints.resume(allow_grown)
+            for change in changed_settings(config):
+                warn_once(f"other than at the last start: {change}")
         restarts = provenance.count_starts(config.run.dir)
         if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), ds_config)):
             raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")
@@ -378,6 +391,16 @@ def build_validation(config: RunConfig, student: Engine, teacher: Teacher, loop:
         loss_weights={name: section.loss_weight for name, section in data.items()},
         micro_batches=config.valid.micro_batches,
     )
+
+
+def changed_settings(config: RunConfig) -> list[str]:
+    """`field: value before -> value now` of everything that the last start of this run had otherwise."""
+    try:
+        before = yaml.safe_load((config.run.dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    found = differing_fields(before, to_dict(config)) if isinstance(before, dict) else []
+    return [line for line in found if not line.startswith("run.dir:")]  # the folder has been moved
 
 
 def warn_once(message: str) -> None:

@@ -161,6 +161,16 @@ def test_collapse_stops_the_run_with_its_own_exit_code(shards: Path, tmp_path: P
 
 
 @pytest.mark.distributed
+def test_settings_that_a_resumed_run_has_otherwise_are_said(unbroken: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "changed"
+    shutil.copytree(unbroken, run_dir)
+    said = launch("plain", 1, shards, run_dir, "lr.peak=0.5", "data.audio.mask.masked_fraction=0.6")
+    changes = {line.partition("other than at the last start: ")[2] for line in said.splitlines()} - {""}
+    assert changes == {"lr.peak: 0.001 -> 0.5", "data.audio.mask.masked_fraction: 0.5 -> 0.6"}
+    assert "other than" not in launch("plain", 1, shards, run_dir, "lr.peak=0.5", "data.audio.mask.masked_fraction=0.6")
+
+
+@pytest.mark.distributed
 def test_other_model_is_refused_and_leaves_the_run_alone(unbroken: Path, shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "refused"
     shutil.copytree(unbroken, run_dir)
