@@ -147,6 +147,13 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: P
     assert all((first[name] == last[name]).all() for name in first), "skipped steps leave all weights alone"
 
 
+def test_a_run_of_which_no_step_was_applied_is_not_done(shards: Path, tmp_path: Path) -> None:
+    few = ["model.modalities.audio.loss.scale=3.0e+38", "run.total_steps=2", "lr.warmup_steps=1"]
+    done = attempt("plain", 1, shards, tmp_path / "run", *few)
+    assert done.returncode == 4
+    assert "step 2: 2 steps in a row had a loss or gradient that is not finite, all that the run had" in done.stderr
+
+
 def test_collapse_stops_the_run_with_its_own_exit_code(shards: Path, tmp_path: Path) -> None:
     arguments = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", *SMALL, "data.num_workers=0"]
     stop = ["health.min_effective_rank=1000", "health.warm_up_steps=0", "health.stop_on_collapse=true"]

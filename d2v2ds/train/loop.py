@@ -18,7 +18,7 @@ from d2v2ds.data.loader import StepData
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import Engine
 from d2v2ds.dist.teacher import Teacher
-from d2v2ds.errors import DamagedDataError, MissingExtraError, PreemptedError, ShardError
+from d2v2ds.errors import DamagedDataError, MissingExtraError, NonFiniteError, PreemptedError, ShardError
 from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
@@ -119,7 +119,7 @@ class Trainer:
 
         Raises:
             PreemptedError: a signal asked for it, and everything is saved.
-            NonFiniteError: too many steps in a row were skipped, and going back did not help.
+            NonFiniteError: too many steps in a row were skipped, and going back did not help; or all there were.
             CollapseError: a health floor was crossed and the run asked to stop there.
             DamagedDataError: too many rows could not be read.
             SaveError: two checkpoints in a row could not be written.
@@ -171,6 +171,8 @@ class Trainer:
                     "start the same command to go on"
                 )
         self.checkpoints.finish()
+        if progress.step > 0 and self.guard.nonfinite_total == progress.step:
+            raise NonFiniteError(self.guard.nonfinite(progress.step, "all that the run had"))
 
     def _ask_all_ranks(self, data: StepData | None, following: "_Fetched") -> bool:
         """Exchange what each rank knows alone, once a step; returns whether one of them was asked to stop.
