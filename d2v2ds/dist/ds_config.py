@@ -37,6 +37,13 @@ KNOWN = {
 }  # fmt: skip
 """Keys of the JSON that have a meaning here. DeepSpeed itself passes over any key that it does not know."""
 
+GATHERING = {
+    "stage", "overlap_comm", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "leaf_module",
+    "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential",
+    "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
+}  # fmt: skip
+"""Keys of `zero_optimization`, less their "stage3_", that say how weights are gathered: the teacher's are the student's."""
+
 
 def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
@@ -156,16 +163,25 @@ def merge_ds_config(
 
 
 def teacher_ds_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a partitioned module that is never trained, derived from the student's merged JSON.
+    """The JSON of a partitioned module that is never trained, derived from its student's at stage 3.
 
-    No optimizer to offload, and no parameter is kept gathered: DeepSpeed refreshes such copies after its own
-    optimizer step only, so an averaged teacher would go on computing with stale norms and biases.
+    It says how weights are cut, gathered and computed with, and nothing else: an optimizer or a schedule would be
+    built for it, timers and monitors would run twice. No parameter is kept gathered: DeepSpeed refreshes such copies
+    after its own optimizer step only, so an averaged teacher would go on computing with stale norms and biases.
+
+    Args:
+        config: any DeepSpeed JSON that works, of this toolkit or not.
     """
-    derived = copy.deepcopy(dict(config))
-    zero = derived["zero_optimization"]
-    zero.pop("offload_optimizer", None)
-    zero["stage3_param_persistence_threshold"] = 0
-    return derived
+    zero = {
+        key: value
+        for key, value in config["zero_optimization"].items()
+        if key.removeprefix("stage3_") in GATHERING and value != "auto"
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number
+        "bf16": {"enabled": config.get("bf16", config.get("bfloat16", {})).get("enabled", False)},
+        "zero_optimization": copy.deepcopy(zero) | {"stage3_param_persistence_threshold": 0},
+    }
 
 
 def _descend(config: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:

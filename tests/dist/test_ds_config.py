@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2v2ds.dist import comm, zero
-from d2v2ds.dist.ds_config import SHIPPED_FOLDER, load_ds_config, merge_ds_config, teacher_ds_config
+from d2v2ds.dist.ds_config import GATHERING, SHIPPED_FOLDER, load_ds_config, merge_ds_config, teacher_ds_config
 from d2v2ds.dist.engine import build_student_engine, optimizer_step
 from d2v2ds.dist.held import held_bytes
 from d2v2ds.dist.memory import expected_bytes, passing_bytes
@@ -89,6 +89,21 @@ def test_merging_leaves_its_argument_alone() -> None:
     before = json.dumps(config)
     teacher_ds_config(merge_ds_config(config, RUN))
     assert json.dumps(config) == before
+
+
+def test_teacher_inherits_how_weights_are_gathered_and_nothing_else() -> None:
+    ours = merge_ds_config(load_ds_config("zero3_bf16_offload"), RUN)
+    derived = teacher_ds_config(ours | {"optimizer": {"type": "AdamW"}, "tensorboard": {"enabled": True}})
+    assert derived.keys() == {"train_micro_batch_size_per_gpu", "bf16", "zero_optimization"}
+    same = {key: ours["zero_optimization"][key] for key in derived["zero_optimization"]}
+    assert derived["zero_optimization"] == same | {"stage3_param_persistence_threshold": 0}
+    assert len(same) == 6
+
+
+def test_gathering_keys_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert DeepSpeedZeroConfig.model_fields.keys() >= GATHERING
 
 
 def test_missing_or_broken_file_is_named(tmp_path: Path) -> None:

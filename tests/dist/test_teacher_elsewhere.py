@@ -1,0 +1,98 @@
+"""`Teacher` in a project that is not this one: a plain network, DeepSpeed's own optimizer, `engine.step()`."""
+
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+
+from d2v2ds.dist import comm, zero
+from d2v2ds.dist.teacher import Teacher
+from tests.distributed import run_distributed
+from tests.oracles.ema import WholeWeightEma
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+DECAY = 0.9
+THEIRS: dict[str, Any] = {
+    "train_batch_size": 8,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.02, "torch_adam": True}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}},
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {
+        "stage": 3,
+        "param_persistence_threshold": 60,  # DeepSpeed takes this spelling too
+        "offload_optimizer": {"device": "cpu"},
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "zero_force_ds_cpu_optimizer": False,
+    "flops_profiler": {"enabled": True, "profile_step": 1},
+    "wall_clock_breakdown": True,
+}
+
+
+class Net(nn.Module):
+    """Nothing of ours in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(7, 31), nn.GELU(), nn.LayerNorm(31), nn.Linear(31, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 7) -> (B, 5)."""
+        return self.layers(x)
+
+
+def their_engine(config: dict[str, Any]) -> Any:
+    torch.manual_seed(7)
+    model = Net()
+    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine
+
+
+def follow(config: dict[str, Any]) -> dict[str, Any]:
+    """Train with their loop, teacher and whole-weight average side by side."""
+    engine = their_engine(config)
+    teacher = Teacher(Net(), engine)
+    oracle = WholeWeightEma({name: full for name, full in zero.gather_master(engine) if full is not None})
+    generator = torch.Generator().manual_seed(comm.rank())
+    inputs = torch.randn(4, 7, generator=generator).to(zero.compute_dtype(engine))
+    for _ in range(STEPS):
+        engine.backward((engine(inputs) - teacher(inputs) - 1).float().square().mean())
+        engine.step()
+        if engine.was_step_applied():
+            teacher.update(DECAY)
+        weights = {name: full for name, full in zero.gather_master(engine) if full is not None}
+        if comm.rank() == 0:
+            oracle.update(weights, DECAY)
+    seen: dict[str, Any] = {"num_updates": teacher.num_updates, "distance": teacher.student_distance()}
+    averages, output = teacher.full_state_dict(), teacher(inputs)
+    if comm.rank() == 0:
+        seen["worst"] = max(float((averages[n] - oracle.weights[n]).abs().max()) for n in oracle.weights)
+        ordinary = Net()
+        ordinary.load_state_dict(averages)
+        seen["forward_gap"] = float((output - ordinary.to(output.dtype)(inputs)).abs().max())
+    engine.destroy()
+    return seen
+
+
+def all_findings() -> dict[str, Any]:
+    """One launch for the whole module."""
+    return {"followed": follow(THEIRS)}
+
+
+@pytest.fixture(scope="module")
+def findings() -> dict[str, Any]:
+    return run_distributed(all_findings, 2)[0]
+
+
+def test_follows_an_engine_whose_json_has_an_optimizer_and_a_schedule(findings: dict[str, Any]) -> None:
+    seen = findings["followed"]
+    assert seen["num_updates"] == STEPS
+    assert seen["distance"] > 0.01
+    assert seen["worst"] <= 1e-6
+    assert seen["forward_gap"] == 0.0
