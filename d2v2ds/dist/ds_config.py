@@ -37,6 +37,15 @@ KNOWN = {
 }  # fmt: skip
 """Keys of the JSON that have a meaning here. DeepSpeed itself passes over any key that it does not know."""
 
+SECOND_COPY = "hpZ computes with a second copy of the weights, which neither the teacher nor a resume writes"
+STORED_INT8 = "frozen weights would lie in int8, which neither the teacher nor a checkpoint reads"
+UNSUPPORTED_KEYS = {
+    "zero_quantized_weights": "its kernels, which DeepSpeed compiles at the start, are not tested with a teacher",
+    "zero_quantized_gradients": "its kernels, which DeepSpeed compiles at the start, are not tested with skipped blocks",
+    "zero_quantized_nontrainable_weights": STORED_INT8,
+}
+"""Switches of `zero_optimization` that must be off."""
+
 GATHERING = {
     "stage", "overlap_comm", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "leaf_module",
     "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential",
@@ -123,10 +132,8 @@ def merge_ds_config(
         for section in RUN_OWNED_SECTIONS
         if section in merged
     ]
-    stage = merged.get("zero_optimization", {}).get("stage", 0)
-    is_bf16 = bool(merged.get("bf16", {}).get("enabled", False))
     required = dict(REQUIRED)
-    if is_bf16:
+    if merged.get("bf16", {}).get("enabled", False):
         required["bf16.check_grad_overflow"] = True  # stages 1 and 2 apply a non-finite step in bf16 without it
     for key, value in {**run, **required}.items():
         owner = "the run" if key in run else "this toolkit"
@@ -137,29 +144,49 @@ def merge_ds_config(
         elif found != value:
             faults.append(f'{source} says {key} = {found!r}, {owner} says {value!r}; write "auto" in the JSON')
     faults += [f'{source} leaves {key} = "auto" and the run has no value for it' for key in _auto_keys(merged)]
+    faults += _unsupported(merged, source)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return merged
+
+
+def _unsupported(config: Mapping[str, Any], source: str) -> list[str]:
+    """What DeepSpeed gets wrong, and what the teacher cannot follow."""
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    is_bf16 = bool(config.get("bf16", {}).get("enabled", False))
+    faults = [
+        f"{source} has {key} = {zero[key]!r}: {why}; remove it"
+        for key, why in UNSUPPORTED_KEYS.items()
+        if zero.get(key)
+    ]
+    if (ranks := zero.get("zero_hpz_partition_size", 1)) not in (0, 1):
+        faults.append(f"{source} has zero_hpz_partition_size = {ranks!r}: {SECOND_COPY}; remove it")
+    if config.get("bf16", {}).get("bf16_master_weights_and_grads"):
+        faults.append(f"{source} has bf16_master_weights_and_grads: the teacher averages fp32 master weights; remove it")
     if is_bf16 and stage == 0:
         faults.append(f"{source} combines bf16 with ZeRO stage 0, which keeps no usable fp32 master; use stage 1")
-    if is_bf16 and stage == 1 and merged.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32"):
+    if is_bf16 and stage == 1 and config.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32"):
         faults.append(
             f"{source} asks for fp32 gradient accumulation in bf16 at stage 1, where DeepSpeed changes to another "
             "optimizer class; use stage 2 or 3, or remove data_types.grad_accum_dtype"
         )
-    if stage == 1 and merged["zero_optimization"].get("overlap_comm"):
+    if stage == 1 and zero.get("overlap_comm"):
         faults.append(
             f"{source} has overlap_comm at stage 1, where DeepSpeed reduces only gradients of modules that ran in the "
             "last micro-batch of a step; set it to false, or use stage 2 or 3"
         )
-    offload = merged.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     if offload == "nvme":
         faults.append(f'{source} offloads the optimizer to NVMe; the teacher reads the master weights: use "cpu"')
+    if (zero.get("offload_param") or {}).get("device", "none") == "nvme":
+        faults.append(f'{source} offloads weights to NVMe, which neither the teacher nor a checkpoint reads; use "cpu"')
     if offload == "cpu" and stage in (1, 2):
         faults.append(
             f"{source} offloads the optimizer at stage {stage}, where DeepSpeed steps a module that did not run with "
             "its old gradient; use stage 3"
         )
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return merged
+    return faults
 
 
 def teacher_ds_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,12 +56,15 @@ class Teacher:
         Args:
             module: the teacher's network, whole, on the CPU. Every parameter and buffer name must exist in the
                 student's module with the same shape; the student may have more. Its values are never read.
-            student: the engine to follow, at any ZeRO stage.
+            student: the engine to follow: fp32 at ZeRO stage 0, bf16 or fp32 at stages 1 to 3.
             will_be_restored: copy nothing, for a checkpoint is read before the first use.
 
         Raises:
-            ValueError: listing every parameter without a partner of the same name and shape.
+            ValueError: for an engine that cannot be followed, saying why; listing every parameter without a partner
+                of the same name and shape.
         """
+        if faults := zero.unsupported(student):
+            raise ValueError("Teacher: cannot follow this engine:\n" + "\n".join(faults))
         self.num_updates = 0
         """Calls of `update`, that is, optimizer steps followed so far."""
         self._student = student

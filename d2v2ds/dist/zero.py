@@ -8,7 +8,7 @@ so that other modules can read and write them without knowing the stage:
     stages 1-2  the flat group is cut into equal parts; a parameter may lie in none, one or several of them
     stage 3     each parameter is cut into `world` equal parts, the last ones padded
 
-Checked against DeepSpeed 0.19. Parameters swapped to NVMe are not supported.
+Checked against DeepSpeed 0.19. `unsupported` names the kinds of engines that are laid out otherwise.
 """
 
 import math
@@ -23,6 +23,7 @@ from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from d2v2ds.dist import comm
+from d2v2ds.dist.ds_config import SECOND_COPY, STORED_INT8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,34 @@ def stage(engine: DeepSpeedEngine) -> int:
 def compute_dtype(engine: DeepSpeedEngine) -> torch.dtype:
     """Type of the weights in the forward pass."""
     return torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+
+
+def unsupported(engine: DeepSpeedEngine) -> list[str]:
+    """What of this engine keeps its shards from being found here, as sentences; empty for most. Local."""
+    at = f"at ZeRO stage {stage(engine)}"
+    faults = []
+    if engine.fp16_enabled():
+        faults.append(f"fp16 {at}; use bf16 at stages 1 to 3, or fp32")
+    elif stage(engine) == 0 and engine.bfloat16_enabled():
+        faults.append(f"bf16 {at}, which keeps no usable fp32 master; use stage 1, 2 or 3, or fp32")
+    elif stage(engine) in (1, 2) and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+        found = type(engine.optimizer).__name__
+        faults.append(f"{found} {at}; use stage 2 or 3, or remove data_types.grad_accum_dtype")
+    elif engine.bf16_master_weights_and_gradients():
+        faults.append(f"bf16 master weights {at}; remove bf16_master_weights_and_grads")
+    if stage(engine) < 3:
+        return faults
+    if (ranks := engine.zero_hpz_partition_size()) > 1:
+        faults.append(f"zero_hpz_partition_size = {ranks}: {SECOND_COPY}; remove it")
+    if engine.zero_quantized_nontrainable_weights():
+        faults.append(f"zero_quantized_nontrainable_weights: {STORED_INT8}; remove it")
+    for key, section in (
+        ("offload_param", engine.zero_offload_param()),
+        ("offload_optimizer", engine.zero_offload_optimizer()),
+    ):
+        if section is not None and section.device == "nvme":
+            faults.append(f'{key} to NVMe; use "cpu"')
+    return faults
 
 
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:

@@ -76,12 +76,23 @@ def test_all_contradictions_are_reported_at_once_with_both_sides() -> None:
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "use stage 3"),
         ({"stage": 1}, {"data_types": {"grad_accum_dtype": "fp32"}}, "another optimizer class"),
         ({"stage": 1, "overlap_comm": True}, {}, "only gradients of modules that ran in the last micro-batch"),
+        ({"stage": 3, "zero_hpz_partition_size": 2}, {}, "zero_hpz_partition_size = 2: hpZ computes with a second copy"),
+        ({"stage": 3, "zero_quantized_weights": True}, {}, "zero_quantized_weights = True: .* compiles"),
+        ({"stage": 3, "zero_quantized_gradients": True}, {}, "zero_quantized_gradients = True: .* compiles"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, {}, "nontrainable_weights = True: .* int8"),
+        ({"stage": 3}, {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "averages fp32 master weights"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "offloads weights to NVMe"),
     ],
 )
 def test_combinations_that_deepspeed_gets_wrong_are_refused(zero_section: dict, extra: dict, part: str) -> None:
     config = {"bf16": {"enabled": True}, "zero_optimization": zero_section, **extra}
     with pytest.raises(ConfigError, match=part):
         merge_ds_config(config, RUN)
+
+
+def test_switched_off_is_not_refused() -> None:
+    off = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "offload_optimizer": None, "offload_param": None}
+    merge_ds_config({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, **off}}, RUN)
 
 
 def test_merging_leaves_its_argument_alone() -> None:

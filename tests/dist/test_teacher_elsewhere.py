@@ -80,9 +80,26 @@ def follow(config: dict[str, Any]) -> dict[str, Any]:
     return seen
 
 
+def refusal(dtype: str, zero_section: dict[str, Any], **sections: Any) -> str:
+    """What the constructor says to an engine of this kind."""
+    config: dict[str, Any] = {"train_batch_size": 8, "optimizer": THEIRS["optimizer"], "zero_optimization": zero_section}
+    engine = their_engine(config | {dtype: {"enabled": True}} | sections)
+    with pytest.raises(ValueError) as refused:
+        Teacher(Net(), engine)
+    engine.destroy()
+    return str(refused.value)
+
+
 def all_findings() -> dict[str, Any]:
     """One launch for the whole module."""
-    return {"followed": follow(THEIRS)}
+    seen: dict[str, Any] = {"followed": follow(THEIRS)}
+    for stage in range(4):
+        seen[f"fp16 at stage {stage}"] = refusal("fp16", {"stage": stage})
+    seen["bf16 at stage 0"] = refusal("bf16", {"stage": 0})
+    seen["fp32 sums at stage 1"] = refusal("bf16", {"stage": 1}, data_types={"grad_accum_dtype": "fp32"})
+    # Last, because DeepSpeed keeps its groups of ranks for the engines after it.
+    seen["hpz"] = refusal("bf16", {"stage": 3, "zero_hpz_partition_size": 2})
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +113,16 @@ def test_follows_an_engine_whose_json_has_an_optimizer_and_a_schedule(findings: 
     assert seen["distance"] > 0.01
     assert seen["worst"] <= 1e-6
     assert seen["forward_gap"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [(f"fp16 at stage {stage}", f"fp16 at ZeRO stage {stage}; use bf16 at stages 1 to 3, or fp32") for stage in range(4)]
+    + [
+        ("bf16 at stage 0", "bf16 at ZeRO stage 0, which keeps no usable fp32 master; use stage 1, 2 or 3, or fp32"),
+        ("fp32 sums at stage 1", "BF16_Optimizer at ZeRO stage 1; use stage 2 or 3, or remove data_types.grad_accum_dtype"),
+        ("hpz", "zero_hpz_partition_size = 2: hpZ computes with a second copy of the weights"),
+    ],
+)  # fmt: skip
+def test_engine_that_cannot_be_followed_is_refused(findings: dict[str, Any], engine: str, sentence: str) -> None:
+    assert sentence in findings[engine]
