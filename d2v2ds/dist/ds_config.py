@@ -37,6 +37,14 @@ KNOWN = {
 }  # fmt: skip
 """Keys of the JSON that have a meaning here. DeepSpeed itself passes over any key that it does not know."""
 
+OLD_KEYS = {
+    "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_params": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": '"pin_memory" in offload_optimizer or offload_param',
+}
+"""Deprecated keys of `zero_optimization` and what replaces them: they would pass by the rules for the new ones."""
+
 SECOND_COPY = "hpZ computes with a second copy of the weights, which neither the teacher nor a resume writes"
 STORED_INT8 = "frozen weights would lie in int8, which neither the teacher nor a checkpoint reads"
 UNSUPPORTED_KEYS = {
@@ -155,7 +163,8 @@ def _unsupported(config: Mapping[str, Any], source: str) -> list[str]:
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     is_bf16 = bool(config.get("bf16", {}).get("enabled", False))
-    faults = [
+    faults = [f"{source} has {key}, an old spelling; write {new} instead" for key, new in OLD_KEYS.items() if key in zero]
+    faults += [
         f"{source} has {key} = {zero[key]!r}: {why}; remove it"
         for key, why in UNSUPPORTED_KEYS.items()
         if zero.get(key)

@@ -81,6 +81,10 @@ def test_all_contradictions_are_reported_at_once_with_both_sides() -> None:
         ({"stage": 3, "zero_quantized_gradients": True}, {}, "zero_quantized_gradients = True: .* compiles"),
         ({"stage": 3, "zero_quantized_nontrainable_weights": True}, {}, "nontrainable_weights = True: .* int8"),
         ({"stage": 3}, {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "averages fp32 master weights"),
+        ({"stage": 2, "cpu_offload": True}, {}, "cpu_offload, .* \"offload_optimizer\""),
+        ({"stage": 3, "cpu_offload_param": True}, {}, "cpu_offload_param, .* \"offload_param\""),
+        ({"stage": 3, "cpu_offload_params": True}, {}, "cpu_offload_params, .* \"offload_param\""),
+        ({"stage": 3, "cpu_offload_use_pin_memory": True}, {}, "pin_memory, .* \"pin_memory\""),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "offloads weights to NVMe"),
     ],
 )
