@@ -178,13 +178,20 @@ def test_settings_that_a_resumed_run_has_otherwise_are_said(unbroken: Path, shar
 
 
 @pytest.mark.distributed
-def test_other_model_is_refused_and_leaves_the_run_alone(unbroken: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [("block.mlp_dropout=0.3", "block.mlp_dropout: 0.1 -> 0.3"), ("shared_depth=4", "shared_depth: 3 -> 4")],
+)
+def test_other_model_is_refused_and_leaves_the_run_alone(
+    override: str, difference: str, unbroken: Path, shards: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "refused"
     shutil.copytree(unbroken, run_dir)
     before = (run_dir / "config.yaml").read_text()
-    done = attempt("plain", 1, shards, run_dir, "model.block.mlp_dropout=0.3")
+    done = attempt("plain", 1, shards, run_dir, f"model.{override}")
+    assert difference in done.stderr
+    assert "choose another run.dir" in done.stderr
     assert done.returncode == 2
-    assert "block.mlp_dropout: 0.1 -> 0.3" in done.stderr
     assert (run_dir / "config.yaml").read_text() == before
 
 

@@ -68,7 +68,8 @@ def load(
         tag: exactly this checkpoint.
         reshard: allow another number of ranks, ZeRO stage or precision than the checkpoint's. Weights, moments and
             averages are the same then, but the run does not go on bit for bit, and there is no `rank_state`.
-        accept: pass over checkpoints for whose common state it is false; must answer alike on every rank.
+        accept: asked with the common state, before anything else of a whole checkpoint is looked at; one for which it is
+            false is passed over. It may raise, and must answer alike on every rank.
 
     Raises:
         CheckpointError: on all ranks: no usable checkpoint; other parameters; another topology without `reshard`.

@@ -163,17 +163,7 @@ class Checkpoints:
             CheckpointError: none is whole.
             ConfigError: it is of another model, or of other data.
         """
-        restored = checkpoint.load(self.student, self.teacher, self.folder, reshard=True)
-        differing = [
-            field
-            for field in differing_fields(restored.client_state["model"], self.model)
-            if field.split(":")[0] not in FREE_FIELDS
-        ]
-        if differing:
-            raise ConfigError(
-                f"{self.folder}: the checkpoint is of another model than this configuration ({'; '.join(differing)}); "
-                "choose another run.dir"
-            )
+        restored = checkpoint.load(self.student, self.teacher, self.folder, reshard=True, accept=self._is_of_this_model)
         state = restored.client_state
         self.progress.step, self.progress.seen = state["step"], dict(state["seen"])
         self.guard.load_state_dict(state["guard"])
@@ -187,6 +177,18 @@ class Checkpoints:
         except CheckpointError as error:
             raise ConfigError(f"{self.folder / restored.tag}, data.{name}: {error}") from error
         logger.info("resumed at step %d from %s", self.progress.step, restored.tag)
+
+    def _is_of_this_model(self, state: Mapping[str, Any]) -> bool:
+        """True, or ConfigError. Asked before the weights are compared, whose names and shapes say less."""
+        differing = [
+            field for field in differing_fields(state["model"], self.model) if field.split(":")[0] not in FREE_FIELDS
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self.folder}: the checkpoint is of another model than this configuration ({'; '.join(differing)}); "
+                "choose another run.dir"
+            )
+        return True
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint before the steps that were not finite, and on with the data after them.
