@@ -7,11 +7,11 @@ The JSON owns memory, precision and communication; the run owns the algorithm. A
 import copy
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from d2v2ds.errors import ConfigError
 
@@ -36,6 +36,16 @@ KNOWN = {
     "disable_python_gc",
 }  # fmt: skip
 """Keys of the JSON that have a meaning here. DeepSpeed itself passes over any key that it does not know."""
+
+DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+"""Keys of `data_types`, for which DeepSpeed has no model of its own."""
+
+CHOICES = {
+    "data_types.grad_accum_dtype": ("bf16", "bfloat16", "fp32", "float32"),
+    "communication_data_type": ("bf16", "fp16", "fp32"),
+    "gradient_allreduce_op": ("mean",),  # `engine.gradient_sum_factor` undoes it
+}
+"""What DeepSpeed checks late, or not at all."""
 
 OLD_KEYS = {
     "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
@@ -90,8 +100,15 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
 
 def _faults(config: Mapping[str, Any], source: str) -> list[str]:
     """Unknown keys and wrong types, which DeepSpeed would find when the processes already wait for each other."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # seconds, and the shipped files are tested
+    # Here, because they take seconds, and the shipped files are tested.
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "comms_logger": CommsLoggerConfig}
+    names = {"data_types": DATA_TYPES, "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({})), "aio": AIO_DEFAULT_DICT}
     faults = []
     for key, value in config.items():
         if key in RUN_OWNED_SECTIONS:
@@ -99,21 +116,44 @@ def _faults(config: Mapping[str, Any], source: str) -> list[str]:
         if key == "activation_checkpointing":
             faults.append(f"{source} has {key!r}: remove it; the run owns it (engine.activation_checkpointing), block by block")
         elif key not in KNOWN:
-            near = difflib.get_close_matches(key, KNOWN, n=1)
-            faults.append(f"{source} has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        elif key in ("zero_optimization", "bf16", "data_types") and not isinstance(value, dict):
+            faults.append(f"{source} has an unknown key {key!r}{_nearest(key, KNOWN)}")
+        elif key in models.keys() | names.keys() and not isinstance(value, dict):
             faults.append(f"{source}: {key} is {value!r}, expected an object")
-    section = config.get("zero_optimization", {})
-    if isinstance(section, dict):
-        try:
-            DeepSpeedZeroConfig(**section)
-        except ValidationError as error:
-            for fault in error.errors():
-                name, found = ".".join(map(str, fault["loc"])), fault["input"]
-                near = difflib.get_close_matches(name, DeepSpeedZeroConfig.model_fields, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near and name not in DeepSpeedZeroConfig.model_fields else ""
-                faults.append(f"{source}: zero_optimization.{name} = {found!r}: {fault['msg']}{hint}")
+        elif key in models:
+            faults += [f"{source}: {fault}" for fault in _section_faults(key, value, models[key])]
+        elif key in names:
+            unknown = [name for name in value if name not in names[key]]
+            faults += [f"{source} has an unknown key {key}.{name}{_nearest(name, names[key])}" for name in unknown]
+    for key, choices in CHOICES.items():
+        section, _, leaf = key.rpartition(".")
+        holder = config.get(section, {}) if section else config
+        found = holder.get(leaf) if isinstance(holder, dict) else None
+        if found not in (None, "auto", *choices):
+            faults.append(f"{source}: {key} = {found!r}, expected one of {', '.join(map(repr, choices))}")
     return faults
+
+
+def _section_faults(section: str, values: Mapping[str, Any], model: type[BaseModel]) -> list[str]:
+    """What DeepSpeed's own model of a section finds."""
+    fields = {field.alias or name for name, field in model.model_fields.items()}
+    given = {name: value for name, value in values.items() if name not in OLD_KEYS}  # refused when it is merged
+    try:
+        model(**given)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            name, found = ".".join(map(str, fault["loc"])), fault["input"]
+            where = f"{section}.{name} = {found!r}" if name else section
+            faults.append(f"{where}: {fault['msg']}{_nearest(name, fields) if name not in fields else ''}")
+        return faults
+    # It takes "false" for false and "3" for 3; whoever reads the JSON here does not.
+    texts = {name: value for name, value in given.items() if isinstance(value, str) and value != "auto"}
+    return [f"{section}.{name} = {value!r} is text; write {value.lower()}" for name, value in texts.items()]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def merge_ds_config(

@@ -195,6 +195,18 @@ def test_memory_held_is_that_of_the_formula(trained: dict, name: str) -> None:
         ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage = 9: Input should be"),
         ({"zero_optimization": {"reduce_bucket_size": "many"}}, "zero_optimization.reduce_bucket_size = 'many'"),
         ({"zero_optimization": {"overlap_com": True}}, "did you mean 'overlap_comm'?"),
+        ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage = '3' is text; write 3"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op = 'sum', expected one of 'mean'"),
+        ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, "zero_optimization: Value error, compute_grad_norm=fal"),
+        ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}}, "unheard_of"),
+        ({"bf16": {"enable": True}}, "bf16.enable = True: Extra inputs are not permitted; did you mean 'enabled'?"),
+        ({"bf16": {"enabled": "certainly"}}, "bf16.enabled = 'certainly': Input should be a valid boolean"),
+        ({"bf16": {"enabled": "false"}}, "bf16.enabled = 'false' is text; write false"),
+        ({"comms_logger": {"enabled": True, "verbos": True}}, "comms_logger.verbos = True"),
+        ({"data_types": {"grad_accum_type": "fp32"}}, "unknown key data_types.grad_accum_type; did you mean 'grad_accum_dtype'?"),
+        ({"data_types": {"grad_accum_dtype": "fp23"}}, "data_types.grad_accum_dtype = 'fp23', expected one of"),
+        ({"flops_profiler": {"enable": True}}, "unknown key flops_profiler.enable; did you mean 'enabled'?"),
+        ({"communication_data_type": "fp23"}, "communication_data_type = 'fp23', expected one of 'bf16', 'fp16', 'fp32'"),
     ],
 )
 def test_what_deepspeed_would_pass_over_or_stumble_on_is_found_when_the_file_is_read(
