@@ -11,11 +11,25 @@ of teacher and student line up one to one. The forward runs on a working copy in
 An average kept in bf16 instead would stand still: at decay 0.9997 a weight moves only when the student is some ten
 times as large.
 
-    teacher = Teacher(network, engine)      # exact copy of the student's master weights
-    target = teacher(inputs)                # no gradient, eval mode
-    ...
-    if (outcome := optimizer_step(engine)) is not None and outcome.applied:
-        teacher.update(decay)
+In another project, with `Network`, its DeepSpeed JSON `config`, `batches` and a `decay` of its own:
+
+    import deepspeed, torch
+    from d2v2ds.dist.teacher import Teacher
+    network = Network()
+    engine, _, _, _ = deepspeed.initialize(model=network, model_parameters=network.parameters(), config=config)
+    teacher = Teacher(Network(), engine)  # an exact copy of the engine's fp32 master weights
+    for batch in batches:
+        inputs = batch.to(engine.device, torch.bfloat16)  # what the engine computes in, for the teacher too
+        target = teacher(inputs)  # eval mode, no gradient
+        engine.backward((engine(inputs) - target).float().square().mean())
+        engine.step()
+        if engine.was_step_applied():  # not between accumulation boundaries, nor when DeepSpeed skipped the step
+            teacher.update(decay)
+    weights = teacher.full_state_dict()  # on rank 0, for Network().load_state_dict
+
+A network that skips some of its blocks in some steps (layer drop) calls `optimizer_step(engine)` of `dist/engine.py` in
+place of `engine.step()`, and updates when its outcome is `applied`: at stage 3 DeepSpeed would give a skipped block the
+gradient of an earlier step. At stage 0 it also skips a gradient that is not finite, which DeepSpeed applies.
 """
 
 import math
@@ -55,7 +69,8 @@ class Teacher:
 
         Args:
             module: the teacher's network, whole, on the CPU. Every parameter and buffer name must exist in the
-                student's module with the same shape; the student may have more. Its values are never read.
+                student's module with the same shape; the student may have more. Weights tied in the student must be
+                tied in it. Its values are never read.
             student: the engine to follow: fp32 at ZeRO stage 0, bf16 or fp32 at stages 1 to 3.
             will_be_restored: copy nothing, for a checkpoint is read before the first use.
 
@@ -88,7 +103,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output in eval mode, without gradient. At stages 1 to 3 all ranks must call together."""
+        """The module's output in eval mode, without gradient. At stages 1 to 3 all ranks must call together.
+
+        Floating inputs come in the type that the student's engine computes in (bf16 or fp32); nothing is converted.
+        """
         if self._is_stale:
             self._refresh()
         return self._forward(*args, **kwargs)
@@ -217,17 +235,20 @@ class Teacher:
         self._write_working_copy()
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Every parameter's whole fp32 average and every buffer, on rank 0's CPU; empty elsewhere.
+        """What the network's `load_state_dict` takes, on rank 0's CPU; empty elsewhere.
 
+        Every parameter's whole fp32 average, tied ones under each of their names, and every persistent buffer.
         Collective; one parameter at a time is whole on the other ranks.
         """
+        averages = {name: zero.gather_shard(shard, shard.data) for name, shard in self.shards().items()}
+        if comm.rank() > 0:
+            return {}
+        name_of = {id(param): name for name, param in self._module.named_parameters()}
         whole: dict[str, Tensor] = {}
-        for name, shard in self.shards().items():
-            full = zero.gather_shard(shard, shard.data)
-            if full is not None:
-                whole[name] = full
-        if comm.rank() == 0:
-            whole.update({name: buffer.detach().cpu().clone() for name, buffer in self._module.named_buffers()})
+        for name, value in self._module.state_dict(keep_vars=True).items():
+            average = averages[name_of[id(value)]] if id(value) in name_of else value.detach().cpu().clone()
+            if average is not None:
+                whole[name] = average
         return whole
 
     def held_tensors(self) -> dict[str, list[Tensor]]:

@@ -1,5 +1,8 @@
 """`Teacher` in a project that is not this one: a plain network, DeepSpeed's own optimizer, `engine.step()`."""
 
+import ast
+import inspect
+import textwrap
 from typing import Any
 
 import deepspeed
@@ -8,6 +11,7 @@ import torch
 from torch import nn
 
 from d2v2ds.dist import comm, zero
+from d2v2ds.dist import teacher as teacher_module
 from d2v2ds.dist.teacher import Teacher
 from tests.distributed import run_distributed
 from tests.oracles.ema import WholeWeightEma
@@ -47,6 +51,22 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+class Tied(nn.Module):
+    """One weight under two names, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(7, 31, bias=False), nn.Linear(31, 31)
+        self.again = nn.Linear(7, 31, bias=False)
+        self.again.weight = self.enter.weight
+        self.register_buffer("unsaved", torch.ones(31), persistent=False)
+        self.register_buffer("saved", torch.ones(31))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 7) -> (B, 31)."""
+        return self.leave(self.enter(x) + self.again(x) + self.unsaved.to(x.dtype))
+
+
 def their_engine(config: dict[str, Any]) -> Any:
     torch.manual_seed(7)
     model = Net()
@@ -80,6 +100,17 @@ def follow(config: dict[str, Any]) -> dict[str, Any]:
     return seen
 
 
+def documented_example() -> dict[str, Any]:
+    """The module's example, as it stands there."""
+    blocks = textwrap.dedent(ast.get_docstring(ast.parse(inspect.getsource(teacher_module))) or "").split("\n\n")
+    (example,) = [block for block in blocks if "Teacher(" in block]
+    config = THEIRS | {"train_batch_size": 16, "gradient_accumulation_steps": 2}
+    names: dict[str, Any] = {"Network": Tied, "config": config, "batches": torch.randn(4, 4, 7), "decay": DECAY}
+    torch.manual_seed(comm.rank())
+    exec(textwrap.dedent(example), names)
+    return {"num_updates": names["teacher"].num_updates, "weights": names["weights"]}
+
+
 def refusal(dtype: str, zero_section: dict[str, Any], **sections: Any) -> str:
     """What the constructor says to an engine of this kind."""
     config: dict[str, Any] = {"train_batch_size": 8, "optimizer": THEIRS["optimizer"], "zero_optimization": zero_section}
@@ -93,6 +124,7 @@ def refusal(dtype: str, zero_section: dict[str, Any], **sections: Any) -> str:
 def all_findings() -> dict[str, Any]:
     """One launch for the whole module."""
     seen: dict[str, Any] = {"followed": follow(THEIRS)}
+    seen["example"] = documented_example()
     for stage in range(4):
         seen[f"fp16 at stage {stage}"] = refusal("fp16", {"stage": stage})
     seen["bf16 at stage 0"] = refusal("bf16", {"stage": 0})
@@ -126,3 +158,13 @@ def test_follows_an_engine_whose_json_has_an_optimizer_and_a_schedule(findings: 
 )  # fmt: skip
 def test_engine_that_cannot_be_followed_is_refused(findings: dict[str, Any], engine: str, sentence: str) -> None:
     assert sentence in findings[engine]
+
+
+def test_documented_example_runs_and_its_weights_load_into_a_network_with_tied_weights(findings: dict[str, Any]) -> None:
+    assert findings["example"]["num_updates"] == 2, "four micro-batches, two optimizer steps"
+    network = Tied()
+    network.load_state_dict(findings["example"]["weights"])
+    assert network.again.weight is network.enter.weight
+    weights = findings["example"]["weights"]
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    torch.testing.assert_close(weights["again.weight"], weights["enter.weight"], rtol=0, atol=0)
