@@ -43,6 +43,7 @@ DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_m
 CHOICES = {
     "data_types.grad_accum_dtype": ("bf16", "bfloat16", "fp32", "float32"),
     "communication_data_type": ("bf16", "fp16", "fp32"),
+    "zero_optimization.compute_grad_norm": (True,),  # every step reports the norm
     "gradient_allreduce_op": ("mean",),  # `engine.gradient_sum_factor` undoes it
 }
 """What DeepSpeed checks late, or not at all."""

@@ -198,6 +198,7 @@ def test_memory_held_is_that_of_the_formula(trained: dict, name: str) -> None:
         ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage = '3' is text; write 3"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op = 'sum', expected one of 'mean'"),
         ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, "zero_optimization: Value error, compute_grad_norm=fal"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm = False, expected"),
         ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}}, "unheard_of"),
         ({"bf16": {"enable": True}}, "bf16.enable = True: Extra inputs are not permitted; did you mean 'enabled'?"),
         ({"bf16": {"enabled": "certainly"}}, "bf16.enabled = 'certainly': Input should be a valid boolean"),
