@@ -4,6 +4,7 @@
     python -m d2v2ds.export RUN --to NAME.safetensors [--teacher] [--checkpoint TAG]
 
 A folder has the student, with --teacher the average beside it, the tokenizer and a card; a file has one of the two.
+Where the run has lost its metrics or its starts, the model is written all the same, and a warning says what it lacks.
 Reads the checkpoint tensor by tensor, whatever the number of ranks it was saved by: neither DeepSpeed, nor a process
 group, nor memory for more than one tensor is needed. `interop/folder.py` says what lies in the folder.
 """
@@ -109,12 +110,13 @@ def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = 
     }
     if teacher:
         parts["teacher"] = TargetNet, iterate_teacher(checkpoint)
+    records = _metrics(run_dir)
     with new_folder(to) as folder:
         preprocessing = _preprocessing(config, model, folder)
         description = Description(
             model=model,
             preprocessing=preprocessing,
-            origin=_origin(run_dir, config, read_manifest(checkpoint).counters),
+            origin=_origin(run_dir, config, read_manifest(checkpoint).counters, records),
         )
         num_parameters = 0
         for part, (network, tensors) in parts.items():
@@ -125,7 +127,7 @@ def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = 
             if part == "model":
                 num_parameters = sum(torch.Size(kind.shape).numel() for kind in layout.values())
         shutil.copyfile(run_dir / "config.yaml", folder / "run.yaml")
-        _draw_curves(run_dir, folder, list(model.modalities.active()))
+        _draw_curves(records, folder, list(model.modalities.active()))
         write_card(folder, description, to.name, num_parameters)
         write_config(folder, description, write_hub_files(folder, model, preprocessing))
     logger.info("%s: %s of %s, %d parameters", to, " and ".join(parts), checkpoint, num_parameters)
@@ -143,7 +145,7 @@ def _export_file(
         tensors = chain(borrowed, iterate_teacher(checkpoint))
     preprocessing = published_preprocessing(model)
     _set_rate(config, preprocessing)
-    origin = _origin(run_dir, config, read_manifest(checkpoint).counters) | {
+    origin = _origin(run_dir, config, read_manifest(checkpoint).counters, _metrics(run_dir)) | {
         "weights": "teacher" if teacher else "student"
     }
     shown = tqdm(tensors, to.name, len(layout), unit="tensor", leave=False, disable=None)
@@ -180,11 +182,12 @@ def _set_rate(config: RunConfig, described: Preprocessing) -> None:
         described["audio"]["sample_rate_hz"] = config.data.audio.sample_rate_hz
 
 
-def _origin(run_dir: Path, config: RunConfig, counters: dict[str, int]) -> dict[str, Any]:
+def _origin(
+    run_dir: Path, config: RunConfig, counters: dict[str, int], records: list[dict[str, float]]
+) -> dict[str, Any]:
     """What is known of the run, as plain values."""
-    starts = (run_dir / "starts.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(starts[-1]) if starts else {}
-    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] <= counters["global_steps"]]
+    last = _last_start(run_dir)
+    records = [r for r in records if r["step"] <= counters["global_steps"]]
     shown = ("loss/", "target/effective_rank", "target/std", "pred/std", *(amount for amount, _, _ in AMOUNTS.values()))
     final = {
         key: value for key, value in (records[-1] if records else {}).items() if any(part in key for part in shown)
@@ -202,6 +205,27 @@ def _origin(run_dir: Path, config: RunConfig, counters: dict[str, int]) -> dict[
     }
 
 
+def _last_start(run_dir: Path) -> dict[str, Any]:
+    """How the run was started last; empty, with a warning, where that cannot be read."""
+    path = run_dir / "starts.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return dict(json.loads(lines[-1])) if lines else {}
+    except (OSError, ValueError) as error:
+        logger.warning("the model is exported without command, revision and versions of the run: %s: %s", path, error)
+        return {}
+
+
+def _metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Records of the run; none, with a warning, where they cannot be read."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        return read_metrics(path)
+    except OSError as error:
+        logger.warning("the model is exported without metrics and curves of the run: %s: %s", path, error)
+        return []
+
+
 def _data_facts(section: Any) -> dict[str, Any]:
     """Names of the folders, and their sums where they can be read."""
     folders = folders_of(section.shards)
@@ -217,9 +241,8 @@ def _data_facts(section: Any) -> dict[str, Any]:
     return facts
 
 
-def _draw_curves(run_dir: Path, folder: Path, modalities: list[str]) -> None:
+def _draw_curves(records: list[dict[str, float]], folder: Path, modalities: list[str]) -> None:
     """curves.png, where matplotlib is installed and the run has metrics."""
-    records = read_metrics(run_dir / "metrics.jsonl")
     prefixes = ["", *(f"{name}/" for name in modalities)]
     names = [prefix + name for name in CURVES for prefix in prefixes if any(prefix + name in r for r in records)]
     if not names:
