@@ -28,7 +28,7 @@ from d2v2ds.config import RunConfig, load_config
 from d2v2ds.data.joined import folders_of
 from d2v2ds.data.schema import read_index
 from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_teacher, read_manifest, read_plain
-from d2v2ds.errors import CheckpointError, D2V2Error, MissingExtraError, ShardError
+from d2v2ds.errors import CheckpointError, ConfigError, D2V2Error, MissingExtraError, ShardError
 from d2v2ds.interop.card import write_card
 from d2v2ds.interop.folder import (
     FILE_SUFFIX,
@@ -52,6 +52,23 @@ logger = logging.getLogger(__name__)
 
 CURVES = ("loss/regression", "ema/decay", "optim/lr", "target/effective_rank")
 """Metrics that the card shows, of each modality where they are of one."""
+
+
+def run_config(run_dir: Path) -> RunConfig:
+    """The configuration a run was started with last.
+
+    Raises:
+        ConfigError: if the folder is no run's.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        if run_dir.is_dir():
+            names = sorted(path.name for path in run_dir.iterdir())
+            found = f"a folder of {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else "an empty folder"
+        else:
+            found = "a file" if run_dir.exists() else "no such folder"
+        raise ConfigError(f"{run_dir}: expected the folder of a run (config.yaml, checkpoints), found {found}")
+    return load_config(str(file))
 
 
 def checkpoint_folder(run_dir: Path, tag: str | None = None) -> Path:
@@ -98,8 +115,9 @@ def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = 
 
     Raises:
         CheckpointError: if there is no such checkpoint, it is damaged, or `to` holds something else.
+        ConfigError: if the folder is no run's.
     """
-    config = load_config(str(run_dir / "config.yaml"))
+    config = run_config(run_dir)
     checkpoint = checkpoint_folder(run_dir, tag)
     model = model_of(checkpoint)
     if to.suffix == FILE_SUFFIX:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v2ds.config import RunConfig, load_config
+from d2v2ds.config import RunConfig
 from d2v2ds.data.collate import Reader
 from d2v2ds.data.joined import folders_of
 from d2v2ds.data.readers import open_reader
@@ -28,7 +28,7 @@ from d2v2ds.errors import ConfigError, D2V2Error
 from d2v2ds.evals.baselines import BASELINES
 from d2v2ds.evals.features import annotation, pooled_features
 from d2v2ds.evals.probes import Fold, ProbeConfig, Score, leave_one_out, score
-from d2v2ds.export import load_student
+from d2v2ds.export import load_student, run_config
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.init import initialise
 from d2v2ds.train.perf import tune_cpu
@@ -182,7 +182,7 @@ def probe(run_dir: Path, options: Options) -> str:
     Raises:
         CheckpointError, ShardError, MissingExtraError: with what to do.
     """
-    config = load_config(str(run_dir / "config.yaml"))
+    config = run_config(run_dir)
     task = Task.read(config, options.folders, options.label, options.leave_out)
     settings = PROBES[task.modality]
     settings = replace(settings, c=options.c or settings.c, neighbours=options.neighbours or settings.neighbours)

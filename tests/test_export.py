@@ -1,12 +1,14 @@
 """Exports of runs whose folders are not whole any more, or are no runs."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from d2v2ds.export import main
 from d2v2ds.interop.folder import ModelFolder
+from d2v2ds.probe import main as probe
 from tests.runs import launch, pack_clips
 
 
@@ -41,3 +43,27 @@ def test_a_torn_last_start_is_no_obstacle(run: Path, tmp_path: Path, caplog: pyt
     (tmp_path / "run" / "starts.jsonl").write_text('{"command": ["pyth')
     assert main([str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
     assert "without command, revision and versions of the run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.write_text("x"), "a file"),
+        (lambda path: path.mkdir(), "an empty folder"),
+        (lambda path: (path / "checkpoints").mkdir(parents=True), "a folder of checkpoints"),
+        (lambda path: (path / "index.json").mkdir(parents=True), "a folder of index.json"),
+    ],
+)
+@pytest.mark.parametrize("program", ["export", "probe"])
+def test_a_folder_that_is_no_run_is_called_that(
+    program: str, make: Callable[[Path], object], found: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = tmp_path / "given"
+    make(given)
+    if program == "export":
+        assert main([str(given), "--to", str(tmp_path / "model")]) == 2
+    else:
+        assert probe([str(given), "--shards", str(tmp_path)]) == 2
+    expected = f"{given}: expected the folder of a run (config.yaml, checkpoints), found {found}"
+    assert [record.message for record in caplog.records] == [expected]
