@@ -180,12 +180,14 @@ def probe(run_dir: Path, options: Options) -> str:
     """Score, print a table, write the scores into the run's folder and return the verdict.
 
     Raises:
-        CheckpointError, ShardError, MissingExtraError: with what to do.
+        CheckpointError, ConfigError, ShardError, MissingExtraError: with what to do.
     """
+    given = {name: value for name in ("c", "neighbours") if (value := getattr(options, name)) is not None}
+    if problems := ProbeConfig(**given).check():
+        raise ConfigError("; ".join(f"--{problem}" for problem in problems))
     config = run_config(run_dir)
     task = Task.read(config, options.folders, options.label, options.leave_out)
-    settings = PROBES[task.modality]
-    settings = replace(settings, c=options.c or settings.c, neighbours=options.neighbours or settings.neighbours)
+    settings = replace(PROBES[task.modality], **given)
     student, step = load_student(run_dir, options.tag)
     depth = student.depth(task.modality)
     chosen = DEFAULT_BLOCK.get(task.modality, lambda all_of_them: all_of_them)(depth)

@@ -1,5 +1,6 @@
 """Linear probe and nearest neighbours on frozen features (scikit-learn, extra `eval`)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.errors import ConfigError, MissingExtraError
+from d2v2ds.errors import ConfigError, MissingExtraError, below
 
 Matrix = Any
 """(N, D) features: a NumPy array, or a sparse matrix of SciPy."""
@@ -21,6 +22,11 @@ class ProbeConfig:
     """Inverse strength of logistic regression's L2."""
     neighbours: int = 5
     """Of the kNN probe, by cosine similarity."""
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        faults = [] if 0 < self.c < math.inf else [f"c is {self.c:g}, expected a number above 0"]
+        return faults + below(self, "", neighbours=1)
 
 
 @dataclass(frozen=True)
