@@ -4,7 +4,8 @@
     python -m d2v2ds.probe RUN --shards TRAIN --test-shards VALID [--baseline]
 
 A block of the student is scored by logistic regression and by nearest neighbours, either leaving out one speaker at a
-time, or fitted on one folder and tested on another; the last line says in one sentence whether the model learned.
+time, or fitted on one folder and tested on another; the last line says in one sentence whether the model learned: by
+more points than chance among so few rows would give.
 Scores are also written to RUN/probe.json (of a joint run RUN/probe-MODALITY.json).
 """
 
@@ -27,15 +28,16 @@ from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import ConfigError, D2V2Error
 from d2v2ds.evals.baselines import BASELINES
 from d2v2ds.evals.features import annotation, pooled_features
-from d2v2ds.evals.probes import Fold, ProbeConfig, Score, leave_one_out, score
+from d2v2ds.evals.probes import Fold, ProbeConfig, Score, gain, leave_one_out, score
 from d2v2ds.export import load_student, run_config
 from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.init import initialise
 from d2v2ds.train.perf import tune_cpu
 
 LEARNED_POINTS = 5.0
-"""Percentage points over the random start that count as having learned; one standard error of the digit probe
-with 2,000 clips is about one point."""
+"""Percentage points over the random start that count as having learned..."""
+LEARNED_ERRORS = 2.0
+"""... if they are more than so many standard errors, too: of 2,000 clips one is about a point, of 40 about nine."""
 PROBES = {
     "audio": ProbeConfig(c=1.0, neighbours=5),
     "image": ProbeConfig(c=0.1, neighbours=10),
@@ -149,11 +151,15 @@ def _leave_one_out_task(reader: Reader, folder: Path, label: str, leave_out: str
 
 def verdict(trained: Score, start: Score, block: int) -> str:
     """One line."""
-    gain = 100 * (trained.logistic - start.logistic)
-    numbers = f"{100 * trained.logistic:.1f} % against {100 * start.logistic:.1f} % at random init ({gain:+.1f} points)"
-    if gain >= LEARNED_POINTS:
-        return f"the model learned: block {block} gives {numbers}"
-    return f"no clear sign of learning: block {block} gives {numbers}"
+    found = gain(trained, start)
+    numbers = (
+        f"block {block} gives {100 * trained.logistic:.1f} % against {100 * start.logistic:.1f} % at random init "
+        f"({found.points:+.1f} points, standard error {found.standard_error:.1f})"
+    )
+    if found.points >= LEARNED_POINTS and found.points > LEARNED_ERRORS * found.standard_error:
+        return f"the model learned: {numbers}"
+    expected = f"expected {LEARNED_POINTS:g} points or more, and more than {LEARNED_ERRORS:g} standard errors"
+    return f"no clear sign of learning: {numbers}; {expected}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,14 +216,15 @@ def probe(run_dir: Path, options: Options) -> str:
         "division": task.division,
         "probe": asdict(settings),
         "block": chosen,
-        "student": {i: asdict(found) for i, found in trained.items()},
-        "random_init": {i: asdict(found) for i, found in start.items()},
+        "gain": asdict(gain(trained[chosen], start[chosen])),
+        "student": {i: found.to_dict() for i, found in trained.items()},
+        "random_init": {i: found.to_dict() for i, found in start.items()},
     }
     if options.baseline and (baseline := task.baseline()) is not None:
         name, features = baseline
         found = task.score(features, settings)
         print(f"without a model, {name}: logistic {100 * found.logistic:.1f}, kNN {100 * found.knn:.1f}")
-        result["baseline"] = {"name": name} | asdict(found)
+        result["baseline"] = {"name": name} | found.to_dict()
     joint = len(config.data.active()) > 1
     path = run_dir / (f"probe-{task.modality}.json" if joint else "probe.json")
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -31,12 +31,47 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies, mean over folds, 0 to 1."""
+    """How well both probes do, 0 to 1, mean over folds."""
 
-    logistic: float
+    hits: dict[str, NDArray[np.bool_]]
+    """Of each fold, (n,) whether logistic regression has each of its tested rows right."""
     knn: float
-    folds: dict[str, float]
-    """Logistic regression's accuracy on each tested part."""
+    """Accuracy of nearest neighbours."""
+
+    @property
+    def folds(self) -> dict[str, float]:
+        """Logistic regression's accuracy on each tested part."""
+        return {name: float(hits.mean()) for name, hits in self.hits.items()}
+
+    @property
+    def logistic(self) -> float:
+        """Accuracy of logistic regression."""
+        return float(np.mean(list(self.folds.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Accuracies as plain values."""
+        return {"logistic": self.logistic, "knn": self.knn, "folds": self.folds}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What logistic regression on some features has over the same on others, in percentage points."""
+
+    points: float
+    standard_error: float
+    """Of the points if neither were better, that is, if it were a coin toss which of the two has a row right that they
+    disagree on (McNemar's test, each fold for itself). The luck of the run itself, of its seed and of which speakers
+    there are comes on top."""
+
+
+def gain(features: Score, others: Score) -> Gain:
+    """Compare two scores of the same rows in the same folds, row by row."""
+    differences = [features.hits[name].astype(float) - others.hits[name] for name in features.hits]
+    variances = [np.square(fold).sum() / len(fold) ** 2 for fold in differences]
+    return Gain(
+        points=100 * (features.logistic - others.logistic),
+        standard_error=100 * math.sqrt(sum(variances)) / len(differences),
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +117,7 @@ def score(features: Matrix, labels: Sequence[str], folds: Sequence[Fold], config
     except ImportError as error:
         raise MissingExtraError("probes need scikit-learn: pip install 'd2v2ds[eval]'") from error
     wanted = np.asarray(labels)
-    logistic, knn = {}, {}
+    hits, knn = {}, []
     for fold in folds:
         classes = len(set(wanted[fold.fitted]))
         if classes < 2 or fold.fitted.sum() < config.neighbours:
@@ -95,7 +130,7 @@ def score(features: Matrix, labels: Sequence[str], folds: Sequence[Fold], config
             scaler = StandardScaler().fit(x)
             x, y = scaler.transform(x), scaler.transform(y)
         classifier = LogisticRegression(C=config.c, max_iter=1000).fit(x, wanted[fold.fitted])
-        logistic[fold.name] = float(classifier.score(y, wanted[fold.tested]))
+        hits[fold.name] = classifier.predict(y) == wanted[fold.tested]
         neighbours = KNeighborsClassifier(config.neighbours, metric="cosine").fit(x, wanted[fold.fitted])
-        knn[fold.name] = float(neighbours.score(y, wanted[fold.tested]))
-    return Score(float(np.mean(list(logistic.values()))), float(np.mean(list(knn.values()))), logistic)
+        knn.append(float(neighbours.score(y, wanted[fold.tested])))
+    return Score(hits, float(np.mean(knn)))
