@@ -46,6 +46,18 @@ class NonFiniteError(D2V2Error):
 class MissingExtraError(D2V2Error):
     """An optional package is needed; the message names the extra that installs it."""
 
+    def __init__(self, need: str, extra: str) -> None:
+        """
+        Args:
+            need: who needs which package.
+            extra: of `pyproject.toml` that has it; several with commas between.
+        """
+        super().__init__(need, extra)  # both, for an exception is rebuilt from them in another process
+
+    def __str__(self) -> str:
+        need, extra = self.args
+        return f"{need}: in the checkout of d2v2ds, pip install '.[{extra}]'"
+
 
 def below(config: Any, where: str, **floors: float) -> list[str]:
     """Fields of a dataclass that are under their floor, as sentences for a `ConfigError`.

@@ -70,7 +70,7 @@ def log_mel(row: AudioRow, sample_rate_hz: int) -> NDArray[np.float32]:
     try:
         import kaldi_native_fbank
     except ImportError as error:
-        raise MissingExtraError("--plot needs kaldi-native-fbank: pip install 'd2v2ds[audio]'") from error
+        raise MissingExtraError("--plot needs kaldi-native-fbank", "audio") from error
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.samp_freq = sample_rate_hz
     options.frame_opts.dither = 0.0
@@ -92,7 +92,7 @@ def plot(shards: AudioShards, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'd2v2ds[eval]'") from error
+        raise MissingExtraError("--plot needs matplotlib", "eval") from error
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes: Any = figure.subplots(1 + _NUM_PICTURES // 2, 2)
     axes[0, 0].hist(shards.sizes / shards.sample_rate_hz, bins=60)

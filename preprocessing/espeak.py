@@ -29,7 +29,7 @@ class Espeak:
         try:
             import espeakng_loader
         except ImportError as error:
-            raise MissingExtraError("synthetic voices need espeakng-loader: pip install 'd2v2ds[demo]'") from error
+            raise MissingExtraError("synthetic voices need espeakng-loader", "demo") from error
         self._library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
         self._data_path = espeakng_loader.get_data_path()
         self._parts: list[NDArray[np.int16]] = []

@@ -83,7 +83,7 @@ def plot(shards: ImageShards, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'd2v2ds[eval]'") from error
+        raise MissingExtraError("--plot needs matplotlib", "eval") from error
     figure = Figure(figsize=(13, 10), layout="constrained")
     grid = figure.add_gridspec(_SHEET[0] + 2, _SHEET[1])
     sizes: Any = figure.add_subplot(grid[:2, :])

@@ -80,7 +80,7 @@ def choose_team(workers: int | None, use_mpi: bool, environment: Mapping[str, st
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library to load
         raise MissingExtraError(
-            f"started by an MPI launcher or with --mpi, and MPI is missing ({error}): pip install 'd2v2ds[mpi]'"
+            f"started by an MPI launcher or with --mpi, and MPI is missing ({error})", "mpi"
         ) from error
     world = MPI.COMM_WORLD
     check_world(tasks, world.size)

@@ -83,7 +83,7 @@ def load_materials() -> dict[str, Material]:
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
-        raise MissingExtraError("sample images need scikit-learn: pip install 'd2v2ds[eval,image]'") from error
+        raise MissingExtraError("sample images need scikit-learn", "eval,image") from error
     digits = load_digits()
     ink = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]

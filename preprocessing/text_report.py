@@ -100,7 +100,7 @@ def plot(shards: TextShards, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'd2v2ds[eval]'") from error
+        raise MissingExtraError("--plot needs matplotlib", "eval") from error
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes: Any = figure.subplots(2, 2)
     axes[0, 0].hist(shards.sizes, bins=60, range=(0, shards.block_tokens), log=True)

@@ -75,7 +75,7 @@ def _read_sound_file(path: Path, place: str) -> tuple[NDArray[np.float32], int]:
     try:
         import soundfile
     except ImportError as error:
-        raise MissingExtraError("sound files need soundfile: pip install 'd2v2ds[audio]'") from error
+        raise MissingExtraError("sound files need soundfile", "audio") from error
     if not path.is_file():
         raise ValueError(f"{place}: no file {path}")
     try:
@@ -89,7 +89,7 @@ def _soxr() -> Any:
     try:
         import soxr
     except ImportError as error:
-        raise MissingExtraError("resampling needs soxr: pip install 'd2v2ds[audio]'") from error
+        raise MissingExtraError("resampling needs soxr", "audio") from error
     return soxr
 
 

@@ -27,7 +27,7 @@ from d2v2ds.errors import MissingExtraError
 try:
     from PIL import Image
 except ImportError as error:
-    raise MissingExtraError("images need Pillow: pip install 'd2v2ds[image]'") from error
+    raise MissingExtraError("images need Pillow", "image") from error
 
 try:
     import simplejpeg

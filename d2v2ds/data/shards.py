@@ -429,7 +429,7 @@ def decode_flac(encoded: NDArray[np.uint8], start: int, stop: int, place: str) -
     try:
         import soundfile
     except ImportError as error:
-        raise MissingExtraError("shards of codec flac need soundfile: pip install 'd2v2ds[audio]'") from error
+        raise MissingExtraError("shards of codec flac need soundfile", "audio") from error
     try:
         with soundfile.SoundFile(io.BytesIO(encoded.data)) as stream:
             if start:

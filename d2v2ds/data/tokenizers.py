@@ -194,7 +194,7 @@ def sentencepiece_library() -> Any:
     try:
         import sentencepiece
     except ImportError as error:
-        raise MissingExtraError("sentencepiece tokenizers need sentencepiece: pip install 'd2v2ds[text]'") from error
+        raise MissingExtraError("sentencepiece tokenizers need sentencepiece", "text") from error
     return sentencepiece
 
 
@@ -203,5 +203,5 @@ def tokenizers_library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise MissingExtraError("byte-pair tokenizers need tokenizers: pip install 'd2v2ds[text]'") from error
+        raise MissingExtraError("byte-pair tokenizers need tokenizers", "text") from error
     return tokenizers

@@ -19,7 +19,7 @@ def tf_idf(reader: Reader, rows: Sequence[int]) -> Any:
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError as error:
-        raise MissingExtraError("probes need scikit-learn: pip install 'd2v2ds[eval]'") from error
+        raise MissingExtraError("probes need scikit-learn", "eval") from error
     texts = [" ".join(map(str, reader.read_whole(row).tolist())) for row in rows]
     return TfidfVectorizer(token_pattern=r"\d+").fit_transform(texts)
 

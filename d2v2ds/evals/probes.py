@@ -115,7 +115,7 @@ def score(features: Matrix, labels: Sequence[str], folds: Sequence[Fold], config
         from sklearn.neighbors import KNeighborsClassifier
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise MissingExtraError("probes need scikit-learn: pip install 'd2v2ds[eval]'") from error
+        raise MissingExtraError("probes need scikit-learn", "eval") from error
     wanted = np.asarray(labels)
     hits, knn = {}, []
     for fold in folds:

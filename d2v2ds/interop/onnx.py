@@ -196,7 +196,7 @@ def require_onnx() -> None:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingExtraError(f"ONNX export needs {', '.join(missing)}: pip install 'd2v2ds[onnx]'")
+        raise MissingExtraError(f"ONNX export needs {', '.join(missing)}", "onnx")
 
 
 @contextlib.contextmanager

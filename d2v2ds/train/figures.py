@@ -15,7 +15,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("figures need matplotlib: pip install 'd2v2ds[eval]'") from error
+        raise MissingExtraError("figures need matplotlib", "eval") from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
