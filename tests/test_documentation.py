@@ -46,6 +46,11 @@ def test_commands_are_found() -> None:
     assert len(CASES) > 60
 
 
+def test_results_name_their_revisions() -> None:
+    """\"This commit\" is found by nobody who has the file alone."""
+    assert "this commit" not in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("document", "module", "arguments"), CASES, ids=lambda value: str(value)[:60])
 def test_a_documented_command_is_one_that_there_is(
     document: Path, module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
