@@ -38,6 +38,10 @@ AMOUNTS: dict[str, Callable[[Any], tuple[float, str]]] = {
 }
 """Settings of data -> what one optimizer step sees, and its unit."""
 
+OFFLOADED = ("master", "optimizer", "gradients", "teacher_average")
+"""What `offload_optimizer` moves: DeepSpeed accumulates gradients where Adam is, the teacher averages where the master
+is."""
+
 
 def _count(module: nn.Module, *, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
@@ -80,8 +84,11 @@ def _memory(config: RunConfig, student: nn.Module, teacher: nn.Module, world: in
         f"in a step {passing:.2f} GiB of gradients and the activations come on top"
     ]
     if section.get("offload_optimizer", {}).get("device") == "cpu":
-        moved = (held["master"] + held["optimizer"]) / 2**30
-        lines.append(f"of it master and optimizer, {moved:.2f} GiB, lie in the memory of the host")
+        moved = sum(held[name] for name in OFFLOADED) / 2**30
+        lines.append(
+            f"of it {', '.join(OFFLOADED[:-1])} and {OFFLOADED[-1]}, {moved:.2f} GiB, and the gradients of a step lie "
+            "in the memory of the host"
+        )
     return lines
 
 

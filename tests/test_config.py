@@ -223,7 +223,7 @@ def test_overrides_may_stand_behind_options_and_bad_arguments_are_sentences(caps
     assert main(["image_tiny", "--world", "4", "engine.deepspeed=zero3_bf16_offload"]) == 0
     said = capsys.readouterr().out
     assert "of gradients and the activations come on top" in said
-    assert "of it master and optimizer" in said and "in the memory of the host" in said
+    assert "of it master, optimizer, gradients and teacher_average" in said and "in the memory of the host" in said
     assert main(["image_tiny", "data.image.mask.masked_fraction=0.9999"]) == 2
     assert "leaves nothing visible" in capsys.readouterr().err
     with pytest.raises(SystemExit):
