@@ -56,6 +56,7 @@ def summary(config: RunConfig, world: int = 1) -> list[str]:
 
     Raises:
         ConfigError: if there is no such DeepSpeed configuration.
+        ValueError: if the masks of a modality cannot be drawn.
     """
     with torch.device("meta"):
         student, teacher = Data2Vec2(config.model), TargetNet(config.model)
@@ -109,7 +110,10 @@ def _length(config: RunConfig, world: int) -> list[str]:
         samples, size = SAMPLES[name](data, model)
         amount, unit = AMOUNTS[name](data)
         tokens = model.num_tokens(size)
-        masked = masked_count(data.mask, tokens)
+        try:
+            masked = masked_count(data.mask, tokens)
+        except ValueError as error:
+            raise ValueError(f"data.{name}.mask: {error}") from error
         one = step_flops(
             config.model, name, num_samples=1, size=size, num_masks=data.mask.num_masks, visible=tokens - masked
         )

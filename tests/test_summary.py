@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from d2v2ds.config import load_config
+from d2v2ds.config import load_config, main
 from d2v2ds.summary import summary
 
 
@@ -23,3 +23,10 @@ def test_offload_names_everything_that_leaves_the_device() -> None:
     on_host = sum(parts[name] for name in ("master", "optimizer", "gradients", "teacher_average"))
     assert float(re.findall(r"([\d.]+) GiB", said)[0]) == pytest.approx(on_host, abs=0.02)
     assert not [line for line in summary(load_config("audio_large"), 1) if "host" in line]
+
+
+def test_masks_that_cannot_be_drawn_are_named_by_their_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image_tiny", "data.image.mask.block_length=99"]) == 2
+    said = capsys.readouterr().err
+    assert "data.image.mask" in said
+    assert "cannot hold a block of length 99" in said
