@@ -1,7 +1,7 @@
 """What a configuration amounts to, without data and without a process group: sizes, memory, steps, operations."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,15 +32,37 @@ def _text(data: Any, model: Any) -> tuple[float, int]:
 SAMPLES: dict[str, Callable[[Any, Any], tuple[float, int]]] = {"audio": _audio, "image": _image, "text": _text}
 """(settings of data, settings of the model) -> samples per optimizer step, and the size of each."""
 AMOUNTS: dict[str, Callable[[Any], tuple[float, str]]] = {
-    "audio": lambda data: (data.global_batch_seconds / 3600, "hours of audio"),
+    "audio": lambda data: (data.global_batch_seconds, "seconds of audio"),
     "image": lambda data: (data.global_batch_images, "images"),
     "text": lambda data: (data.global_batch_tokens, "tokens"),
 }
-"""Settings of data -> what one optimizer step sees, and its unit."""
+"""Settings of data -> what one optimizer step sees, and its unit, that of the setting."""
+LARGER = {"seconds of audio": ((3600, "hours of audio"), (60, "minutes of audio"))}
+"""Unit -> how many of it make one of another, largest first."""
+BYTES = ((2**30, "GiB"), (2**20, "MiB"))
+OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
 OFFLOADED = ("master", "optimizer", "gradients", "teacher_average")
 """What `offload_optimizer` moves: DeepSpeed accumulates gradients where Adam is, the teacher averages where the master
 is."""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _sized(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """With the largest unit of which there is one, else with the smallest."""
+    of, unit = next((entry for entry in units if value >= entry[0]), units[-1])
+    return f"{_number(value / of)} {unit}"
+
+
+def _bytes(size: float) -> str:
+    return _sized(size, BYTES)
+
+
+def _amount(value: float, unit: str) -> str:
+    return _sized(value, (*LARGER.get(unit, ()), (1, unit)))
 
 
 def _count(module: nn.Module, *, trained_only: bool = False) -> int:
@@ -77,17 +99,17 @@ def _memory(config: RunConfig, student: nn.Module, teacher: nn.Module, world: in
     stage, threshold = section.get("stage", 0), section.get("stage3_param_persistence_threshold", 0)
     kept_whole = sum(p.numel() for p in student.parameters() if p.numel() <= threshold) if stage == 3 else 0
     held = expected_bytes(_count(student, trained_only=True), _count(teacher), world, ds_config, kept_whole)
-    total = sum(held.values()) / 2**30
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
-    passing = passing_bytes(_count(student, trained_only=True), world, ds_config) / 2**30
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items() if size)
+    passing = passing_bytes(_count(student, trained_only=True), world, ds_config)
     lines = [
-        f"memory of one of {world} rank(s) with {config.engine.deepspeed} (stage {stage}): {total:.2f} GiB ({parts}); "
-        f"in a step {passing:.2f} GiB of gradients and the activations come on top"
+        f"memory of one of {world} rank(s) with {config.engine.deepspeed} (stage {stage}): "
+        f"{_bytes(sum(held.values()))} ({parts}); in a step {_bytes(passing)} of gradients and the activations come on "
+        "top"
     ]
     if section.get("offload_optimizer", {}).get("device") == "cpu":
-        moved = sum(held[name] for name in OFFLOADED) / 2**30
+        moved = _bytes(sum(held[name] for name in OFFLOADED))
         lines.append(
-            f"of it {', '.join(OFFLOADED[:-1])} and {OFFLOADED[-1]}, {moved:.2f} GiB, and the gradients of a step lie "
+            f"of it {', '.join(OFFLOADED[:-1])} and {OFFLOADED[-1]}, {moved}, and the gradients of a step lie "
             "in the memory of the host"
         )
     return lines
@@ -119,12 +141,12 @@ def _length(config: RunConfig, world: int) -> list[str]:
         )
         flops += steps * samples * one.total
         lines.append(
-            f"{name}: {amount:,.6g} {unit} per step x {data.mask.num_masks} masks, {amount * steps:,.6g} {unit} "
+            f"{name}: {_number(amount)} {unit} per step x {data.mask.num_masks} masks, {_amount(amount * steps, unit)} "
             f"in all; {tokens} tokens a sample, {masked} masked and {tokens - masked} visible; "
             f"{_turns(data.num_micro, world)}"
         )
     lines.append(
-        f"operations: {flops / steps / 1e12:,.1f} TFLOP per step, {flops:.3g} FLOP in all "
+        f"operations: {_sized(flops / steps, OPERATIONS)} per step, {flops:.3g} FLOP in all "
         "(visible tokens only, teacher included)"
     )
     return lines
@@ -149,7 +171,8 @@ def batch_advice(name: str, config: RunConfig) -> list[str]:
     amounts = {name: (AMOUNTS[name](own[name]), AMOUNTS[name](theirs[name])) for name in own if name in theirs}
     ratios = {modality: ours[0] / original[0] for modality, (ours, original) in amounts.items()}
     lines = [
-        f"{modality}: a global batch of {ours:,.6g} {unit}, {ratios[modality]:.3g} times the {original:,.6g} of {name}"
+        f"{modality}: a global batch of {_number(ours)} {unit}, {ratios[modality]:.3g} times the "
+        f"{_number(original)} of {name}"
         for modality, ((ours, unit), (original, _)) in amounts.items()
         if not math.isclose(ratios[modality], 1.0)
     ]

@@ -60,7 +60,7 @@ def test_a_recipe_as_shipped_needs_no_advice(name: str) -> None:
 def test_another_batch_comes_with_the_settings_that_go_with_it() -> None:
     quarter = ["data.audio.global_batch_seconds=125"]
     size, settings = batch_advice("audio_base", load_config("audio_base", quarter))
-    assert size == "audio: a global batch of 0.0347222 hours of audio, 0.25 times the 0.138889 of audio_base"
+    assert size == "audio: a global batch of 125 seconds of audio, 0.25 times the 500 of audio_base"
     found = settings.split(": ")[1].split()
     config = load_config("audio_base", quarter + found)
     assert config.lr.peak == pytest.approx(7.5e-4 / 2)
