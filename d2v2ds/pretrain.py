@@ -294,8 +294,7 @@ def start_logging(run_dir: Path) -> None:
     )
     logging.getLogger("d2v2ds").setLevel(logging.INFO if comm.rank() == 0 else logging.WARNING)
     if comm.rank() > 0:  # what all ranks see alike is said once
-        for name in ("d2v2ds.train.guard", "d2v2ds.dist.engine"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("d2v2ds.train.guard").setLevel(logging.ERROR)
 
 
 def build_engines(

@@ -6,7 +6,6 @@ ranks. `gradient_sum_factor` undoes both divisions. The reported gradient norm i
 before clipping.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from d2v2ds.dist import zero
-
-logger = logging.getLogger(__name__)
 
 Engine = DeepSpeedEngine
 """What `build_student_engine` returns; other rooms name it so, and import no deepspeed."""
@@ -101,8 +98,6 @@ def optimizer_step(engine: DeepSpeedEngine) -> StepOutcome | None:
         norm = float(engine.get_global_grad_norm())
         outcome = StepOutcome(applied=engine.was_step_applied(), grad_norm=norm)
     zero.clear_gradient_shards(engine)
-    if not outcome.applied:
-        logger.warning("optimizer step %d skipped: gradient norm is not finite", engine.global_steps)
     return outcome
 
 
