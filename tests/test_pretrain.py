@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -139,7 +140,12 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: P
     extra = ["model.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
     done = attempt("torchrun", 2, shards, run_dir, *extra)
     assert done.returncode != 0
-    assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
+    assert "3 steps in a row had a loss or gradient that is not finite, and it can go back to none of the run's 2 " in (
+        done.stderr
+    )
+    assert "intact" not in done.stderr
+    for step in (1, 2, 3):
+        assert len(re.findall(rf"step {step} skipped", done.stderr)) == 1, "on one rank, and by one room"
     records = deterministic(run_dir)
     assert [record["optim/skipped_steps"] for record in records] == [1.0, 2.0]
     assert not any("loss/regression" in record for record in records), "a skipped step must not enter an average"
@@ -152,6 +158,16 @@ def test_a_run_of_which_no_step_was_applied_is_not_done(shards: Path, tmp_path: 
     done = attempt("plain", 1, shards, tmp_path / "run", *few)
     assert done.returncode == 4
     assert "step 2: 2 steps in a row had a loss or gradient that is not finite, all that the run had" in done.stderr
+
+
+def test_run_that_is_not_finite_from_the_start_has_nothing_to_go_back_to(shards: Path, tmp_path: Path) -> None:
+    extra = ["model.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=2", "run.save_every_steps=8"]
+    done = attempt("plain", 1, shards, tmp_path / "inf", *extra)
+    assert done.returncode == 4
+    last = done.stderr.strip().splitlines()[-1]
+    assert "2 steps in a row had a loss or gradient that is not finite, and no checkpoint was saved before them" in last
+    assert "damaged" not in last
+    assert "intact" not in last
 
 
 def test_collapse_stops_the_run_with_its_own_exit_code(shards: Path, tmp_path: Path) -> None:

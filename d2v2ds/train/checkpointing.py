@@ -208,7 +208,13 @@ class Checkpoints:
                 accept=lambda state: state["guard"]["nonfinite_in_a_row"] == 0,
             )
         except CheckpointError as error:
-            raise NonFiniteError(guard.nonfinite(step, f"and there is nothing to go back to ({error})")) from error
+            when = "and no checkpoint was saved before them"
+            if number := len(candidate_tags(self.folder)) + len(lost_tags(self.folder)):
+                when = (
+                    f"and it can go back to none of the run's {number} checkpoint(s): each was saved after some of "
+                    "them, or is damaged, as warnings above say"
+                )
+            raise NonFiniteError(guard.nonfinite(step, when)) from error
         returns = len(self._rollbacks_to(restored.client_state["step"])) + 1
         guard.after_rollback(step, returns)
         self.progress.step, self.progress.seen = restored.client_state["step"], dict(restored.client_state["seen"])

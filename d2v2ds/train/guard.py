@@ -78,15 +78,16 @@ class Guard:
             NonFiniteError: too many.
         """
         if rollbacks > self.config.max_rollbacks:
-            raise NonFiniteError(self.nonfinite(step, f"after {self.config.max_rollbacks} returns to one checkpoint"))
+            raise NonFiniteError(
+                self.nonfinite(step, f"after {self.config.max_rollbacks} returns to one checkpoint, which is intact")
+            )
         self.nonfinite_in_a_row = 0
 
     def nonfinite(self, step: int, when: str) -> str:
         """What to say when a run ends for its steps that are not finite."""
         return (
             f"step {step}: {self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite, {when}; "
-            "lower lr.peak, set optim.clip_norm, or look at the inputs named in bad_batches.jsonl; the last checkpoint "
-            "is intact"
+            "lower lr.peak, set optim.clip_norm, or look at the inputs named in bad_batches.jsonl"
         )
 
     def after_reading(self, damaged: int) -> None:

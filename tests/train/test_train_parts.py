@@ -179,7 +179,7 @@ def test_guard_counts_skipped_steps_goes_back_and_ends_a_hopeless_run() -> None:
     again.after_rollback(2, rollbacks=1)
     assert (again.nonfinite_in_a_row, again.nonfinite_total) == (0, 5)
     assert [again.after_step(step, False) for step in (2, 3, 4)] == [False, False, True]
-    with pytest.raises(NonFiniteError, match="3 steps in a row .* after 1 returns to one checkpoint"):
+    with pytest.raises(NonFiniteError, match="3 steps in a row .* after 1 returns to one checkpoint, which is intact"):
         again.after_rollback(4, rollbacks=2)
 
 
