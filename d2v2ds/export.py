@@ -216,6 +216,8 @@ def _origin(
         "step": counters["global_steps"],
         "of_steps": config.total_steps,
         "command": last.get("command", []),
+        "world_size": last.get("world_size"),
+        "started": last.get("time"),
         "git_revision": last.get("git_revision"),
         "versions": last.get("versions", {}),
         "final_metrics": final,

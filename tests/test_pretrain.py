@@ -62,6 +62,9 @@ def test_run_leaves_what_a_user_needs(unbroken: Path) -> None:
     start = json.loads((unbroken / "starts.jsonl").read_text())
     assert "git_revision" in start
     assert start["versions"]["torch"]
+    assert start["world_size"] == 2
+    assert start["command"][:5] == ["python", "-m", "d2v2ds.pretrain", "--config", "audio_tiny"]
+    assert not [word for word in start["command"] if "local_rank" in word]
     kept = sorted(path.name for path in (unbroken / "checkpoints").glob("step*"))
     assert kept == [f"step{step:08d}" for step in (4, 6, 8)], "the newest three are kept"
 
@@ -226,7 +229,8 @@ def test_an_export_is_the_checkpoint_and_tells_where_it_comes_from(unbroken: Pat
     assert origin["final_metrics"]["loss/regression"] > 0
     card = (to / "README.md").read_text()
     assert "![curves](curves.png)" in card
-    assert "--config audio_tiny" in card
+    assert "- command: `python -m d2v2ds.pretrain --config audio_tiny data.shards=" in card
+    assert "- world size: 2\n- started: 20" in card
     assert load_config(str(to / "run.yaml")) == load_config(str(unbroken / "config.yaml"))
     features = FeatureExtractor(to)(np.random.default_rng(0).normal(size=16000).astype(np.float32), sample_rate=16000)
     assert features.layers[4].shape == (1, 49, 32)

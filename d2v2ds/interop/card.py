@@ -62,7 +62,7 @@ def _facts(origin: dict[str, Any]) -> list[str]:
     return lines
 
 
-SHOWN = ("source", "step", "of_steps", "command", "git_revision", "versions", "final_metrics")
+SHOWN = ("source", "step", "of_steps", "command", "world_size", "started", "git_revision", "versions", "final_metrics")
 """Keys of `Description.origin` that the card shows, in its order."""
 
 
