@@ -409,7 +409,7 @@ def warn_once(message: str) -> None:
 
 
 def describe(config: RunConfig, streams: Streams) -> None:
-    """Say what is about to run: sizes, derived steps and accumulation, length of an epoch."""
+    """Say what is about to run: sizes, derived steps and accumulation, length of an epoch, what may not be meant."""
     logger.info(
         "%d ranks on %s, %s: %d steps", comm.world(), comm.device().type, config.engine.deepspeed, config.total_steps
     )
@@ -429,6 +429,8 @@ def describe(config: RunConfig, streams: Streams) -> None:
                 f"{name}: {turns - count} of the {turns} turns of a step have no data, for {comm.world()} ranks do not "
                 f"divide its {count} micro-batches; take micro-batches of another size, or fewer ranks"
             )
+        for remark in reader.remarks():
+            logger.info("%s", remark)
     logger.info("watch: tensorboard --logdir %s", config.run.dir / "tensorboard")
 
 

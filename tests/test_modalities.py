@@ -17,7 +17,7 @@ from d2v2ds.config import load_config
 from d2v2ds.dist.comm import free_port
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.export import export
-from d2v2ds.pretrain import prepare
+from d2v2ds.pretrain import describe, prepare
 from d2v2ds.probe import main as probe_main
 from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack_audio
@@ -228,6 +228,22 @@ def refusal(config: str, folders: dict[str, Path], modalities: Sequence[str], *o
 )
 def test_impossible_run_is_refused(modality: str, override: str, message: str, folders: dict[str, Path]) -> None:
     assert message in refusal(f"{modality}_tiny", folders, (modality,), override)
+
+
+@pytest.mark.parametrize(("vocab_size", "said"), [(320, False), (8000, True)])
+def test_ids_that_no_text_has_are_mentioned_at_the_start(
+    vocab_size: int, said: bool, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = [*settings(folders, ("text",)), f"run.dir={tmp_path}", f"model.modalities.text.vocab_size={vocab_size}"]
+    config, streams, _ = prepare("text_tiny", overrides, world=1)
+    with caplog.at_level("INFO", logger="d2v2ds.pretrain"):
+        describe(config, streams)
+    lines = [record.message for record in caplog.records if "vocab_size" in record.message]
+    expected = (
+        "data.text.shards: the tokenizer has 320 ids, model.modalities.text.vocab_size is 8000: "
+        "7680 rows of the embedding will never be used"
+    )
+    assert lines == [expected] * said
 
 
 def test_folder_of_another_modality_is_refused(folders: dict[str, Path]) -> None:

@@ -148,6 +148,10 @@ class AudioReader:
             "repack with --resample"
         ]
 
+    def remarks(self) -> list[str]:
+        """Nothing that fits is worth a word."""
+        return []
+
     def faults(self) -> list[str]:
         """Why shards, settings and model do not fit, as sentences."""
         config, rate, faults = self.config, self.config.sample_rate_hz, self.misfits()

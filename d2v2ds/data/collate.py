@@ -101,6 +101,9 @@ class Reader(Protocol):
     def misfits(self) -> list[str]:
         """The part of `faults` that matters to evaluation too: why the model cannot read this folder."""
 
+    def remarks(self) -> list[str]:
+        """What fits and may still not be meant, as sentences, to be said at the start."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:

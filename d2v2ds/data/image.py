@@ -179,6 +179,10 @@ class ImageReader:
         """Why the model cannot read these shards: images of any size become one."""
         return []
 
+    def remarks(self) -> list[str]:
+        """Nothing that fits is worth a word."""
+        return []
+
     def faults(self) -> list[str]:
         """Why settings and model do not fit, as sentences."""
         kind, side = self.mask.kind, self.model.input_size

@@ -155,6 +155,16 @@ class TextReader:
             )
         return faults
 
+    def remarks(self) -> list[str]:
+        """Ids that the model has and no text can have."""
+        known, own = self.shards.vocab_size, self.model.vocab_size
+        if known >= own:
+            return []
+        return [
+            f"data.text.shards: the tokenizer has {known} ids, model.modalities.text.vocab_size is {own}: "
+            f"{own - known} rows of the embedding will never be used"
+        ]
+
     def misfits(self) -> list[str]:
         """Why the model cannot read these shards, as sentences."""
         faults = []
