@@ -15,8 +15,9 @@ from typing import IO, Self
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 60.0
-"""How long to wait for a run that may be ending: one that saves, or that died on a node whose locks must expire."""
+PATIENCE_S = 120.0
+"""How long to wait for a run that may be ending: one that saves, or that died with its node, whose locks expire on a
+network file system after a minute and a half."""
 
 
 class RunLock:
