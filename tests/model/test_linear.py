@@ -1,5 +1,6 @@
 """The oneDNN linear layer is the framework's."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,16 @@ def test_maker_of_the_processor_is_read_where_linux_says_it(tmp_path: Path) -> N
     assert not linear._is_intel(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (3, 2, 1, 12)])
+@pytest.fixture(params=[1, 2])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (5, 12), (2, 7, 12), (3, 2, 1, 12)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_and_gradients_equal_the_frameworks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -52,3 +62,16 @@ def test_input_without_gradient_and_inference_work() -> None:
     assert module.weight.grad is not None
     with torch.inference_mode():
         assert module(x).shape == (6, 3)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("_threads", [2], indirect=True)
+@pytest.mark.parametrize("of", [0, 1])
+def test_factors_of_a_gradient_are_read_where_they_lie(of: int) -> None:
+    """Strides that torch does not take for channels last cost a copy of both, and more time than is gained."""
+    grad, x, weight = torch.randn(64, 32), torch.randn(64, 16), torch.randn(32, 16)
+    with torch.profiler.profile() as profile:
+        linear._gradient(grad, x, weight, of)
+    names = {event.name for event in profile.events()}
+    assert "aten::convolution_backward" in names
+    assert not names & {"aten::copy_", "aten::contiguous", "aten::clone"}
