@@ -230,10 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cpu":
         tune_cpu(processes=1)
-    print(
-        f"{options.config}, batch {options.batch}, speech {options.seconds:g} s, torch {torch.__version__}, {device}",
-        end="",
-    )
+    length = f" of {options.seconds:g} s" if SIZES[options.config].modality == "audio" else ""
+    print(f"{options.config}, batch {options.batch}{length}, torch {torch.__version__}, {device}", end="")
     print(f", {torch.get_num_threads()} threads" if device.type == "cpu" else f", {torch.cuda.get_device_name(device)}")
     print(f"{'precision':9} {'attention':9} {'compile':7} {'s/step':>8} {'inputs/s':>8} {'TFLOP/s':>8} {'peak':>8} "
           f"{'share':>6} {'of best':>7} {'GiB':>6}")  # fmt: skip
