@@ -74,6 +74,8 @@ class Task:
         readers = [_reader(config, folder) for folder in folders]
         if len(readers) == 1:
             return _leave_one_out_task(readers[0], folders[0], label, leave_out)
+        if (first := readers[0].modality) != (second := readers[1].modality):
+            raise ConfigError(f"{folders[1]}: holds {second}, {folders[0]} holds {first}; both must be of one modality")
         parts, labels, sides = [], [], []
         for side, (reader, folder) in enumerate(zip(readers, folders, strict=True)):
             found = [(row, name) for row, name in enumerate(annotation(open_shards(folder), label)) if name is not None]
@@ -81,6 +83,10 @@ class Task:
             labels += [name for _, name in found]
             sides += [side] * len(found)
         fitted = np.array(sides) == 0
+        if len(classes := set(labels[: fitted.sum()])) < 2:
+            raise ConfigError(
+                f"{folders[0]}: expected rows of two classes or more of {label}, found only {classes.pop()!r}"
+            )
         fold = Fold(folders[1].name, fitted, ~fitted)
         return Task(tuple(parts), labels, [fold], f"fitted on {fitted.sum()}, tested on {(~fitted).sum()}")
 

@@ -4,9 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
+from d2v2ds.config import load_config
+from d2v2ds.errors import ConfigError
 from d2v2ds.evals.probes import Score, gain
-from d2v2ds.probe import main, verdict
+from d2v2ds.probe import Task, main, verdict
+from preprocessing.pack_audio import main as pack_audio
+from preprocessing.pack_images import main as pack_images
 
 
 def score(*folds: list[int]) -> Score:
@@ -67,3 +73,19 @@ def test_impossible_settings_are_refused_before_anything_is_read(
     assert main([str(tmp_path / "no run"), "--shards", str(tmp_path / "nothing"), option, value]) == 2
     (message,) = [record.message for record in caplog.records]
     assert message.startswith(f"{option} is {float(value):g}, expected ")
+
+
+def test_folders_that_no_probe_can_be_fitted_on_are_named(tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "cats").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / "pictures" / "cats" / f"{i}.png")
+    soundfile.write(tmp_path / "noise.wav", np.random.default_rng(0).standard_normal(20_000) / 9, 16_000)
+    images, sounds = tmp_path / "images", tmp_path / "sounds"
+    assert pack_images(["--input", str(tmp_path / "pictures"), "--output", str(images), "--workers", "1"]) == 0
+    assert pack_audio(["--input", str(tmp_path), "--output", str(sounds), "--workers", "1"]) == 0
+    folders = [f"data.image.shards={images}", f"data.audio.shards={sounds}", "run.dir=x"]
+    config = load_config("multimodal_tiny", [*folders, "data.text=null", "model.modalities.text=null"])
+    with pytest.raises(ConfigError, match=r"images: expected rows of two classes or more of label, found only 'cats'"):
+        Task.read(config, [images, images], "label", "speaker")
+    with pytest.raises(ConfigError, match=r"sounds: holds audio, .*images holds image; both must be of one modality"):
+        Task.read(config, [images, sounds], "label", "speaker")
