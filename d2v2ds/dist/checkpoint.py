@@ -77,6 +77,7 @@ def load(
     tags, lost = comm.broadcast_object(([tag], []) if tag is not None else (candidate_tags(folder), lost_tags(folder)))
     for candidate in lost:
         logger.warning("checkpoint %s cannot be read, passed over: no %s", folder / candidate, MANIFEST)
+    declined = 0
     for candidate in tags:
         path = folder / candidate
         manifest, fault = comm.broadcast_object(_read_manifest_or_fault(path) if comm.rank() == 0 else (None, ""))
@@ -88,6 +89,7 @@ def load(
         if manifest is not None and not faults:
             client_state = read_plain(path / "client.pt")
             if not accept(client_state):
+                declined += 1
                 continue
             _check_fits(path, manifest, engine, teacher)
             if not is_same and not reshard:
@@ -98,9 +100,9 @@ def load(
         if tag is not None:
             raise CheckpointError("\n".join(faults))
         logger.warning("checkpoint %s is damaged, trying the one before: %s", path, "; ".join(faults))
+    counts = f"{len(tags) + len(lost) - declined} damaged" + (f", {declined} not accepted" if declined else "")
     raise CheckpointError(
-        f"{folder}: no usable checkpoint ({len(tags) + len(lost)} damaged); start a new run in another folder, or "
-        "remove it"
+        f"{folder}: no usable checkpoint ({counts}); start a new run in another folder, or remove it"
     )
 
 

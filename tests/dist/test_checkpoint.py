@@ -120,6 +120,9 @@ def refusals(folder: Path) -> dict[str, str]:
     for step in (1, 2, 3):
         saver.save(engine, teacher, folder / "pruned", f"step{step}", {}, {}, keep=Keep(last=2))
         train(engine, teacher, step, step + 1)
+    with pytest.raises(CheckpointError) as declined:
+        checkpoint.load(engine, teacher, folder / "pruned", accept=lambda state: False)
+    seen["declined"] = str(declined.value)
     if comm.rank() == 1:  # a disk that fills up on one rank
         tensorfile._write_and_sync = _full_disk
     with pytest.raises(CheckpointError) as full:
@@ -390,6 +393,10 @@ def test_other_model_is_refused_with_names(read: dict) -> None:
 def test_missing_checkpoint_and_full_disk_are_errors_on_every_rank(saved: dict) -> None:
     assert "no usable checkpoint" in saved["refusals"]["nothing"]
     assert "rank 1: [Errno 28] No space left" in saved["refusals"]["full disk"]
+
+
+def test_checkpoints_that_were_not_accepted_are_not_called_damaged(saved: dict) -> None:
+    assert "no usable checkpoint (0 damaged, 2 not accepted)" in saved["refusals"]["declined"]
 
 
 def test_only_the_newest_are_kept(saved: dict, folder: Path) -> None:
