@@ -2,8 +2,9 @@
 
     python -m tests.golden_curves        (make golden) writes tests/golden/curves/NAME.json and prints what changed
 
-Each configuration as shipped but for the length of the run and half the batch of text: data that are made here, one
-process, fp32, a record at every step. Whoever changes the numbers says why in the commit.
+Each configuration as shipped but for the length of the run and half the batch of text, in the joint one half of every
+batch: data that are made here, one process, fp32, a record at every step. Whoever changes the numbers says why in the
+commit.
 """
 
 import json
@@ -30,7 +31,8 @@ FRACTIONS = ("explained", "position_share")
 """Metrics whose size says nothing of their rounding."""
 TOLERANCE = 1e-4
 """Of the others, relative. With the kernels of older processors (`ATEN_CPU_CAPABILITY=avx2` or `default` with
-`ONEDNN_MAX_CPU_ISA` and `MKL_ENABLE_INSTRUCTIONS` to match) nothing moved by more than 2e-6."""
+`ONEDNN_MAX_CPU_ISA` and `MKL_ENABLE_INSTRUCTIONS` to match) nothing moved by more than 3e-6, but for the gradient
+of the ALiBi scales with 1e-5."""
 _WORDS = 60
 
 
@@ -59,6 +61,9 @@ def train(name: str, packed: dict[str, Path], run_dir: Path) -> list[dict[str, f
     if "text" in modalities:
         overrides.append("model.modalities.text.vocab_size=320")
         overrides += ["data.text.global_batch_tokens=2048", "data.text.micro_batch_tokens=1024"]
+    if len(modalities) > 1:
+        overrides += ["data.audio.global_batch_seconds=4", "data.audio.micro_batch_seconds=4"]
+        overrides += ["data.image.global_batch_images=8"]
     overrides += [
         f"run.dir={run_dir}", f"run.total_steps={STEPS}", "run.log_every_steps=1", f"run.health_every_steps={STEPS}",
         f"run.save_every_steps={STEPS}", "lr.warmup_steps=5", f"ema.anneal_steps={STEPS}",

@@ -171,6 +171,15 @@ def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_norms_of_the_parts_make_up_that_of_the_gradient(joint: Path) -> None:
+    first = read_metrics(joint / "metrics.jsonl")[0]
+    parts = {name: value for name, value in first.items() if "optim/grad_norm/" in name}
+    of_modalities = [f"{name}/optim/grad_norm/{part}" for name in OF for part in ("local", "decoder")]
+    assert {*of_modalities, "optim/grad_norm/blocks", "image/optim/grad_norm/other"} <= set(parts)
+    assert sum(value**2 for value in parts.values()) == pytest.approx(first["optim/grad_norm"] ** 2, rel=1e-5)
+
+
+@pytest.mark.distributed
 def test_joint_run_resumes_bit_for_bit(joint: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "resumed"
     shutil.copytree(joint, run_dir)

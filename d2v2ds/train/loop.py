@@ -17,6 +17,7 @@ from d2v2ds.batch import Batch
 from d2v2ds.data.loader import StepData
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import Engine
+from d2v2ds.dist.gradients import PartNorms
 from d2v2ds.dist.teacher import Teacher
 from d2v2ds.errors import DamagedDataError, MissingExtraError, NonFiniteError, PreemptedError, ShardError
 from d2v2ds.train.checkpointing import Checkpoints
@@ -24,7 +25,7 @@ from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
 from d2v2ds.train.interval import Interval, ModalityInfo, ModalitySums
-from d2v2ds.train.metrics import AMOUNTS, Metrics, peak_memory_gib
+from d2v2ds.train.metrics import AMOUNTS, Metrics, gradient_metric, peak_memory_gib
 from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import Recipe, StepOutput, pretrain_step
 from d2v2ds.train.validate import Validation
@@ -113,6 +114,7 @@ class Trainer:
         self.validation = validation
         self.samples = self._empty_samples()
         self._peak_flops: float | None = None
+        self._part_norms = PartNorms(student, self._gradient_metric)
 
     def run(self, data: Iterator[StepData]) -> None:
         """Train up to `total_steps`.
@@ -131,6 +133,7 @@ class Trainer:
             raise PreemptedError(f"stopped by {self._signals()} before the first step, nothing was lost")
         while progress.step < config.total_steps:
             step_data, wait_s = following.step_data(), following.wait_s
+            self._part_norms.ask(self._has_part_norms(progress.step + 1))
             out = pretrain_step(self.student, self.teacher, step_data.micro, step=progress.step, recipe=self.recipe)
             progress.step += 1
             progress.sampler = step_data.state_after
@@ -152,7 +155,12 @@ class Trainer:
             is_validating = self.validation is not None and (
                 progress.step % config.validate_every_steps == 0 or is_last
             )
-            if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving or is_validating:
+            if (
+                self._is_health_step(progress.step)
+                or progress.step % config.log_every_steps == 0
+                or is_saving
+                or is_validating
+            ):
                 values = self._record(out, step_data, interval, is_validating)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
                 self._say(values, elapsed * (config.total_steps - progress.step))
@@ -232,6 +240,11 @@ class Trainer:
         """What a metric of one modality is called in this run."""
         return metric if len(self.config.modalities) == 1 else f"{modality}/{metric}"
 
+    def _gradient_metric(self, parameter: str) -> str:
+        """The norm in which the gradient of a parameter counts."""
+        modality, metric = gradient_metric(parameter)
+        return metric if modality is None else self._name(modality, metric)
+
     def _record(self, out: StepOutput, data: StepData, interval: Interval, is_validating: bool) -> dict[str, float]:
         """Reduce, check and write one record; returns it on every rank."""
         progress = self.progress
@@ -255,7 +268,9 @@ class Trainer:
                 if key in values
             )
         values["ema/student_distance"] = self.teacher.student_distance()
-        if self._is_health_step():
+        if out.applied and self._has_part_norms(progress.step):
+            values |= self._part_norms.take(out.grad_norm)
+        if self._is_health_step(progress.step):
             values |= self._health()
             self._figures(out)
         if is_validating:
@@ -310,8 +325,13 @@ class Trainer:
             values["optim/grad_norm"] = interval.grad_norm / interval.applied
         return values
 
-    def _is_health_step(self) -> bool:
-        return self.progress.step == 1 or self.progress.step % self.config.health_every_steps == 0
+    def _is_health_step(self, step: int) -> bool:
+        """Whether health is looked at after so many steps."""
+        return step == 1 or step % self.config.health_every_steps == 0
+
+    def _has_part_norms(self, step: int) -> bool:
+        """Whether the norms of the gradient's parts are taken in the step that makes so many."""
+        return step == 1 or step % self.config.log_every_steps == 0
 
     def _collect(self, out: StepOutput) -> None:
         """Keep some vectors of the last steps before health is looked at."""

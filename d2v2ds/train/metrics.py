@@ -25,6 +25,7 @@ SHARED_UNITS = {
     "ema/student_distance": "|student - teacher| / |student|; norms over all ranks",
     "optim/lr": "learning rate; same on all ranks",
     "optim/grad_norm": "global L2 norm before clipping; mean over the interval",
+    "optim/grad_norm/blocks": "of the shared blocks, before clipping; of every log_every_steps-th step; global",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
     "perf/restarts": "earlier starts of this run; same on all ranks",
     "data/damaged_rows": "rows that could not be read and were left out, since the run began; sum over ranks",
@@ -67,6 +68,12 @@ MODALITY_UNITS = {
     "pred/effective_rank": "mean over ranks",
     "pred/position_share": "mean over ranks",
     "pred/exact_position_share": "mean over ranks",
+    "optim/grad_norm/local": "of the local encoder, before clipping; of every log_every_steps-th step; global",
+    "optim/grad_norm/positions": "the same of the position convolutions",
+    "optim/grad_norm/alibi": "the same of the learned ALiBi scales",
+    "optim/grad_norm/prenet": "the same of the modality's own blocks and their norms",
+    "optim/grad_norm/decoder": "the same of the decoder",
+    "optim/grad_norm/other": "the same of everything else, such as the CLS token",
     "valid/loss/regression": "as loss/regression, on held-out data, without dropout; global",
     "valid/loss/cls": "as loss/cls, on held-out data; global",
     "valid/target/std": "of the teacher's targets on held-out data; over all ranks",
@@ -83,6 +90,15 @@ AMOUNTS = {
     "tokens": ("data/tokens", 1.0, "perf/tokens_per_s"),
 }
 """Unit of a reader -> name of what was seen so far, how many units make one of it, and name of the throughput."""
+
+
+def gradient_metric(parameter: str) -> tuple[str | None, str]:
+    """Which modality a parameter of `Data2Vec2` belongs to, None for all, and in which norm its gradient counts."""
+    room, modality, part, *_ = *parameter.split("."), "", ""
+    name = f"optim/grad_norm/{'decoder' if room == 'decoders' else part}"
+    if room in ("encoders", "decoders"):
+        return modality, name if name in MODALITY_UNITS else "optim/grad_norm/other"
+    return None, "optim/grad_norm/blocks" if room == "blocks" else "optim/grad_norm/other"
 
 
 def is_known(name: str) -> bool:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v2ds.dist import comm, zero
 from d2v2ds.dist.engine import StepOutcome, build_student_engine, gradient_sum_factor, optimizer_step, set_lr
+from d2v2ds.dist.gradients import PartNorms
 from tests.dist import toy
 from tests.distributed import run_distributed
 
@@ -89,13 +90,22 @@ def worst_gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     return max(float((found[n] - expected[n]).abs().max()) for n in expected) / scale
 
 
-def scaling(stage: int, dtype: str) -> dict[str, Any]:
+def part_of(name: str) -> str:
+    """Parts that alternate in the model's order, one of them of single numbers."""
+    return "norms" if ".norm." in name else name.split(".")[0]
+
+
+def scaling(stage: int, dtype: str, **zero_keys: Any) -> dict[str, Any]:
     """Gradient and norm of one step; then the same with clipping."""
     seen: dict[str, Any] = {}
     for clip in (1e9, 0.25):
-        engine = sgd_engine(stage, dtype, clip)
+        engine = sgd_engine(stage, dtype, clip, **zero_keys)
         before = whole(engine)
+        norms = PartNorms(engine, part_of)
+        norms.ask()
         seen["norm", clip] = run_step(engine).grad_norm
+        seen["parts", clip] = norms.take(seen["norm", clip])
+        seen["groups"] = len(zero.flat_groups(engine))
         seen["factor"] = gradient_sum_factor(engine)
         applied = gradient(before, whole(engine))  # empty on other ranks than 0
         seen["applied_norm", clip] = norm(applied)
@@ -103,6 +113,9 @@ def scaling(stage: int, dtype: str) -> dict[str, Any]:
             expected = reference_gradient(0, ((), ()), dtype)
             seen["gap"] = worst_gap(applied, expected)
             seen["expected_norm"] = norm(expected)
+            seen["expected_parts"] = {
+                part: norm({n: t for n, t in expected.items() if part_of(n) == part}) for part in seen["parts", clip]
+            }
         engine.destroy()
     return seen
 
@@ -200,6 +213,8 @@ def all_findings() -> dict[Any, Any]:
     for stage, dtype in CONFIGS:
         seen["scaling", stage, dtype] = scaling(stage, dtype)
         seen["non_finite", stage, dtype] = non_finite(stage, dtype)
+    seen["scaling", 3, "offload"] = scaling(3, "fp32", offload_optimizer={"device": "cpu"})
+    seen["scaling", 3, "sub-groups"] = scaling(3, "fp32", sub_group_size=400)
     for stage in range(4):
         seen["skipped", stage] = skipped_blocks(stage)
     seen["skipped", "offload"] = skipped_blocks(3, offload_optimizer={"device": "cpu"})
@@ -231,6 +246,16 @@ def test_reported_norm_is_the_averaged_gradients_before_clipping(findings: dict,
     assert seen["norm", 0.25] == pytest.approx(seen["norm", 1e9], rel=1e-5)
     assert seen["applied_norm", 1e9] == pytest.approx(seen["norm", 1e9], rel=1e-3)
     assert seen["applied_norm", 0.25] == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, (3, "offload"), (3, "sub-groups")], ids=str)
+def test_norms_of_parts_are_those_of_the_whole_gradient_before_clipping(findings: dict, config: tuple) -> None:
+    seen = findings["scaling", *config]
+    assert list(seen["parts", 1e9]) == ["scale", "norms", "blocks", "front", "head"]
+    tolerance = 1e-2 if config[1] == "bf16" else 1e-5
+    assert seen["parts", 1e9] == pytest.approx(seen["expected_parts"], rel=tolerance)
+    assert seen["parts", 0.25] == pytest.approx(seen["parts", 1e9], rel=1e-5)
+    assert (seen["groups"] > 1) == (config[1] == "sub-groups" or config[0] == 0)
 
 
 @each_config

@@ -13,7 +13,7 @@ from d2v2ds.errors import CollapseError, DamagedDataError, NonFiniteError
 from d2v2ds.train.figures import alibi_figure, mask_figure, save_curves
 from d2v2ds.train.guard import Guard, HealthConfig
 from d2v2ds.train.health import Sample, effective_rank, exact_position_share, position_share
-from d2v2ds.train.metrics import MODALITY_UNITS, SHARED_UNITS, Metrics, read_metrics
+from d2v2ds.train.metrics import MODALITY_UNITS, SHARED_UNITS, Metrics, gradient_metric, read_metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
 
@@ -247,6 +247,15 @@ def test_metric_without_a_unit_is_refused(tmp_path: Path) -> None:
         metrics.write(1, {"audio/ema/decay": 1.0})
     metrics.close()
     assert all((SHARED_UNITS | MODALITY_UNITS).values())
+
+
+def test_part_of_a_gradient_is_named_by_the_place_of_the_parameter() -> None:
+    assert gradient_metric("blocks.3.norm1.weight") == (None, "optim/grad_norm/blocks")
+    assert gradient_metric("decoders.text.proj.0.bias") == ("text", "optim/grad_norm/decoder")
+    assert gradient_metric("encoders.audio.alibi.scale") == ("audio", "optim/grad_norm/alibi")
+    assert gradient_metric("encoders.image.extra") == ("image", "optim/grad_norm/other")
+    assert gradient_metric("encoders.image.new_idea.weight") == ("image", "optim/grad_norm/other")
+    assert gradient_metric("new_idea") == (None, "optim/grad_norm/other")
 
 
 def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
