@@ -59,8 +59,8 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        "kill_in_step,1,5",
         "kill_in_save,1,4",
+        pytest.param("kill_in_step,1,5", marks=pytest.mark.slow),
         pytest.param("kill_in_average,0,5", marks=pytest.mark.slow),
         pytest.param("kill_in_save,0,4", marks=pytest.mark.slow),
     ],
@@ -115,7 +115,7 @@ def test_all_ranks_killed_at_twenty_random_moments(shards: Path, unbroken: Path,
     "number, whom",
     [
         (signal.SIGTERM, [0, 1]),
-        (signal.SIGUSR1, [1]),
+        pytest.param(signal.SIGUSR1, [1], marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, [1], marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, [0, 1], marks=pytest.mark.slow),
     ],
@@ -378,6 +378,7 @@ def test_curves_that_cannot_be_written_do_not_stop_the_run(shards: Path, unbroke
     assert deterministic(run_dir)[-1] == deterministic(unbroken)[-1]
 
 
+@pytest.mark.slow
 def test_clock_that_jumps_changes_nothing(shards: Path, unbroken: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with Ranks(2, shards, run_dir, "fault=clock,0,3", logs=tmp_path) as ranks:
@@ -418,7 +419,7 @@ def test_flipped_byte_costs_its_row_and_is_counted(shards: Path, tmp_path: Path)
         assert "health.max_damaged_rows allows 0" in ranks.printed(0)
 
 
-@pytest.mark.parametrize("how", ["truncated", "deleted"])
+@pytest.mark.parametrize("how", [pytest.param("truncated", marks=pytest.mark.slow), "deleted"])
 def test_shard_that_is_spoilt_while_the_run_goes_on(how: str, shards: Path, unbroken: Path, tmp_path: Path) -> None:
     """Cut off, its rows cannot be read: a clear stop. Deleted, a mapped file stays readable: nothing changes."""
     copy, run_dir = tmp_path / "packed", tmp_path / "run"
