@@ -164,7 +164,7 @@ def exact(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "parts",
     [
         pytest.param([(2, 3), (1, 3)], id="2-to-1"),
-        pytest.param([(2, 3), (2, 1), (2, 3)], id="stage-3-to-1-to-3"),
+        pytest.param([(2, 3), (2, 1), (2, 3)], id="stage-3-to-1-to-3", marks=pytest.mark.slow),
         pytest.param([(2, 3), (4, 3)], id="2-to-4", marks=pytest.mark.slow),
         pytest.param([(4, 3), (2, 3)], id="4-to-2", marks=pytest.mark.slow),
         pytest.param([(1, 2), (3, 1), (1, 0), (2, 3)], id="all-stages", marks=pytest.mark.slow),
