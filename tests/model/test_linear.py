@@ -1,7 +1,8 @@
 """The oneDNN linear layer is the framework's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +76,17 @@ def test_factors_of_a_gradient_are_read_where_they_lie(of: int) -> None:
     names = {event.name for event in profile.events()}
     assert "aten::convolution_backward" in names
     assert not names & {"aten::copy_", "aten::contiguous", "aten::clone"}
+
+
+def test_compilers_and_exporters_are_given_the_plain_product() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(Linear(4, 3), backend=keep, fullgraph=True)(torch.randn(6, 4)).sum().backward()
+    exported = torch.export.export(Linear(4, 3), (torch.randn(6, 4),)).graph
+    names = [str(node.target) for graph in (graphs[0].graph, exported) for node in graph.nodes]
+    assert sum("linear" in name for name in names) == 2
+    assert not any("mkldnn" in name or "autograd" in name for name in names)
