@@ -155,12 +155,7 @@ class Trainer:
             is_validating = self.validation is not None and (
                 progress.step % config.validate_every_steps == 0 or is_last
             )
-            if (
-                self._is_health_step(progress.step)
-                or progress.step % config.log_every_steps == 0
-                or is_saving
-                or is_validating
-            ):
+            if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving or is_validating:
                 values = self._record(out, step_data, interval, is_validating)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
                 self._say(values, elapsed * (config.total_steps - progress.step))
@@ -270,7 +265,7 @@ class Trainer:
         values["ema/student_distance"] = self.teacher.student_distance()
         if out.applied and self._has_part_norms(progress.step):
             values |= self._part_norms.take(out.grad_norm)
-        if self._is_health_step(progress.step):
+        if self._is_health_step():
             values |= self._health()
             self._figures(out)
         if is_validating:
@@ -325,9 +320,8 @@ class Trainer:
             values["optim/grad_norm"] = interval.grad_norm / interval.applied
         return values
 
-    def _is_health_step(self, step: int) -> bool:
-        """Whether health is looked at after so many steps."""
-        return step == 1 or step % self.config.health_every_steps == 0
+    def _is_health_step(self) -> bool:
+        return self.progress.step == 1 or self.progress.step % self.config.health_every_steps == 0
 
     def _has_part_norms(self, step: int) -> bool:
         """Whether the norms of the gradient's parts are taken in the step that makes so many."""
