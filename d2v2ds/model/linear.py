@@ -65,7 +65,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         fits = x.device.type == "cpu" and x.dtype == torch.float32
-        if fits and _USES_ONEDNN and not torch.compiler.is_compiling():  # which know the plain one
+        if fits and _USES_ONEDNN and not torch.compiler.is_compiling():  # compilers know the plain one
             return _OneDnnLinear.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
