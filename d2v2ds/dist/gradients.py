@@ -22,7 +22,7 @@ class PartNorms:
     def __init__(self, engine: Engine, part_of: Callable[[str], str]) -> None:
         """
         Args:
-            engine: the student; not yet stepped or stepped before.
+            engine: the student.
             part_of: name of a parameter -> name of its part.
         """
         self._places: dict[int, dict[str, list[tuple[int, int]]]] = {}  # per tensor of the optimizer and part

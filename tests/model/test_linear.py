@@ -67,12 +67,12 @@ def test_input_without_gradient_and_inference_work() -> None:
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("_threads", [2], indirect=True)
-@pytest.mark.parametrize("of", [0, 1])
-def test_factors_of_a_gradient_are_read_where_they_lie(of: int) -> None:
+@pytest.mark.parametrize("needs_dx", [False, True])
+def test_factors_of_a_gradient_are_read_where_they_lie(needs_dx: bool) -> None:
     """Strides that torch does not take for channels last cost a copy of both, and more time than is gained."""
     grad, x, weight = torch.randn(64, 32), torch.randn(64, 16), torch.randn(32, 16)
     with torch.profiler.profile() as profile:
-        linear._gradient(grad, x, weight, of)
+        linear._gradients(grad, x, weight, needs_dx)
     names = {event.name for event in profile.events()}
     assert "aten::convolution_backward" in names
     assert not names & {"aten::copy_", "aten::contiguous", "aten::clone"}
