@@ -32,10 +32,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 golden: $(STAMP)
-	$(BIN)/python -m tests.golden_curves
+	$(BIN)/python -m tests.runs.golden_curves
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/test_faults.py tests/slurm \
+	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/runs/test_faults.py tests/slurm \
 		tests/preprocessing/test_pack_audio.py::test_full_disk_is_a_clear_error_and_finished_shards_go_on
 
 demo: $(STAMP)

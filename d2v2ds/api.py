@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v2ds.data.inputs import given_ids, normalised, read_picture, read_waveform, token_ids
 from d2v2ds.data.schema import read_index
-from d2v2ds.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.folder import ModelFolder, Weights, load_encoder
+from d2v2ds.inference.inputs import given_ids, normalised, read_picture, read_waveform, token_ids
+from d2v2ds.interop.export_folder import ModelFolder, Weights, load_encoder
+from d2v2ds.modalities.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from d2v2ds.model.block import Block
-from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.model.trunk import Data2Vec2
 from d2v2ds.shapes import PAD_ID, shortest_input
 
 MIN_SECONDS = 0.25

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from d2v2ds.dist.consolidate import (
+from d2v2ds.distributed.checkpoint.format import (
     BEST,
     LATEST,
     PARTIAL,
@@ -28,7 +28,7 @@ from d2v2ds.dist.consolidate import (
     named_tag,
     read_manifest,
 )
-from d2v2ds.dist.retention import Keep, remove, superseded_tags
+from d2v2ds.distributed.checkpoint.keep import Keep, remove, superseded_tags
 from d2v2ds.errors import CheckpointError
 
 EXIT_USAGE, EXIT_DAMAGED = 2, 5

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2v2ds.data.shards import AudioShards, open_shards
-from d2v2ds.dist.comm import free_port
+from d2v2ds.distributed.comm import free_port
 from d2v2ds.train.figures import save_curves
 from d2v2ds.train.metrics import AMOUNTS, read_metrics
 
@@ -79,7 +79,7 @@ JOINING = ("--join-seconds", "3", "6")
 def prepare_audio(runs: Path, data: Path | None) -> Prepared:
     """Recordings: joined for pretraining where they are short, single for the probe."""
     if data is None:
-        python("preprocessing.sample_corpus", "--output", str(runs / "corpus"))
+        python("preprocessing.samples.speech", "--output", str(runs / "corpus"))
         data = runs / "corpus" / "manifest.tsv"
     clips = train = pack("audio", data, runs / f"clips-{key_of(data)}", *PACKING_AUDIO)
     shards = AudioShards(clips)
@@ -94,7 +94,7 @@ def prepare_image(runs: Path, data: Path | None) -> Prepared:
     """Pictures: a folder with `train` and `valid` of class folders can be probed, any other only trained on."""
     if data is None:
         data = runs / "pictures"
-        python("preprocessing.sample_images", "--output", str(data))
+        python("preprocessing.samples.images", "--output", str(data))
     if not (data / "train").is_dir() or not (data / "valid").is_dir():
         return Prepared(pack("images", data, runs / f"images-{key_of(data)}"))
     train, valid = (pack("images", data / part, runs / f"images-{part}-{key_of(data)}") for part in ("train", "valid"))
@@ -108,7 +108,7 @@ def prepare_text(runs: Path, data: Path | None) -> Prepared:
     """Texts: a folder with labelled `train.jsonl` and `valid.jsonl` can be probed, any other only trained on."""
     if data is None:
         data = runs / "texts"
-        python("preprocessing.sample_text", "--output", str(data))
+        python("preprocessing.samples.text", "--output", str(data))
     parts = [data / f"{part}.jsonl" for part in ("train", "valid")]
     labelled = all(part.is_file() for part in parts)
     blocks = pack(

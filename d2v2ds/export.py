@@ -24,13 +24,19 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d2v2ds.config import RunConfig, load_config
+from d2v2ds.config.load import RunConfig, load_config
 from d2v2ds.data.joined import folders_of
 from d2v2ds.data.schema import read_index
-from d2v2ds.dist.consolidate import candidate_tags, iterate_student, iterate_teacher, read_manifest, read_plain
+from d2v2ds.distributed.checkpoint.format import (
+    candidate_tags,
+    iterate_student,
+    iterate_teacher,
+    read_manifest,
+    read_plain,
+)
 from d2v2ds.errors import CheckpointError, ConfigError, D2V2Error, MissingExtraError, ShardError
 from d2v2ds.interop.card import write_card
-from d2v2ds.interop.folder import (
+from d2v2ds.interop.export_folder import (
     FILE_SUFFIX,
     Description,
     Kind,
@@ -41,10 +47,10 @@ from d2v2ds.interop.folder import (
     write_file,
     write_tensors,
 )
-from d2v2ds.interop.hub import write_hub_files
+from d2v2ds.interop.hub.write import write_hub_files
 from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
-from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig
-from d2v2ds.model.target_net import TargetNet
+from d2v2ds.model.trunk import Data2Vec2, ModelConfig
+from d2v2ds.objectives.teacher_network import TargetNet
 from d2v2ds.train.figures import save_curves
 from d2v2ds.train.metrics import AMOUNTS, read_metrics
 

@@ -4,7 +4,7 @@
 
 Every process takes parts of the folder, a few minutes of work each, and writes them to OUT.parts/; the last step joins
 them. Killed and started again, finished parts are kept. Rows stand in the order of the folder, whatever the number of
-processes; `d2v2ds/data/featurefile.py` says how to read them.
+processes; `d2v2ds/inference/feature_file.py` says how to read them.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from d2v2ds.api import FeatureExtractor, batches_by_size, tokenizer_faults
-from d2v2ds.crc import crc32
 from d2v2ds.data.collate import Reader
-from d2v2ds.data.featurefile import ANNOTATIONS, feature_schema, join_files, write_rows
 from d2v2ds.data.readers import open_whole
 from d2v2ds.data.schema import read_index
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.inference.feature_file import ANNOTATIONS, feature_schema, join_files, write_rows
+from d2v2ds.io.crc import crc32
 
 logger = logging.getLogger(__name__)
 

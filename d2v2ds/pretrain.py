@@ -25,18 +25,18 @@ from typing import Any
 import torch
 import yaml
 
-from d2v2ds import provenance
 from d2v2ds.batch import Batch
-from d2v2ds.config import RunConfig, config_error, read_config, to_dict, to_yaml
+from d2v2ds.config.load import RunConfig, config_error, read_config, to_dict, to_yaml
+from d2v2ds.config.summary import batch_advice
 from d2v2ds.data.joined import folders_of
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader, start_worker_server
+from d2v2ds.data.order import BatchPlan, SamplerState
 from d2v2ds.data.readers import open_reader
-from d2v2ds.data.sampler import BatchPlan, SamplerState
-from d2v2ds.dist import comm, zero
-from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
-from d2v2ds.dist.engine import Engine, build_student_engine
-from d2v2ds.dist.retention import Keep
-from d2v2ds.dist.teacher import Teacher
+from d2v2ds.distributed import comm, zero
+from d2v2ds.distributed.checkpoint.keep import Keep
+from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
+from d2v2ds.distributed.engine import Engine, build_student_engine
+from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import (
     CheckpointError,
     CollapseError,
@@ -50,11 +50,16 @@ from d2v2ds.errors import (
     ShardError,
 )
 from d2v2ds.model.block import Block
-from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise, undrawn
-from d2v2ds.model.target_net import TargetNet
-from d2v2ds.summary import batch_advice
+from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.objectives.teacher_network import TargetNet
+from d2v2ds.run import provenance
+from d2v2ds.run.lock import RunLock
+from d2v2ds.run.machine import matmul_peak_flops, tune_cpu
+from d2v2ds.run.preempt import StopRequest
+from d2v2ds.run.warm_start import WarmStart, open_warm_start
+from d2v2ds.run.watchdog import Watchdog
 from d2v2ds.train.checkpointing import (
     Checkpoints,
     Progress,
@@ -67,13 +72,8 @@ from d2v2ds.train.interval import ModalityInfo
 from d2v2ds.train.loop import LoopConfig, Trainer
 from d2v2ds.train.metrics import Metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam
-from d2v2ds.train.perf import matmul_peak_flops, tune_cpu
-from d2v2ds.train.preempt import StopRequest
-from d2v2ds.train.runlock import RunLock
 from d2v2ds.train.step import Recipe
 from d2v2ds.train.validate import Validation
-from d2v2ds.train.watchdog import Watchdog
-from d2v2ds.warm_start import WarmStart, open_warm_start
 
 logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main__" under a launcher
 

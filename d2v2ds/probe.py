@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v2ds.config import RunConfig
+from d2v2ds.config.load import RunConfig
 from d2v2ds.data.collate import Reader
 from d2v2ds.data.joined import folders_of
 from d2v2ds.data.readers import open_reader
@@ -30,9 +30,9 @@ from d2v2ds.evals.baselines import BASELINES
 from d2v2ds.evals.features import annotation, pooled_features
 from d2v2ds.evals.probes import Fold, ProbeConfig, Score, gain, leave_one_out, score
 from d2v2ds.export import load_student, run_config
-from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.init import initialise
-from d2v2ds.train.perf import tune_cpu
+from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.run.machine import tune_cpu
 
 LEARNED_POINTS = 5.0
 """Percentage points over the random start that count as having learned..."""

@@ -19,17 +19,17 @@ from typing import Any
 import soundfile
 import soxr
 
-from d2v2ds.data.flac import DECODER
+from d2v2ds.data.codecs.flac import DECODER
 from d2v2ds.data.schema import CODECS, Index
-from preprocessing.audio_plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
-from preprocessing.audio_rows import rows_of
-from preprocessing.audio_sources import find_clips, read_headers
-from preprocessing.packer import Notes, Row
-from preprocessing.packing import common_parser, read_all, run
-from preprocessing.parallel import Team
-from preprocessing.plan import Plan
-from preprocessing.progress import Measure
-from preprocessing.waveform import Decoder
+from preprocessing.audio.clips import find_clips, read_headers
+from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
+from preprocessing.audio.rows import rows_of
+from preprocessing.audio.waveform import Decoder
+from preprocessing.driver.packing import common_parser, read_all, run
+from preprocessing.driver.parallel import Team
+from preprocessing.driver.plan import Plan
+from preprocessing.driver.progress import Measure
+from preprocessing.driver.protocol import Notes, Row
 
 MEASURE = Measure(
     amount=SAMPLE_RATE_HZ * 3600, amount_unit="h", amount_decimals=2, speed=SAMPLE_RATE_HZ, speed_unit="x real time"
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class AudioPacker:
-    """Recordings to rows; the methods are those of `preprocessing.packer.Packer`."""
+    """Recordings to rows; the methods are those of `preprocessing.driver.protocol.Packer`."""
 
     settings: AudioSettings
     modality = "audio"

@@ -21,11 +21,16 @@ from typing import Any
 import PIL
 from PIL import features
 
-from d2v2ds.data.pixels import ALPHA_OVER
+from d2v2ds.data.codecs.pixels import ALPHA_OVER
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import ConfigError
-from preprocessing.image_rows import ImageSettings, rows_of
-from preprocessing.image_sources import (
+from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
+from preprocessing.driver.packing import common_parser, read_all, run
+from preprocessing.driver.parallel import Team
+from preprocessing.driver.plan import Plan, cut_shards, fingerprint
+from preprocessing.driver.progress import MEBIBYTES
+from preprocessing.driver.protocol import Notes, Row
+from preprocessing.image.find import (
     IMAGE_SUFFIXES,
     MISSING,
     Archive,
@@ -39,12 +44,7 @@ from preprocessing.image_sources import (
     make_units,
     part_bytes,
 )
-from preprocessing.packer import Notes, Row
-from preprocessing.packing import common_parser, read_all, run
-from preprocessing.parallel import Team
-from preprocessing.plan import Plan, cut_shards, fingerprint
-from preprocessing.progress import MEBIBYTES
-from preprocessing.sources import check_present, check_unique, listed, utf8
+from preprocessing.image.rows import ImageSettings, rows_of
 
 _FILES_PER_JOB = 1 << 15
 """Files whose size one process asks for in one go: less does not pay for starting it."""
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class ImagePacker:
-    """Images to rows; the methods are those of `preprocessing.packer.Packer`."""
+    """Images to rows; the methods are those of `preprocessing.driver.protocol.Packer`."""
 
     settings: ImageSettings
     modality = "image"

@@ -20,18 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.data.schema import Index
-from d2v2ds.data.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from preprocessing.diskfile import replacing
-from preprocessing.documents import DOCUMENT_KINDS, ERRORS, DocumentOptions, TextSpan
-from preprocessing.packer import Notes, Row
-from preprocessing.packing import common_parser, parse_bytes, run
-from preprocessing.parallel import Team
-from preprocessing.plan import Plan
-from preprocessing.progress import MEBIBYTES
-from preprocessing.text_plan import TextSettings, make_plan, sample_texts
-from preprocessing.text_rows import block_rows, document_rows
-from preprocessing.tokenization import NORMALIZATIONS, read_tokenizer, special_ids, token_dtype, train_sentencepiece
-from preprocessing.writer import PACKING_NAME
+from d2v2ds.modalities.text.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from preprocessing.driver.output_file import replacing
+from preprocessing.driver.packing import common_parser, parse_bytes, run
+from preprocessing.driver.parallel import Team
+from preprocessing.driver.plan import Plan
+from preprocessing.driver.progress import MEBIBYTES
+from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.writer import PACKING_NAME
+from preprocessing.text.documents import DOCUMENT_KINDS, ERRORS, DocumentOptions, TextSpan
+from preprocessing.text.plan import TextSettings, make_plan, sample_texts
+from preprocessing.text.rows import block_rows, document_rows
+from preprocessing.text.tokenization import (
+    NORMALIZATIONS,
+    read_tokenizer,
+    special_ids,
+    token_dtype,
+    train_sentencepiece,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class TextPacker:
-    """Text files to rows of tokens; the methods are those of `preprocessing.packer.Packer`."""
+    """Text files to rows of tokens; the methods are those of `preprocessing.driver.protocol.Packer`."""
 
     settings: TextSettings
     modality = "text"

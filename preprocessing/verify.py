@@ -30,9 +30,9 @@ from d2v2ds.data.schema import (
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error, ShardError
-from preprocessing.parallel import EXIT_INTERRUPTED, LocalTeam
-from preprocessing.progress import Progress, Report
-from preprocessing.reports import REPORTS, fault
+from preprocessing.driver.parallel import EXIT_INTERRUPTED, LocalTeam
+from preprocessing.driver.progress import Progress, Report
+from preprocessing.driver.reports import REPORTS, fault
 
 EXIT_FAULTY = 1
 EXIT_UNREADABLE = 2

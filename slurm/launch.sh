@@ -132,7 +132,7 @@ pretrain() {
         say "ranks ended with $code"
     fi
     trap '' USR1 TERM HUP
-    verdict=$("${D2V2DS_PREFIX[@]}" python -m d2v2ds.restart --run "$run" --code "$code" --job "$SLURM_JOB_ID" \
+    verdict=$("${D2V2DS_PREFIX[@]}" python -m d2v2ds.run.restart --run "$run" --code "$code" --job "$SLURM_JOB_ID" \
         --restart "$restart" --warned "$warned") || say "no verdict, so this job stops"
     if [[ $verdict == requeue ]]; then requeue; fi
     exit "$code"

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2v2ds.checkpoints import main
-from d2v2ds.dist.consolidate import FORMAT_VERSION, Manifest, candidate_tags, crc32_of
+from d2v2ds.distributed.checkpoint.format import FORMAT_VERSION, Manifest, candidate_tags, crc32_of
 
 
 def checkpoint(folder: Path, step: int, loss: float | None = None) -> Path:

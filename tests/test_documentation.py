@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v2ds.config import load_config
+from d2v2ds.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.data.mixture import DATASET_BITS, Dataset, split_row_numbers
-from d2v2ds.data.sampler import MicroBatch, PlanConfig
+from d2v2ds.data.order import MicroBatch, PlanConfig
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count, visible_positions
 

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from d2v2ds.data.audio import AudioDataConfig, AudioReader
 from d2v2ds.data.collate import ModelInput, Reader
-from d2v2ds.data.image import ImageDataConfig, ImageReader
 from d2v2ds.data.joined import JoinedShards, folders_of
 from d2v2ds.data.shards import open_shards
-from d2v2ds.data.text import TextDataConfig, TextReader
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.audio.reader import AudioDataConfig, AudioReader
+from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader
+from d2v2ds.modalities.text.reader import TextDataConfig, TextReader
 
 READERS: dict[str, Callable[..., Reader]] = {"audio": AudioReader, "image": ImageReader, "text": TextReader}
 

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.crc import crc32
 from d2v2ds.errors import ShardError
+from d2v2ds.io.crc import crc32
 
 SCHEMA_VERSION = 3
 INDEX_NAME = "index.json"

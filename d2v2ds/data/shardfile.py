@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.crc import crc32
 from d2v2ds.data.schema import FIELDS_CRC32, LAYOUTS, PAYLOAD_CRC32, TEXTS_CRC32, Index, Layout, shard_schema
 from d2v2ds.errors import ShardError
+from d2v2ds.io.crc import crc32
 
 WHAT_TO_DO = "copy the file again from where the folder was packed, or pack the folder again"
 

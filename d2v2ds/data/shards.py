@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.data.flac import STREAMINFO_BYTES, decode_mono16, parse_streaminfo
+from d2v2ds.data.codecs.flac import STREAMINFO_BYTES, decode_mono16, parse_streaminfo
 from d2v2ds.data.schema import ROW_DTYPE, SAMPLE_DTYPE, TOKEN_DTYPES, read_index
 from d2v2ds.data.shardfile import RowBatch, ShardFile, check_size
 from d2v2ds.errors import MissingExtraError, ShardError

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from d2v2ds.data.collate import Reader
 from d2v2ds.data.shards import AudioShards, ImageShards, TextShards
 from d2v2ds.errors import ShardError
-from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.model.trunk import Data2Vec2
 
 COLUMNS = ("label", "speaker", "text")
 """Annotations that a shard row can have."""

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from d2v2ds.interop.folder import Description
+from d2v2ds.interop.export_folder import Description
 
 USE = {
     "audio": 'features = extractor(["speech.wav"])',

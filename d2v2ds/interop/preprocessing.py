@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from d2v2ds.model.data2vec2 import ModelConfig
 from d2v2ds.model.local import IMAGE_MEAN, IMAGE_STD
+from d2v2ds.model.trunk import ModelConfig
 from d2v2ds.shapes import AUDIO_NORM_EPS, resized_side
 
 Preprocessing = dict[str, dict[str, Any]]

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v2ds.model.alibi import DistanceBias
-from d2v2ds.model.dropout import dropout
-from d2v2ds.model.linear import Linear
-from d2v2ds.model.rowwise import rowwise
+from d2v2ds.model.cpu.attention import rowwise
+from d2v2ds.model.cpu.dropout import dropout
+from d2v2ds.model.cpu.linear import Linear
 
 AttentionPath = Literal["auto", "explicit", "rowwise", "sdpa", "flex"]
 """How attention is computed. `auto`: SDPA on an accelerator and in inference, rowwise where a CPU trains."""

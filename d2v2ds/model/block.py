@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from d2v2ds.errors import below
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
-from d2v2ds.model.dropout import add_dropped, dropout
-from d2v2ds.model.linear import Linear
+from d2v2ds.model.cpu.dropout import add_dropped, dropout
+from d2v2ds.model.cpu.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v2ds.errors import below
-from d2v2ds.model.dropout import dropout
-from d2v2ds.model.linear import Linear
+from d2v2ds.model.cpu.dropout import dropout
+from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.positions import SameConv, SameConv2d
 
 

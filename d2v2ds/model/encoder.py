@@ -16,7 +16,7 @@ from d2v2ds.batch import Batch
 from d2v2ds.model.alibi import Alibi, DistanceBias, dense_bias
 from d2v2ds.model.attention import DENSE_PATHS, AttentionPath, resolve_path
 from d2v2ds.model.block import Block, BlockConfig
-from d2v2ds.model.dropout import dropout
+from d2v2ds.model.cpu.dropout import dropout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from d2v2ds.model.audio import AudioConfig
+from d2v2ds.modalities.audio.network import AudioConfig
+from d2v2ds.modalities.image.network import ImageConfig
+from d2v2ds.modalities.text.network import TextConfig
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.data2vec2 import ModelConfig
 from d2v2ds.model.decoder import DecoderConfig
-from d2v2ds.model.image import ImageConfig
-from d2v2ds.model.text import TextConfig
+from d2v2ds.model.trunk import ModelConfig
 from d2v2ds.shapes import conv_output_length
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v2ds.model.data2vec2 import Data2Vec2
 from d2v2ds.model.encoder import ExtraTokens
 from d2v2ds.model.local import ConvLayerNorm, PatchEncoder, WaveformEncoder
 from d2v2ds.model.positions import GridPositions
+from d2v2ds.model.trunk import Data2Vec2
 
 _LINEAR_STD = 0.02
 _KEEPS_SMALL_PROJECTION = {"text"}

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v2ds.model.dropout import dropout
-from d2v2ds.model.linear import Linear
+from d2v2ds.model.cpu.dropout import dropout
+from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.positions import TokenConv
 from d2v2ds.shapes import PAD_ID, ConvLayer
 

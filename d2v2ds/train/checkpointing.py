@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2v2ds.data.sampler import BatchPlan, SamplerState
-from d2v2ds.dist import checkpoint, comm
-from d2v2ds.dist.consolidate import candidate_tags, lost_tags
-from d2v2ds.dist.engine import Engine
-from d2v2ds.dist.retention import Keep, abandon_after
-from d2v2ds.dist.saver import SaveOutcome, Saver
-from d2v2ds.dist.teacher import Teacher
+from d2v2ds.data.order import BatchPlan, SamplerState
+from d2v2ds.distributed import comm
+from d2v2ds.distributed.checkpoint import load as checkpoint
+from d2v2ds.distributed.checkpoint.format import candidate_tags, lost_tags
+from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after
+from d2v2ds.distributed.checkpoint.save import SaveOutcome, Saver
+from d2v2ds.distributed.engine import Engine
+from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
 from d2v2ds.train.guard import Guard
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch
 from d2v2ds.data.collate import Reader
-from d2v2ds.dist import comm
-from d2v2ds.model.loss import channel_variances, mean_channel_std
+from d2v2ds.distributed import comm
+from d2v2ds.objectives.loss import channel_variances, mean_channel_std
 from d2v2ds.train.step import ModalityOutput, StepOutput
 
 

@@ -15,21 +15,21 @@ import torch
 
 from d2v2ds.batch import Batch
 from d2v2ds.data.loader import StepData
-from d2v2ds.dist import comm, zero
-from d2v2ds.dist.engine import Engine
-from d2v2ds.dist.gradients import PartNorms
-from d2v2ds.dist.teacher import Teacher
+from d2v2ds.distributed import comm, zero
+from d2v2ds.distributed.engine import Engine
+from d2v2ds.distributed.gradient_norms import PartNorms
+from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import DamagedDataError, MissingExtraError, NonFiniteError, PreemptedError, ShardError
+from d2v2ds.run.preempt import StopRequest
+from d2v2ds.run.watchdog import Watchdog
 from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
 from d2v2ds.train.interval import Interval, ModalityInfo, ModalitySums
 from d2v2ds.train.metrics import AMOUNTS, Metrics, gradient_metric, peak_memory_gib
-from d2v2ds.train.preempt import StopRequest
 from d2v2ds.train.step import Recipe, StepOutput, pretrain_step
 from d2v2ds.train.validate import Validation
-from d2v2ds.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

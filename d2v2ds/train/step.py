@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from d2v2ds.batch import Batch
-from d2v2ds.dist import comm
-from d2v2ds.dist.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
-from d2v2ds.dist.teacher import Teacher
-from d2v2ds.model.data2vec2 import StudentOutput, total_loss
-from d2v2ds.model.loss import channel_moments
+from d2v2ds.distributed import comm
+from d2v2ds.distributed.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
+from d2v2ds.distributed.teacher import Teacher
+from d2v2ds.model.trunk import StudentOutput, total_loss
+from d2v2ds.objectives.loss import channel_moments
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
 
 

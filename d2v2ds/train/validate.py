@@ -13,11 +13,11 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch
 from d2v2ds.data.collate import Collator, Reader
-from d2v2ds.data.sampler import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
-from d2v2ds.dist import comm
-from d2v2ds.dist.engine import Engine
-from d2v2ds.dist.teacher import Teacher
-from d2v2ds.model.loss import channel_moments
+from d2v2ds.data.order import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
+from d2v2ds.distributed import comm
+from d2v2ds.distributed.engine import Engine
+from d2v2ds.distributed.teacher import Teacher
+from d2v2ds.objectives.loss import channel_moments
 from d2v2ds.train.health import Sample
 from d2v2ds.train.interval import prediction_metrics
 from d2v2ds.train.step import step_seed

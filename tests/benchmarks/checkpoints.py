@@ -19,16 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from d2v2ds.config import RunConfig, load_config
-from d2v2ds.dist import checkpoint, comm
-from d2v2ds.dist.consolidate import read_manifest
-from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
-from d2v2ds.dist.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
-from d2v2ds.dist.saver import Saver
-from d2v2ds.dist.teacher import Teacher
-from d2v2ds.model.data2vec2 import total_loss
+from d2v2ds.config.load import RunConfig, load_config
+from d2v2ds.distributed import comm
+from d2v2ds.distributed.checkpoint import load as checkpoint
+from d2v2ds.distributed.checkpoint.format import read_manifest
+from d2v2ds.distributed.checkpoint.save import Saver
+from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
+from d2v2ds.distributed.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
+from d2v2ds.distributed.teacher import Teacher
+from d2v2ds.model.trunk import total_loss
 from d2v2ds.pretrain import build_engines
-from d2v2ds.train.perf import tune_cpu
+from d2v2ds.run.machine import tune_cpu
 from tests.benchmarks.zero import make_batch
 
 BLOCK = 4 << 20

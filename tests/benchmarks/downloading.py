@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.download import main as download
+from preprocessing.download.command import main as download
 
 
 def write_files(folder: Path, files: int, size: int) -> dict[str, str]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v2ds.dist import comm, zero
-from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
-from d2v2ds.dist.engine import build_student_engine
-from d2v2ds.dist.teacher import Teacher
+from d2v2ds.distributed import comm, zero
+from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
+from d2v2ds.distributed.engine import build_student_engine
+from d2v2ds.distributed.teacher import Teacher
 
 SHIPPED = {
     (0, "fp32"): "zero0_fp32_debug",
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
     options = parser.parse_args()
-    from tests.distributed import run_distributed
+    from tests.ranks import run_distributed
 
     arguments = (options.million, options.stage, options.dtype, options.threads)
     rows = run_distributed(measure, options.world, *arguments, timeout_s=900)

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2v2ds.config import load_config
+from d2v2ds.config.load import load_config
 from d2v2ds.data.shards import open_shards
 from d2v2ds.extract import DTYPES, PART_TOKENS, Extraction, Options
-from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.model.trunk import Data2Vec2
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 from preprocessing.pack_text import main as pack_text

@@ -20,11 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from d2v2ds.config import load_config
-from d2v2ds.interop.folder import ModelFolder, load_encoder
-from d2v2ds.interop.onnx import KINDS, check_onnx, export_onnx, measure, quantise, random_inputs, table
-from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.config.load import load_config
+from d2v2ds.interop.export_folder import ModelFolder, load_encoder
+from d2v2ds.interop.onnx.graph import KINDS, check_onnx, export_onnx, measure, quantise, random_inputs, table
 from d2v2ds.model.init import initialise
+from d2v2ds.model.trunk import Data2Vec2
 
 CASES = {"audio_base": (499, (1, 4)), "image_base": (196, (8,)), "text_base": (512, (4,))}
 """Tokens of an input, 10 s of speech, and numbers of inputs."""

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from d2v2ds.data.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
-from preprocessing.documents import DocumentOptions, find_text_files, read_documents
+from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
 from preprocessing.pack_text import main as pack
-from preprocessing.text_plan import TextSettings, make_plan
-from preprocessing.tokenization import train_sentencepiece
+from preprocessing.text.documents import DocumentOptions, find_text_files, read_documents
+from preprocessing.text.plan import TextSettings, make_plan
+from preprocessing.text.tokenization import train_sentencepiece
 from tests.benchmarks.packing import timed
 
 GOAL = 0.85

@@ -19,14 +19,14 @@ import numpy as np
 import soundfile
 import torch
 
-from d2v2ds.data.audio import AudioDataConfig, AudioReader
 from d2v2ds.data.collate import Collator
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
-from d2v2ds.data.sampler import BatchPlan, MicroBatch, SamplerState
+from d2v2ds.data.order import BatchPlan, MicroBatch, SamplerState
 from d2v2ds.data.shards import AudioShards
 from d2v2ds.masking import MaskConfig, draw_masks, visible_positions
+from d2v2ds.modalities.audio.reader import AudioDataConfig, AudioReader
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
-from preprocessing.audio_rows import encode_flac
+from preprocessing.audio.rows import encode_flac
 from preprocessing.pack_audio import main as pack_audio
 
 RATE = 16_000

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from d2v2ds.data.codecs.pixels import SCALES
 from d2v2ds.data.collate import Collator
-from d2v2ds.data.image import ImageDataConfig, ImageReader, ImageSource, augmentation_numbers, draw_crops
-from d2v2ds.data.pixels import SCALES
-from d2v2ds.data.sampler import MicroBatch
+from d2v2ds.data.order import MicroBatch
 from d2v2ds.data.shards import ImageShards
 from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader, ImageSource, augmentation_numbers, draw_crops
 from tests.data.fake_images import FakeImages, encode, photo
 
 SIDE, PATCH, MICRO_BATCH = 224, 16, 16

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from d2v2ds.data.sampler import MicroBatch
+from d2v2ds.data.order import MicroBatch
 from d2v2ds.data.shards import TextShards
-from d2v2ds.data.text import TextDataConfig, TextReader
 from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.text.reader import TextDataConfig, TextReader
 from tests.preprocessing.tiny_text import pack_tiny
 
 VOCAB_SIZE = 50265

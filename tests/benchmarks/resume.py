@@ -23,7 +23,7 @@ imported = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from d2v2ds import pretrain  # noqa: E402
-from d2v2ds.dist import comm  # noqa: E402
+from d2v2ds.distributed import comm  # noqa: E402
 from d2v2ds.train import loop  # noqa: E402
 
 FRAMEWORK = ("import torch and deepspeed", "process group", "deepspeed.initialize")

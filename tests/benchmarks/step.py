@@ -24,19 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
-from d2v2ds.model.audio import AudioConfig
+from d2v2ds.modalities.audio.network import AudioConfig
+from d2v2ds.modalities.image.network import ImageConfig
+from d2v2ds.modalities.text.network import TextConfig
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.data2vec2 import Data2Vec2, ModalitiesConfig, ModelConfig, total_loss
+from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.flops import step_flops
-from d2v2ds.model.image import ImageConfig
 from d2v2ds.model.init import initialise
-from d2v2ds.model.linear import Linear
-from d2v2ds.model.loss import LossConfig
-from d2v2ds.model.target_net import TargetNet
-from d2v2ds.model.targets import TargetConfig
-from d2v2ds.model.text import TextConfig
-from d2v2ds.train.perf import matmul_peak_flops, tune_cpu
+from d2v2ds.model.trunk import Data2Vec2, ModalitiesConfig, ModelConfig, total_loss
+from d2v2ds.objectives.loss import LossConfig
+from d2v2ds.objectives.targets import TargetConfig
+from d2v2ds.objectives.teacher_network import TargetNet
+from d2v2ds.run.machine import matmul_peak_flops, tune_cpu
 
 SAMPLE_RATE_HZ = 16000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -4,7 +4,7 @@
 
 Each stage trains the same model on the same random audio, one clip on each rank. Times are medians of rank 0.
 `held` is what model, optimizer and teacher hold on rank 0 (tensors counted) beside the formula of
-`d2v2ds/dist/memory.py`; `peak` is the resident size of the process, activations and libraries included. Stage 0
+`d2v2ds/distributed/memory.py`; `peak` is the resident size of the process, activations and libraries included. Stage 0
 exists in fp32 only, so stage 3 is measured in fp32 too. `kept` is what the forward of the last step leaves behind for
 the backward: compare it with and without engine.activation_checkpointing=false.
 """
@@ -26,20 +26,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from d2v2ds.batch import Batch
-from d2v2ds.config import RunConfig, load_config
-from d2v2ds.data.audio import AudioReader
+from d2v2ds.config.load import RunConfig, load_config
 from d2v2ds.data.collate import Collator
-from d2v2ds.data.sampler import MicroBatch
-from d2v2ds.dist import comm
-from d2v2ds.dist.ds_config import load_ds_config, merge_ds_config
-from d2v2ds.dist.engine import gradient_sum_factor, optimizer_step, set_lr
-from d2v2ds.dist.held import held_bytes
-from d2v2ds.dist.memory import expected_bytes
-from d2v2ds.dist.zero import full_shape
-from d2v2ds.model.data2vec2 import total_loss
+from d2v2ds.data.order import MicroBatch
+from d2v2ds.distributed import comm
+from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
+from d2v2ds.distributed.engine import gradient_sum_factor, optimizer_step, set_lr
+from d2v2ds.distributed.held import held_bytes
+from d2v2ds.distributed.memory import expected_bytes
+from d2v2ds.distributed.zero import full_shape
+from d2v2ds.modalities.audio.reader import AudioReader
+from d2v2ds.model.trunk import total_loss
 from d2v2ds.pretrain import build_engines
+from d2v2ds.run.machine import tune_cpu
 from d2v2ds.train.metrics import peak_memory_gib
-from d2v2ds.train.perf import tune_cpu
 
 
 def memory_in_use() -> int:

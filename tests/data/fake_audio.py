@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from d2v2ds.data.audio import AudioDataConfig, AudioReader
 from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.audio.reader import AudioDataConfig, AudioReader
 from d2v2ds.shapes import conv_output_length
 
 RATE = 1000

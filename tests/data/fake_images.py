@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d2v2ds.data.pixels import SWAPS_SIDES
+from d2v2ds.data.codecs.pixels import SWAPS_SIDES
 from d2v2ds.data.shards import EncodedImage
 
 

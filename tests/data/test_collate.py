@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from d2v2ds.data.audio import crop_starts
 from d2v2ds.data.collate import Collator
-from d2v2ds.data.sampler import MicroBatch
+from d2v2ds.data.order import MicroBatch
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
+from d2v2ds.modalities.audio.reader import crop_starts
 from d2v2ds.shapes import conv_output_length
 from tests.data.fake_audio import CONV_LAYERS, FakeAudio, fake_reader
 

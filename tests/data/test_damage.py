@@ -16,11 +16,11 @@ from d2v2ds.data.schema import LAYOUTS
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.data.shards import AudioShards, ImageShards, TextShards, open_shards
 from d2v2ds.errors import ShardError
-from preprocessing import writer
+from preprocessing.driver import writer
+from preprocessing.driver.packing import pack
+from preprocessing.driver.parallel import LocalTeam
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
-from preprocessing.packing import pack
-from preprocessing.parallel import LocalTeam
 from tests.preprocessing.pictures import encoded, picture
 from tests.preprocessing.tiny_text import TinyPacker, TinySettings
 

@@ -16,23 +16,23 @@ import soundfile
 import torch
 
 from d2v2ds.batch import Batch
-from d2v2ds.config import load_config
-from d2v2ds.data.audio import AudioDataConfig, AudioReader
+from d2v2ds.config.load import load_config
 from d2v2ds.data.collate import Reader
-from d2v2ds.data.image import ImageDataConfig
 from d2v2ds.data.joined import JoinedShards, sizes_of
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
 from d2v2ds.data.mixture import DATASET_BITS
+from d2v2ds.data.order import BatchPlan, MicroBatch, SamplerState
 from d2v2ds.data.readers import open_reader
-from d2v2ds.data.sampler import BatchPlan, MicroBatch, SamplerState
 from d2v2ds.data.shards import open_shards
-from d2v2ds.data.text import TextDataConfig
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.audio.reader import AudioDataConfig, AudioReader
+from d2v2ds.modalities.image.reader import ImageDataConfig
+from d2v2ds.modalities.text.reader import TextDataConfig
 from d2v2ds.shapes import PAD_ID
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
-from tests.data.test_text import Model as TextModel
+from tests.modalities.test_text import Model as TextModel
 from tests.preprocessing.pictures import encoded, picture
 from tests.preprocessing.tiny_text import pack_tiny, tokens_of
 

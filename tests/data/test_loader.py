@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v2ds.data.audio import AudioReader
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
-from d2v2ds.data.sampler import BatchPlan, SamplerState
+from d2v2ds.data.order import BatchPlan, SamplerState
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.audio.reader import AudioReader
 from tests.data.fake_audio import FakeAudio, FakeModel, fake_config, fake_reader
 
 MASK = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=3, num_masks=2)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from d2v2ds.data import sampler
+from d2v2ds.data import order as sampler
 from d2v2ds.data.mixture import DATASET_BITS, Dataset, Mixture, split_row_numbers
-from d2v2ds.data.sampler import BatchPlan, PlanConfig, SamplerState
+from d2v2ds.data.order import BatchPlan, PlanConfig, SamplerState
 from d2v2ds.errors import CheckpointError, ShardError
 
 CONFIG = PlanConfig(micro_size=2000, num_micro=3, min_size=100, max_size=800, crops=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2v2ds.interop.folder import Description, Kind, new_folder, write_config, write_tensors
+from d2v2ds.interop.export_folder import Description, Kind, new_folder, write_config, write_tensors
 from d2v2ds.interop.preprocessing import published_preprocessing
-from d2v2ds.model.data2vec2 import Data2Vec2, ModalitiesConfig, ModelConfig
 from d2v2ds.model.init import initialise
-from d2v2ds.model.target_net import TargetNet
+from d2v2ds.model.trunk import Data2Vec2, ModalitiesConfig, ModelConfig
+from d2v2ds.objectives.teacher_network import TargetNet
 from tests.model.tiny_joint import joint_model_config
 
 

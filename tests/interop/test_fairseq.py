@@ -13,11 +13,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from d2v2ds import FeatureExtractor, load_model
-from d2v2ds.config import load_config
-from d2v2ds.data.tokenizers import load_tokenizer
+from d2v2ds.config.load import load_config
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.fairseq import OWN_LICENCE, main, read_official
-from d2v2ds.interop.folder import (
+from d2v2ds.interop.export_folder import (
     Description,
     Kind,
     ModelFolder,
@@ -27,20 +25,22 @@ from d2v2ds.interop.folder import (
     write_config,
     write_tensors,
 )
-from d2v2ds.interop.official_config import UnsupportedOptionError
-from d2v2ds.interop.pickles import read_pickled
+from d2v2ds.interop.fairseq.files import OWN_LICENCE, main, read_official
+from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError
+from d2v2ds.interop.fairseq.pickles import read_pickled
 from d2v2ds.interop.preprocessing import published_preprocessing
-from d2v2ds.model.data2vec2 import Data2Vec2, total_loss
+from d2v2ds.modalities.text.tokenizers import load_tokenizer
 from d2v2ds.model.init import initialise
-from d2v2ds.model.target_net import TargetNet
-from d2v2ds.verify import Case, case_names
+from d2v2ds.model.trunk import Data2Vec2, total_loss
+from d2v2ds.objectives.teacher_network import TargetNet
+from d2v2ds.verify.golden import Case, case_names
+from tests.inference.test_api import small_tokenizer
 from tests.interop.folders import tiny_config
 from tests.interop.folders import write_folder as write_tiny_folder
 from tests.interop.official_files import PUBLISHED, content_of, save
 from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, write_back
 from tests.oracles import official_image_text, official_step
-from tests.test_api import small_tokenizer
-from tests.test_verify_oracle_cases import CASES, case
+from tests.verify.test_verify_oracle_cases import CASES, case
 
 MICRO = Path(__file__).parents[1] / "golden" / "micro"
 REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "golden"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2v2ds.config import CONFIG_FOLDER, load_config
-from d2v2ds.interop.fairseq import OfficialCheckpoint, read_official, write_official
-from d2v2ds.interop.official_config import UnsupportedOptionError, model_config, official_section
-from d2v2ds.interop.pickles import read_pickled
-from d2v2ds.model.data2vec2 import ModalitiesConfig, ModelConfig
+from d2v2ds.config.load import CONFIG_FOLDER, load_config
+from d2v2ds.interop.fairseq.files import OfficialCheckpoint, read_official, write_official
+from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError, model_config, official_section
+from d2v2ds.interop.fairseq.pickles import read_pickled
+from d2v2ds.model.trunk import ModalitiesConfig, ModelConfig
 from tests.interop.official_files import PUBLISHED, content_of, layout_of, save
 
 SPECIFIED = {

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.folder import Kind, ModelFolder, load_encoder, new_folder, write_file, write_tensors
-from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.interop.export_folder import Kind, ModelFolder, load_encoder, new_folder, write_file, write_tensors
+from d2v2ds.model.trunk import Data2Vec2
 from tests.interop.folders import drawn, tiny_config, write_folder
 
 

@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.api import FeatureExtractor
-from d2v2ds.data.image import ImageReader
-from d2v2ds.data.tokenizers import BytePairTokenizer, SentencePieceTokenizer
-from d2v2ds.interop.folder import Description, Kind, ModelFolder, load_encoder, write_config, write_tensors
-from d2v2ds.interop.hub import write_hub_files
+from d2v2ds.interop.export_folder import Description, Kind, ModelFolder, load_encoder, write_config, write_tensors
+from d2v2ds.interop.hub.write import write_hub_files
 from d2v2ds.interop.preprocessing import published_preprocessing
-from d2v2ds.model.data2vec2 import Data2Vec2, ModalitiesConfig, ModelConfig
+from d2v2ds.modalities.image.reader import ImageReader
+from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer
 from d2v2ds.model.init import initialise
 from d2v2ds.model.local import normalise_pixels
+from d2v2ds.model.trunk import Data2Vec2, ModalitiesConfig, ModelConfig
 from d2v2ds.shapes import AUDIO_NORM_EPS, PAD_ID
-from preprocessing.tokenization import gpt2_tokenizer_json
+from preprocessing.text.tokenization import gpt2_tokenizer_json
 from tests.data.fake_images import FakeImages, encode, photo
 from tests.model.tiny import tiny_model_config
 from tests.model.tiny_joint import joint_batch, joint_model_config

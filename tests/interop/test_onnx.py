@@ -8,14 +8,23 @@ import pytest
 import torch
 
 from d2v2ds.errors import D2V2Error, MissingExtraError
-from d2v2ds.interop import onnx as onnx_graphs
-from d2v2ds.interop.folder import Description, Kind, write_config, write_tensors
-from d2v2ds.interop.onnx import KINDS, OnnxEncoder, check_onnx, export_onnx, main, measure, quantise, random_inputs
+from d2v2ds.interop.export_folder import Description, Kind, write_config, write_tensors
+from d2v2ds.interop.onnx import graph as onnx_graphs
+from d2v2ds.interop.onnx.graph import (
+    KINDS,
+    OnnxEncoder,
+    check_onnx,
+    export_onnx,
+    main,
+    measure,
+    quantise,
+    random_inputs,
+)
 from d2v2ds.interop.preprocessing import published_preprocessing
-from d2v2ds.model import linear
 from d2v2ds.model.attention import Attention
-from d2v2ds.model.data2vec2 import Data2Vec2
+from d2v2ds.model.cpu import linear
 from d2v2ds.model.init import initialise
+from d2v2ds.model.trunk import Data2Vec2
 from tests.model.tiny_joint import joint_model_config
 
 pytest.importorskip("onnxruntime")

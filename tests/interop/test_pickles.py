@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.pickles import Stub, plain, read_pickled
+from d2v2ds.interop.fairseq.pickles import Stub, plain, read_pickled
 
 
 class Modality(enum.Enum):

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention
 
-from d2v2ds.model import rowwise
 from d2v2ds.model.alibi import Alibi, DistanceBias, alibi_slopes, dense_bias
 from d2v2ds.model.attention import attend
+from d2v2ds.model.cpu import attention as rowwise
 
 ROWS, HEADS, TOKENS, WIDTH = 3, 4, 11, 8
 

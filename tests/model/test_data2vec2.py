@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from d2v2ds.batch import Batch, MaskSet
-from d2v2ds.config import load_config
-from d2v2ds.model.data2vec2 import Data2Vec2, ModelConfig, total_loss
+from d2v2ds.config.load import load_config
 from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise
-from d2v2ds.model.target_net import TargetNet
+from d2v2ds.model.trunk import Data2Vec2, ModelConfig, total_loss
+from d2v2ds.objectives.teacher_network import TargetNet
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, PAD_ID, conv_output_length
 from tests.model.tiny import CONV_LAYERS, tiny_batch, tiny_model_config
 from tests.model.tiny_joint import joint_batch, joint_model_config

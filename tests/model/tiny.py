@@ -3,11 +3,11 @@
 import torch
 
 from d2v2ds.batch import Batch, MaskSet
-from d2v2ds.model.audio import AudioConfig
+from d2v2ds.modalities.audio.network import AudioConfig
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.data2vec2 import ModalitiesConfig, ModelConfig
 from d2v2ds.model.decoder import DecoderConfig
-from d2v2ds.model.targets import TargetConfig
+from d2v2ds.model.trunk import ModalitiesConfig, ModelConfig
+from d2v2ds.objectives.targets import TargetConfig
 from d2v2ds.shapes import conv_output_length
 
 CONV_LAYERS = ((16, 10, 5), (16, 3, 2), (16, 2, 2))

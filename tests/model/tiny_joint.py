@@ -3,14 +3,14 @@
 import torch
 
 from d2v2ds.batch import Batch, MaskSet
-from d2v2ds.model.audio import AudioConfig
+from d2v2ds.modalities.audio.network import AudioConfig
+from d2v2ds.modalities.image.network import ImageConfig
+from d2v2ds.modalities.text.network import TextConfig
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.data2vec2 import ModalitiesConfig, ModelConfig
 from d2v2ds.model.decoder import DecoderConfig
-from d2v2ds.model.image import ImageConfig
-from d2v2ds.model.loss import LossConfig
-from d2v2ds.model.targets import TargetConfig
-from d2v2ds.model.text import TextConfig
+from d2v2ds.model.trunk import ModalitiesConfig, ModelConfig
+from d2v2ds.objectives.loss import LossConfig
+from d2v2ds.objectives.targets import TargetConfig
 from tests.model.tiny import CONV_LAYERS
 
 VOCAB = 40

@@ -4,9 +4,10 @@ import sys
 
 from mpi4py import MPI
 
-from preprocessing import pack_audio, packing
-from preprocessing.progress import Report
-from preprocessing.writer import ShardJob, ShardResult, pack_shard
+from preprocessing import pack_audio
+from preprocessing.driver import packing
+from preprocessing.driver.progress import Report
+from preprocessing.driver.writer import ShardJob, ShardResult, pack_shard
 
 
 def fail(job: ShardJob, report: Report) -> ShardResult:

@@ -4,8 +4,8 @@ import time
 
 from mpi4py import MPI
 
-from preprocessing.parallel import MpiTeam
-from preprocessing.progress import Report
+from preprocessing.driver.parallel import MpiTeam
+from preprocessing.driver.progress import Report
 
 
 def first(job: int, report: Report) -> str:

@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from preprocessing import pack_audio, packing
-from preprocessing.plan import Skipped
+from preprocessing import pack_audio
+from preprocessing.driver import packing
+from preprocessing.driver.plan import Skipped
 
 
 def stop(folder: object, skipped: Sequence[Skipped]) -> None:

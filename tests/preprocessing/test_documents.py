@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from d2v2ds.errors import ConfigError, ShardError
-from preprocessing import documents
-from preprocessing.documents import (
+from preprocessing.text import documents
+from preprocessing.text.documents import (
     DocumentBatch,
     DocumentOptions,
     TextFile,

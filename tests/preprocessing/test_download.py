@@ -18,10 +18,10 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from preprocessing import download
-from preprocessing.corpora import LIBRILIGHT, LIBRISPEECH, read_url_list
-from preprocessing.download import main
-from preprocessing.fetch import WORK_NAME, Patience
+from preprocessing.download import command as download
+from preprocessing.download.command import main
+from preprocessing.download.corpora import LIBRILIGHT, LIBRISPEECH, read_url_list
+from preprocessing.download.fetch import WORK_NAME, Patience
 from tests.preprocessing.helpers import clean_environment, noise, run_module
 from tests.preprocessing.misbehaving_server import Fault, Server, serving
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from d2v2ds.errors import ConfigError
-from preprocessing.fetch import WORK_NAME, Checksum, Patience, Source, Transfer
-from preprocessing.web import DownloadError, _SafeRedirects, _seconds, check_url
+from preprocessing.download.fetch import WORK_NAME, Checksum, Patience, Source, Transfer
+from preprocessing.download.web import DownloadError, _SafeRedirects, _seconds, check_url
 from tests.preprocessing.misbehaving_server import Fault, Server, serving
 
 HASTY = Patience(timeout_s=5, attempts=4, first_wait_s=0.001, longest_wait_s=0.01, longest_asked_s=0.3)

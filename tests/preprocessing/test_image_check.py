@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from d2v2ds.data.pixels import to_rgb, upright
-from preprocessing.image_check import BadImageError, ImageFacts, examine, opened
-from preprocessing.image_rows import ImageSettings, reencode
+from d2v2ds.data.codecs.pixels import to_rgb, upright
+from preprocessing.image.check import BadImageError, ImageFacts, examine, opened
+from preprocessing.image.rows import ImageSettings, reencode
 from tests.preprocessing.pictures import encoded, picture, with_orientation
 
 LIMIT = 10_000_000

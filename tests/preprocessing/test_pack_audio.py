@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from preprocessing.audio_plan import AudioSettings
+from preprocessing.audio.plan import AudioSettings
+from preprocessing.driver.packing import pack as pack_all
+from preprocessing.driver.parallel import LocalTeam
+from preprocessing.driver.writer import PACKING_NAME, pack_shard
 from preprocessing.pack_audio import AudioPacker, main
-from preprocessing.packing import pack as pack_all
-from preprocessing.parallel import LocalTeam
-from preprocessing.writer import PACKING_NAME, pack_shard
 from tests.preprocessing.helpers import clean_environment, contents, noise, run_module
 
 SMALL_SHARDS = ("--shard-bytes", "128K", "--workers", "1")
@@ -56,7 +56,7 @@ def test_shards_open_with_datasets(recordings: Path, tmp_path: Path, monkeypatch
 
 
 def test_record_batches_are_capped_by_bytes(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preprocessing.writer.BATCH_BYTES", 100_000)
+    monkeypatch.setattr("preprocessing.driver.writer.BATCH_BYTES", 100_000)
     main(["--input", str(recordings), "--output", str(tmp_path / "out"), "--workers", "1"])
     reader = pa.ipc.open_file(str(tmp_path / "out" / "audio-00000.arrow"))
     sizes = [reader.get_batch(number).column("audio").nbytes for number in range(reader.num_record_batches)]

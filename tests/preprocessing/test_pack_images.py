@@ -17,11 +17,11 @@ from PIL import Image
 from d2v2ds.data.schema import file_crc32
 from d2v2ds.data.shards import ImageShards, open_shards
 from preprocessing import inspect
-from preprocessing.image_check import opened
+from preprocessing.driver.writer import PACKING_NAME
+from preprocessing.image.check import opened
 from preprocessing.pack_images import main
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
-from preprocessing.writer import PACKING_NAME
 from tests.preprocessing.helpers import clean_environment, contents
 from tests.preprocessing.pictures import class_folders, encoded, picture, with_orientation, write_tar
 from tests.preprocessing.test_parallel import mpirun, needs_mpi

@@ -13,14 +13,15 @@ import pyarrow as pa
 import pytest
 
 from d2v2ds.data.shards import TextShards, open_shards
-from d2v2ds.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from preprocessing import documents, inspect
-from preprocessing.documents import DocumentOptions, TextSpan, find_text_files, read_documents
+from d2v2ds.modalities.text.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from preprocessing import inspect
+from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.pack_text import main
-from preprocessing.text_plan import TextSettings, make_plan, sample_texts
+from preprocessing.text import documents
+from preprocessing.text.documents import DocumentOptions, TextSpan, find_text_files, read_documents
+from preprocessing.text.plan import TextSettings, make_plan, sample_texts
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
-from preprocessing.writer import PACKING_NAME
 from tests.preprocessing.helpers import clean_environment, contents, run_module
 from tests.preprocessing.test_parallel import mpirun, needs_mpi
 from tests.preprocessing.texts import sentencepiece_model, story, write_gpt2_files, write_stories
@@ -150,7 +151,7 @@ def test_every_shard_begins_anew_and_only_its_last_block_is_shorter(stories: Pat
 def test_a_large_vocabulary_takes_wider_ids(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text(story(1, 300))
     monkeypatch.setattr("preprocessing.pack_text.token_dtype", lambda size: np.dtype("<u4"))
-    monkeypatch.setattr("preprocessing.text_rows.token_dtype", lambda size: np.dtype("<u4"))
+    monkeypatch.setattr("preprocessing.text.rows.token_dtype", lambda size: np.dtype("<u4"))
     pack(tmp_path / "a.txt", tmp_path / "wide", "--tokenizer", model)
     monkeypatch.undo()
     pack(tmp_path / "a.txt", tmp_path / "narrow", "--tokenizer", model)
@@ -300,7 +301,7 @@ def test_a_tokenizer_of_a_large_corpus_is_trained_on_a_seeded_sample(
     everything = sample()
     texts = documents_of(source, DocumentOptions(document="line"))
     assert everything == texts and len(texts) > 1000, "all of a small corpus; of plain text lines are enough"
-    monkeypatch.setattr("preprocessing.text_plan.SAMPLE_BYTES", 500)
+    monkeypatch.setattr("preprocessing.text.plan.SAMPLE_BYTES", 500)
     some = sample(train_bytes=10_000)
     assert 5_000 < sum(map(len, some)) < 20_000 and set(some) < set(everything)
     assert some == sample(train_bytes=10_000) != sample(train_bytes=10_000, seed=1)
@@ -402,7 +403,7 @@ def test_verify_finds_every_kind_of_damage(stories: Path, model: Path, tmp_path:
 )
 def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
     from d2v2ds.data.schema import FileEntry, Index, shard_schema
-    from preprocessing.text_report import batch_faults
+    from preprocessing.text.report import batch_faults
 
     form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": {"bos": 0}}
     entry = FileEntry(file="", bytes=0, crc32="")

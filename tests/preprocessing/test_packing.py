@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from d2v2ds.errors import ConfigError
-from preprocessing.packing import parse_bytes
-from preprocessing.plan import cut_shards
-from preprocessing.progress import MEBIBYTES, Measure, Progress
+from preprocessing.driver.packing import parse_bytes
+from preprocessing.driver.plan import cut_shards
+from preprocessing.driver.progress import MEBIBYTES, Measure, Progress
 from preprocessing.verify import _file_faults
 from tests.preprocessing.helpers import contents
 from tests.preprocessing.tiny_text import TinyUnit, pack_tiny
@@ -48,7 +48,7 @@ def test_counts_of_finished_shards_survive_a_restart(tmp_path: Path, monkeypatch
 
     whole = pack_tiny(tmp_path / "whole", [50] * 12, shard_bytes=300)
     with monkeypatch.context() as patch:
-        patch.setattr("preprocessing.packing.write_skipped", stop)
+        patch.setattr("preprocessing.driver.packing.write_skipped", stop)
         with pytest.raises(KeyboardInterrupt):
             pack_tiny(tmp_path / "out", [50] * 12, shard_bytes=300)
     (tmp_path / "out" / ".packing" / "text-00001.arrow.json").unlink()

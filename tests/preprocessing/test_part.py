@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.driver.packing import parse_part
+from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.pack_audio import main
 from preprocessing.pack_text import main as pack_text
-from preprocessing.packing import parse_part
-from preprocessing.writer import PACKING_NAME
 from tests.preprocessing.helpers import clean_environment, contents
 from tests.preprocessing.tiny_text import pack_tiny
 

@@ -3,9 +3,9 @@
 import pytest
 
 from d2v2ds.errors import ConfigError
-from preprocessing.audio_plan import AudioSettings, AudioUnit, join_units, make_plan
-from preprocessing.audio_sources import Clip, Header
-from preprocessing.plan import cut_shards
+from preprocessing.audio.clips import Clip, Header
+from preprocessing.audio.plan import AudioSettings, AudioUnit, join_units, make_plan
+from preprocessing.driver.plan import cut_shards
 
 RATE = 16000
 

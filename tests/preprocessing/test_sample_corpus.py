@@ -6,7 +6,7 @@ import pytest
 import soundfile
 
 from preprocessing.pack_audio import main as pack
-from preprocessing.sample_corpus import DIGITS, VOICES, main
+from preprocessing.samples.speech import DIGITS, VOICES, main
 from tests.preprocessing.helpers import run_module
 
 pytest.importorskip("espeakng_loader", reason="the extra demo is not installed")
@@ -30,7 +30,7 @@ def test_every_voice_says_every_digit_and_sentences(corpus: Path) -> None:
 
 
 def test_same_seed_gives_the_same_bytes_in_another_process(corpus: Path, tmp_path: Path) -> None:
-    result = run_module("preprocessing.sample_corpus", "--output", tmp_path / "again", "--minutes", 3)
+    result = run_module("preprocessing.samples.speech", "--output", tmp_path / "again", "--minutes", 3)
     assert result.returncode == 0 and "SYNTHETIC" in result.stdout
     first, second = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")}
                      for root in (corpus, tmp_path / "again"))  # fmt: skip

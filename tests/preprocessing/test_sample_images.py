@@ -8,7 +8,7 @@ from PIL import Image
 
 from d2v2ds.data.shards import ImageShards
 from preprocessing.pack_images import main as pack
-from preprocessing.sample_images import SIDE, draw_shape, load_materials, main
+from preprocessing.samples.images import SIDE, draw_shape, load_materials, main
 from tests.preprocessing.helpers import run_module
 
 pytest.importorskip("sklearn", reason="the extra eval is not installed")
@@ -37,7 +37,7 @@ def test_both_splits_have_class_folders_of_rgb_pictures(corpus: Path) -> None:
 
 def test_same_options_give_the_same_bytes_in_another_process(corpus: Path, tmp_path: Path) -> None:
     result = run_module(
-        "preprocessing.sample_images", "--output", tmp_path / "again", "--train", 300, "--valid", 50
+        "preprocessing.samples.images", "--output", tmp_path / "again", "--train", 300, "--valid", 50
     )  # fmt: skip
     assert result.returncode == 0 and "COMPOSED" in result.stdout
     assert files_in(tmp_path / "again") == files_in(corpus)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from preprocessing import sample_text
 from preprocessing.pack_text import main as pack
-from preprocessing.sample_text import MIN_WORDS, TOPICS, collect, main, texts_of
+from preprocessing.samples import text as sample_text
+from preprocessing.samples.text import MIN_WORDS, TOPICS, collect, main, texts_of
 from tests.preprocessing.helpers import contents, run_module
 
 
@@ -35,7 +35,7 @@ def test_every_topic_is_in_both_splits_and_no_text_in_both(corpus: Path) -> None
 
 
 def test_another_process_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
-    result = run_module("preprocessing.sample_text", "--output", tmp_path / "again")
+    result = run_module("preprocessing.samples.text", "--output", tmp_path / "again")
     assert result.returncode == 0 and "documentation inside Python" in result.stdout
     assert contents(tmp_path / "again") == contents(corpus)
 

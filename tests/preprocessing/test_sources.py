@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from d2v2ds.errors import ConfigError
-from preprocessing.audio_sources import find_clips, read_headers
-from preprocessing.sources import read_manifest
+from preprocessing.audio.clips import find_clips, read_headers
+from preprocessing.driver.input_files import read_manifest
 
 
 def touch(path: Path, text: str = "") -> Path:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2v2ds.data.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
 from d2v2ds.errors import ConfigError
-from preprocessing.documents import PIECE_CHARS, piece_end
-from preprocessing.tokenization import read_tokenizer, token_dtype, train_sentencepiece
+from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
+from preprocessing.text.documents import PIECE_CHARS, piece_end
+from preprocessing.text.tokenization import read_tokenizer, token_dtype, train_sentencepiece
 from tests.oracles import byte_pairs as oracle
 from tests.preprocessing.texts import byte_pairs, sentencepiece_model, story, write_gpt2_files
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from d2v2ds.errors import ConfigError
-from preprocessing import unpack as module
-from preprocessing.unpack import ArchiveError, folder_name, unpack
+from preprocessing.download import unpack as module
+from preprocessing.download.unpack import ArchiveError, folder_name, unpack
 
 LONG = b"0123456789" * 50_000
 """More than a header may be."""

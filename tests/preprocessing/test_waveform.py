@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import soxr
 
-from preprocessing.waveform import BadAudioError, Decoder, cut_points, mean_and_variance, to_int16
+from preprocessing.audio.waveform import BadAudioError, Decoder, cut_points, mean_and_variance, to_int16
 from tests.preprocessing.helpers import noise
 
 
@@ -97,7 +97,7 @@ def test_wav_that_was_cut_off_is_refused(tmp_path: Path, format: str) -> None:
 
 def test_memory_is_taken_once_for_a_long_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile.write(tmp_path / "a.wav", noise(3.0, 5), 16000)
-    monkeypatch.setattr("preprocessing.waveform._LARGEST_PIECE", 1000)
+    monkeypatch.setattr("preprocessing.audio.waveform._LARGEST_PIECE", 1000)
     decoder = Decoder(16000)
     np.testing.assert_array_equal(decoder.decode(str(tmp_path / "a.wav")), noise(3.0, 5))
     assert len(decoder._buffer) == 48000

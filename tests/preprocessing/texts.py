@@ -5,7 +5,7 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
-from preprocessing.tokenization import train_sentencepiece
+from preprocessing.text.tokenization import train_sentencepiece
 
 WORDS = ["the", "and", "of", "sea", "ship", "whale", "old", "man's", "isn't", "they'll", "1851", "42", "naïve", "café",
          "größe", "Привет", "你好", "😀"]  # fmt: skip

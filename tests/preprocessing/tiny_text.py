@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from d2v2ds.data.schema import TOKEN_DTYPES, Index
-from preprocessing.packer import Notes, Row
-from preprocessing.packing import pack
-from preprocessing.parallel import LocalTeam, Team
-from preprocessing.plan import Plan, Skipped, cut_shards, fingerprint
-from preprocessing.progress import MEBIBYTES
+from preprocessing.driver.packing import pack
+from preprocessing.driver.parallel import LocalTeam, Team
+from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
+from preprocessing.driver.progress import MEBIBYTES
+from preprocessing.driver.protocol import Notes, Row
 
 SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}
 

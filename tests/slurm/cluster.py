@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
-from d2v2ds.dist.comm import free_port
+from d2v2ds.distributed.comm import free_port
 
 ROOT = Path(__file__).parents[2]
 NODES = ("a1", "a2")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import Ranks, pack_clips
+from tests.runs.launching import Ranks, pack_clips
 from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.jobs import SETTINGS
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.runs import arguments_of, deterministic, weights
+from tests.runs.launching import arguments_of, deterministic, weights
 from tests.slurm.cluster import Cluster
 
 STEPS = 24

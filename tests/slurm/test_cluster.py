@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from d2v2ds.dist.consolidate import named_tag
-from d2v2ds.interop.folder import ModelFolder
+from d2v2ds.distributed.checkpoint.format import named_tag
+from d2v2ds.interop.export_folder import ModelFolder
 from tests.preprocessing.helpers import contents
-from tests.runs import deterministic, records
+from tests.runs.launching import deterministic, records
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, TWO_NODES, assert_same_run, attempts, pretrain
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v2ds.dist.consolidate import named_tag
-from tests.runs import records
+from d2v2ds.distributed.checkpoint.format import named_tag
+from tests.runs.launching import records
 from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.jobs import STEPS, assert_same_run, attempts, pretrain
 

@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from d2v2ds.dist import comm, zero
-from d2v2ds.dist.ds_config import load_ds_config
-from d2v2ds.dist.engine import build_student_engine
-from d2v2ds.dist.teacher import Teacher
+from d2v2ds.distributed import comm, zero
+from d2v2ds.distributed.ds_config import load_ds_config
+from d2v2ds.distributed.engine import build_student_engine
+from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.model.block import Block
-from d2v2ds.model.data2vec2 import Data2Vec2, total_loss
 from d2v2ds.model.init import initialise
-from d2v2ds.model.target_net import TargetNet
+from d2v2ds.model.trunk import Data2Vec2, total_loss
+from d2v2ds.objectives.teacher_network import TargetNet
 from d2v2ds.train.schedule import EmaConfig, LearningRateConfig
 from d2v2ds.train.step import Recipe, pretrain_step
-from tests.dist import toy
-from tests.distributed import run_distributed
+from tests.distributed import toy
 from tests.model.tiny_joint import joint_batch, joint_model_config
+from tests.ranks import run_distributed
 
 LR = 0.01
 WEIGHTS = {"audio": 1.0, "image": 0.5, "text": 0.25}

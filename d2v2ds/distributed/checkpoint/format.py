@@ -1,0 +1,284 @@
+"""The checkpoint format, and reading whole tensors back from it. Needs neither DeepSpeed nor a process group.
+
+A checkpoint is a folder `<folder>/<tag>/`:
+
+    manifest.json                           what is inside; written last, so a folder without it is unfinished
+    student.rank00000.safetensors           this rank's part of each fp32 master weight, flat
+    teacher.rank00000.safetensors           this rank's part of each fp32 average (if there is a teacher)
+    optimizer.exp_avg.rank00000.safetensors this rank's part of one of the optimizer's moments, and so on
+    buffers.student.safetensors             whole persistent buffers
+    client.pt, client.rank00000.pt          the caller's state, common and per rank (plain containers and tensors)
+
+Each shard file says in its metadata where its pieces begin in the flattened whole parameters, so the files of any
+number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/latest` names the newest finished tag,
+`<folder>/best` the one with the lowest validation loss.
+"""
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from d2v2ds.errors import CheckpointError
+from d2v2ds.io.crc import crc32
+
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Version 2 knew no validation loss, and its manifest had no checksum."""
+MANIFEST = "manifest.json"
+LATEST = "latest"
+BEST = "best"
+PARTIAL = ".partial"
+"""Ending of a folder that is being written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint folder holds."""
+
+    format_version: int
+    tag: str
+    stage: int
+    """ZeRO stage of the run that saved."""
+    compute_dtype: str
+    world_size: int
+    counters: dict[str, int]
+    """The engine's step and sample counts."""
+    parameters: dict[str, list[int]]
+    """Full shape of every parameter of the student."""
+    teacher_parameters: list[str]
+    """Names in the teacher; empty without one."""
+    num_teacher_updates: int
+    optimizer_keys: list[str]
+    """Names of the per-element optimizer states."""
+    optimizer_scalars: dict[str, dict[str, Any]]
+    """Optimizer states that are one number, as {"kind": "tensor" or "number", "value": ...}."""
+    files: dict[str, dict[str, int]]
+    """Bytes and crc32 of every file but the manifest."""
+    validation_loss: float | None = None
+    """Of these weights; None if they were not validated."""
+
+    def to_json(self) -> str:
+        """The text of manifest.json, with a checksum of itself."""
+        content = asdict(self)
+        return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str, where: str) -> "Manifest":
+        """Parse manifest.json.
+
+        Raises:
+            CheckpointError: if it is not valid or of another format version.
+        """
+        try:
+            content = json.loads(text)
+            version = content["format_version"]
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{where}: not a checkpoint manifest: {error!r}") from error
+        if version not in READABLE_VERSIONS:
+            raise CheckpointError(
+                f"{where}: checkpoint format {version}, this version of d2v2ds reads {READABLE_VERSIONS}; see "
+                "CHANGELOG.md"
+            )
+        if version > 2 and content.pop("checksum", None) != _checksum(content):
+            raise CheckpointError(f"{where}: damaged, its checksum differs from its content")
+        try:
+            return Manifest(**content)
+        except TypeError as error:
+            raise CheckpointError(f"{where}: not the manifest of a checkpoint of format {version}: {error}") from error
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return crc32(json.dumps(content, sort_keys=True).encode())
+
+
+SHARD_FILE = re.compile(r"(student|teacher|optimizer\..+)\.rank\d{5,}\.safetensors")
+"""Names of the files that hold the pieces."""
+
+
+def shard_file(kind: str, rank: int) -> str:
+    """Name of the file with one rank's pieces of one kind: student, teacher, optimizer.<state>, client."""
+    return f"{kind}.rank{rank:05d}.{'pt' if kind == 'client' else 'safetensors'}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: if the folder is missing or unfinished, or the manifest is damaged.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no {MANIFEST}; the folder is no checkpoint, or its saving was interrupted")
+    return Manifest.from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def named_tag(folder: Path, name: str) -> str | None:
+    """The tag that `latest` or `best` names, if there is one."""
+    file = folder / name
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def candidate_tags(folder: Path) -> list[str]:
+    """Finished checkpoints in the order in which to try them: `latest`, then by falling step number."""
+    steps: dict[str, int] = {}
+    for path in _checkpoint_folders(folder):
+        if (path / MANIFEST).is_file():
+            try:
+                steps[path.name] = read_manifest(path).counters.get("global_steps", 0)
+            except CheckpointError:
+                steps[path.name] = -1
+    latest = named_tag(folder, LATEST)
+    return sorted(steps, key=lambda tag: (tag != latest, -steps[tag], tag))
+
+
+def lost_tags(folder: Path) -> list[str]:
+    """Checkpoints of which something is left and that cannot be read: without a manifest, or named and not there.
+
+    A save that was interrupted leaves none: its folder has another name until it is whole.
+    """
+    lost = {path.name for path in _checkpoint_folders(folder) if not (path / MANIFEST).is_file()}
+    named = (named_tag(folder, LATEST), named_tag(folder, BEST))
+    return sorted(lost | {tag for tag in named if tag is not None and not (folder / tag / MANIFEST).is_file()})
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in paths if path.is_dir() and path.suffix != PARTIAL]
+
+
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong into a checkpoint, by name."""
+    kept = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
+
+
+def crc32_of(path: Path) -> int:
+    """Checksum of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = crc32(block, checksum)
+    return checksum
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """What `Saver` stored of the caller's state: plain containers, numbers, strings and tensors.
+
+    Raises:
+        CheckpointError: the file holds anything else; nothing in it is run.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: expected plain values, refused to read anything else: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, found {type(state).__name__}")
+    return state
+
+
+def file_faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """What is wrong with these files of a checkpoint folder; empty if nothing is."""
+    faults = []
+    for name in names:
+        expected, file = manifest.files[name], path / name
+        if not file.is_file():
+            faults.append(f"{file}: missing")
+        elif file.stat().st_size != expected["bytes"]:
+            faults.append(f"{file}: expected {expected['bytes']} bytes, found {file.stat().st_size}")
+        elif crc32_of(file) != expected["crc32"]:
+            faults.append(f"{file}: damaged, its checksum differs from the manifest")
+    return faults
+
+
+class ShardReader:
+    """Reads any interval of any flattened parameter from the shard files of one kind."""
+
+    def __init__(self, path: Path, manifest: Manifest, kind: str, ranks: Iterable[int] | None = None) -> None:
+        """
+        Args:
+            path: folder of the checkpoint.
+            manifest: of the same.
+            kind: of the pieces: student, teacher, optimizer.<state>.
+            ranks: look into the files of these only; None looks into all.
+        """
+        self._path = path
+        self._kind = kind
+        self._shapes = manifest.parameters
+        self._pieces: dict[str, list[tuple[int, int, Path]]] = {}
+        for rank in range(manifest.world_size) if ranks is None else ranks:
+            file = path / shard_file(kind, rank)
+            with safe_open(file, "pt") as handle:
+                offsets = json.loads(handle.metadata()["offsets"])
+                for name, offset in offsets.items():
+                    numel = handle.get_slice(name).get_shape()[0]
+                    self._pieces.setdefault(name, []).append((offset, numel, file))
+
+    def names(self) -> list[str]:
+        """Parameters that these files hold, sorted."""
+        return sorted(self._pieces)
+
+    def read(self, name: str, offset: int, numel: int) -> Tensor:
+        """Elements `offset` to `offset + numel` of the flattened parameter.
+
+        Returns:
+            (numel,) in the stored type, on the CPU.
+
+        Raises:
+            CheckpointError: if the files do not hold all of them.
+        """
+        parts, reached = [], offset
+        for start, length, file in sorted(self._pieces.get(name, ()), key=lambda piece: piece[:2]):
+            first, last = max(start, reached), min(start + length, offset + numel)
+            if first > reached or last <= first:
+                continue
+            with safe_open(file, "pt") as handle:
+                parts.append(handle.get_slice(name)[first - start : last - start])
+            reached = last
+        if reached != offset + numel:
+            raise CheckpointError(f"{self._path}: {self._kind} {name} lacks elements from {reached} on")
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def whole(self, name: str) -> Tensor:
+        """The parameter in its full shape, fp32, on the CPU."""
+        shape = self._shapes[name]
+        return self.read(name, 0, math.prod(shape)).float().reshape(shape)
+
+
+def iterate_student(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each whole fp32 master weight and buffer of the student in a checkpoint folder, one at a time."""
+    yield from _iterate(path, "student")
+
+
+def iterate_teacher(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each whole fp32 average and buffer of the teacher in a checkpoint folder, one at a time.
+
+    Raises:
+        CheckpointError: if the checkpoint has no teacher.
+    """
+    if not read_manifest(path).teacher_parameters:
+        raise CheckpointError(f"{path}: this checkpoint has no teacher")
+    yield from _iterate(path, "teacher")
+
+
+def _iterate(path: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
+    manifest = read_manifest(path)
+    buffers = f"buffers.{kind}.safetensors"
+    own_files = [name for name in manifest.files if name.startswith(f"{kind}.") or name == buffers]
+    faults = file_faults(path, manifest, own_files)
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    reader = ShardReader(path, manifest, kind)
+    for name in reader.names():
+        yield name, reader.whole(name)
+    with safe_open(path / buffers, "pt") as handle:
+        for name in sorted(handle.keys()):
+            yield name, handle.get_tensor(name)

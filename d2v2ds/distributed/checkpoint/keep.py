@@ -1,0 +1,50 @@
+"""Which checkpoints are kept, and how one is removed. Needs neither DeepSpeed nor a process group."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2v2ds.distributed.checkpoint.format import BEST, LATEST, PARTIAL, candidate_tags, named_tag, read_manifest
+from d2v2ds.io import durable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints outlive the next one. `best` and the newest always do."""
+
+    last: int | None = None
+    """This many of the newest; None keeps all."""
+    every_steps: int | None = None
+    """Those whose step is a multiple of it, for good; None keeps none for its number."""
+
+
+KEEP_ALL = Keep()
+
+
+def superseded_tags(folder: Path, keep: Keep) -> list[str]:
+    """Finished checkpoints that the policy does not keep, oldest first."""
+    if keep.last is None:
+        return []
+    newest_first = candidate_tags(folder)
+    kept = {*newest_first[: max(keep.last, 1)], named_tag(folder, LATEST), named_tag(folder, BEST)}
+    dropped = [tag for tag in reversed(newest_first) if tag not in kept]
+    if keep.every_steps is None:
+        return dropped
+    steps = {tag: read_manifest(folder / tag).counters["global_steps"] for tag in dropped}
+    return [tag for tag in dropped if steps[tag] % keep.every_steps]
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; under another name first, so that a removal that is interrupted leaves no half one."""
+    doomed = path.with_name(f"{path.name}.old{PARTIAL}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def abandon_after(folder: Path, tag: str) -> None:
+    """Make a checkpoint the newest again, and remove those of later steps."""
+    durable.replace_text(folder / LATEST, tag)
+    step = read_manifest(folder / tag).counters["global_steps"]
+    for other in candidate_tags(folder):
+        if read_manifest(folder / other).counters["global_steps"] > step:
+            remove(folder / other)

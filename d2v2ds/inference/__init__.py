@@ -1,0 +1,1 @@
+"""Features of raw inputs and of packed folders from an exported model."""

@@ -1,0 +1,155 @@
+"""`D2V2DSModel`: the student of data2vec 2.0 without its decoders, as a model of transformers.
+
+Its parts are the very modules that d2v2ds trains, under the same names, and its features are those of
+`Data2Vec2.layers`. In: one of `input_values`, `pixel_values`, `input_ids`. Out: `D2V2DSOutput`.
+"""
+
+import types
+from dataclasses import dataclass, is_dataclass
+from itertools import repeat
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+
+from d2v2ds.interop.hub.files.configuration_d2v2ds import D2V2DSConfig
+from d2v2ds.model.alibi import Alibi
+from d2v2ds.model.block import Block
+from d2v2ds.model.encoder import ExtraTokens, ModalityEncoder
+from d2v2ds.model.positions import GridPositions, sin_cos_grid
+from d2v2ds.model.trunk import ENCODERS, Data2Vec2, ModelConfig
+from d2v2ds.shapes import PAD_ID
+
+INPUT_NAMES = {"audio": "input_values", "image": "pixel_values", "text": "input_ids"}
+"""Argument of `D2V2DSModel.forward` by modality."""
+
+
+@dataclass
+class D2V2DSOutput(BaseModelOutput):
+    """`BaseModelOutput`, and which frames are real."""
+
+    attention_mask: Tensor | None = None
+    """(B, T) bool, False = this frame is padding; None of images, and of audio that came without a mask."""
+
+
+class D2V2DSModel(PreTrainedModel):
+    """Encoders and shared blocks."""
+
+    config_class = D2V2DSConfig
+    base_model_prefix = "d2v2ds"
+    _keys_to_ignore_on_load_unexpected = [r"^decoders\."]
+    _no_split_modules = ["Block", "ModalityEncoder"]
+
+    layers = Data2Vec2.layers
+    """Reads `encoders` and `blocks` alone; the decoders are not here."""
+
+    def __init__(self, config: D2V2DSConfig) -> None:
+        super().__init__(config)
+        model: ModelConfig = from_plain(ModelConfig, config.model)
+        active = model.modalities.active()
+        self.encoders = nn.ModuleDict(
+            {
+                name: ENCODERS[name](modality, model.block, model.shared_depth, with_local=True)
+                for name, modality in active.items()
+            }
+        )
+        self.blocks = nn.ModuleList(Block(model.block) for _ in range(model.shared_depth))
+        self.main_input_name = INPUT_NAMES[next(iter(active))]
+        self._constants = [name for name, value in self.named_parameters() if not value.requires_grad]
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every weight that it reads trainable; those that never are stay so here."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model: D2V2DSModel = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in model._constants:
+            model.get_parameter(name).requires_grad_(False)
+        return loaded
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> D2V2DSOutput | tuple[Any, ...]:
+        """One input of one modality.
+
+        Args:
+            input_values: (B, S) waveforms, each with zero mean and unit variance.
+            attention_mask: (B, S), 0 = padding, of audio at the end; None: audio is all real, text as far as its ids
+                are not `<pad>`.
+            pixel_values: (B, 3, Y, X) normalised, or uint8.
+            input_ids: (B, S) int64.
+            output_hidden_states: whether to return the input of the first block and the output of every block.
+            return_dict: False: a tuple.
+
+        Returns:
+            `last_hidden_state` (B, T, D) without extra tokens; `hidden_states`, each (B, T, D); `attention_mask`.
+        """
+        given = {"audio": input_values, "image": pixel_values, "text": input_ids}
+        sources = {name: source for name, source in given.items() if source is not None}
+        if len(sources) != 1 or not sources.keys() <= set(self.encoders):
+            raise ValueError(
+                f"D2V2DSModel.forward: expected one of {[INPUT_NAMES[name] for name in self.encoders]}, "
+                f"found {[INPUT_NAMES[name] for name in sources]}"
+            )
+        ((modality, source),) = sources.items()
+        padding = None if attention_mask is None or modality == "image" else attention_mask == 0  # (B, S)
+        if modality == "text":
+            padding = source == PAD_ID if padding is None else padding
+            source = source.masked_fill(padding, PAD_ID)
+        layers = self.layers(modality, source, padding)
+        frames = self._padded_frames(modality, padding, layers[-1].shape[1])
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = D2V2DSOutput(
+            last_hidden_state=layers[-1],
+            hidden_states=tuple(layers) if output_hidden_states else None,
+            attention_mask=None if frames is None else frames.logical_not(),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _padded_frames(self, modality: str, padding: Tensor | None, length: int) -> Tensor | None:
+        """(B, S) -> (B, T), True = padding."""
+        encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
+        return encoder.token_padding(padding, length)
+
+    def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
+        """(B, S) of samples -> (B, T) bool of frames, as the speech models of transformers call it."""
+        frames = self._padded_frames("audio", attention_mask == 0, feature_vector_length)
+        assert frames is not None
+        return frames.logical_not()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only weights that no file gave: those of `from_config`."""
+        if isinstance(module, ExtraTokens):
+            init.normal_(module.tokens)
+        elif isinstance(module, GridPositions):
+            init.copy_(module.table, sin_cos_grid(module.table.shape[-1], module.side)[None])
+        elif isinstance(module, Alibi):
+            init.ones_(module.scale)
+        else:
+            super()._init_weights(module)
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Values as JSON holds them -> the dataclasses and tuples that a type names."""
+    if value is None:
+        return None
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: from_plain(hints.get(name), part) for name, part in value.items()})  # type: ignore[operator]
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (choice for choice in get_args(kind) if choice is not type(None))
+        return from_plain(kind, value)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        each = repeat(kinds[0]) if kinds[-1] is Ellipsis else kinds
+        return tuple(from_plain(kind, part) for kind, part in zip(each, value, strict=False))
+    return value

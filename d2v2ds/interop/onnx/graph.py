@@ -1,0 +1,540 @@
+"""The encoder of one modality as an ONNX graph, checked against PyTorch; and the same graph with weights of int8.
+
+    python -m d2v2ds.interop.onnx FOLDER --to DIR [--modality NAME] [--layers 6,12] [--int8]
+
+In: an export folder. Out: DIR/NAME.onnx and, with --int8, DIR/NAME.int8.onnx. A graph is written only after
+onnxruntime has given PyTorch's features for batches and lengths that it was not traced with.
+
+    source         audio (B, S) float32, normalised; image (B, 3, Y, X) float32, normalised, of the model's own side;
+                   text (B, S) int64. B and S are free.
+    padding        (B, S) bool, True = pad; audio and text only. With nothing padded: all False.
+    layer_<i>      (B, T, D) float32, features as of `Data2Vec2.layers`: 0 enters the first block.
+    token_padding  (B, T) bool, True = this token is padding.
+
+The graph has opset 20, so that onnxruntime 1.17 and later can read it. It comes from `torch.export`, which knows the
+lengths as symbols; the older tracer would write down whichever branches the traced input took.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib.util
+import logging
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v2ds.errors import D2V2Error, MissingExtraError
+from d2v2ds.interop.export_folder import ModelFolder, load_encoder
+from d2v2ds.model.encoder import ModalityEncoder
+from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.shapes import PAD_ID, shortest_input
+
+logger = logging.getLogger(__name__)
+
+OPSET = 20
+"""The first with an exact GELU, which PyTorch's becomes one node of."""
+TOLERANCE = 1e-4
+"""Largest difference from PyTorch that a graph may show, over the largest feature of the layer."""
+SINGLE_FILE_BYTES = 1_800_000_000
+"""Weights of more bytes go to a file of their own beside the graph: a protobuf message ends at 2 GB."""
+_QUANTISED = ("MatMul", "Gemm")
+_LOCAL = re.compile(r"\.local\b")
+_REPEATS = 5
+
+
+def _audio_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:
+    return [shortest_input(count, config.conv_layers) + i for i, count in enumerate(num_tokens)]
+
+
+def _image_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:
+    return [config.image_size]
+
+
+def _text_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:
+    return [count for count in num_tokens if count < config.max_tokens] + [config.max_tokens]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the input of one modality looks."""
+
+    axes: tuple[str, ...]
+    """Names of its free axes."""
+    padding: float | None
+    """What stands at padded places; None if nothing is ever padded."""
+    sizes: Callable[[Any, Sequence[int]], list[int]]
+    """(settings, numbers of tokens) -> sizes of inputs that have about so many, as far as the model can take them."""
+    draw: Callable[[Any, int, int, torch.Generator], Tensor]
+    """(settings, rows, size, generator) -> noise."""
+
+    @property
+    def input_names(self) -> list[str]:
+        """Of the graph."""
+        return ["source"] if self.padding is None else ["source", "padding"]
+
+
+KINDS = {
+    "audio": Kind(
+        ("batch", "samples"),
+        0.0,
+        _audio_sizes,
+        lambda config, rows, size, generator: torch.randn(rows, size, generator=generator),
+    ),
+    "image": Kind(
+        ("batch",),
+        None,
+        _image_sizes,
+        lambda config, rows, size, generator: torch.randn(rows, 3, size, size, generator=generator),
+    ),
+    "text": Kind(
+        ("batch", "tokens"),
+        float(PAD_ID),
+        _text_sizes,
+        lambda config, rows, size, generator: torch.randint(
+            PAD_ID + 1, config.vocab_size, (rows, size), generator=generator
+        ),
+    ),
+}
+_TRACED_TOKENS = 23
+_CHECKED_TOKENS = (1, 9, 50, 121)
+_CHECKED_ROWS = (1, 4, 3, 5)
+
+
+def random_inputs(
+    config: Any, modality: str, real: Sequence[int], size: int, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Noise in the form that the graph takes.
+
+    Args:
+        config: of the modality.
+        modality: its name.
+        real: for each row, samples or tokens that are not padding; for images only their number counts.
+        size: samples, tokens, or side of an image.
+        generator: the only source of randomness.
+
+    Returns:
+        The source and, where inputs can be padded, the padding.
+    """
+    kind = KINDS[modality]
+    source = kind.draw(config, len(real), size, generator)
+    if kind.padding is None:
+        return (source,)
+    padding = torch.arange(size) >= torch.tensor(real)[:, None]  # (B, S)
+    return source.masked_fill(padding, kind.padding), padding
+
+
+class _Graph(nn.Module):
+    """What is exported: tensors in, tensors out."""
+
+    def __init__(self, model: Data2Vec2, modality: str, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.modality, self.layers = model, modality, layers
+
+    def forward(self, source: Tensor, padding: Tensor | None = None) -> tuple[Tensor, ...]:
+        """As the module docstring says."""
+        features = self.model.layers(self.modality, source, padding)
+        encoder: ModalityEncoder = self.model.encoders[self.modality]  # type: ignore[assignment]
+        token_padding = encoder.token_padding(padding, features[0].shape[1])  # (B, T)
+        if token_padding is None:
+            token_padding = torch.zeros(features[0].shape[:2], dtype=torch.bool, device=source.device)
+        return *(features[i] for i in self.layers), token_padding
+
+
+def _twin(model: Data2Vec2, modality: str) -> Data2Vec2:
+    """One modality's encoder with the same weights, in fp32 on the CPU, and with attention that can be exported.
+
+    Weights that are fp32 on the CPU already are shared, not copied.
+
+    Raises:
+        D2V2Error: if the model has no such modality.
+    """
+    if modality not in model.encoders:
+        raise D2V2Error(f"modality {modality!r}: this model has {', '.join(model.encoders)}; give one of them")
+    with torch.device("meta"):
+        twin = Data2Vec2(replace(model.config, block=replace(model.config.block, attention_path="sdpa")))
+    twin.decoders = nn.ModuleDict()
+    twin.encoders = nn.ModuleDict({modality: twin.encoders[modality]})
+    wanted = twin.state_dict().keys()
+    state = {name: tensor.float().cpu() for name, tensor in model.state_dict().items() if name in wanted}
+    twin.load_state_dict(state, assign=True)
+    return twin.requires_grad_(False).eval()
+
+
+def _chosen_layers(model: Data2Vec2, modality: str, layers: Sequence[int] | None) -> list[int]:
+    """`layers`, or all of them.
+
+    Raises:
+        D2V2Error: if one does not exist or none is asked for.
+    """
+    depth = model.depth(modality)
+    chosen = list(range(depth + 1)) if layers is None else sorted(set(layers))
+    wrong = [layer for layer in chosen if not 0 <= layer <= depth]
+    if wrong or not chosen:
+        raise D2V2Error(
+            f"layers {wrong or 'to export'}: expected some of 0 to {depth} for {modality}, found "
+            f"{', '.join(map(str, chosen)) or 'none'}; 0 is the input of the first block, {depth} the last output"
+        )
+    return chosen
+
+
+def require_onnx() -> None:
+    """
+    Raises:
+        MissingExtraError: if a package is missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"ONNX export needs {', '.join(missing)}", "onnx")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and onnxruntime say of torchvision, of their own deprecated calls, and of pre-processing."""
+    names = ("torch.onnx", None)
+    before = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def export_onnx(
+    model: Data2Vec2,
+    modality: str,
+    path: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    single_file_bytes: int = SINGLE_FILE_BYTES,
+) -> None:
+    """Write one modality's encoder as a graph; see the module docstring for what goes in and out.
+
+    Args:
+        model: on any device and of any floating type; the graph is fp32.
+        modality: whose encoder.
+        path: file to write. Weights of a large model lie beside it, in `path` + `.data`; move both together.
+        layers: features to return, 0 to `model.depth(modality)`; None: all.
+        single_file_bytes: weights of more bytes go to that other file.
+
+    Raises:
+        D2V2Error: if the modality or a layer does not exist.
+        MissingExtraError: if ONNX is not installed.
+    """
+    require_onnx()
+    twin = _twin(model, modality)
+    chosen = _chosen_layers(twin, modality, layers)
+    kind, config = KINDS[modality], model.config.modalities.active()[modality]
+    size = kind.sizes(config, [_TRACED_TOKENS])[0]
+    inputs = random_inputs(config, modality, [size, size], size, torch.Generator().manual_seed(0))
+    num_bytes = weight_bytes(twin)
+    logger.info("%s: tracing %d blocks, %.0f MB of weights", path, twin.depth(modality), num_bytes / 1e6)
+    started = time.perf_counter()
+    with torch.no_grad(), _quiet():
+        program: Any = torch.onnx.export(
+            _Graph(twin, modality, chosen).eval(),
+            inputs,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=kind.input_names,
+            output_names=[*(f"layer_{i}" for i in chosen), "token_padding"],
+            dynamic_shapes=tuple(dict(enumerate(kind.axes)) for _ in inputs),
+        )
+    logger.info("%s: traced in %.0f s, writing", path, time.perf_counter() - started)
+    _name_nodes(program.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(path, external_data=num_bytes > single_file_bytes)
+
+
+def _name_nodes(model: Any) -> None:
+    """Name every node after its module, and remove the stack traces beside it: they name files of this machine."""
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        module = scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
+        node.name = f"{module}/{node.name}"
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Size of all parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+class OnnxEncoder:
+    """A graph on the CPU, with as many threads as PyTorch has; tensors in, tensors out."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            MissingExtraError: if ONNX is not installed.
+        """
+        require_onnx()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait by spinning take the cores from PyTorch, which would seem six times as slow beside them.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.output_names = [output.name for output in self._session.get_outputs()]
+        self.layers = [int(name.removeprefix("layer_")) for name in self.output_names[:-1]]
+        self._input_names = [given.name for given in self._session.get_inputs()]
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Outputs by name; inputs in the order of the module docstring."""
+        given = {name: tensor.numpy() for name, tensor in zip(self._input_names, inputs, strict=True)}
+        found = self._session.run(None, given)
+        return {name: torch.from_numpy(array) for name, array in zip(self.output_names, found, strict=True)}
+
+
+def _expected(twin: Data2Vec2, modality: str, layers: Sequence[int], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The same outputs by PyTorch."""
+    with torch.inference_mode():
+        outputs = _Graph(twin, modality, layers)(*inputs)
+    return dict(zip([*(f"layer_{i}" for i in layers), "token_padding"], outputs, strict=True))
+
+
+def check_onnx(model: Data2Vec2, modality: str, path: Path, *, tolerance: float = TOLERANCE) -> float:
+    """Run a graph on batches and lengths that it was not traced with, padded and whole, and compare with PyTorch.
+
+    Args:
+        model: that the graph was made of.
+        modality: of the graph.
+        path: the graph.
+        tolerance: largest difference allowed, over the largest feature of the layer in that batch.
+
+    Returns:
+        The largest difference found, likewise.
+
+    Raises:
+        D2V2Error: if an output differs by more, with batch, size, output and numbers.
+        MissingExtraError: if ONNX is not installed.
+    """
+    graph, twin = OnnxEncoder(path), _twin(model, modality)
+    from onnxruntime.capi import onnxruntime_pybind11_state as refusals
+
+    config = model.config.modalities.active()[modality]
+    generator = torch.Generator().manual_seed(1)
+    sizes = KINDS[modality].sizes(config, _CHECKED_TOKENS)
+    worst, faults = 0.0, []
+    for i, rows in enumerate(_CHECKED_ROWS):
+        size = sizes[i % len(sizes)]
+        real = [size, size // 2, 0, size - 1, size // 3][:rows]  # a row may be nothing but padding
+        inputs = random_inputs(config, modality, real, size, generator)
+        try:
+            found = graph(*inputs)
+        except (refusals.Fail, refusals.InvalidArgument, refusals.RuntimeException) as error:
+            faults.append(f"{rows} rows of size {size}: onnxruntime cannot run it: {error}")
+            continue
+        for name, value in _expected(twin, modality, graph.layers, inputs).items():
+            difference = _largest_difference(found[name], value)
+            worst = max(worst, difference)
+            if difference > tolerance:
+                faults.append(f"{rows} rows of size {size}: {name} differs by {difference:.2g}")
+    if faults:
+        raise D2V2Error(
+            f"{path}: expected PyTorch's features to {tolerance:g} of the largest, found:\n"
+            + "\n".join(faults)
+            + "\ndo not use this graph"
+        )
+    return worst
+
+
+def _largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Over the largest expected value; infinite where shapes differ or a value is not finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    found, expected = found.float(), expected.float()
+    difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    return difference.nan_to_num(float("inf")).item()
+
+
+def quantise(path: Path, to: Path) -> None:
+    """Store the weights of all matrix products as int8, a scale for each column; their inputs become int8 on the fly.
+
+    Local encoders, norms, convolutions and the products inside attention stay fp32: they hold few weights (embeddings
+    apart), and the error of what enters the first block would go through all of them.
+
+    Args:
+        path: a graph of `export_onnx`, with or without a file of weights.
+        to: file to write; always a single one.
+
+    Raises:
+        MissingExtraError: if ONNX is not installed.
+    """
+    require_onnx()
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logger.info("%s: writing int8 weights", to)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    with _quiet():
+        quantize_dynamic(
+            path,
+            to,
+            op_types_to_quantize=list(_QUANTISED),
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[node.name for node in nodes if _LOCAL.search(node.name)],
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to compute the features."""
+
+    name: str
+    megabytes: float
+    seconds: float
+    """Of one batch, the best of several."""
+    errors: Mapping[str, tuple[float, float]]
+    """Layer -> mean and maximum over tokens of |features - PyTorch's| / |PyTorch's|, Euclidean over D."""
+
+
+def _best_seconds(runs: Sequence[Callable[[], object]]) -> list[float]:
+    """Of each, taken in turns so that what else the machine does hits all of them."""
+    best = [float("inf")] * len(runs)
+    for _ in range(_REPEATS):
+        for i, run in enumerate(runs):
+            started = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return best
+
+
+def measure(model: Data2Vec2, modality: str, files: Sequence[Path], inputs: Sequence[Tensor]) -> list[Measured]:
+    """Size, speed and error of graphs against PyTorch in fp32, with the same threads on the same inputs.
+
+    Args:
+        model: that the graphs were made of.
+        modality: of the graphs.
+        files: the graphs, all with the same layers.
+        inputs: one batch, nothing padded.
+
+    Returns:
+        PyTorch first, then each file.
+
+    Raises:
+        MissingExtraError: if ONNX is not installed.
+    """
+    twin = _twin(model, modality)
+    graphs = [OnnxEncoder(file) for file in files]
+    errors = []
+    for graph in graphs:
+        found, expected = graph(*inputs), _expected(twin, modality, graph.layers, inputs)
+        errors.append({name: _relative_errors(found[name], expected[name]) for name in graph.output_names[:-1]})
+    sizes = [weight_bytes(twin)] + [sum(part.stat().st_size for part in parts_of(file)) for file in files]
+    with torch.inference_mode():
+        runs: list[Callable[[], object]] = [
+            partial(twin.layers, modality, inputs[0]),
+            *(partial(graph, *inputs) for graph in graphs),
+        ]
+        runs[0]()  # the graphs are warm
+        seconds = _best_seconds(runs)
+    names = ["PyTorch fp32", *(file.name for file in files)]
+    return [Measured(*row) for row in zip(names, (size / 1e6 for size in sizes), seconds, [{}, *errors], strict=True)]
+
+
+def _relative_errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Mean and maximum over tokens of (B, T, D)."""
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)  # (B, T)
+    return errors.mean().item(), errors.max().item()
+
+
+def parts_of(path: Path) -> list[Path]:
+    """A graph and, where there is one, its file of weights."""
+    data = path.with_name(path.name + ".data")
+    return [path, data] if data.exists() else [path]
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """What `measure` found, for a terminal and for Markdown."""
+    base = rows[0].seconds
+    lines = ["| | MB | s per batch | speed | error: mean (max), by layer |", "|---|---|---|---|---|"]
+    for row in rows:
+        errors = ", ".join(
+            f"{name.removeprefix('layer_')}: {mean:.1e} ({worst:.1e})" for name, (mean, worst) in row.errors.items()
+        )
+        lines.append(f"| {row.name} | {row.megabytes:.1f} | {row.seconds:.4f} | {base / row.seconds:.2f} | {errors} |")
+    return "\n".join(lines)
+
+
+def _int_list(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m d2v2ds.interop.onnx", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="export folder of the model")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--modality", help="whose encoder; all of them if not given")
+    parser.add_argument("--layers", type=_int_list, help="features to return, such as 6,12; all of them if not given")
+    parser.add_argument("--int8", action="store_true", help="write a graph with int8 weights besides")
+    parser.add_argument("--batch", type=int, default=1, help="inputs of the timed batch")
+    parser.add_argument(
+        "--tokens", type=int, default=500, help="length of a timed input; 500 tokens of speech are 10 s"
+    )
+    return parser
+
+
+def _export_checked(model: Data2Vec2, modality: str, options: argparse.Namespace) -> list[Path]:
+    """Graphs of one modality; none bears its name before it was checked."""
+    names = [f"{modality}.onnx"] + [f"{modality}.int8.onnx"] * options.int8
+    options.to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.to, prefix=".unchecked-") as name:
+        files = [Path(name) / file for file in names]
+        export_onnx(model, modality, files[0], layers=options.layers)
+        worst = check_onnx(model, modality, files[0])
+        logger.info("%s: within %.1e of PyTorch's largest feature", names[0], worst)
+        if options.int8:
+            quantise(*files)
+        for file in files:
+            for part in parts_of(file):
+                shutil.move(part, options.to / part.name)
+    return [options.to / file for file in names]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        require_onnx()
+        model = load_encoder(ModelFolder(options.folder))
+        for modality in [options.modality] if options.modality else model.encoders:
+            files = _export_checked(model, modality, options)
+            kind, config = KINDS[modality], model.config.modalities.active()[modality]
+            size = kind.sizes(config, [options.tokens])[0]
+            inputs = random_inputs(config, modality, [size] * options.batch, size, torch.Generator().manual_seed(2))
+            print(f"{modality}: noise {tuple(inputs[0].shape)}, {torch.get_num_threads()} threads, best of {_REPEATS}")
+            print(table(measure(model, modality, files, inputs)))
+    except (D2V2Error, OSError) as error:
+        logger.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

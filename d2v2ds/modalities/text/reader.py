@@ -1,0 +1,181 @@
+"""Text: its settings of data, and rows of a text shard -> blocks of token ids.
+
+In: token ids in the shard. Out: int64 (B, S), rows shorter than the longest one padded on the right.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
+from d2v2ds.data.joined import Folders, datasets_of, folder_faults, only_sizes, sizes_of
+from d2v2ds.data.mixture import Dataset
+from d2v2ds.data.order import MicroBatch, PlanConfig
+from d2v2ds.errors import below
+from d2v2ds.masking import MaskConfig
+from d2v2ds.shapes import PAD_ID
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDataConfig:
+    """Which texts, how many tokens of them at a time, and how they are masked."""
+
+    shards: Folders
+    """Folder written by `preprocessing.pack_text`, or several of them."""
+    mask: MaskConfig
+    """Masks over the tokens of a block; their kind is `random` or `block_1d`."""
+    weights: tuple[float, ...] | None = None
+    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
+    loss_weight: float = 1.0
+    """Of the text loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    global_batch_tokens: int
+    """Tokens per optimizer step over all ranks (count, an upper limit; before the M masks multiply it); a
+    multiple of the next."""
+    micro_batch_tokens: int
+    """Tokens per forward pass on one rank (count, an upper limit); decides the memory needed."""
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return round(self.global_batch_tokens / self.micro_batch_tokens)
+
+    def check(self) -> list[str]:
+        """Contradictions, as sentences; empty if there are none."""
+        where = "data.text."
+        faults = below(self, where, micro_batch_tokens=1, loss_weight=0)
+        faults += folder_faults(where, self.shards, self.weights)
+        return faults + batch_faults(where, "tokens", self.global_batch_tokens, self.micro_batch_tokens, 1)
+
+
+class TextModelInput(ModelInput, Protocol):
+    """What a reader of text must know of the model besides."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the embedding."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input."""
+
+
+class TextSource(Protocol):
+    """What reading needs of a dataset; `TextShards` has it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the packed ids."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Most tokens of a row."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def read_blocks(self, rows: ArrayLike, out: NDArray[np.int64], pad_id: int) -> None:
+        """Fill (B, S) with the ids of some rows, padded on the right."""
+
+
+class TextReader:
+    """A packed folder of token blocks; a `Reader` of `d2v2ds.data.collate`."""
+
+    modality = "text"
+    unit = "tokens"
+
+    def __init__(self, shards: TextSource, config: TextDataConfig, model: TextModelInput) -> None:
+        self.shards, self.config, self.model = shards, config, model
+        self.mask = config.mask
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """The folders, with tokens of every row."""
+        return datasets_of(self.shards, self.config.weights)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) tokens of every row of the only folder."""
+        return only_sizes(self.datasets)
+
+    def plan_config(self) -> PlanConfig:
+        """Limits in tokens."""
+        config = self.config
+        return PlanConfig(
+            micro_size=config.micro_batch_tokens,
+            num_micro=config.num_micro,
+            min_size=self._smallest(),
+            max_size=self.shards.block_tokens,
+            crops=False,
+        )
+
+    def _smallest(self) -> int:
+        """The fewest tokens of which some can be masked and some seen; shorter rows are never drawn."""
+        sizes = range(2, self.shards.block_tokens)
+        return next((n for n in sizes if not mask_faults(self.mask, n, "")), self.shards.block_tokens)
+
+    def units(self, num_rows: int, size: int) -> float:
+        """Tokens, padding included."""
+        return float(num_rows * size)
+
+    def read(self, micro: MicroBatch, seed: int) -> Examples:
+        """Token ids (B, S) int64 and their padding; there is nothing to draw."""
+        source = torch.empty(len(micro.rows), micro.size, dtype=torch.int64)
+        self.shards.read_blocks(micro.rows, source.numpy(), PAD_ID)
+        sizes = torch.from_numpy(sizes_of(self.datasets, micro.rows))
+        if int(sizes.min()) == micro.size:
+            return Examples(source)
+        return Examples(source, torch.arange(micro.size) >= sizes[:, None])
+
+    def read_whole(self, row: int) -> Tensor:
+        """(S,) int64, all tokens of a row."""
+        size = int(sizes_of(self.datasets, np.array([row]))[0])
+        source = torch.empty(1, size, dtype=torch.int64)
+        self.shards.read_blocks(np.array([row]), source.numpy(), PAD_ID)
+        return source[0]
+
+    def faults(self) -> list[str]:
+        """Why shards, settings and model do not fit, as sentences."""
+        faults = self.misfits()
+        block, micro = self.shards.block_tokens, self.config.micro_batch_tokens
+        if self.config.mask.kind == "block_2d":
+            faults.append("data.text.mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
+        else:
+            faults += mask_faults(self.config.mask, block, f"data.text.mask, for blocks of {block} tokens")
+        if micro < block:
+            faults.append(
+                f"data.text.micro_batch_tokens {micro} cannot hold one block of {block} tokens; raise the first or "
+                "pack with a smaller --block-tokens"
+            )
+        return faults
+
+    def remarks(self) -> list[str]:
+        """Ids that the model has and no text can have."""
+        known, own = self.shards.vocab_size, self.model.vocab_size
+        if known >= own:
+            return []
+        return [
+            f"data.text.shards: the tokenizer has {known} ids, model.modalities.text.vocab_size is {own}: "
+            f"{own - known} rows of the embedding will never be used"
+        ]
+
+    def misfits(self) -> list[str]:
+        """Why the model cannot read these shards, as sentences."""
+        faults = []
+        if self.shards.vocab_size > self.model.vocab_size:
+            faults.append(
+                f"data.text.shards: the tokenizer has {self.shards.vocab_size} ids, model.modalities.text.vocab_size "
+                f"is {self.model.vocab_size}; set it to the first"
+            )
+        if self.shards.block_tokens > self.model.max_tokens:
+            faults.append(
+                f"data.text.shards: blocks of {self.shards.block_tokens} tokens, model.modalities.text.max_tokens is "
+                f"{self.model.max_tokens}; raise the second or pack with a smaller --block-tokens"
+            )
+        return faults

@@ -1,0 +1,1 @@
+"""What a run optimises: losses, targets and the teacher's network."""

@@ -1,0 +1,74 @@
+"""What a run was made of, written into its folder: time, command, ranks, code revision, library versions, machine."""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from d2v2ds.distributed import comm
+
+PACKAGES = ("d2v2ds", "torch", "deepspeed", "numpy", "pyarrow")
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout this package runs from, with `-dirty` if files differ; None outside of one."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> list[str]:
+    """How to start this run, as a user would type it: launchers start a file, and add a rank to what was typed."""
+    words = iter(sys.argv[1:])
+    typed = []
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if name != "--local-rank":
+            typed.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return ["python", "-m", "d2v2ds.pretrain", *typed]
+
+
+def count_starts(run_dir: Path) -> int:
+    """How often the run was started before."""
+    file = run_dir / "starts.jsonl"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+
+
+def write(run_dir: Path, config_yaml: str, ds_config: dict[str, Any]) -> None:
+    """Write `config.yaml`, `deepspeed.json` and append one line to `starts.jsonl`. On one rank alone."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
+    (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "world_size": comm.world(),
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "machine": platform.platform(),
+    }
+    with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")

@@ -1,0 +1,1 @@
+"""Comparison of the model with golden vectors of the official implementation."""

@@ -1,0 +1,166 @@
+"""Recordings to pack: folder trees, LibriSpeech trees and TSV manifests become one list of `Clip`; headers are read.
+
+A folder becomes a sorted list of its audio files. Inside it, a folder ``S/C`` that holds ``S-C.trans.txt`` is read as
+LibriSpeech's: transcripts from that file, the speaker from the path, the file's stem as id. A manifest keeps its order.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+
+from d2v2ds.data.codecs.flac import STREAMINFO_BYTES, parse_streaminfo
+from d2v2ds.errors import ConfigError
+from preprocessing.driver.input_files import (
+    check_unique,
+    read_manifest,
+    source_name,
+    text_lines,
+    unreadable,
+    utf8,
+    walk,
+)
+from preprocessing.driver.progress import Report
+
+_LARGEST_RATIO = 1 << 13
+"""Samples per byte of file that not even silence reaches: above it a header's length is not believed."""
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """One input file with what is known of it."""
+
+    id: str
+    path: str
+    """Where to open it."""
+    source: str
+    """How it is named in the shards: below its input folder, or as its manifest writes it."""
+    place: str
+    """Where a message should point: the path, or the manifest's line."""
+    text: str | None = None
+    label: str | None = None
+    speaker: str | None = None
+
+    @property
+    def in_manifest(self) -> bool:
+        """Whether a manifest names it; else it was found in a folder."""
+        return self.place != self.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What opening a file told. `fault` says why it cannot be packed."""
+
+    bytes: int = 0
+    num_frames: int = 0
+    sample_rate_hz: int = 0
+    channels: int = 0
+    fault: str | None = None
+    missing: bool = False
+
+
+def find_clips(inputs: Sequence[Path], label_column: str = "label", ignored: Counter[str] | None = None) -> list[Clip]:
+    """List the files of all inputs, in an order that depends on nothing else.
+
+    Args:
+        inputs: folders and TSV manifests.
+        label_column: the manifest column stored as label.
+        ignored: other files of folders are counted here by suffix.
+
+    Raises:
+        ConfigError: if an input is missing or empty, a manifest is malformed, or ids are not unique.
+    """
+    clips: list[Clip] = []
+    ignored = Counter() if ignored is None else ignored
+    for root in inputs:
+        if root.is_dir():
+            found = list(_clips_of_folder(root, ignored))
+        elif root.is_file():
+            found = _clips_of_manifest(root, label_column)
+        else:
+            raise ConfigError(f"--input {root}: expected a folder or a TSV manifest, found nothing there")
+        if not found:
+            raise ConfigError(f"--input {root}: expected audio ({', '.join(sorted(AUDIO_SUFFIXES))}), found none")
+        clips.extend(found)
+    check_unique((clip.id, clip.place) for clip in clips)
+    return clips
+
+
+def read_headers(paths: Sequence[str], report: Report) -> list[Header]:
+    """Open every file once and read its header; nothing is decoded."""
+    headers = []
+    for path in paths:
+        headers.append(_read_header(path))
+        report(1, 0)
+    return headers
+
+
+def _read_header(path: str) -> Header:
+    try:
+        size = os.stat(path).st_size  # noqa: PTH116  (a Path per file costs a tenth of the scan)
+        if size == 0:
+            return Header(fault="empty file (0 bytes)")
+        with open(path, "rb") as start:  # noqa: PTH123
+            info = parse_streaminfo(start.read(STREAMINFO_BYTES))
+        if info is not None:
+            frames, rate, channels = info.frames, info.sample_rate_hz, info.channels
+        else:
+            with soundfile.SoundFile(path) as file:
+                frames, rate, channels = file.frames, file.samplerate, file.channels
+    except soundfile.LibsndfileError as error:
+        said = error.error_string  # of an MP3 that is none: "File does not exist or is not a regular file"
+        reason = f"not audio that libsndfile can read, or its beginning is damaged (libsndfile: {said})"
+        return Header(bytes=size, fault=reason)
+    except OSError as error:
+        return Header(fault=unreadable(path, error), missing=isinstance(error, FileNotFoundError))
+    if channels < 1:
+        return Header(bytes=size, fault="zero channels")
+    if frames > size * _LARGEST_RATIO:  # a stream that was never closed has no length; the plan needs only an estimate
+        frames = size
+    fault = "no samples" if frames < 1 else None
+    return Header(bytes=size, num_frames=frames, sample_rate_hz=rate, channels=channels, fault=fault)
+
+
+def _clips_of_folder(root: Path, ignored: Counter[str]) -> Iterator[Clip]:
+    for folder, names in walk(root, AUDIO_SUFFIXES, ignored):
+        transcripts = _librispeech_transcripts(Path(folder))
+        if transcripts is not None:
+            ignored[".txt"] -= 1  # it is read
+        for name in names:
+            path = os.path.join(folder, name)  # noqa: PTH118  (300,000 files)
+            source = source_name(root, path)
+            if transcripts is None:
+                yield Clip(id=source, path=path, source=source, place=path)
+            else:
+                stem = utf8(Path(name).stem)
+                speaker = Path(folder).parent.name
+                yield Clip(id=stem, path=path, source=source, place=path, text=transcripts.get(stem), speaker=speaker)
+
+
+def _librispeech_transcripts(folder: Path) -> dict[str, str] | None:
+    """Utterance id to transcript, if this is a chapter folder ``speaker/chapter`` of LibriSpeech; else None."""
+    path = folder / f"{folder.parent.name}-{folder.name}.trans.txt"
+    if not path.is_file():
+        return None
+    lines = text_lines(path)
+    return {key: text for key, _, text in (line.partition(" ") for line in lines)}
+
+
+def _clips_of_manifest(manifest: Path, label_column: str) -> list[Clip]:
+    required = [] if label_column == "label" else [label_column]
+    return [
+        Clip(
+            id=line.values["id"] or line.path,
+            path=os.path.join(manifest.parent, line.path),  # noqa: PTH118
+            source=line.path,
+            place=line.place,
+            text=line.values["text"],
+            label=line.values[label_column],
+            speaker=line.values["speaker"],
+        )
+        for line in read_manifest(manifest, ("id", "text", "speaker", label_column), required)
+    ]

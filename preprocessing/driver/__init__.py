@@ -1,0 +1,1 @@
+"""The order of a packing, for every modality: scan, plan, pack shards, finish."""

@@ -1,0 +1,111 @@
+"""What the driver (`packing.py`) asks of a modality. A class of this kind per modality, in ``pack_MODALITY.py``.
+
+The driver calls, in this order: `check`, `scan` (every process; finds the input and makes the plan), `make_beside`
+(the leader; files that belong to the folder, such as a tokenizer), `rows` (one process per shard), `totals`.
+Instances travel to other processes by pickle: they hold settings, not open files.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from d2v2ds.data.schema import Index
+from preprocessing.driver.parallel import Team
+from preprocessing.driver.plan import Plan, Skipped
+from preprocessing.driver.progress import Measure, Report
+
+Buffer = Any
+"""Bytes, a memoryview or a contiguous array: whatever `memoryview` takes."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One example before it is stored."""
+
+    payload: Buffer
+    """Bytes of the payload column; copied when the row is added, so the memory may be used for the next row."""
+    values: Mapping[str, Any]
+    """All other columns by name."""
+
+
+@dataclass(slots=True)
+class Notes:
+    """What comes out of packing a shard beside its rows."""
+
+    report: Report
+    """To be told of (files, planned size) as they are done with."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """Files that turned out bad."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Sums that `Packer.totals` wants, by any names."""
+
+
+class Settings(Protocol):
+    """The options that change the bytes of a shard folder."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """Planned size of a shard."""
+        ...
+
+    def check(self) -> None:
+        """Raise a `ConfigError` that names every setting that cannot work."""
+        ...
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as they stand in ``index.json``."""
+        ...
+
+
+class Packer(Protocol):
+    """One modality's way from input to rows."""
+
+    @property
+    def modality(self) -> str:
+        """A key of `d2v2ds.data.schema.LAYOUTS`."""
+        ...
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def measure(self) -> Measure:
+        """How progress says `Unit.size`."""
+        ...
+
+    def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:
+        """Find the input and decide what goes into which shard. All processes call it and get the same plan.
+
+        Raises:
+            ConfigError: if inputs and settings do not fit.
+        """
+        ...
+
+    def make_beside(self, folder: Path, plan: Plan) -> tuple[str, ...]:
+        """Write what belongs beside the shards into the unfinished folder and return the names.
+
+        A restart calls it again: what is already there and whole should stay.
+        """
+        ...
+
+    def format(self, folder: Path) -> dict[str, Any]:
+        """`Index.format` of the folder; `make_beside` has been called."""
+        ...
+
+    def rows(self, units: Sequence[Any], folder: Path, notes: Notes) -> Iterator[Row]:
+        """The rows of one shard from its units, in order. It depends on nothing but units, settings and folder."""
+        ...
+
+    def totals(self, size: int, counts: Mapping[str, int]) -> dict[str, Any]:
+        """`Index.totals` from the sum of all rows' sizes and the sums of all shards' `Notes.counts`."""
+        ...
+
+    def describe(self, index: Index) -> str:
+        """How much a folder holds, in the words of the modality, for the last line of a packing."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Libraries that decide the bytes, beside numpy and pyarrow."""
+        ...

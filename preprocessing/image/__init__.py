@@ -1,0 +1,1 @@
+"""Images to rows of image shards."""

@@ -1,0 +1,1 @@
+"""Small corpora made on this machine, for demonstrations and tests."""

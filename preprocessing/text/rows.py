@@ -1,0 +1,145 @@
+"""Documents to rows of tokens: blocks across documents for pretraining, or one row per document for probes.
+
+Token ids stay in NumPy arrays from the tokenizer to the shard; no Python loop runs over tokens.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v2ds.modalities.text.tokenizers import BOS, EOS, Tokenizer
+from preprocessing.driver.plan import Skipped
+from preprocessing.driver.protocol import Notes, Row
+from preprocessing.text.documents import TextSpan, read_documents
+from preprocessing.text.plan import TextSettings
+from preprocessing.text.tokenization import token_dtype
+
+
+def block_rows(units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSettings, notes: Notes) -> Iterator[Row]:
+    """The blocks of one shard: all its documents joined, cut, and ``<s>`` in front; the last may be shorter."""
+    blocks = Blocks(settings.block_tokens, token_dtype(tokenizer.vocab_size))
+    for span in units:
+        documents = 0
+        blocks.source = span.file.source
+        for batch in read_documents(span, settings.documents):
+            documents += len(batch.texts) - batch.begins_inside
+            notes.counts["bytes"] += _text_bytes(batch.texts)
+            yield from blocks.add(with_ends(*tokenizer.encode(batch.texts), open_end=batch.ends_inside))
+        _note(span, documents, notes)
+    yield from blocks.finish()
+
+
+def document_rows(
+    units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSettings, notes: Notes
+) -> Iterator[Row]:
+    """One row per document: ``<s>``, its tokens as far as they fit, ``</s>``."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    most = settings.block_tokens - 2
+    for span in units:
+        documents = 0
+        for batch in read_documents(span, settings.documents):
+            notes.counts["bytes"] += _text_bytes(batch.texts)
+            ids, lengths = tokenizer.encode(batch.texts)
+            stops = np.cumsum(lengths)
+            for number, (stop, length) in enumerate(zip(stops.tolist(), lengths.tolist(), strict=True)):
+                if number == 0 and batch.begins_inside:
+                    continue  # its row has been made of its first piece, which is far longer than a row
+                start = stop - length
+                kept = min(length, most)
+                tokens = np.empty(kept + 2, dtype=dtype)
+                tokens[0], tokens[1:-1], tokens[-1] = BOS, ids[start : start + kept], EOS
+                yield Row(
+                    payload=tokens,
+                    values={
+                        "id": f"{span.file.source}#{batch.lines[number] + 1 if batch.lines else documents}",
+                        "num_tokens": len(tokens),
+                        "label": batch.labels[number] if batch.labels else span.file.label,
+                        "source": span.file.source,
+                        "start": documents,
+                    },
+                )
+                documents += 1
+        _note(span, documents, notes)
+
+
+def _note(span: TextSpan, documents: int, notes: Notes) -> None:
+    """Count a span; a whole file without a document is a skipped one."""
+    notes.counts["documents"] += documents
+    is_whole = span.start == 0 and span.stop in (None, span.file.bytes)
+    if is_whole and not documents:
+        notes.skipped.append(Skipped(order=span.order, source=span.file.source, reason="no text but white space"))
+    notes.report(span.files, span.size)
+
+
+def _text_bytes(texts: Sequence[str]) -> int:
+    if all(map(str.isascii, texts)):
+        return sum(map(len, texts))
+    return len("".join(texts).encode())  # once over everything is faster than once per document
+
+
+def with_ends(ids: NDArray[Any], lengths: NDArray[np.int64], open_end: bool) -> NDArray[Any]:
+    """Put ``</s>`` behind every document.
+
+    Args:
+        ids: (n,) of all documents, one after the other.
+        lengths: (d,) ids of each.
+        open_end: the last document goes on elsewhere and gets none.
+
+    Returns:
+        (n + d,) or (n + d - 1,).
+    """
+    ends = np.cumsum(lengths + 1) - 1  # where the </s> of each document comes to lie
+    joined = np.full(len(ids) + len(lengths), EOS, dtype=ids.dtype)
+    is_text = np.ones(len(joined), dtype=bool)
+    is_text[ends] = False
+    joined[is_text] = ids
+    return joined[:-1] if open_end else joined
+
+
+class Blocks:
+    """Cuts a stream of ids into rows; keeps what does not fill one.
+
+    Args:
+        block_tokens: S, length of a row, ``<s>`` included.
+        dtype: of stored ids.
+    """
+
+    def __init__(self, block_tokens: int, dtype: np.dtype[Any]) -> None:
+        self._body = block_tokens - 1
+        self._dtype = dtype
+        self._rest = np.zeros(0, dtype=dtype)
+        self._made = 0
+        self._begins: list[int] = []
+        self._sources: list[str] = []
+        self._added = 0
+        self.source = ""
+        """Where ids that are added from now on come from."""
+
+    def add(self, ids: NDArray[Any]) -> Iterator[Row]:
+        """The rows that are filled by (n,) more ids."""
+        if not self._sources or self._sources[-1] != self.source:
+            self._begins.append(self._added)
+            self._sources.append(self.source)
+        self._added += len(ids)
+        stream = np.concatenate([self._rest, ids.astype(self._dtype)])
+        count = len(stream) // self._body
+        rows = np.empty((count, self._body + 1), dtype=self._dtype)
+        rows[:, 0] = BOS
+        rows[:, 1:] = stream[: count * self._body].reshape(count, self._body)
+        self._rest = stream[count * self._body :]
+        for row in rows:
+            yield self._row(row)
+
+    def finish(self) -> Iterator[Row]:
+        """The last row, if ids are left."""
+        if len(self._rest):
+            yield self._row(np.concatenate([np.full(1, BOS, dtype=self._dtype), self._rest]))
+
+    def _row(self, tokens: NDArray[Any]) -> Row:
+        source = self._sources[bisect_right(self._begins, self._made * self._body) - 1]
+        values = {"id": None, "num_tokens": len(tokens), "label": None, "source": source, "start": self._made}
+        self._made += 1
+        return Row(payload=tokens, values=values)

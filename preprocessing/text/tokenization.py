@@ -1,0 +1,211 @@
+"""Makes the tokenizers of text shards: trains sentencepiece here, reads one that is given, converts GPT-2's files.
+
+What they obey and how they encode: `d2v2ds.modalities.text.tokenizers`. One process uses one core: the packer has a
+process per core.
+"""
+
+import functools
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from d2v2ds.data.schema import TOKEN_DTYPES
+from d2v2ds.errors import ConfigError
+from d2v2ds.modalities.text.tokenizers import (
+    BOS,
+    EOS,
+    MASK_NAME,
+    PAD,
+    SPECIAL_NAMES,
+    UNK,
+    BytePairTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    sentencepiece_library,
+    tokenizers_library,
+)
+from preprocessing.text.documents import piece_end
+
+Normalization = Literal["nmt_nfkc", "identity"]
+NORMALIZATIONS: tuple[Normalization, ...] = ("nmt_nfkc", "identity")
+GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
+
+_SENTENCE_CHARS = 16 << 10
+"""Longer documents are given to the trainer in pieces; it reads words, so nothing changes."""
+_CONTROL = 3
+"""Type of a piece that no text is encoded to, in sentencepiece's model.proto."""
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer that a user gives; a process reads it once.
+
+    Args:
+        path: a sentencepiece ``.model``, a Hugging Face ``.json`` with RoBERTa's ids, or a folder with GPT-2's
+            ``encoder.json`` and ``vocab.bpe`` and fairseq's ``dict.txt``.
+
+    Raises:
+        ConfigError: if it is none of these, or its ids do not follow the contract and cannot be made to.
+    """
+    files = [path / name for name in GPT2_FILES] if path.is_dir() else [path]
+    try:
+        changed = tuple(file.stat().st_mtime_ns for file in files)
+        return _given(path, changed)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--tokenizer {path}: expected a sentencepiece .model, a tokenizer.json, or a folder with "
+            f"{', '.join(GPT2_FILES)}; found: {error}"
+        ) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _given(path: Path, changed_ns: tuple[int, ...]) -> Tokenizer:
+    if path.is_dir():
+        encoder, merges, dictionary = ((path / name).read_text(encoding="utf-8") for name in GPT2_FILES)
+        return BytePairTokenizer(gpt2_tokenizer_json(encoder, merges, dictionary, path), str(path))
+    kind = BytePairTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+    return kind(path.read_bytes(), f"--tokenizer {path}")
+
+
+# --- GPT-2's files ----------------------------------------------------------------------------------------------------
+
+
+def gpt2_tokenizer_json(encoder: str, merges: str, dictionary: str, place: Path) -> bytes:
+    """GPT-2's byte-pair encoding with the ids of a fairseq dictionary, as one ``tokenizer.json``.
+
+    Args:
+        encoder: contents of ``encoder.json``: token -> GPT-2's id.
+        merges: contents of ``vocab.bpe``: a version line, then one pair a line.
+        dictionary: contents of ``dict.txt``: lines ``GPT-2's id, count``; a token's id is 4 + its line number from 0.
+            Names that are no number (``madeupword0000``) hold a place.
+        place: how messages name the folder.
+
+    Raises:
+        ConfigError: naming file and line of what does not fit.
+    """
+    tokenizers = tokenizers_library()
+    token_of = {id: token for token, id in _json_object(encoder, place / GPT2_FILES[0]).items()}
+    vocabulary = {name: id for id, name in enumerate(SPECIAL_NAMES)}
+    for number, line in enumerate(dictionary.splitlines()):
+        name = line.split(" ")[0]
+        token = token_of.pop(int(name), None) if name.isdecimal() else name
+        if token is None or token in vocabulary or len(line.split(" ")) < 2:
+            raise ConfigError(
+                f"{place / GPT2_FILES[2]} line {number + 1}: expected '<id of {GPT2_FILES[0]}> <count>', each id once, "
+                f"found {line!r:.60}"
+            )
+        vocabulary[token] = len(vocabulary)
+    vocabulary[MASK_NAME] = len(vocabulary)
+    for id in sorted(token_of):  # what merges may need on the way, but the dictionary does not know
+        vocabulary[token_of[id]] = len(vocabulary)
+    pairs = []
+    for number, line in enumerate(merges.splitlines(), start=1):
+        if line.startswith("#version") or not line:
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+            raise ConfigError(
+                f"{place / GPT2_FILES[1]} line {number}: expected two tokens of {GPT2_FILES[0]} whose union is one, "
+                f"found {line!r:.60}"
+            )
+        pairs.append(pair)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=pairs))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([*SPECIAL_NAMES, MASK_NAME])
+    text: str = model.to_str()
+    return text.encode()
+
+
+def _json_object(text: str, place: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{place}: expected JSON, found {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, normalization: Normalization) -> bytes:
+    """Train a unigram model; the same texts give the same bytes.
+
+    Args:
+        texts: documents.
+        vocab_size: ids, specials and ``<mask>`` included.
+        normalization: identity keeps every character and all white space, so that decoding gives back the text;
+            nmt_nfkc unifies characters (NFKC) and makes every run of white space one space.
+
+    Characters that the vocabulary lacks are encoded as their UTF-8 bytes, so nothing is unknown.
+
+    Raises:
+        ConfigError: if the texts do not allow such a vocabulary.
+    """
+    keeps_all = normalization == "identity"
+    model = BytesIO()
+    try:
+        sentencepiece_library().SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            vocab_size=vocab_size - 1,
+            model_type="unigram",
+            byte_fallback=True,
+            normalization_rule_name=normalization,
+            remove_extra_whitespaces=not keeps_all,
+            add_dummy_prefix=not keeps_all,
+            allow_whitespace_only_pieces=keeps_all,
+            max_sentence_length=8 * _SENTENCE_CHARS,
+            bos_id=BOS,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_piece=SPECIAL_NAMES[BOS],
+            pad_piece=SPECIAL_NAMES[PAD],
+            eos_piece=SPECIAL_NAMES[EOS],
+            unk_piece=SPECIAL_NAMES[UNK],
+            num_threads=1,  # sums of several threads would come in any order
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        most = re.search(r"<= (\d+)", str(error))  # it was asked for one less: ``<mask>`` comes last
+        advice = f"; --vocab-size {int(most[1]) + 1} is possible" if most else ""
+        if "sentences_.empty()" in str(error):
+            advice = "; the input holds no text"
+        raise ConfigError(
+            f"--train-tokenizer --vocab-size {vocab_size}: sentencepiece cannot train on this text: {error}{advice}"
+        ) from error
+    return model.getvalue() + _piece(MASK_NAME, _CONTROL)
+
+
+def _sentences(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        while len(text) > _SENTENCE_CHARS:
+            cut = piece_end(text, _SENTENCE_CHARS)
+            yield text[:cut]
+            text = text[cut:]
+        yield text
+
+
+def _piece(name: str, kind: int) -> bytes:
+    """One more piece for the end of a serialised model: protocol buffers may be joined, lists then go on."""
+    encoded = name.encode()
+    fields = b"\x0a" + bytes([len(encoded)]) + encoded + b"\x15" + struct.pack("<f", 0.0) + b"\x18" + bytes([kind])
+    return b"\x0a" + bytes([len(fields)]) + fields
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type of `d2v2ds.data.schema.TOKEN_DTYPES` for ids below `vocab_size`."""
+    return next(dtype for dtype in TOKEN_DTYPES.values() if vocab_size - 1 <= np.iinfo(dtype).max)
+
+
+def special_ids(tokenizer: Tokenizer) -> Mapping[str, int]:
+    """Ids by the names that `Index.format` gives them."""
+    return {"bos": BOS, "pad": PAD, "eos": EOS, "unk": UNK, "mask": tokenizer.vocab_size - 1}

@@ -1,0 +1,96 @@
+"""How a process finds its place, the small collectives, and the runner of the distributed tests itself."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from d2v2ds.distributed import comm
+from d2v2ds.distributed.comm import launcher_environment
+from d2v2ds.errors import ConfigError
+from tests.ranks import RankError, run_distributed
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "MASTER_ADDR": "c1", "MASTER_PORT": "29500"}
+
+
+def test_plain_process_is_rank_zero_of_one_on_the_loopback() -> None:
+    added = launcher_environment({})
+    assert (added["RANK"], added["LOCAL_RANK"], added["WORLD_SIZE"]) == ("0", "0", "1")
+    assert added["MASTER_ADDR"] == "127.0.0.1"
+    assert 1024 <= int(added["MASTER_PORT"]) < 65536
+
+
+def test_srun_task_takes_its_place_from_slurm() -> None:
+    assert launcher_environment(SLURM) == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+
+
+def test_step_of_fewer_tasks_than_the_job_counts_its_own() -> None:
+    assert launcher_environment(SLURM | {"SLURM_STEP_NUM_TASKS": "6"})["WORLD_SIZE"] == "6"
+
+
+def test_existing_rank_wins_over_slurm() -> None:
+    launcher = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    assert launcher_environment(SLURM | launcher) == {}
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_incomplete_environment_is_an_error_that_names_the_variable(missing: str) -> None:
+    environ = {name: value for name, value in SLURM.items() if name != missing}
+    with pytest.raises(ConfigError, match=f"{missing} not set"):
+        launcher_environment(environ)
+
+
+def small_collectives() -> dict[str, object]:
+    return {
+        "place": (comm.rank(), comm.world(), comm.local_rank()),
+        "sums": comm.all_reduce_sum([comm.rank() + 1.0, 0.5]),
+        "agree": (comm.all_agree(True), comm.all_agree(comm.rank() == 0)),
+        "broadcast": comm.broadcast_object({"from": comm.rank()}),
+        "gathered": comm.gather_objects(comm.rank() * 10),
+        "port": os.environ["MASTER_PORT"],
+    }
+
+
+@pytest.mark.distributed
+def test_small_collectives_give_every_rank_the_same() -> None:
+    first, second = run_distributed(small_collectives, 2)
+    assert (first.pop("place"), second.pop("place")) == ((0, 2, 0), (1, 2, 1))
+    port = first["port"]
+    assert first == second
+    assert first["sums"] == [3.0, 1.0]
+    assert first["agree"] == (True, False)
+    assert first["broadcast"] == {"from": 0}
+    assert first["gathered"] == [0, 10]
+    assert not [file for file in Path("/dev/shm").iterdir() if str(port) in file.name]
+
+
+def one_rank_raises() -> None:
+    if comm.rank() == 1:
+        raise ValueError("the reason of rank 1")
+    comm.barrier()
+
+
+def one_rank_dies() -> None:
+    if comm.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.barrier()
+
+
+def one_rank_hangs(folder: Path) -> None:
+    (folder / str(comm.rank())).write_text(str(os.getpid()))
+    if comm.rank() == 1:
+        time.sleep(600)
+
+
+@pytest.mark.distributed
+def test_runner_shows_the_failing_rank_and_leaves_no_process(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"rank 1: Traceback[\s\S]*the reason of rank 1"):
+        run_distributed(one_rank_raises, 2)
+    with pytest.raises(RankError, match="rank 1: died without a report.*SIGKILL"):
+        run_distributed(one_rank_dies, 2)
+    with pytest.raises(RankError, match="ranks .*1.* did not report in time"):
+        run_distributed(one_rank_hangs, 2, tmp_path, timeout_s=5)
+    for file in tmp_path.iterdir():
+        assert not Path(f"/proc/{file.read_text()}").exists()

@@ -1,0 +1,82 @@
+"""One run per folder, whatever way the other one ends."""
+
+import errno
+import fcntl
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from d2v2ds.run import lock as runlock
+from d2v2ds.run.lock import RunLock
+from tests.runs.launching import arguments_of, environment, pack_clips
+
+HOLD = "import sys, time; from pathlib import Path; from d2v2ds.run.lock import RunLock\n"
+HOLD += "with RunLock(Path(sys.argv[1])) as lock:\n    lock.take(); print('taken', flush=True); time.sleep(120)"
+
+
+@contextmanager
+def other_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "taken\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runlock, "PATIENCE_S", 0.2)
+    with other_process(tmp_path) as first, RunLock(tmp_path) as second:
+        with pytest.raises(
+            BlockingIOError, match=rf"another run is at work there \(process {first.pid} on \S+ since 20"
+        ):
+            second.take()
+        assert caplog.text.count("waiting for its end") == 1
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        second.take()
+
+
+def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as second, other_process(tmp_path) as first:
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill {first.pid}"])
+        second.take()
+    with RunLock(tmp_path) as third:
+        third.take()
+
+
+def test_a_file_system_without_locks_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with RunLock(tmp_path) as lock:
+        lock.take()
+    assert "a second run there would not be noticed" in caplog.text
+
+
+@pytest.mark.distributed
+def test_a_run_into_the_folder_of_another_ends_before_it_writes_anything(tmp_path: Path) -> None:
+    shards, run_dir = pack_clips(tmp_path / "clips"), tmp_path / "run"
+    code = "import sys, d2v2ds.run.lock as r; r.PATIENCE_S = 0.2; from d2v2ds.pretrain import main; "
+    code += "sys.exit(main(sys.argv[1:]))"
+    with other_process(run_dir):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments_of(shards, run_dir)],
+            env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert f"run.dir {run_dir}: rank 0: another run is at work there" in done.stderr
+    assert {path.name for path in run_dir.iterdir()} <= {"lock", "log.txt"}

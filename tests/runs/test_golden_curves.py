@@ -1,0 +1,31 @@
+"""The tiny configurations train as they did: a change of these numbers is a change of the method."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs.golden_curves import NAMES, STEPS, differences, expected, make_data, train
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_steps_are_those_that_are_kept(name: str, packed: dict[str, Path], tmp_path: Path) -> None:
+    assert list(differences(train(name, packed, tmp_path / "run"), expected(name))) == []
+
+
+def test_a_difference_is_named() -> None:
+    kept = expected("audio_tiny")
+    assert len(kept) == STEPS
+    other = [dict(record) for record in kept]
+    other[3]["loss/regression"] *= 1.0002
+    other[5]["optim/lr"] *= 1.00001
+    del other[7]["pred/std"]
+    said = list(differences(other[:-1], kept))
+    assert said[0] == "expected 20 records, found 19"
+    assert said[1].startswith("step 4: loss/regression expected")
+    assert said[2].startswith("step 6: optim/lr expected")
+    assert said[3] == "step 8: other metrics: pred/std"
