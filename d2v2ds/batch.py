@@ -4,6 +4,7 @@ Data workers build them on the CPU; shapes are checked once, here; the model onl
 Dimension letters are those of `d2v2ds.shapes`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,16 +60,17 @@ class Batch:
     """One micro-batch of one modality on one rank."""
 
     modality: str
-    """Name of the modality, the key of its encoder and decoder in the model."""
+    """Name of the modality, the key of its encoder in the trunk."""
     source: Tensor
-    """Audio (B, S) float32 waveforms, already normalised; image (B, C, Y, X) uint8 pixels, or float32 already
-    normalised; text (B, S) int64 token ids."""
+    """(B, ...), last axis S; what the modality's encoder reads: audio (B, S) float32 waveforms, already normalised;
+    image (B, C, Y, X) uint8 pixels, or float32 already normalised; text (B, S) int64 token ids."""
     padding: Tensor | None = None
-    """(B, S) bool, True = pad: samples of audio, tokens of text. None where nothing is padded."""
+    """(B, S) bool, True = pad: samples or tokens. None where nothing is padded."""
     ids: Tensor
     """(B,) int64, row numbers of the samples in their dataset."""
-    masks: MaskSet
-    num_masked: int
+    masks: MaskSet | None = None
+    """None for an objective that masks nothing."""
+    num_masked: int = 0
     """Masked positions over all rows, counted in the worker so that no device has to be asked."""
     loss_weight: float = 1.0
     """0.0 for a filler that only keeps a rank busy while others still have data, or that stands in for rows none of
@@ -77,36 +79,41 @@ class Batch:
     """One sentence for each row that was left out because it could not be read: file, row, expected, found."""
 
     def __post_init__(self) -> None:
-        if self.source.shape[0] != self.ids.shape[0] or self.source.shape[0] != self.masks.keep.shape[0]:
+        if self.source.shape[0] != self.ids.shape[0]:
+            raise ValueError(f"Batch: source {tuple(self.source.shape)} and ids {tuple(self.ids.shape)} disagree on B")
+        if self.masks is not None and self.source.shape[0] != self.masks.keep.shape[0]:
             raise ValueError(
-                f"Batch: source {tuple(self.source.shape)}, ids {tuple(self.ids.shape)} and masks "
-                f"{tuple(self.masks.keep.shape)} disagree on B"
+                f"Batch: source {tuple(self.source.shape)} and masks {tuple(self.masks.keep.shape)} disagree on B"
             )
         if self.padding is not None and self.padding.shape != self.source.shape[: self.padding.dim()]:
             raise ValueError(
                 f"Batch: padding {tuple(self.padding.shape)} does not fit source {tuple(self.source.shape)}"
             )
 
+    def required_masks(self) -> MaskSet:
+        """Masks of this batch.
+
+        Raises:
+            ValueError: the batch has none.
+        """
+        if self.masks is None:
+            raise ValueError(f"Batch of {self.modality}: expected masks, found none; the objective must ask for them")
+        return self.masks
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+    def pin_memory(self) -> "Batch":
+        """Return the same batch in page-locked memory; the DataLoader's pinning thread calls this."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
 
+    def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        masks = self.masks
         return replace(
             self,
             source=move(self.source),
             padding=None if self.padding is None else move(self.padding),
             ids=move(self.ids),
-            masks=MaskSet(keep=move(self.masks.keep), masked=move(self.masks.masked)),
-        )
-
-    def pin_memory(self) -> "Batch":
-        """Called by the DataLoader's pinning thread."""
-        return replace(
-            self,
-            source=self.source.pin_memory(),
-            padding=None if self.padding is None else self.padding.pin_memory(),
-            ids=self.ids.pin_memory(),
-            masks=MaskSet(keep=self.masks.keep.pin_memory(), masked=self.masks.masked.pin_memory()),
+            masks=None if masks is None else MaskSet(keep=move(masks.keep), masked=move(masks.masked)),
         )

@@ -1,14 +1,18 @@
 """The exception types of the project.
 
-A message says where, what was expected, what was found and what to do.
+A message says where, what was expected, what was found and what to do. The exit code of `d2v2ds.pretrain` is that of the
+error that ends it; `slurm/launch.sh` decides by it whether to start again.
 `ValueError` stays the type for a caller's mistake in a pure function.
 """
 
-from typing import Any
+from typing import ClassVar
 
 
 class D2V2Error(Exception):
     """Base class of every error that d2v2ds raises on purpose."""
+
+    exit_code: ClassVar[int] = 2
+    """Exit code of a command that this error ends."""
 
 
 class ConfigError(D2V2Error):
@@ -22,25 +26,37 @@ class ShardError(D2V2Error):
 class CheckpointError(D2V2Error):
     """A checkpoint is missing, torn, or belongs to another model, stage or world size."""
 
+    exit_code = 5
+
 
 class SaveError(CheckpointError):
     """Checkpoints could not be written twice in a row; the earlier ones are intact."""
+
+    exit_code = 7
 
 
 class PreemptedError(D2V2Error):
     """A signal asked the run to stop; everything is saved, and the same command goes on."""
 
+    exit_code = 75
+
 
 class DamagedDataError(ShardError):
     """More rows of the data could not be read than the run allows."""
+
+    exit_code = 6
 
 
 class CollapseError(D2V2Error):
     """A health statistic crossed its floor in a run that was asked to stop there."""
 
+    exit_code = 3
+
 
 class NonFiniteError(D2V2Error):
     """Too many optimizer steps in a row had a non-finite loss or gradient."""
+
+    exit_code = 4
 
 
 class MissingExtraError(D2V2Error):
@@ -57,18 +73,3 @@ class MissingExtraError(D2V2Error):
     def __str__(self) -> str:
         need, extra = self.args
         return f"{need}: in the checkout of d2v2ds, pip install '.[{extra}]'"
-
-
-def below(config: Any, where: str, **floors: float) -> list[str]:
-    """Fields of a dataclass that are under their floor, as sentences for a `ConfigError`.
-
-    Args:
-        config: the dataclass.
-        where: how messages call it, such as `decoder.`.
-        floors: least allowed value by field name.
-    """
-    return [
-        f"{where}{name} is {getattr(config, name)}, expected {floor:g} or more"
-        for name, floor in floors.items()
-        if getattr(config, name) < floor
-    ]

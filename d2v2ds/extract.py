@@ -2,317 +2,34 @@
 
     python -m d2v2ds.extract --model FOLDER --shards DIR --out features.arrow --layers 6,12 --pool mean [--workers N]
 
-Every process takes parts of the folder, a few minutes of work each, and writes them to OUT.parts/; the last step joins
-them. Killed and started again, finished parts are kept. Rows stand in the order of the folder, whatever the number of
-processes; `d2v2ds/inference/feature_file.py` says how to read them.
+Killed and started again, finished parts are kept (OUT.parts/). `d2v2ds/inference/feature_file.py` says how to read the
+file.
 """
 
-import argparse
-import json
 import logging
-import multiprocessing
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from tqdm import tqdm
+from d2v2ds.errors import D2V2Error
+from d2v2ds.inference.extraction import extract
+from d2v2ds.inference.extraction_options import parse
 
-from d2v2ds.api import FeatureExtractor, batches_by_size, tokenizer_faults
-from d2v2ds.data.collate import Reader
-from d2v2ds.data.readers import open_whole
-from d2v2ds.data.schema import read_index
-from d2v2ds.data.shards import open_shards
-from d2v2ds.errors import ConfigError, D2V2Error
-from d2v2ds.inference.feature_file import ANNOTATIONS, feature_schema, join_files, write_rows
-from d2v2ds.io.crc import crc32
-
-logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PART_TOKENS = 1 << 17
-"""Tokens of a part, about: 44 minutes of speech, 669 images of 224 pixels, 256 blocks of 512 tokens."""
-PART_BYTES = 1 << 30
-"""Features of a part that are not pooled."""
-PLAN_NAME = "plan.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What is extracted; a part file is reused only under equal options."""
-
-    model: str
-    shards: str
-    layers: tuple[int, ...] | None
-    pool: str
-    weights: str
-    dtype: str
-    batch_tokens: int | None
-    part_tokens: int | None
-
-
-class Extraction:
-    """One process's view of the work: the model, the folder, and how it is divided."""
-
-    def __init__(self, options: Options, device: str | None = None) -> None:
-        """
-        Raises:
-            CheckpointError, ShardError, ConfigError: with what to do.
-        """
-        self.options = options
-        self.extractor = FeatureExtractor(
-            options.model,
-            layers=options.layers,
-            weights=options.weights,  # type: ignore[arg-type]
-            dtype=DTYPES[options.dtype],
-            device=device,
-            batch_tokens=options.batch_tokens,
-        )
-        folder = Path(options.shards)
-        self.modality = read_index(folder).modality
-        if self.modality not in self.extractor.modalities:
-            raise ConfigError(
-                f"{folder}: holds {self.modality}, the model reads {', '.join(self.extractor.modalities)}"
-            )
-        try:
-            self.layers = self.extractor.layers_of(self.modality)
-        except ValueError as error:
-            raise ConfigError(f"--layers: {error}") from error
-        description = self.extractor.folder.description
-        self._model = description.model.modalities.active()[self.modality]
-        rate = description.preprocessing.get("audio", {}).get("sample_rate_hz", 16000)
-        self.reader: Reader = open_whole(folder, self.modality, self._model, rate)
-        if faults := tokenizer_faults(self.extractor.folder, folder):
-            raise ConfigError("; ".join(faults))
-        self._shards = open_shards(folder)
-        labels = self._shards.read_labels(0) if len(self._shards) else None
-        self._annotations = [name for name in ANNOTATIONS if hasattr(labels, name)]
-        self.schema = feature_schema(
-            self.layers,
-            description.model.block.width,
-            pooled=options.pool == "mean",
-            annotations=self._annotations,
-            facts={**asdict(options), "modality": self.modality, "origin": description.origin.get("kind")},
-        )
-        part_tokens = options.part_tokens or PART_TOKENS
-        if options.pool == "none" and options.part_tokens is None:  # a part is whole in memory before it is written
-            part_tokens = min(part_tokens, PART_BYTES // (4 * description.model.block.width * len(self.layers)))
-        self.bounds = part_bounds(self._tokens(), max(1, part_tokens))
-
-    def _tokens(self) -> NDArray[np.int64]:
-        """(N,) tokens of every row, about: exact ones would take a Python call a row."""
-        sizes = np.asarray(self.reader.sizes, dtype=np.int64)
-        largest = int(sizes.max(initial=1))
-        per_token = max(1.0, largest / max(1, self._model.num_tokens(largest)))
-        return np.maximum(1, sizes // per_token).astype(np.int64)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the parts depend on; model and shards by their contents, for they may be moved or written anew."""
-        index = read_index(Path(self.options.shards))
-        checksum = 0
-        for _, parameter in sorted(self.extractor.model.named_parameters()):  # all: norms alone are equal at init
-            checksum = crc32(parameter.float().cpu().contiguous().numpy().data, checksum)
-        description = self.extractor.folder.description
-        return {
-            **asdict(self.options),
-            "model": f"{description.model} {checksum:08x}",
-            "preprocessing": description.preprocessing[self.modality],
-            "shards": f"{index.rows} rows {index.digest(index.num_shards)}",
-            "layers": list(self.layers),
-            "bounds": self.bounds,
-        }
-
-    def write_part(self, number: int, path: Path) -> float:
-        """Compute and write one part; returns its amount in the reader's unit."""
-        first, last = self.bounds[number], self.bounds[number + 1]
-        rows = range(first, last)
-        vectors: dict[int, list[Any]] = {layer: [None] * len(rows) for layer in self.layers}
-        tokens = [0] * len(rows)
-        amount = 0.0
-        sizes = np.asarray(self.reader.sizes[first:last]).tolist()
-        for chosen in batches_by_size(sizes, self.extractor.batch_tokens, self._model.num_tokens):
-            group = [rows[i] for i in chosen]
-            sources = [self.reader.read_whole(row) for row in group]
-            features = self.extractor.encode(self.modality, sources)
-            pooled = features.mean() if self.options.pool == "mean" else None
-            for index, row in enumerate(group):
-                tokens[row - first] = int((~features.padding[index]).sum())
-                found = features.unpadded(index) if pooled is None else {k: x[index] for k, x in pooled.items()}
-                for layer, x in found.items():
-                    vectors[layer][row - first] = x.numpy()
-                amount += self.reader.units(1, sources[index].shape[-1])
-        labels = [self._shards.read_labels(row) for row in rows]
-        columns: dict[str, Any] = {"row": list(rows), "tokens": tokens, "id": [label.id for label in labels]}
-        columns |= {name: [getattr(label, name) for label in labels] for name in self._annotations}
-        columns |= {f"layer_{layer}": vectors[layer] for layer in self.layers}
-        write_rows(path, self.schema, columns)
-        return amount
-
-
-def part_bounds(tokens: NDArray[np.int64], part_tokens: int) -> list[int]:
-    """Rows at which parts begin, and the number of rows: each part has about so many tokens, and one row or more."""
-    if not len(tokens):
-        return [0, 0]
-    ends = np.cumsum(tokens)
-    parts = (ends - 1) // part_tokens
-    return [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(tokens)]
-
-
-_own: Extraction | None = None
-"""The extraction of a worker process."""
-
-
-def _begin_worker(options: Options, devices: list[str], threads: int, counter: Any) -> None:
-    global _own
-    with counter.get_lock():
-        number = counter.value
-        counter.value += 1
-    torch.set_flush_denormal(True)  # before any product; see train.perf.tune_cpu
-    torch.set_num_threads(threads)
-    _own = Extraction(options, devices[number % len(devices)])
-
-
-def _work(number: int, path: Path) -> float:
-    assert _own is not None
-    return _own.write_part(number, path)
-
-
-def extract(options: Options, out: Path, workers: int | None = None) -> int:
-    """Write the file.
-
-    Args:
-        options: what is extracted.
-        out: file to write.
-        workers: processes; None: one for each accelerator, or one that uses all cores.
-
-    Returns:
-        Rows of the file.
-
-    Raises:
-        CheckpointError, ShardError, ConfigError: with what to do.
-    """
-    if not out.name or out.is_dir():
-        raise ConfigError(f"--out {out}: expected the name of a file to write, found a folder")
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    processes = workers or len(devices)
-    own = Extraction(options, devices[0] if processes == 1 else "cpu")
-    folder = out.with_name(out.name + ".parts")
-    _check_plan(folder, own.fingerprint())
-    paths = [folder / f"part-{number:06d}.arrow" for number in range(len(own.bounds) - 1)]
-    todo = [number for number, path in enumerate(paths) if not path.exists()]
-    if len(todo) < len(paths):
-        logger.info("%s: %d of %d parts are there already", folder, len(paths) - len(todo), len(paths))
-    with tqdm(total=own.bounds[-1], unit="row", disable=None, smoothing=0.1) as bar:
-        bar.update(own.bounds[-1] - sum(own.bounds[n + 1] - own.bounds[n] for n in todo))
-        amount = 0.0
-        for number, done in _finished(own, options, devices, processes, todo, paths):
-            amount += done
-            bar.update(own.bounds[number + 1] - own.bounds[number])
-            bar.set_postfix_str(f"{amount / max(bar.format_dict['elapsed'], 1e-9):,.1f} {own.reader.unit}/s")
-    join_files(paths, out, own.schema)
-    shutil.rmtree(folder)
-    return own.bounds[-1]
-
-
-def _finished(
-    own: Extraction, options: Options, devices: list[str], processes: int, todo: list[int], paths: list[Path]
-) -> Iterator[tuple[int, float]]:
-    """Do the parts; yields each with its amount when it is on disk."""
-    if processes == 1:
-        for number in todo:
-            yield number, own.write_part(number, paths[number])
-        return
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    arguments = (options, devices, threads, context.Value("i", 0))
-    with ProcessPoolExecutor(processes, context, _begin_worker, arguments) as pool:
-        jobs = {pool.submit(_work, number, paths[number]): number for number in todo}
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # waits: the call at the block's end would take the cancelling back
-            raise
-
-
-def _check_plan(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Make the folder of the parts, or make sure that its parts are of this very work.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    plan = folder / PLAN_NAME
-    text = json.dumps(fingerprint, sort_keys=True)
-    if plan.is_file():
-        found = json.loads(plan.read_text(encoding="utf-8"))
-        expected = json.loads(text)
-        different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-        if different:
-            raise ConfigError(
-                f"{folder}: holds parts of an extraction with other {', '.join(different)}; finish that one, remove "
-                "the folder, or give another --out"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob("part-*"):  # of an extraction that was killed at its very end, while it removed them
-        part.unlink()
-    temporary = plan.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(plan)
+logger = logging.getLogger("d2v2ds.extract")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from a command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m d2v2ds.extract", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder written by d2v2ds.export")
-    parser.add_argument("--shards", required=True, help="packed folder")
-    parser.add_argument("--out", type=Path, required=True, help="Arrow file to write")
-    parser.add_argument("--layers", help="numbers such as 6,12; --layers=-2,-1 counts from the last; all if not given")
-    parser.add_argument("--pool", choices=("mean", "none"), default="mean", help="mean over tokens (default), or none")
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the computation (float32)")
-    parser.add_argument("--workers", type=int, help="processes; one for each accelerator if not given")
-    parser.add_argument(
-        "--batch-tokens", type=int, help="most tokens of one forward; what suits the device if not given"
-    )
-    parser.add_argument(
-        "--part-tokens", type=int, help=f"tokens of a part that is kept when killed ({PART_TOKENS}, unpooled 1 GiB)"
-    )
-    given = parser.parse_args(arguments)
-    for name in ("workers", "batch_tokens", "part_tokens"):
-        if (value := getattr(given, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    options, out, workers = parse(arguments, (__doc__ or "").splitlines()[0])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        layers = None if given.layers is None else tuple(int(number) for number in given.layers.split(","))
-    except ValueError:
-        parser.error(f"--layers {given.layers}: expected numbers divided by commas, such as 6,12")
-    options = Options(
-        model=given.model,
-        shards=given.shards,
-        layers=layers,
-        pool=given.pool,
-        weights=given.weights,
-        dtype=given.dtype,
-        batch_tokens=given.batch_tokens,
-        part_tokens=given.part_tokens,
-    )
-    try:
-        rows = extract(options, given.out, given.workers)
+        rows = extract(options, out, workers)
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
-        return 2
+        return D2V2Error.exit_code
     except KeyboardInterrupt:
-        logger.error("interrupted; finished parts stay in %s.parts, the same command goes on from them", given.out)
+        logger.error("interrupted; finished parts stay in %s.parts, the same command goes on from them", out)
         return 130
-    logger.info("%s: %d rows, layers %s", given.out, rows, given.layers or "all")
+    layers = "all" if options.layers is None else ",".join(map(str, options.layers))
+    logger.info("%s: %d rows, layers %s", out, rows, layers)
     return 0
 
 

@@ -15,41 +15,28 @@ every row has the same number of masked tokens (the reference crops masks of the
 
 import math
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from d2v2ds.bounds import Bounds, Count
+from d2v2ds.rng import GAMMA, Stream, hash64, mix64, to_unit_interval
+
 MaskKind = Literal["block_1d", "block_2d", "random"]
-
-_WORD = 0xFFFF_FFFF_FFFF_FFFF
-_GAMMA = 0x9E37_79B9_7F4A_7C15
-"""The odd constant by which SplitMix64 advances its state."""
-
-
-class Stream(IntEnum):
-    """Keeps the random numbers of one purpose apart from those of every other."""
-
-    MASK = 1
-    CROP = 2
-    ORDER = 3
-    SHUFFLE = 4
-    AUGMENT = 5
-    MIXTURE = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     """How the tokens of one modality are masked."""
 
-    masked_fraction: float
-    """Share of tokens masked (fraction, strictly between 0 and 1); p of the spec, also for inverse masks."""
-    num_masks: int
+    masked_fraction: Annotated[float, Bounds(gt=0, lt=1)]
+    """Share of tokens masked (fraction, strictly between 0 and 1), also for inverse masks."""
+    num_masks: Count
     """M, masked versions of each sample in one step (count)."""
     kind: MaskKind = "block_1d"
     """Blocks along the token sequence, square blocks on a square grid, or single tokens."""
-    block_length: int = 1
+    block_length: Count = 1
     """Length of a block, or side of a square block (tokens); not used by `random`."""
     adjust: float = 0.0
     """Added to the share that decides how many blocks are drawn (fraction). It changes how blocky the
@@ -57,22 +44,11 @@ class MaskConfig:
     inverse: bool = False
     """Draw blocks of visible tokens and mask the rest; not used by `random`."""
 
-    def check(self) -> None:
-        """Refuse settings that no token count can satisfy.
-
-        Raises:
-            ValueError: a field is out of range, with its value.
-        """
-        if not 0.0 < self.masked_fraction < 1.0:
-            raise ValueError(f"masked_fraction must lie strictly between 0 and 1, found {self.masked_fraction}")
-        if self.num_masks < 1:
-            raise ValueError(f"num_masks must be at least 1, found {self.num_masks}")
-        if self.block_length < 1:
-            raise ValueError(f"block_length must be at least 1 token, found {self.block_length}")
+    def check(self) -> list[str]:
+        """Return a message if the fields together leave no blocks to draw."""
         if self.drawn_fraction + self.adjust < 0.0:
-            raise ValueError(
-                f"adjust {self.adjust} makes the share of drawn blocks negative ({self.drawn_fraction:g} + adjust)"
-            )
+            return [f"adjust {self.adjust} makes the share of drawn blocks negative ({self.drawn_fraction:g} + adjust)"]
+        return []
 
     @property
     def complemented(self) -> bool:
@@ -298,36 +274,5 @@ def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, nu
     """
     ids = np.asarray(sample_ids, dtype=np.int64)
     keys = hash64(seed, epoch, Stream.MASK, ids[:, None], np.arange(num_masks))  # (B, M)
-    steps = (np.arange(1, num_draws + 1, dtype=np.uint64)) * np.uint64(_GAMMA)
+    steps = (np.arange(1, num_draws + 1, dtype=np.uint64)) * np.uint64(GAMMA)
     return to_unit_interval(mix64(keys[..., None] + steps))
-
-
-def hash64(*parts: ArrayLike) -> NDArray[np.uint64]:
-    """Hash integers, or arrays of integers that broadcast against each other, to 64 bits.
-
-    For all other parts given, different values of one part have different hashes.
-
-    Returns:
-        uint64 array of the broadcast shape; (1,) if every part is one integer.
-    """
-    state = np.array([_GAMMA], dtype=np.uint64)
-    for part in parts:
-        word = np.array([part & _WORD], dtype=np.uint64) if isinstance(part, int) else np.asarray(part, dtype=np.uint64)
-        state = mix64(state ^ word) + np.uint64(_GAMMA)
-    return state
-
-
-def mix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection in which every input bit
-    moves every output bit with probability close to one half."""
-    words = words ^ (words >> np.uint64(30))
-    words *= np.uint64(0xBF58_476D_1CE4_E5B9)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(0x94D0_49BB_1331_11EB)
-    words ^= words >> np.uint64(31)
-    return words
-
-
-def to_unit_interval(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """The upper 53 bits as float64 in [0, 1)."""
-    return (words >> np.uint64(11)) * np.float64(2.0**-53)

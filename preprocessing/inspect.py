@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.data.schema import SKIPPED_NAME, Index
-from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error
-from preprocessing.driver.reports import REPORTS
+from preprocessing.driver.formats import format_of, open_shards
 
 EXIT_UNREADABLE = 2
 
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shards = open_shards(options.folder)
         print(summary(options.folder, shards))
         if options.plot:
-            REPORTS[shards.index.modality]().plot(shards, options.plot)
+            format_of(shards.index.modality, options.folder).report().plot(shards, options.plot)
             print(f"figure: {options.plot}")
     except D2V2Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summary(folder: Path, shards: Any) -> str:
     """The totals, several lines."""
     index: Index = shards.index
-    report = REPORTS[index.modality]()
+    report = format_of(index.modality, folder).report()
     size = sum(entry.bytes for entry in index.shards)
     lines = [
         f"{folder}: {index.modality}, {report.headline(index)}",

@@ -20,7 +20,8 @@ import soundfile
 import soxr
 
 from d2v2ds.data.codecs.flac import DECODER
-from d2v2ds.data.schema import CODECS, Index
+from d2v2ds.data.schema import Index
+from d2v2ds.modalities.audio.shards import AUDIO_LAYOUT, CODECS
 from preprocessing.audio.clips import find_clips, read_headers
 from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio.rows import rows_of
@@ -57,7 +58,7 @@ class AudioPacker:
     """Recordings to rows; the methods are those of `preprocessing.driver.protocol.Packer`."""
 
     settings: AudioSettings
-    modality = "audio"
+    layout = AUDIO_LAYOUT
     measure = MEASURE
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:

@@ -24,6 +24,7 @@ from PIL import features
 from d2v2ds.data.codecs.pixels import ALPHA_OVER
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import ConfigError
+from d2v2ds.modalities.image.shards import IMAGE_LAYOUT
 from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
 from preprocessing.driver.packing import common_parser, read_all, run
 from preprocessing.driver.parallel import Team
@@ -70,7 +71,7 @@ class ImagePacker:
     """Images to rows; the methods are those of `preprocessing.driver.protocol.Packer`."""
 
     settings: ImageSettings
-    modality = "image"
+    layout = IMAGE_LAYOUT
     measure = MEBIBYTES
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.data.schema import Index
+from d2v2ds.modalities.text.shards import TEXT_LAYOUT
 from d2v2ds.modalities.text.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing.driver.output_file import replacing
 from preprocessing.driver.packing import common_parser, parse_bytes, run
@@ -73,7 +74,7 @@ class TextPacker:
     """Text files to rows of tokens; the methods are those of `preprocessing.driver.protocol.Packer`."""
 
     settings: TextSettings
-    modality = "text"
+    layout = TEXT_LAYOUT
     measure = MEBIBYTES
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:

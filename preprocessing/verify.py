@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from d2v2ds.data.schema import (
-    LAYOUTS,
     FileEntry,
     Index,
+    Layout,
     ShardEntry,
     file_crc32,
     read_index,
@@ -28,11 +28,11 @@ from d2v2ds.data.schema import (
     shard_schema,
 )
 from d2v2ds.data.shardfile import RowBatch
-from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error, ShardError
+from preprocessing.driver.formats import format_of, open_shards
 from preprocessing.driver.parallel import EXIT_INTERRUPTED, LocalTeam
 from preprocessing.driver.progress import Progress, Report
-from preprocessing.driver.reports import REPORTS, fault
+from preprocessing.driver.reports import fault
 
 EXIT_FAULTY = 1
 EXIT_UNREADABLE = 2
@@ -89,7 +89,7 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
     progress.finish()
     beside = [found for entry in (index.rows_file, *index.files_beside) for found in _file_faults(folder, entry)]
     faults = [*beside, *faults]
-    total = LAYOUTS[index.modality].total
+    total = format_of(index.modality, folder).shards.layout.total
     for name, declared, summed in (
         ("rows", index.rows, sum(entry.rows for entry in index.shards)),
         (total, index.totals.get(total), sum(entry.size for entry in index.shards)),
@@ -103,28 +103,29 @@ def check_shard(job: ShardCheck, report: Report) -> list[str]:
     """The faults of one shard."""
     index, name = job.index, job.entry.file
     faults = _file_faults(job.folder, job.entry)
-    batch_faults = REPORTS[index.modality]().batch_faults
+    found = format_of(index.modality, job.folder)
+    layout, batch_faults = found.shards.layout, found.report().batch_faults
     if not (job.folder / name).is_file():
         return faults
     try:
         with pa.memory_map(str(job.folder / name)) as source, pa.ipc.open_file(source) as reader:
-            if not reader.schema.equals(shard_schema(index.modality, index.format), check_metadata=True):
+            if not reader.schema.equals(shard_schema(layout, index.format), check_metadata=True):
                 return [*faults, fault(name, "columns and metadata", "those of the index", reader.schema.names)]
             sizes: list[int] = []
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
                 batch.validate(full=True)
                 faults.extend(_doubled_ids(name, batch))
-                faults.extend(_checksum_faults(job, batch, len(sizes)))
+                faults.extend(_checksum_faults(job, layout, batch, len(sizes)))
                 faults.extend(batch_faults(batch, index, name, len(sizes)))
-                sizes.extend(row_sizes(index.modality, batch).tolist())
+                sizes.extend(row_sizes(layout, batch).tolist())
                 report(batch.num_rows, 0)
     except (pa.ArrowInvalid, pa.ArrowSerializationError, OSError) as error:
         return [*faults, fault(name, "format", "an Arrow IPC file", error)]
     if len(sizes) != job.entry.rows:
         faults.append(fault(name, "rows", job.entry.rows, len(sizes)))
     if sum(sizes) != job.entry.size:
-        faults.append(fault(name, LAYOUTS[index.modality].total, job.entry.size, sum(sizes)))
+        faults.append(fault(name, layout.total, job.entry.size, sum(sizes)))
     return [*faults, *_index_faults(job, sizes)]
 
 
@@ -136,9 +137,9 @@ def _doubled_ids(name: str, batch: pa.RecordBatch) -> Iterator[str]:
         yield fault(name, "ids", "each once", f"{doubled[0]!r} more than once")
 
 
-def _checksum_faults(job: ShardCheck, batch: pa.RecordBatch, first: int) -> Iterator[str]:
+def _checksum_faults(job: ShardCheck, layout: Layout, batch: pa.RecordBatch, first: int) -> Iterator[str]:
     """Rows that training would leave out."""
-    rows = RowBatch(batch, LAYOUTS[job.index.modality], job.number, first, job.entry.file)
+    rows = RowBatch(batch, layout, job.number, first, job.entry.file)
     for row in range(batch.num_rows):
         try:
             rows.texts(row)

@@ -10,15 +10,14 @@ import pytest
 from d2v2ds.masking import (
     MaskConfig,
     draw_masks,
-    hash64,
     masked_count,
     masks_from_uniforms,
-    mix64,
     num_blocks,
     num_draws,
     uniforms,
     visible_positions,
 )
+from d2v2ds.rng import hash64, mix64
 from tests.oracles.mask_statistics import (
     agreement,
     golden_rows,

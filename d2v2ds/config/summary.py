@@ -1,44 +1,19 @@
-"""What a configuration amounts to, without data and without a process group: sizes, memory, steps, operations."""
+"""Sizes, memory, steps and operations of a configuration, without data and without a process group."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from d2v2ds.config.load import CONFIG_FOLDER, RunConfig, load_config
+from d2v2ds.config.load import CONFIG_FOLDER, load_config
+from d2v2ds.config.schema import RunConfig
+from d2v2ds.data.reader import Unit
 from d2v2ds.distributed.ds_config import load_ds_config
 from d2v2ds.distributed.memory import expected_bytes, passing_bytes
-from d2v2ds.masking import masked_count
-from d2v2ds.model.flops import step_flops
-from d2v2ds.model.trunk import Data2Vec2
-from d2v2ds.objectives.teacher_network import TargetNet
+from d2v2ds.modalities.known import known_modalities
+from d2v2ds.objectives.protocol import Objective
 
-
-def _audio(data: Any, model: Any) -> tuple[float, int]:
-    """Clips of the greatest length."""
-    return data.global_batch_seconds / data.max_seconds, round(data.max_seconds * data.sample_rate_hz)
-
-
-def _image(data: Any, model: Any) -> tuple[float, int]:
-    return data.global_batch_images, model.image_size
-
-
-def _text(data: Any, model: Any) -> tuple[float, int]:
-    return data.global_batch_tokens / model.max_tokens, model.max_tokens
-
-
-SAMPLES: dict[str, Callable[[Any, Any], tuple[float, int]]] = {"audio": _audio, "image": _image, "text": _text}
-"""(settings of data, settings of the model) -> samples per optimizer step, and the size of each."""
-AMOUNTS: dict[str, Callable[[Any], tuple[float, str]]] = {
-    "audio": lambda data: (data.global_batch_seconds, "seconds of audio"),
-    "image": lambda data: (data.global_batch_images, "images"),
-    "text": lambda data: (data.global_batch_tokens, "tokens"),
-}
-"""Settings of data -> what one optimizer step sees, and its unit, that of the setting."""
-LARGER = {"seconds of audio": ((3600, "hours of audio"), (60, "minutes of audio"))}
-"""Unit -> how many of it make one of another, largest first."""
 BYTES = ((2**30, "GiB"), (2**20, "MiB"))
 OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
@@ -61,8 +36,8 @@ def _bytes(size: float) -> str:
     return _sized(size, BYTES)
 
 
-def _amount(value: float, unit: str) -> str:
-    return _sized(value, (*LARGER.get(unit, ()), (1, unit)))
+def _amount(value: float, unit: Unit) -> str:
+    return _sized(value, (*unit.larger, (1, unit.label)))
 
 
 def _count(module: nn.Module, *, trained_only: bool = False) -> int:
@@ -80,25 +55,27 @@ def summary(config: RunConfig, world: int = 1) -> list[str]:
         ConfigError: if there is no such DeepSpeed configuration.
         ValueError: if the masks of a modality cannot be drawn.
     """
+    objective = config.objective.build(config.model, config.run.seed)
     with torch.device("meta"):
-        student, teacher = Data2Vec2(config.model), TargetNet(config.model)
-    decoders = _count(student.decoders)
+        student, teacher = objective.build_network(activation_checkpointing=False), objective.build_teacher_network()
+    trunk = _count(student.trunk)
     whole, trained = _count(student), _count(student, trained_only=True)
+    of_teacher = 0 if teacher is None else _count(teacher)
     lines = [
-        f"parameters: student {whole:,} (trained {trained:,}), of these decoder {decoders:,}; without decoder "
-        f"{whole - decoders:,}; teacher {_count(teacher):,}"
+        f"parameters: student {whole:,} (trained {trained:,}), of these decoder {whole - trunk:,}; without decoder "
+        f"{trunk:,}; teacher {of_teacher:,}"
     ]
-    lines += _memory(config, student, teacher, world)
-    lines += _length(config, world)
+    lines += _memory(config, student, of_teacher, world)
+    lines += _length(config, objective, world)
     return lines
 
 
-def _memory(config: RunConfig, student: nn.Module, teacher: nn.Module, world: int) -> list[str]:
+def _memory(config: RunConfig, student: nn.Module, teacher: int, world: int) -> list[str]:
     ds_config = load_ds_config(config.engine.deepspeed)
     section = ds_config.get("zero_optimization", {})
     stage, threshold = section.get("stage", 0), section.get("stage3_param_persistence_threshold", 0)
     kept_whole = sum(p.numel() for p in student.parameters() if p.numel() <= threshold) if stage == 3 else 0
-    held = expected_bytes(_count(student, trained_only=True), _count(teacher), world, ds_config, kept_whole)
+    held = expected_bytes(_count(student, trained_only=True), teacher, world, ds_config, kept_whole)
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items() if size)
     passing = passing_bytes(_count(student, trained_only=True), world, ds_config)
     lines = [
@@ -124,26 +101,20 @@ def _turns(num_micro: int, world: int) -> str:
     )
 
 
-def _length(config: RunConfig, world: int) -> list[str]:
+def _length(config: RunConfig, objective: Objective, world: int) -> list[str]:
     steps, flops, lines = config.total_steps, 0.0, [f"length: {config.total_steps:,} optimizer steps"]
-    models = config.model.modalities.active()
-    for name, data in config.data.active().items():
-        model = models[name]
-        samples, size = SAMPLES[name](data, model)
-        amount, unit = AMOUNTS[name](data)
-        tokens = model.num_tokens(size)
+    for name, data in config.data.modalities.items():
+        settings, unit = config.model.modalities[name], known_modalities()[name].unit
+        samples, size = data.largest_samples(settings)
+        amount, tokens = data.global_batch, settings.num_tokens(size)
         try:
-            masked = masked_count(data.mask, tokens)
+            described, one = objective.describe(name, tokens), objective.flops(name, 1, size)
         except ValueError as error:
-            raise ValueError(f"data.{name}.mask: {error}") from error
-        one = step_flops(
-            config.model, name, num_samples=1, size=size, num_masks=data.mask.num_masks, visible=tokens - masked
-        )
-        flops += steps * samples * one.total
+            raise ValueError(f"objective.modalities.{name}.mask: {error}") from error
+        flops += steps * samples * one
         lines.append(
-            f"{name}: {_number(amount)} {unit} per step x {data.mask.num_masks} masks, {_amount(amount * steps, unit)} "
-            f"in all; {tokens} tokens a sample, {masked} masked and {tokens - masked} visible; "
-            f"{_turns(data.num_micro, world)}"
+            f"{name}: {_number(amount)} {unit.label} per step, {_amount(amount * steps, unit)} in all; {tokens} tokens a "
+            f"sample, {described}; {_turns(data.num_micro, world)}"
         )
     lines.append(
         f"operations: {_sized(flops / steps, OPERATIONS)} per step, {flops:.3g} FLOP in all "
@@ -167,14 +138,13 @@ def batch_advice(name: str, config: RunConfig) -> list[str]:
     if not (CONFIG_FOLDER / f"{name}.yaml").is_file():
         return []
     shipped = load_config(name)
-    own, theirs = config.data.active(), shipped.data.active()
-    amounts = {name: (AMOUNTS[name](own[name]), AMOUNTS[name](theirs[name])) for name in own if name in theirs}
-    ratios = {modality: ours[0] / original[0] for modality, (ours, original) in amounts.items()}
+    ours, theirs = config.data.modalities, shipped.data.modalities
+    ratios = {one: ours[one].global_batch / theirs[one].global_batch for one in ours if one in theirs}
     lines = [
-        f"{modality}: a global batch of {_number(ours)} {unit}, {ratios[modality]:.3g} times the "
-        f"{_number(original)} of {name}"
-        for modality, ((ours, unit), (original, _)) in amounts.items()
-        if not math.isclose(ratios[modality], 1.0)
+        f"{one}: a global batch of {_number(ours[one].global_batch)} {known_modalities()[one].unit.label}, {ratio:.3g} "
+        f"times the {_number(theirs[one].global_batch)} of {name}"
+        for one, ratio in ratios.items()
+        if not math.isclose(ratio, 1.0)
     ]
     if not lines:
         return []
@@ -186,14 +156,12 @@ def batch_advice(name: str, config: RunConfig) -> list[str]:
 
 def _kept_per_sample(config: RunConfig, shipped: RunConfig, ratio: float) -> Iterator[str]:
     wanted = {
-        "lr.peak": shipped.lr.peak * math.sqrt(ratio),
-        "lr.warmup_steps": round(shipped.lr.warmup_steps / ratio),
-        "ema.start_decay": shipped.ema.start_decay**ratio,
-        "ema.end_decay": shipped.ema.end_decay**ratio,
-        "ema.anneal_steps": round(shipped.ema.anneal_steps / ratio),
+        "lr.peak": (shipped.lr.peak * math.sqrt(ratio), shipped.lr.peak, config.lr.peak),
+        "lr.warmup_steps": (round(shipped.lr.warmup_steps / ratio), shipped.lr.warmup_steps, config.lr.warmup_steps),
     }
-    for key, value in wanted.items():
-        section, field = key.split(".")
-        before = getattr(getattr(shipped, section), field)
-        if value != before and getattr(getattr(config, section), field) == before:
+    before, now = shipped.objective.scaled(1.0), config.objective.scaled(1.0)
+    for key, value in shipped.objective.scaled(ratio).items():
+        wanted[f"objective.{key}"] = value, before[key], now.get(key, math.nan)
+    for key, (value, of_recipe, own) in wanted.items():
+        if value != of_recipe and own == of_recipe:
             yield f"{key}={value:.9g}"

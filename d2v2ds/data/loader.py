@@ -26,8 +26,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2v2ds.batch import Batch
-from d2v2ds.data.collate import Collator, Reader
+from d2v2ds.data.collate import Collator
 from d2v2ds.data.order import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
+from d2v2ds.data.reader import Reader
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a scheduler or a terminal sends to every process of a job. The training process answers them by

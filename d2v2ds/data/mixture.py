@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from d2v2ds.data.permutation import permute
 from d2v2ds.errors import CheckpointError, ShardError
-from d2v2ds.masking import Stream, hash64
+from d2v2ds.rng import Stream, hash64
 
 DATASET_BITS = 40
 """A row's number inside its dataset is below 2 to this; the number of the dataset is above."""

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from d2v2ds.data.mixture import Dataset, Mixture
 from d2v2ds.data.permutation import permute
 from d2v2ds.errors import CheckpointError, ShardError
-from d2v2ds.masking import Stream, hash64
+from d2v2ds.rng import Stream, hash64
 
 WINDOW_ROWS = 65_536
 """Most rows that are sorted by length together."""

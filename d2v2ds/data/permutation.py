@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.masking import hash64, mix64
+from d2v2ds.rng import hash64, mix64
 
 _FEISTEL_ROUNDS = 6
 

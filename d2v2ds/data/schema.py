@@ -1,7 +1,7 @@
 """The shard contract: names, columns, dtypes and the JSON of a shard folder. pyarrow and numpy only, no torch.
 
-A folder holds ``audio-00000.arrow``, ``audio-00001.arrow``, ... (Arrow IPC files, one row per example; ``image-`` and
-``text-`` alike), ``rows.npy`` (one fixed-size record per row), ``skipped.tsv`` and, written last of all,
+A folder holds ``audio-00000.arrow``, ``audio-00001.arrow``, ... (Arrow IPC files, one row per example; other
+modalities by their own names), ``rows.npy`` (one fixed-size record per row), ``skipped.tsv`` and, written last of all,
 ``index.json``. A folder without an index is an unfinished folder. `preprocessing/README.md` documents the bytes.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,22 +22,13 @@ from numpy.typing import NDArray
 from d2v2ds.errors import ShardError
 from d2v2ds.io.crc import crc32
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 1
 INDEX_NAME = "index.json"
 ROWS_NAME = "rows.npy"
 SKIPPED_NAME = "skipped.tsv"
 
-Codec = Literal["pcm16", "flac"]
-CODECS: tuple[Codec, ...] = ("pcm16", "flac")
-
 ROW_DTYPE = np.dtype([("shard", "<u4"), ("row", "<u4"), ("size", "<i8")])
 """One record of ``rows.npy``: number of the shard, row inside it, size of the row (`Layout.size`)."""
-
-SAMPLE_DTYPE = np.dtype("<i2")
-"""A stored waveform: 16-bit little-endian, one channel; divided by `SAMPLE_SCALE` it lies in [-1, 1)."""
-SAMPLE_SCALE = 32768
-TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-"""Stored tokens by the index' `token_dtype`: the smallest that holds the vocabulary."""
 
 PAYLOAD_CRC32 = "crc32"
 """The column with the CRC-32 (that of zlib and gzip) of the row's payload."""
@@ -59,7 +50,10 @@ NUMBERS: dict[pa.DataType, str] = {
 class Layout:
     """How the rows of one modality lie in a shard."""
 
+    name: str
+    """Name of the modality, and first word of the shards' names."""
     fields: tuple[pa.Field, ...]
+    """Columns, less the checksums."""
     payload: str
     """The column with the bytes of the example."""
     size: tuple[str, ...]
@@ -70,16 +64,21 @@ class Layout:
     """What `Index.format` says."""
 
     @cached_property
+    def columns(self) -> tuple[pa.Field, ...]:
+        """All columns of a shard, in order."""
+        return (*self.fields, *_CHECKSUMS)
+
+    @cached_property
     def numbers(self) -> dict[str, str]:
         """The numeric columns that `fields_crc32` covers, in order, with the value of `NUMBERS`; they hold no nulls."""
-        kinds = {one.name: NUMBERS[one.type] for one in self.fields if one.type in NUMBERS}
+        kinds = {one.name: NUMBERS[one.type] for one in self.columns if one.type in NUMBERS}
         del kinds[FIELDS_CRC32]
         return kinds
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
         """The string columns, in order."""
-        return tuple(one.name for one in self.fields if one.type == pa.large_string())
+        return tuple(one.name for one in self.columns if one.type == pa.large_string())
 
     @cached_property
     def packing(self) -> struct.Struct:
@@ -108,87 +107,33 @@ class Layout:
         return crc32(b"".join([b"\xfe" if text is None else text + b"\xff" for text in texts]))
 
 
-def _column(name: str, kind: pa.DataType, nullable: bool = False) -> pa.Field:
+def column(name: str, kind: pa.DataType, nullable: bool = False) -> pa.Field:
+    """Describe one column of a layout."""
     return pa.field(name, kind, nullable=nullable)
 
 
-_CHECKSUMS = tuple(_column(name, pa.uint32()) for name in (PAYLOAD_CRC32, TEXTS_CRC32, FIELDS_CRC32))
-
-LAYOUTS = {
-    "audio": Layout(
-        fields=(
-            _column("id", pa.large_string()),  # unique in the folder
-            _column("audio", pa.large_binary()),  # bytes of SAMPLE_DTYPE, or one FLAC stream
-            _column("num_samples", pa.int64()),
-            _column("mean", pa.float64()),  # of the stored samples / SAMPLE_SCALE, over the whole row
-            _column("var", pa.float64()),  # biased variance of the same
-            _column("text", pa.large_string(), nullable=True),
-            _column("label", pa.large_string(), nullable=True),
-            _column("speaker", pa.large_string(), nullable=True),
-            _column("source", pa.large_string()),  # path below the input; joined clips: one a line
-            _column("start_sample", pa.int64()),  # first sample of the row in its recording, at the row's rate
-            *_CHECKSUMS,
-        ),
-        payload="audio",
-        size=("num_samples",),
-        total="samples",
-        format=frozenset({"codec", "sample_rate_hz"}),
-    ),
-    "image": Layout(
-        fields=(
-            _column("id", pa.large_string()),  # unique in the folder
-            _column("image", pa.large_binary()),  # an encoded image file
-            _column("width", pa.int32()),  # as displayed: after `orientation`
-            _column("height", pa.int32()),
-            _column("orientation", pa.int8()),  # EXIF: 1 to 8; what a reader still has to apply
-            _column("format", pa.large_string()),  # jpeg, png, ...
-            _column("label", pa.large_string(), nullable=True),
-            _column("source", pa.large_string()),  # path below the input; members of archives: ARCHIVE/MEMBER
-            *_CHECKSUMS,
-        ),
-        payload="image",
-        size=("width", "height"),
-        total="pixels",
-        format=frozenset({"shorter_side", "quality", "alpha_over"}),
-    ),
-    "text": Layout(
-        fields=(
-            _column("id", pa.large_string(), nullable=True),  # of rows that are one document each, else null
-            _column("tokens", pa.large_binary()),  # little-endian, of the index' token_dtype
-            _column("num_tokens", pa.int64()),
-            _column("label", pa.large_string(), nullable=True),  # as id
-            _column("source", pa.large_string()),  # where the block's first token comes from
-            _column("start", pa.int64()),  # number of the block inside its unit of packing
-            *_CHECKSUMS,
-        ),
-        payload="tokens",
-        size=("num_tokens",),
-        total="tokens",
-        format=frozenset({"token_dtype", "vocab_size", "block_tokens", "tokenizer", "tokenizer_file", "special"}),
-    ),
-}
-"""By modality, which is also the first word of the shards' names."""
+_CHECKSUMS = tuple(column(name, pa.uint32()) for name in (PAYLOAD_CRC32, TEXTS_CRC32, FIELDS_CRC32))
 
 
-def shard_schema(modality: str, format: Mapping[str, Any]) -> pa.Schema:
-    """The Arrow schema of a shard; its metadata describes a shard that has lost its index.
+def shard_schema(layout: Layout, format: Mapping[str, Any]) -> pa.Schema:
+    """Return the Arrow schema of a shard; its metadata describes a shard that has lost its index.
 
     Args:
-        modality: a key of `LAYOUTS`.
+        layout: of the modality.
         format: `Index.format`.
     """
-    values = {"schema_version": SCHEMA_VERSION, "modality": modality, **format}
+    values = {"schema_version": SCHEMA_VERSION, "modality": layout.name, **format}
     metadata = {
         f"d2v2ds.{name}": value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for name, value in values.items()
     }
-    return pa.schema(LAYOUTS[modality].fields, metadata=metadata)
+    return pa.schema(layout.columns, metadata=metadata)
 
 
-def row_sizes(modality: str, batch: pa.RecordBatch) -> NDArray[np.int64]:
+def row_sizes(layout: Layout, batch: pa.RecordBatch) -> NDArray[np.int64]:
     """(rows,) int64, the size of every row of a record batch as ``rows.npy`` has it."""
     sizes = np.ones(batch.num_rows, dtype=np.int64)
-    for name in LAYOUTS[modality].size:
+    for name in layout.size:
         sizes *= batch.column(name).to_numpy()
     return sizes
 
@@ -295,10 +240,6 @@ def read_index(folder: Path) -> Index:
         raise ShardError(
             f"{path}: expected the fields of schema version {SCHEMA_VERSION}, found {error}; pack the folder again"
         ) from error
-    if index.modality not in LAYOUTS:
-        raise ShardError(f"{path}: modality is {index.modality!r}, expected one of {', '.join(LAYOUTS)}")
-    if absent := sorted(LAYOUTS[index.modality].format - set(index.format)):
-        raise ShardError(f"{path}: expected {', '.join(absent)} in 'format', found {sorted(index.format)}")
     return index
 
 

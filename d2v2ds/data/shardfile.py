@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.data.schema import FIELDS_CRC32, LAYOUTS, PAYLOAD_CRC32, TEXTS_CRC32, Index, Layout, shard_schema
+from d2v2ds.data.schema import FIELDS_CRC32, PAYLOAD_CRC32, TEXTS_CRC32, Index, Layout, shard_schema
 from d2v2ds.errors import ShardError
 from d2v2ds.io.crc import crc32
 
@@ -27,18 +27,19 @@ class ShardFile:
     Args:
         folder: of the file.
         index: of the folder.
+        layout: of the modality.
         number: of the shard.
 
     Raises:
         ShardError: if the file is absent, cannot be read, or is not what the index says.
     """
 
-    def __init__(self, folder: Path, index: Index, number: int) -> None:
+    def __init__(self, folder: Path, index: Index, layout: Layout, number: int) -> None:
         entry = index.shards[number]
         self.path = folder / entry.file
-        self._number, self._layout, self._bytes = number, LAYOUTS[index.modality], entry.bytes
+        self._number, self._layout, self._bytes = number, layout, entry.bytes
         check_size(self.path, entry.bytes)
-        expected = shard_schema(index.modality, index.format)
+        expected = shard_schema(layout, index.format)
         try:
             self._source = pa.memory_map(str(self.path))
             self._reader = pa.ipc.open_file(self._source)

@@ -14,14 +14,16 @@ Source = Callable[[str], Tensor | None]
 
 
 @torch.no_grad()
-def start_from(engine: DeepSpeedEngine, teacher: Teacher, student_source: Source, teacher_source: Source) -> None:
+def start_from(
+    engine: DeepSpeedEngine, teacher: Teacher | None, student_source: Source, teacher_source: Source
+) -> None:
     """Overwrite the fp32 master of the student and the averages of the teacher. Collective.
 
     What a source does not have stays as it is in the student; in the teacher it becomes a copy of the student.
 
     Args:
         engine: before its first step, at any ZeRO stage.
-        teacher: of the same.
+        teacher: of the same; None without one.
         student_source: weights of the student.
         teacher_source: weights of the teacher.
 
@@ -30,6 +32,8 @@ def start_from(engine: DeepSpeedEngine, teacher: Teacher, student_source: Source
     """
     _fill(zero.parameter_shards(engine), student_source)
     zero.refresh_compute_copies(engine)
+    if teacher is None:
+        return
     teacher.reset()
     _fill(teacher.shards(), teacher_source)
     teacher.restored(num_updates=0)

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from d2v2ds.data.collate import Reader
-from d2v2ds.data.shards import AudioShards, ImageShards, TextShards
+from d2v2ds.data.reader import Reader
+from d2v2ds.data.shards import Shards
 from d2v2ds.errors import ShardError
-from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.model.trunk import Trunk
 
 COLUMNS = ("label", "speaker", "text")
 """Annotations that a shard row can have."""
@@ -19,7 +19,7 @@ BATCH_ROWS = 32
 """Inputs of one size that are encoded together."""
 
 
-def annotation(shards: AudioShards | ImageShards | TextShards, name: str) -> list[str | None]:
+def annotation(shards: Shards, name: str) -> list[str | None]:
     """One annotation of every row, None where a row has none.
 
     Args:
@@ -44,9 +44,7 @@ def annotation(shards: AudioShards | ImageShards | TextShards, name: str) -> lis
 
 
 @torch.inference_mode()
-def pooled_features(
-    model: Data2Vec2, reader: Reader, rows: Sequence[int], *, progress: str
-) -> list[NDArray[np.float32]]:
+def pooled_features(model: Trunk, reader: Reader, rows: Sequence[int], *, progress: str) -> list[NDArray[np.float32]]:
     """Mean over tokens of every layer; only inputs of equal size share a batch, so none is padded or cropped.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.errors import ConfigError, MissingExtraError, below
+from d2v2ds.errors import ConfigError, MissingExtraError
 
 Matrix = Any
 """(N, D) features: a NumPy array, or a sparse matrix of SciPy."""
@@ -21,12 +21,12 @@ class ProbeConfig:
     c: float = 1.0
     """Inverse strength of logistic regression's L2."""
     neighbours: int = 5
-    """Of the kNN probe, by cosine similarity."""
+    """Neighbours of the kNN probe, by cosine similarity."""
 
     def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
+        """Return one message for each setting out of range."""
         faults = [] if 0 < self.c < math.inf else [f"c is {self.c:g}, expected a number above 0"]
-        return faults + below(self, "", neighbours=1)
+        return faults + ([] if self.neighbours >= 1 else [f"neighbours is {self.neighbours}, expected 1 or more"])
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.interop.export_folder import Description
-
-USE = {
-    "audio": 'features = extractor(["speech.wav"])',
-    "image": 'features = extractor(["photo.jpg"])',
-    "text": 'features = extractor(["A sentence."])',
-}
-"""How each modality is called in the example of the card."""
+from d2v2ds.modalities.known import known_modalities
 
 
 def card(description: Description, name: str, num_parameters: int, *, has_curves: bool) -> str:
@@ -24,8 +18,8 @@ def card(description: Description, name: str, num_parameters: int, *, has_curves
         has_curves: whether curves.png lies beside.
     """
     model, origin = description.model, description.origin
-    modalities = list(model.modalities.active())
-    depths = ", ".join(f"{n} {c.prenet_depth} + {model.shared_depth}" for n, c in model.modalities.active().items())
+    modalities = list(model.modalities)
+    depths = ", ".join(f"{n} {c.prenet_depth} + {model.shared_depth}" for n, c in model.modalities.items())
     lines = [
         "---",
         "library_name: d2v2ds",
@@ -37,12 +31,7 @@ def card(description: Description, name: str, num_parameters: int, *, has_curves
         f"A data2vec 2.0 encoder (arXiv 2212.07525) of {', '.join(modalities)}: width {model.block.width}, "
         f"{model.block.num_heads} heads, blocks (own + shared) {depths}; {num_parameters:,} parameters are stored.",
         "",
-        "```python",
-        "from d2v2ds import FeatureExtractor",
-        f'extractor = FeatureExtractor("{name}")',
-        USE[modalities[0]],
-        "```",
-        "",
+        *_example(name, modalities[0]),
         "## Where the weights come from",
         "",
         *_facts(origin),
@@ -52,6 +41,15 @@ def card(description: Description, name: str, num_parameters: int, *, has_curves
     if origin.get("licence"):
         lines += ["", "## Licence", "", str(origin["licence"])]
     return "\n".join(lines) + "\n"
+
+
+def _example(name: str, modality: str) -> list[str]:
+    """Code that extracts features, if raw inputs of the modality can be read."""
+    hub = known_modalities()[modality].hub
+    if hub is None:
+        return []
+    use = ["from d2v2ds import FeatureExtractor", f'extractor = FeatureExtractor("{name}")', hub.example]
+    return ["```python", *use, "```", ""]
 
 
 def _facts(origin: dict[str, Any]) -> list[str]:

@@ -1,13 +1,15 @@
 """Our own export folder: weights that load anywhere, and everything that must be known of them.
 
-    config.json           `Description`: network, preprocessing, where the weights come from; keys of the hub besides
-    model.safetensors     the student by our parameter names; above 5 GB in pieces, with model.safetensors.index.json
-    teacher.safetensors   the average, where it was asked for: what a run needs to go on from these weights
-    head.safetensors      what a fine-tuned official checkpoint has behind its encoder, by its own names
-    tokenizer.*           of text
-    README.md             the model card
+    config.json             `Description`: network, preprocessing, where the weights come from; keys of the hub besides
+    model.safetensors       the student's trunk; above 5 GB in pieces, with model.safetensors.index.json
+    objective.safetensors   what the objective trains beside the trunk, such as decoders: for runs that go on
+    teacher.safetensors     the averaged trunk, where it was asked for
+    head.safetensors        what a fine-tuned official checkpoint has behind its encoder, by its own names
+    tokenizer.*             of text
+    README.md               the model card
 
-A single file instead, NAME.safetensors, has the `Description` in its metadata and no tokenizer.
+A single file instead, NAME.safetensors, has the `Description` in its metadata, the objective's tensors under
+`objective.` and no tokenizer.
 
 In: tensors one at a time, in any order and of any floating type. Out: a folder or file that is whole or not there.
 Writing holds one tensor in memory, reading maps the files.
@@ -16,27 +18,24 @@ Writing holds one tensor in memory, reading maps the files.
 import contextlib
 import json
 import math
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.preprocessing import Preprocessing, published_preprocessing
-from d2v2ds.io.durable import sync
-from d2v2ds.io.safetensors_header import DTYPES, make_header
-from d2v2ds.model.trunk import Data2Vec2, ModelConfig
+from d2v2ds.errors import CheckpointError, ConfigError
+from d2v2ds.io.safetensors_header import DTYPES
+from d2v2ds.modalities.known import modality_of
+from d2v2ds.modalities.settings import read_trunk, write_trunk
+from d2v2ds.model.trunk import Trunk, TrunkConfig
 
 FORMAT = "d2v2ds-model"
-SCHEMA_VERSION = 3
-OLD_FILE_FORMAT = "d2v2ds-model-2"
-"""What `d2v2ds.export` wrote before there were folders: one file with its description in the metadata."""
+SCHEMA_VERSION = 1
 FILE_SUFFIX = ".safetensors"
 DESCRIPTION_KEY = "d2v2ds"
 """Where the metadata of a single file hold what config.json holds of a folder."""
@@ -44,11 +43,15 @@ CONFIG_NAME = "config.json"
 PIECE_BYTES = 5_000_000_000
 """Weights of more bytes are divided into several files."""
 
-Part = Literal["model", "teacher", "head"]
-PARTS: tuple[Part, ...] = ("model", "teacher", "head")
+Part = Literal["model", "objective", "teacher", "head"]
+OBJECTIVE_PREFIX = "objective."
+"""Prefix of the objective's tensors in a single file."""
 Weights = Literal["student", "teacher"]
 
-_METADATA = {"format": "pt"}
+Preprocessing = dict[str, dict[str, Any]]
+"""Modality -> what happens to its input before the network reads it; `Modality.describe_preprocessing` makes it."""
+
+METADATA = {"format": "pt"}
 """What transformers expects in every file."""
 
 
@@ -56,7 +59,9 @@ _METADATA = {"format": "pt"}
 class Description:
     """What config.json says of the weights."""
 
-    model: ModelConfig
+    model: TrunkConfig
+    objective: dict[str, Any] | None = None
+    """Settings of the objective that trained the weights, as plain values; None if they are not known."""
     preprocessing: Preprocessing
     origin: dict[str, Any]
     """Plain values: how these weights came about, such as `command`, `git_revision`, `step`, `official`."""
@@ -66,7 +71,8 @@ class Description:
         return {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
-            "model": TypeAdapter(ModelConfig).dump_python(self.model, mode="json"),
+            "model": write_trunk(self.model),
+            "objective": self.objective,
             "preprocessing": self.preprocessing,
             "origin": self.origin,
         }
@@ -94,71 +100,6 @@ Layout = Mapping[str, Kind]
 """Every tensor of a part, by name."""
 
 
-def write_file(path: Path, description: Description, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """One file that loads with `d2v2ds.load_model`, and with safetensors alone; whole or not there.
-
-    Args:
-        path: to write; an earlier file of ours is replaced.
-        description: of the weights.
-        layout: all tensors that will come.
-        tensors: they, each once, in any order, on any device.
-
-    Raises:
-        CheckpointError: if `path` is something else.
-        ValueError: if the tensors are not those of the layout.
-    """
-    path = path.resolve()
-    if path.exists() and not _is_exported_file(path):
-        raise CheckpointError(f"{path}: expected no file, or the file of an earlier export; give another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    values = description.to_dict()
-    try:
-        _write_pieces("model", layout, tensors, {partial: list(layout)}, {DESCRIPTION_KEY: json.dumps(values)})
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its name only when the block ends well.
-
-    An export folder that is already there is replaced then; anything else is not touched. Killed between the two
-    renames, the earlier export waits beside under a hidden name, and the next call puts it back first.
-
-    Raises:
-        CheckpointError: if `path` is a file, the current folder, or a folder with anything but an export in it.
-    """
-    path = path.resolve()  # a link stays one, and `.` and `..` get the names that they stand for
-    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "replaced"))
-    if not path.exists() and is_export(old):
-        old.rename(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_export(path)):
-        raise CheckpointError(f"{path}: expected no file, or the folder of an earlier export; give another name")
-    if path.is_dir() and Path.cwd().is_relative_to(path):
-        raise CheckpointError(f"{path}: is the current folder, which cannot be replaced; go elsewhere or give another")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in (*partial.iterdir(), partial):
-            sync(file)
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-        sync(path.parent)
-    except BaseException:
-        if not path.exists() and old.exists():
-            old.rename(path)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def is_export(path: Path) -> bool:
     """Whether the folder was written by us, of whatever version; many other programs write a config.json too."""
     try:
@@ -168,92 +109,13 @@ def is_export(path: Path) -> bool:
     return isinstance(values, dict) and values.get("format") == FORMAT
 
 
-def _is_exported_file(path: Path) -> bool:
+def is_exported_file(path: Path) -> bool:
+    """Whether the file was written by us."""
     try:
         metadata = _metadata(path)
     except CheckpointError:
         return False
-    return DESCRIPTION_KEY in metadata or metadata.get("format") == OLD_FILE_FORMAT
-
-
-def write_config(folder: Path, description: Description, extra: Mapping[str, Any]) -> None:
-    """Write config.json.
-
-    Args:
-        folder: being written.
-        description: of the weights.
-        extra: further top-level keys, which other programs read.
-    """
-    values = description.to_dict() | dict(extra)
-    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def write_tensors(
-    folder: Path, part: Part, layout: Layout, tensors: Iterable[tuple[str, Tensor]], piece_bytes: int = PIECE_BYTES
-) -> None:
-    """Write one part of a model, a tensor at a time.
-
-    Args:
-        folder: being written.
-        part: which; decides the names of the files.
-        layout: all tensors that will come.
-        tensors: they, each once, in any order, on any device.
-        piece_bytes: most bytes of a file.
-
-    Raises:
-        ValueError: if the tensors are not those of the layout.
-    """
-    pieces = _divide(layout, piece_bytes)
-    names = [f"{part}.safetensors"]
-    if len(pieces) > 1:
-        names = [f"{part}-{number:05d}-of-{len(pieces):05d}.safetensors" for number in range(1, len(pieces) + 1)]
-        index = {
-            "metadata": {"total_size": sum(kind.num_bytes for kind in layout.values())},
-            "weight_map": {name: file for file, piece in zip(names, pieces, strict=True) for name in piece},
-        }
-        (folder / f"{part}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    _write_pieces(part, layout, tensors, {folder / name: piece for name, piece in zip(names, pieces, strict=True)})
-
-
-def _write_pieces(
-    part: Part,
-    layout: Layout,
-    tensors: Iterable[tuple[str, Tensor]],
-    pieces: Mapping[Path, list[str]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Put every tensor into the file that is to hold it."""
-    waiting = set(layout)
-    with contextlib.ExitStack() as stack:
-        places = {}
-        for path, piece in pieces.items():
-            file = stack.enter_context(path.open("wb"))
-            kinds = {key: (layout[key].dtype, layout[key].shape) for key in piece}
-            header, offsets = make_header(kinds, {**_METADATA, **(metadata or {})})
-            file.write(header)
-            places.update({key: (file, offset) for key, offset in offsets.items()})
-        for name, tensor in tensors:
-            if name not in waiting or Kind.of(tensor) != layout[name]:
-                raise ValueError(f"{part}: did not expect {name} {Kind.of(tensor)} (now), layout {layout.get(name)}")
-            waiting.remove(name)
-            file, offset = places[name]
-            file.seek(offset)
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    if waiting:
-        raise ValueError(f"{part}: tensors that did not come: {', '.join(sorted(waiting))}")
-
-
-def _divide(layout: Layout, piece_bytes: int) -> list[list[str]]:
-    """Names in the order of the layout, cut where a file would become too large."""
-    pieces: list[list[str]] = [[]]
-    size = 0
-    for name, kind in layout.items():
-        if pieces[-1] and size + kind.num_bytes > piece_bytes:
-            pieces.append([])
-            size = 0
-        pieces[-1].append(name)
-        size += kind.num_bytes
-    return pieces
+    return DESCRIPTION_KEY in metadata
 
 
 class ModelFolder:
@@ -265,34 +127,38 @@ class ModelFolder:
             CheckpointError: with what was found and what to do.
         """
         self.path = path
-        self._places: dict[Part, dict[str, Path]] = {}
+        self._places: dict[Part, dict[str, tuple[Path, str]]] = {}
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder; expected an exported model")
         values = self._read_single_file() if path.is_file() else self._read_config()
         try:
-            model = TypeAdapter(ModelConfig).validate_python(values["model"])
+            model = read_trunk(values["model"], str(path))
             self.description = Description(
-                model=model, preprocessing=values["preprocessing"], origin=values.get("origin", {})
+                model=model,
+                objective=values.get("objective"),
+                preprocessing=values["preprocessing"],
+                origin=values.get("origin", {}),
             )
-            lacking = set(model.modalities.active()) - set(values["preprocessing"])
+            lacking = set(model.modalities) - set(values["preprocessing"])
             if lacking:
                 raise CheckpointError(f"{path}: config.json has no preprocessing of {', '.join(sorted(lacking))}")
-            if tokenizer := values["preprocessing"].get("text", {}).get("file"):
-                _inside(path / CONFIG_NAME, tokenizer)
-        except (KeyError, TypeError, AttributeError, ValidationError) as error:
+            for name in model.modalities:
+                for file in modality_of(name, str(path)).files_beside(values["preprocessing"][name]):
+                    _inside(path / CONFIG_NAME, file)
+        except (ConfigError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise CheckpointError(f"{path}: not the description of a model: {error}") from error
 
     def has(self, part: Part) -> bool:
         """Whether the part is there."""
-        return bool(self._files(part))
+        return bool(self._files(part)) and bool(self.layout(part))
 
     def layout(self, part: Part) -> dict[str, Kind]:
         """Every tensor of a part; empty if it is not there."""
         found: dict[str, Kind] = {}
         for file in self._files(part):
             with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118  (not a dictionary)
-                    piece = handle.get_slice(name)
+                for name, stored in self._names(part, handle):
+                    piece = handle.get_slice(stored)
                     dtype = DTYPES.get(piece.get_dtype())
                     if dtype is None or not dtype.is_floating_point:
                         raise CheckpointError(f"{file}: {name} is {piece.get_dtype()}, expected a floating type")
@@ -303,8 +169,8 @@ class ModelFolder:
         """The tensors of a part one after another, as stored, on the CPU."""
         for file in self._files(part):
             with _opened(file) as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    yield name, handle.get_tensor(name)
+                for name, stored in self._names(part, handle):
+                    yield name, handle.get_tensor(stored)
 
     def tensor(self, part: Part, name: str) -> Tensor:
         """One tensor, as stored; its bytes are read when they are used.
@@ -316,14 +182,25 @@ class ModelFolder:
             self._places[part] = {}
             for file in self._files(part):
                 with _opened(file) as handle:
-                    self._places[part].update(dict.fromkeys(handle.keys(), file))
-        with _opened(self._places[part][name]) as handle:
-            tensor: Tensor = handle.get_tensor(name)
+                    self._places[part].update({own: (file, stored) for own, stored in self._names(part, handle)})
+        file, stored = self._places[part][name]
+        with _opened(file) as handle:
+            tensor: Tensor = handle.get_tensor(stored)
         return tensor
+
+    def _names(self, part: Part, handle: Any) -> Iterator[tuple[str, str]]:
+        """Names of a part's tensors in a file: ours, and as they are stored."""
+        is_shared = self.path.is_file()
+        for stored in handle.keys():  # noqa: SIM118  (not a dictionary)
+            is_of_objective = is_shared and stored.startswith(OBJECTIVE_PREFIX)
+            if not is_shared:
+                yield stored, stored
+            elif is_of_objective == (part == "objective"):
+                yield stored.removeprefix(OBJECTIVE_PREFIX), stored
 
     def _files(self, part: Part) -> list[Path]:
         if self.path.is_file():
-            return [self.path] if part == "model" else []
+            return [self.path] if part in ("model", "objective") else []
         index = self.path / f"{part}.safetensors.index.json"
         if index.is_file():
             try:
@@ -359,18 +236,10 @@ class ModelFolder:
             except ValueError as error:
                 raise CheckpointError(f"{self.path}: metadata {DESCRIPTION_KEY} is not JSON: {error}") from error
             return _of_this_version(self.path, values)
-        if metadata.get("format") != OLD_FILE_FORMAT or metadata.get("weights") != "student":
-            raise CheckpointError(
-                f"{self.path}: expected a file with {DESCRIPTION_KEY} in its metadata, or of format {OLD_FILE_FORMAT} "
-                f"with a student; found {metadata.get('weights')} in format {metadata.get('format')}; export it again "
-                "with python -m d2v2ds.export RUN --to FOLDER"
-            )
-        model = TypeAdapter(ModelConfig).validate_json(metadata["model"])
-        return {
-            "model": model,
-            "preprocessing": published_preprocessing(model),
-            "origin": {"kind": "run", "step": int(metadata["step"])},
-        }
+        raise CheckpointError(
+            f"{self.path}: expected a file of d2v2ds.export, with {DESCRIPTION_KEY} in its metadata, found "
+            f"{', '.join(sorted(metadata)) or 'none'}; export it again with python -m d2v2ds.export RUN --to FOLDER"
+        )
 
 
 def _of_this_version(where: Path, values: Any) -> dict[str, Any]:
@@ -384,7 +253,8 @@ def _of_this_version(where: Path, values: Any) -> dict[str, Any]:
         raise CheckpointError(f"{where}: expected format {FORMAT}, found {kind!r}; was it written by another tool?")
     if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{where}: schema version {version}, this version of d2v2ds reads {SCHEMA_VERSION}; update d2v2ds"
+            f"{where}: expected schema version {SCHEMA_VERSION}, found {version}; export the run again with this version "
+            "of d2v2ds, or install the version that wrote it"
         )
     return dict(values)
 
@@ -414,8 +284,8 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file}: expected a whole safetensors file, found: {error}") from error
 
 
-def load_encoder(folder: ModelFolder, weights: Weights = "student") -> Data2Vec2:
-    """The network without its decoders, fp32, in eval mode, on the CPU.
+def load_trunk(folder: ModelFolder, weights: Weights = "student") -> Trunk:
+    """Load the trunk, fp32, in eval mode, without gradient, on the CPU.
 
     Args:
         folder: the export.
@@ -427,14 +297,13 @@ def load_encoder(folder: ModelFolder, weights: Weights = "student") -> Data2Vec2
     if weights == "teacher" and not folder.has("teacher"):
         raise CheckpointError(f"{folder.path}: has no teacher; export with --teacher to have one")
     with torch.device("meta"):
-        model = Data2Vec2(folder.description.model)
-    model.decoders = nn.ModuleDict()
-    state = {name: tensor for name, tensor in folder.tensors("model") if not name.startswith("decoders.")}
+        trunk = Trunk(folder.description.model)
+    state = dict(folder.tensors("model"))
     if weights == "teacher":
         state |= folder.tensors("teacher")
-    require_layout(folder.path, {name: Kind.of(tensor) for name, tensor in state.items()}, model.state_dict())
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return model.requires_grad_(False).eval()
+    require_layout(folder.path, {name: Kind.of(tensor) for name, tensor in state.items()}, trunk.state_dict())
+    trunk.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return trunk.requires_grad_(False).eval()
 
 
 def require_layout(place: Path, found: Layout, expected: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v2ds.errors import below
+from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
 from d2v2ds.model.cpu.dropout import add_dropped, dropout
@@ -18,38 +18,35 @@ from d2v2ds.model.cpu.linear import Linear
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """What all blocks of a model share."""
+    """Settings that all blocks of a model share."""
 
-    width: int
+    width: Count
     """D."""
-    num_heads: int
+    num_heads: Count
     """H; divides the width."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Positive = 4.0
     """Width of the feed-forward layer over D."""
-    norm_eps: float = 1e-5
+    norm_eps: PositiveOrZero = 1e-5
     """Epsilon of the block norms (audio and text 1e-5, images 1e-6)."""
-    attention_dropout: float = 0.1
+    attention_dropout: Rate = 0.1
     """Dropped fraction of attention probabilities."""
-    attention_output_dropout: float = 0.1
+    attention_output_dropout: Rate = 0.1
     """Dropped fraction after the attention projection (`encoder_dropout` of the reference)."""
-    activation_dropout: float = 0.0
+    activation_dropout: Rate = 0.0
     """Dropped fraction after GELU, and again after the second feed-forward layer."""
-    mlp_dropout: float = 0.1
+    mlp_dropout: Rate = 0.1
     """Dropped fraction of the feed-forward output in the residual branch (`post_mlp_drop`)."""
     attention_path: AttentionPath = "auto"
     """Implementation of attention."""
 
     def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        problems = below(self, "block.", width=1, num_heads=1, mlp_ratio=1e-6, norm_eps=0)
-        if not problems and self.width % self.num_heads:
-            problems.append(f"width {self.width} is not divisible by num_heads {self.num_heads}")
-        for name in ("attention_dropout", "attention_output_dropout", "activation_dropout", "mlp_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                problems.append(f"{name} is {getattr(self, name)}, expected 0 <= rate < 1")
+        """Return one message for each contradiction between fields."""
+        problems = []
+        if self.width % self.num_heads:
+            problems.append(f"block: width {self.width} is not divisible by num_heads {self.num_heads}")
         if self.attention_path == "flex" and self.attention_dropout:
             problems.append(
-                f"attention_path 'flex' cannot drop probabilities, attention_dropout is {self.attention_dropout}"
+                f"block: attention_path 'flex' cannot drop probabilities, attention_dropout is {self.attention_dropout}"
             )
         return problems
 

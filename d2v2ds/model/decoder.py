@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from d2v2ds.errors import below
+from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
 from d2v2ds.model.cpu.dropout import dropout
 from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.positions import SameConv, SameConv2d
@@ -15,35 +15,32 @@ from d2v2ds.model.positions import SameConv, SameConv2d
 class DecoderConfig:
     """One modality's decoder."""
 
-    width: int
+    width: Count
     """Channels of its convolutions."""
-    depth: int
+    depth: Count
     """Number of convolutions."""
-    kernel: int
+    kernel: Count
     """Tokens seen by each convolution."""
-    groups: int
+    groups: Count
     """Groups of each convolution."""
-    input_dropout: float = 0.1
+    input_dropout: Rate = 0.1
     """Dropped fraction of the encoder output."""
     residual: bool = True
     """Add a layer's input to its output wherever their widths agree."""
-    mask_noise_std: float = 0.01
+    mask_noise_std: PositiveOrZero = 0.01
     """Standard deviation of the noise that stands for a masked token."""
-    projection_layers: int = 1
+    projection_layers: Count = 1
     """Linear layers from the convolutions back to the model's width, with GELU between them."""
-    projection_ratio: float = 2.0
+    projection_ratio: Positive = 2.0
     """Width of the hidden ones over that of the convolutions; not used by a single layer."""
 
     def check(self, model_width: int) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        counts = {"width": 1, "depth": 1, "kernel": 1, "groups": 1, "projection_layers": 1}
-        problems = below(self, "decoder.", **counts, mask_noise_std=0, projection_ratio=1e-6)
-        for name, width in (("width", self.width), ("model width", model_width)):
-            if not problems and width % self.groups:
-                problems.append(f"decoder: {name} {width} is not divisible by groups {self.groups}")
-        if not 0.0 <= self.input_dropout < 1.0:
-            problems.append(f"decoder: input_dropout is {self.input_dropout}, expected 0 <= rate < 1")
-        return problems
+        """Return one message for each width that the groups do not divide."""
+        return [
+            f"decoder: {name} {width} is not divisible by groups {self.groups}"
+            for name, width in (("width", self.width), ("model width", model_width))
+            if width % self.groups
+        ]
 
 
 class MaskTokens(nn.Module):

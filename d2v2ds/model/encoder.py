@@ -154,11 +154,12 @@ class ModalityEncoder(nn.Module):
         Returns:
             (R, E + K, D) and one bias for each block.
         """
-        keep, masked = batch.masks.rows()  # (R, K), (R, T)
-        samples, num_masks, num_visible = batch.masks.keep.shape
+        masks = batch.required_masks()
+        keep, masked = masks.rows()  # (R, K), (R, T)
+        samples, num_masks, num_visible = masks.keep.shape
         x = self._placed(local)
         width = x.shape[-1]
-        every = batch.masks.keep.reshape(samples, -1, 1).expand(-1, -1, width)  # (B, M*K, D)
+        every = masks.keep.reshape(samples, -1, 1).expand(-1, -1, width)  # (B, M*K, D)
         tokens = x.gather(1, every).view(-1, num_visible, width)  # (R, K, D)
         if hasattr(self, "positions"):
             cloned = x.repeat_interleave(num_masks, 0)  # (R, T, D)

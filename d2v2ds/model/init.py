@@ -14,7 +14,7 @@
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,38 +23,39 @@ from torch import Tensor, nn
 
 from d2v2ds.model.encoder import ExtraTokens
 from d2v2ds.model.local import ConvLayerNorm, PatchEncoder, WaveformEncoder
-from d2v2ds.model.positions import GridPositions
-from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.model.trunk import Trunk
 
 _LINEAR_STD = 0.02
-_KEEPS_SMALL_PROJECTION = {"text"}
-"""Modalities whose decoder projection keeps N(0, 0.02)."""
 
 
-def initialise(model: Data2Vec2, seed: int) -> None:
-    """Draw all parameters; needs whole ones, so it runs before ZeRO-3.
+def initialise(parts: Mapping[str, nn.Module], seed: int) -> None:
+    """Draw the parameters of some parts of a network; needs whole ones, so it runs before ZeRO-3.
 
-    Each part (shared blocks, encoder and decoder of each modality) has a stream of its own, so that a modality that is
-    left out does not change the start of the others. The state of torch's global generator is changed.
+    Each part has a random stream of its own, named after it, so that leaving one out does not change the others.
+    The state of torch's global generator is changed.
 
     Args:
-        model: on any device.
+        parts: modules on any device, by name.
         seed: of the run.
     """
-    parts: dict[str, Any] = {"blocks": model.blocks}
-    for kind, modules in (("encoders", model.encoders), ("decoders", model.decoders)):
-        parts |= {f"{kind}.{name}": module for name, module in modules.items()}
     for name, part in parts.items():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # a CPU generator reads 32 bits of a seed
         for module in part.modules():
             _draw(module)
         for module in part.modules():
             _redraw(module)
-        kind, _, modality = name.partition(".")
-        if kind == "decoders" and modality not in _KEEPS_SMALL_PROJECTION:
-            for module in part.proj.modules():
-                if isinstance(module, nn.Linear):
-                    module.reset_parameters()
+
+
+def trunk_parts(trunk: Trunk) -> dict[str, nn.Module]:
+    """Parts of a trunk for `initialise`: the shared blocks and the encoder of each modality."""
+    return {"blocks": trunk.blocks} | {f"encoders.{name}": module for name, module in trunk.encoders.items()}
+
+
+def redraw_projection(decoder: nn.Module) -> None:
+    """Draw the last layers of a decoder from the framework's uniform distribution."""
+    for module in decoder.proj.modules():  # type: ignore[union-attr]
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
 
 
 @contextmanager
@@ -76,9 +77,7 @@ def undrawn() -> Iterator[None]:
 
 def _draw(module: nn.Module) -> None:
     """The rule of a module by its kind."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.LayerNorm | GridPositions):
-        module.reset_parameters()
-    elif isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=_LINEAR_STD)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
@@ -87,6 +86,8 @@ def _draw(module: nn.Module) -> None:
             module.weight[module.padding_idx].zero_()
     elif isinstance(module, ExtraTokens):
         nn.init.normal_(module.tokens)
+    elif hasattr(module, "reset_parameters"):  # convolutions, norms, tables, and modules of other projects
+        module.reset_parameters()  # type: ignore[operator]
 
 
 def _redraw(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v2ds.errors import below
+from d2v2ds.bounds import Count, PositiveOrZero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,22 +16,23 @@ class LossConfig:
 
     scale: float | None = None
     """Factor on every element; None stands for 1 / sqrt(D)."""
-    beta: float = 0.0
+    beta: PositiveOrZero = 0.0
     """0: squared error. Above: smooth L1 that is quadratic below this difference."""
-    cls_weight: float = 0.0
-    """Of the error between the last extra token and the mean target; 0 switches it off."""
-    cls_rows: int | None = None
+    cls_weight: PositiveOrZero = 0.0
+    """Weight of the error between the last extra token and the mean target; 0 switches it off."""
+    cls_rows: Count | None = None
     """Rows (samples x masks) over which `cls_weight` is meant to sum: the loss does not depend on the micro-batch
     then. None sums over the rows of each micro-batch, as the reference does. Published: 256 (16 images x 16)."""
 
+    def factor(self, width: int) -> float:
+        """Factor on every element for targets of D channels."""
+        return self.scale if self.scale is not None else width**-0.5
+
     def check(self, num_extra_tokens: int) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        problems = below(self, "loss.", beta=0, cls_weight=0)
+        """Return a message if a CLS loss has no token to predict from."""
         if self.cls_weight and not num_extra_tokens:
-            problems.append(f"loss.cls_weight is {self.cls_weight}, and there are no extra tokens to predict from")
-        if self.cls_rows is not None and self.cls_rows < 1:
-            problems.append(f"loss.cls_rows is {self.cls_rows}, expected 1 or more")
-        return problems
+            return [f"loss.cls_weight is {self.cls_weight}, and there are no extra tokens to predict from"]
+        return []
 
 
 def regression_loss(pred: Tensor, target: Tensor, config: LossConfig) -> Tensor:
@@ -46,7 +47,7 @@ def regression_loss(pred: Tensor, target: Tensor, config: LossConfig) -> Tensor:
         Scalar fp32, not divided by anything.
     """
     pred = pred.float()
-    scale = config.scale if config.scale is not None else pred.shape[-1] ** -0.5
+    scale = config.factor(pred.shape[-1])
     if config.beta == 0.0:
         return F.mse_loss(pred, target, reduction="sum") * scale
     return F.smooth_l1_loss(pred, target, beta=config.beta, reduction="sum") * scale

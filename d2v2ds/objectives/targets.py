@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2v2ds.bounds import Count
+
 NormKind = Literal["instance", "layer", "batch"]
 """instance: each channel of a sample over its tokens; layer: each token over its channels;
 batch: each channel over all tokens of all samples. None has gain or bias."""
@@ -19,7 +21,7 @@ _EPS = 1e-5
 class TargetConfig:
     """How targets are made of the teacher's layers."""
 
-    num_layers: int
+    num_layers: Count
     """Top shared blocks averaged; prenet blocks are never targets."""
     layer_norms: tuple[NormKind, ...]
     """Normalisation of each layer before the average."""
@@ -27,8 +29,8 @@ class TargetConfig:
     """Normalisation of the average."""
 
     def check(self, shared_depth: int) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        if not 1 <= self.num_layers <= shared_depth:
+        """Return a message if there are fewer shared blocks than layers to average."""
+        if self.num_layers > shared_depth:
             return [f"target.num_layers is {self.num_layers}, expected 1 to shared_depth ({shared_depth})"]
         return []
 

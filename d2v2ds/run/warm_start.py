@@ -12,24 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v2ds.api import tokenizer_faults
-from d2v2ds.config.load import RunConfig, to_dict
-from d2v2ds.data.joined import folders_of
+from d2v2ds.config.load import to_dict
+from d2v2ds.config.schema import RunConfig
+from d2v2ds.data.folders import folders_of
 from d2v2ds.distributed.engine import Engine
 from d2v2ds.distributed.initial_weights import start_from
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.interop.export_folder import Kind, ModelFolder, Part
-from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.modalities.known import known_modalities
+from d2v2ds.modalities.settings import write_trunk
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER = {"layer_drop", "attention_path", "loss", "target", "mask_noise_std", "share_local_encoder", "vocab_size"}
-"""Settings of the model that change how it is trained, not what its weights mean, or that their shapes show; and
+MAY_DIFFER = {"layer_drop", "attention_path", "vocab_size"}
+"""Settings of the trunk that change how it is trained, not what its weights mean, or that show in their shapes; and
 everything named dropout."""
-
+DECODER_MAY_DIFFER = {"mask_noise_std"}
+"""The same of a decoder."""
 MOST_SHAPES = 5
 """Tensors of other shapes that are listed; where one setting differs there may be hundreds."""
+PARTS: tuple[Part, ...] = ("model", "objective", "teacher")
+"""Parts of an export that a run takes."""
 
 
 class WarmStart:
@@ -43,8 +47,12 @@ class WarmStart:
         self.folder = ModelFolder(path)
         self._config, self._skip = config, config.init.skip
         with torch.device("meta"):
-            self._expected = {n: tuple(t.shape) for n, t in Data2Vec2(config.model).state_dict().items()}
-        self._found = {part: self._kept(self.folder.layout(part)) for part in ("model", "teacher")}
+            network = config.objective.build(config.model, config.run.seed).build_network(
+                activation_checkpointing=False
+            )
+        self._expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        self._found = {part: self._kept(part, self.folder.layout(part)) for part in PARTS}
+        """Kinds of the tensors that are taken, by part and by the network's names."""
 
     def faults(self) -> list[str]:
         """Why these weights do not fit the run's model, as sentences."""
@@ -65,93 +73,114 @@ class WarmStart:
             problems.append(f"{where}: {part} {name} has shape {shape}, this run's {self._expected[name]}{way_out}")
         if len(other) > MOST_SHAPES:
             problems.append(f"{where}: {len(other) - MOST_SHAPES} more tensors have other shapes")
-        if not any(name.startswith("blocks.") for name in self._found["model"]):
+        if not any(name.startswith("trunk.blocks.") for name in self._found["model"]):
             problems.append(f"{where}: has none of the shared blocks")
         problems += [f"init.skip: {prefix!r} is no parameter or part of one" for prefix in self._skip if not any(
             _within(name, prefix) for name in self._expected
         )]  # fmt: skip
         return problems
 
-    def takes_embeddings(self) -> bool:
-        """Whether ids of text must mean what they meant."""
-        return self._has("encoders.text.local.tokens")
+    def takes_local_encoder(self, modality: str) -> bool:
+        """Whether inputs of a modality must mean what they meant."""
+        return self._has(f"trunk.encoders.{modality}.local")
 
     def fresh(self) -> list[str]:
-        """Parts of the student that these weights do not have, and that are drawn."""
-        missing = self._expected.keys() - self._found["model"].keys()
-        return sorted({".".join(name.split(".")[:2]) for name in missing})
+        """Parts of the network that these weights lack, and that are drawn."""
+        missing = self._expected.keys() - self._found["model"].keys() - self._found["objective"].keys()
+        return sorted({".".join(name.removeprefix("trunk.").split(".")[:2]) for name in missing})
 
-    def load(self, student: Engine, teacher: Teacher) -> None:
+    def load(self, student: Engine, teacher: Teacher | None) -> None:
         """Put the weights in place. Collective."""
         if fresh := self.fresh():
             logger.warning("init.weights %s lacks %s: drawn anew", self.folder.path, ", ".join(fresh))
-        if not self.folder.has("teacher"):
+        if teacher is not None and not self.folder.has("teacher"):
             logger.warning("init.weights %s has no teacher: it starts as a copy of the student", self.folder.path)
-        sources = {part: _Whole(self.folder, part, self._found[part]) for part in ("model", "teacher")}
-        start_from(student, teacher, sources["model"], sources["teacher"])
+        sources = {part: _PartReader(self.folder, part, self._found[part]) for part in PARTS}
+
+        def student_source(name: str) -> Tensor | None:
+            found = sources["model"](name)
+            return found if found is not None else sources["objective"](name)
+
+        start_from(student, teacher, student_source, sources["teacher"])
         logger.info("weights of %s, a new optimizer", self.folder.path)
 
-    def _kept(self, layout: Mapping[str, Kind]) -> dict[str, Kind]:
-        """Those that the run's model has and that are wanted; other modalities of the export do not matter."""
+    def _kept(self, part: Part, layout: Mapping[str, Kind]) -> dict[str, Kind]:
+        """Tensors that the run's network has and that are wanted; other modalities of the export do not matter."""
+        named = {_network_name(part, name): kind for name, kind in layout.items()}
         return {
             name: kind
-            for name, kind in layout.items()
-            if name in self._expected and not any(_within(name, prefix) for prefix in self._skip)
+            for name, kind in named.items()
+            if name in self._expected
+            and not any(_within(name.removeprefix("trunk."), skipped) for skipped in self._skip)
         }
 
     def _other_settings(self) -> Iterable[tuple[str, Any, Any]]:
         """Settings by which the same weights would compute something else: name, the export's, the run's."""
-        theirs, ours = to_dict(self.folder.description.model), to_dict(self._config.model)
-        for name in ("audio", "image", "text"):
-            sides = (theirs["modalities"], ours["modalities"])
-            if any(side[name] is None for side in sides) or not self._has(f"encoders.{name}"):
-                for side in sides:
-                    del side[name]
-            elif not self._has(f"decoders.{name}"):
-                for side in sides:
-                    del side[name]["decoder"]
-        yield from _differences(theirs, ours, "model")
+        theirs, ours = write_trunk(self.folder.description.model), write_trunk(self._config.model)
+        objective = to_dict(self._config.objective)["modalities"]
+        export = (self.folder.description.objective or {}).get("modalities", {})
+        for name in theirs["modalities"].keys() | ours["modalities"].keys():
+            has_both = name in theirs["modalities"] and name in ours["modalities"]
+            if not has_both or not self._has(f"trunk.encoders.{name}"):
+                for side in (theirs, ours):
+                    side["modalities"].pop(name, None)
+            elif self._has(f"decoders.{name}") and name in export:
+                before, now = export[name]["decoder"], objective[name]["decoder"]
+                yield from _differences(before, now, f"objective.modalities.{name}.decoder", DECODER_MAY_DIFFER)
+        yield from _differences(theirs, ours, "model", MAY_DIFFER)
 
     def _has(self, prefix: str) -> bool:
-        return any(_within(name, prefix) for name in self._found["model"])
+        return any(_within(name, prefix) for part in self._found.values() for name in part)
 
 
-class _Whole:
-    """Reads tensors by name."""
+class _PartReader:
+    """Reads tensors of one part of an export by the names of the run's network."""
 
     def __init__(self, folder: ModelFolder, part: Part, names: Iterable[str]) -> None:
         self._folder, self._part, self._names = folder, part, set(names)
 
     def __call__(self, name: str) -> Tensor | None:
-        return self._folder.tensor(self._part, name) if name in self._names else None
+        if name not in self._names:
+            return None
+        return self._folder.tensor(self._part, name if self._part == "objective" else name.removeprefix("trunk."))
+
+
+def _network_name(part: Part, name: str) -> str:
+    """Name of a tensor of an export in an objective's network."""
+    return name if part == "objective" else f"trunk.{name}"
 
 
 def _within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def _differences(theirs: Any, ours: Any, where: str) -> Iterable[tuple[str, Any, Any]]:
+def _differences(theirs: Any, ours: Any, where: str, may_differ: set[str]) -> Iterable[tuple[str, Any, Any]]:
     if not isinstance(theirs, dict) or not isinstance(ours, dict):
         if theirs != ours:
             yield where, theirs, ours
         return
     for key in theirs.keys() | ours.keys():
-        if key not in MAY_DIFFER and "dropout" not in key:
-            yield from _differences(theirs.get(key), ours.get(key), f"{where}.{key}")
+        if key not in may_differ and "dropout" not in key:
+            yield from _differences(theirs.get(key), ours.get(key), f"{where}.{key}", may_differ)
 
 
 def open_warm_start(config: RunConfig) -> tuple[WarmStart | None, list[str]]:
-    """What `init.weights` names, and why it cannot be used, as sentences."""
+    """Open what `init.weights` names; returns one message for each reason why it cannot be used, too."""
     if config.init.weights is None:
         return None, []
     try:
         start = WarmStart(config, config.init.weights)
-        problems = start.faults()
-        if config.data.text is not None and start.takes_embeddings():
-            for shards in folders_of(config.data.text.shards):
-                problems += [f"init.weights: {fault}" for fault in tokenizer_faults(start.folder, shards)]
     except CheckpointError as error:
         return None, [f"init.weights: {error}"]
-    except ShardError:  # said by those who check the data
-        return start, problems
+    problems = start.faults()
+    for name, data in config.data.modalities.items():
+        if not start.takes_local_encoder(name):
+            continue
+        preprocessing = start.folder.description.preprocessing[name]
+        for shards in folders_of(data.shards):
+            try:
+                found = known_modalities()[name].packed_faults(start.folder.path, preprocessing, shards)
+            except ShardError:
+                continue  # those who check the data report this
+            problems += [f"init.weights: {fault}" for fault in found]
     return start, problems

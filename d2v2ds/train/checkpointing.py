@@ -7,6 +7,7 @@ integers for each modality.
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -27,8 +28,10 @@ from d2v2ds.train.guard import Guard
 
 logger = logging.getLogger(__name__)
 
-FREE_FIELDS = {"block.attention_path"}
-"""Fields of the model that a resumed run may change: they compute the same thing."""
+FREE_FIELDS = re.compile(
+    r"(model\.block\.attention_path|objective\.ema\.\w+|objective\.modalities\.\w+\.(mask|loss)\.\w+):"
+)
+"""Settings that a resumed run may change: they do not change what the weights mean."""
 MAX_FAILURES = 2
 """Saves in a row that may fail; the last of them ends the run."""
 
@@ -63,29 +66,30 @@ class Checkpoints:
     def __init__(
         self,
         student: Engine,
-        teacher: Teacher,
+        teacher: Teacher | None,
         run_dir: Path,
         *,
         plans: Mapping[str, BatchPlan],
         guard: Guard,
         progress: Progress,
-        model: Mapping[str, Any],
+        settings: Mapping[str, Any],
         keep: Keep,
         asynchronous: bool,
     ) -> None:
         """
         Args:
-            student, teacher: engine and sharded average.
+            student: engine.
+            teacher: sharded average, if the objective has one.
             run_dir: folder of the run.
             plans: of the data, by modality.
             guard, progress: stored in every checkpoint and changed in place when one is taken up.
-            model: settings of the model as plain values; a checkpoint of others is refused.
+            settings: of the network as plain values; a checkpoint of others is refused.
             keep: which checkpoints are not removed.
             asynchronous: write while training goes on.
         """
         self.student, self.teacher = student, teacher
         self.folder, self._rollbacks_file = run_dir / "checkpoints", run_dir / "rollbacks.jsonl"
-        self.plans, self.guard, self.progress, self.model = plans, guard, progress, model
+        self.plans, self.guard, self.progress, self.settings = plans, guard, progress, settings
         self._saver = Saver(student, teacher, self.folder, keep, asynchronous)
         self._began = 0.0
         self._failures = 0
@@ -108,7 +112,7 @@ class Checkpoints:
             "seen": self.progress.seen,
             "sampler": self._positions(),
             "guard": self.guard.state_dict(),
-            "model": self.model,
+            "settings": self.settings,
         }
         self._settle(self._saver.save(f"step{self.progress.step:08d}", state, {}, validation_loss))
         self.stall_s += time.perf_counter() - asked
@@ -182,7 +186,7 @@ class Checkpoints:
     def _is_of_this_model(self, state: Mapping[str, Any]) -> bool:
         """True, or ConfigError. Asked before the weights are compared, whose names and shapes say less."""
         differing = [
-            field for field in differing_fields(state["model"], self.model) if field.split(":")[0] not in FREE_FIELDS
+            field for field in differing_fields(state["settings"], self.settings) if not FREE_FIELDS.match(field)
         ]
         if differing:
             raise ConfigError(

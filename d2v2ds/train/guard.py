@@ -1,10 +1,13 @@
 """Checks on a running job: steps that are not finite, rows that cannot be read, and collapse."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from d2v2ds.errors import CollapseError, DamagedDataError, NonFiniteError, below
+from d2v2ds.bounds import Bounds, Count, CountOrZero, PositiveOrZero
+from d2v2ds.errors import CollapseError, DamagedDataError, NonFiniteError
+from d2v2ds.objectives.protocol import HealthLimit
 
 logger = logging.getLogger(__name__)
 
@@ -15,40 +18,39 @@ _COUNTS = ("nonfinite_in_a_row", "nonfinite_total", "damaged_rows")
 class HealthConfig:
     """When to warn and when to stop."""
 
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: Count = 10
     """Skipped steps in a row (loss or gradient not finite) after which the run goes back to its last good checkpoint,
     and on with the data that follows."""
-    max_rollbacks: int = 3
+    max_rollbacks: CountOrZero = 3
     """Returns to one and the same checkpoint; the next one ends the run instead."""
-    max_damaged_rows: int = 100
+    max_damaged_rows: CountOrZero = 100
     """Rows that could not be read and were left out, counted over the whole run, that end it."""
-    min_effective_rank: float = 8.0
+    min_effective_rank: PositiveOrZero = 8.0
     """Floor of the targets' effective rank; healthy small runs have 50 to 58 of 192, collapsed ones 2 to 5."""
-    max_position_share: float = 0.2
+    max_position_share: PositiveOrZero = 0.2
     """Ceiling of the fraction of the targets' variance that follows the position; healthy 0.01 to 0.04."""
-    min_std: float = 0.05
+    min_std: PositiveOrZero = 0.05
     """Floor of the standard deviation of targets and predictions (the reference stops at 0.1 and 0.01)."""
-    warm_up_steps: int = 100
+    warm_up_steps: CountOrZero = 100
     """Optimizer steps before a collapse is looked for."""
     stop_on_collapse: bool = False
     """Raise `CollapseError` instead of warning."""
-    late_factor: float = 10.0
+    late_factor: Annotated[float, Bounds(ge=1)] = 10.0
     """A step that takes this many times the median of the last ones is looked into: which rank is late, and where."""
-    late_seconds: float = 60.0
+    late_seconds: Annotated[float, Bounds(ge=0.1)] = 60.0
     """But never before so many seconds."""
-
-    def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        return below(
-            self, "health.", max_nonfinite_steps=1, max_rollbacks=0, max_damaged_rows=0, late_factor=1, late_seconds=0.1
-        )
 
 
 class Guard:
     """Counts bad steps and names collapses. Every rank feeds it the same numbers, so every rank decides alike."""
 
-    def __init__(self, config: HealthConfig) -> None:
-        self.config = config
+    def __init__(self, config: HealthConfig, limits: Sequence[HealthLimit]) -> None:
+        """
+        Args:
+            config: when to warn and when to stop.
+            limits: bounds of the objective's health statistics.
+        """
+        self.config, self._limits = config, limits
         self.nonfinite_in_a_row = 0
         self.nonfinite_total = 0
         self.damaged_rows = 0
@@ -119,34 +121,11 @@ class Guard:
         """
         if step < self.config.warm_up_steps:
             return []
-        prefixes = [name.removesuffix("target/std") for name in values if name.endswith("target/std")]
-        alarms = [alarm for prefix in prefixes or [""] for alarm in self._alarms(values, prefix)]
+        alarms = [alarm for limit in self._limits for alarm in _crossed(limit, values)]
         for alarm in alarms:
             logger.warning("step %d: possible collapse: %s", step, alarm)
         if alarms and self.config.stop_on_collapse:
             raise CollapseError(f"step {step}: " + "; ".join(alarms))
-        return alarms
-
-    def _alarms(self, values: Mapping[str, float], prefix: str) -> list[str]:
-        """The crossed floors of one modality; a prefix such as `audio/` says of which."""
-        low_rank = "the targets have become a code of few dimensions; raise the EMA decay, lower lr.peak"
-        floors = [
-            ("target/effective_rank", self.config.min_effective_rank, low_rank),
-            ("local/effective_rank", min(self.config.min_effective_rank, 1.5), "the local encoder has collapsed"),
-            ("target/std", self.config.min_std, "the targets hardly vary between tokens"),
-            ("pred/std", min(self.config.min_std, 0.01), "the predictions hardly vary between tokens"),
-        ]
-        alarms = [
-            f"{prefix}{name} is {values[prefix + name]:.3g}, floor {floor:.3g}: {cause}"
-            for name, floor, cause in floors
-            if prefix + name in values and values[prefix + name] < floor
-        ]
-        name, ceiling = f"{prefix}target/position_share", self.config.max_position_share
-        if name in values and values[name] > ceiling:
-            alarms.append(
-                f"{name} is {values[name]:.3g}, ceiling {ceiling:.3g}: the targets have become a code of position; "
-                "for small runs set share_local_encoder=false in the model's settings of the modality"
-            )
         return alarms
 
     def state_dict(self) -> dict[str, int]:
@@ -156,4 +135,18 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """The counterpart of `state_dict`."""
         for name in _COUNTS:
-            setattr(self, name, state.get(name, 0))  # older checkpoints have no damaged_rows
+            setattr(self, name, state[name])
+
+
+def _crossed(limit: HealthLimit, values: Mapping[str, float]) -> list[str]:
+    """Return one message for each statistic that crosses a limit, of every modality; validation has no limits."""
+    found = []
+    for name, value in values.items():
+        prefix, matches, _ = name.rpartition(limit.metric)
+        if not matches or prefix + limit.metric != name or "valid/" in prefix:
+            continue
+        if limit.least is not None and value < limit.least:
+            found.append(f"{name} is {value:.3g}, floor {limit.least:.3g}: {limit.cause}")
+        if limit.most is not None and value > limit.most:
+            found.append(f"{name} is {value:.3g}, ceiling {limit.most:.3g}: {limit.cause}")
+    return found

@@ -86,7 +86,12 @@ def exact_position_share(x: Tensor, positions: Tensor) -> float:
 class Sample:
     """Vectors of one kind, collected over a few micro-batches, and their places in the sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reports_std: bool = False) -> None:
+        """
+        Args:
+            reports_std: whether the metrics have the standard deviation of these vectors.
+        """
+        self.reports_std = reports_std
         self._vectors: list[Tensor] = []
         self._positions: list[Tensor] = []
         self._places: list[Tensor] = []

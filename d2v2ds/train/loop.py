@@ -7,28 +7,26 @@ each; so a resumed run writes the very records of a run that never stopped.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from signal import Signals
+from typing import Any, Protocol
 
 from d2v2ds.batch import Batch
 from d2v2ds.data.loader import StepData
+from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.engine import Engine
 from d2v2ds.distributed.gradient_norms import PartNorms
-from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import DamagedDataError, MissingExtraError, NonFiniteError, PreemptedError, ShardError
-from d2v2ds.run.preempt import StopRequest
-from d2v2ds.run.watchdog import Watchdog
+from d2v2ds.objectives.protocol import Objective
 from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
-from d2v2ds.train.interval import Interval, ModalityInfo, ModalitySums
-from d2v2ds.train.metrics import AMOUNTS, Metrics, gradient_metric, peak_memory_gib
-from d2v2ds.train.step import Recipe, StepOutput, pretrain_step
+from d2v2ds.train.interval import Interval, ModalityInterval
+from d2v2ds.train.metrics import Metrics, gradient_metric, peak_memory_gib
+from d2v2ds.train.step import Recipe, StepOutput, train_step
 from d2v2ds.train.validate import Validation
 
 logger = logging.getLogger(__name__)
@@ -45,11 +43,14 @@ class LoopConfig:
     validate_every_steps: int
     restarts: int
     """Earlier starts of this run."""
-    modalities: dict[str, ModalityInfo]
-    """By name, in the order of the micro-batches."""
+    readers: Mapping[str, Reader]
+    """Data of each modality by name, in the order of the micro-batches."""
+    grid_sides: Mapping[str, int | None]
+    """Tokens per side of each modality whose tokens form a square grid, for pictures of masks."""
     measure_peak: Callable[[], float]
     """Measures the matrix-product peak of this rank's device; called once, with the first record, on all ranks."""
     num_heads: int
+    """H, for pictures of the distance penalty."""
     flops_of: Callable[[Batch], float]
     """Algorithmic operations of one micro-batch."""
 
@@ -83,21 +84,22 @@ class Trainer:
 
     def __init__(
         self,
-        student: Engine,
-        teacher: Teacher,
+        engine: Engine,
+        objective: Objective,
         *,
         recipe: Recipe,
         config: LoopConfig,
         guard: Guard,
         checkpoints: Checkpoints,
-        stop: StopRequest,
-        watchdog: Watchdog,
+        stop: "StopFlag",
+        watchdog: "StepClock",
         validation: Validation | None,
         metrics: Metrics | None,
     ) -> None:
         """
         Args:
-            student, teacher: engine and sharded average.
+            engine: around the network of the objective.
+            objective: what the run optimises.
             recipe: numbers of the step.
             config: intervals.
             guard: non-finite and collapse checks.
@@ -107,14 +109,14 @@ class Trainer:
             validation: on held-out data, if the run has any.
             metrics: writer on rank 0, None elsewhere.
         """
-        self.student, self.teacher = student, teacher
+        self.engine, self.objective = engine, objective
         self.recipe, self.config, self.guard = recipe, config, guard
         self.checkpoints, self.progress = checkpoints, checkpoints.progress
         self.stop, self.watchdog, self.metrics = stop, watchdog, metrics
         self.validation = validation
-        self.samples = self._empty_samples()
+        self.samples = self._no_samples()
         self._peak_flops: float | None = None
-        self._part_norms = PartNorms(student, self._gradient_metric)
+        self._part_norms = PartNorms(engine, self._gradient_metric)
 
     def run(self, data: Iterator[StepData]) -> None:
         """Train up to `total_steps`.
@@ -134,10 +136,10 @@ class Trainer:
         while progress.step < config.total_steps:
             step_data, wait_s = following.step_data(), following.wait_s
             self._part_norms.ask(self._has_part_norms(progress.step + 1))
-            out = pretrain_step(self.student, self.teacher, step_data.micro, step=progress.step, recipe=self.recipe)
+            out = train_step(self.engine, self.objective, step_data.micro, step=progress.step, recipe=self.recipe)
             progress.step += 1
             progress.sampler = step_data.state_after
-            interval.add(out, step_data.micro, wait_s, config.modalities, config.flops_of)
+            interval.add(out, step_data.micro, wait_s, config.readers, config.flops_of)
             if out.applied:
                 self._collect(out)
             else:
@@ -164,7 +166,7 @@ class Trainer:
                 if self.metrics is not None:
                     self.metrics.flush()
                 self.checkpoints.begin(values.get("valid/loss/total"))
-                self.samples = self._empty_samples()  # a resumed run begins without them
+                self.samples = self._no_samples()  # a resumed run begins without them
                 self.watchdog.touch(progress.step)
                 interval.started = time.perf_counter()
             if is_stopping and not is_last:
@@ -212,7 +214,7 @@ class Trainer:
         """Write down which samples a skipped step saw, and where its loss was not finite."""
         own = [{"modality": batch.modality, "ids": batch.ids.tolist()} for batch in data.micro if batch.loss_weight]
         finite = {
-            name: all(math.isfinite(float(v)) for v in part.loss_sums.values()) for name, part in out.parts.items()
+            name: all(math.isfinite(float(v)) for v in part.sums.losses.values()) for name, part in out.parts.items()
         }
         ranks = comm.gather_objects({"batches": own, "loss_is_finite": finite})
         if self.metrics is not None:
@@ -226,14 +228,14 @@ class Trainer:
         self.checkpoints.roll_back()
         if self.metrics is not None:
             self.metrics.rewind(self.progress.step)
-        self.samples = self._empty_samples()
+        self.samples = self._no_samples()
 
     def _new_interval(self) -> Interval:
-        return Interval({name: ModalitySums() for name in self.config.modalities})
+        return Interval({name: ModalityInterval() for name in self.config.readers})
 
     def _name(self, modality: str, metric: str) -> str:
         """What a metric of one modality is called in this run."""
-        return metric if len(self.config.modalities) == 1 else f"{modality}/{metric}"
+        return metric if len(self.config.readers) == 1 else f"{modality}/{metric}"
 
     def _gradient_metric(self, parameter: str) -> str:
         """The norm in which the gradient of a parameter counts."""
@@ -244,25 +246,8 @@ class Trainer:
         """Reduce, check and write one record; returns it on every rank."""
         progress = self.progress
         seconds = time.perf_counter() - interval.started
-        values = self._reduce_run(out, interval, seconds)
-        for name, part in interval.parts.items():
-            info = self.config.modalities[name]
-            found, units = part.reduce(info.loss_scale)
-            values |= {self._name(name, metric): value for metric, value in found.items()}
-            progress.seen[name] = progress.seen.get(name, 0.0) + units
-            total, units_per_one, throughput = AMOUNTS[info.reader.unit]
-            values[total] = progress.seen[name] / units_per_one
-            values[throughput] = units / seconds
-            values[self._name(name, "data/epoch")] = float(data.state_after[name].epoch)
-        if len(self.config.modalities) > 1 and interval.applied:
-            weights = self.recipe.loss_weights
-            values["loss/total"] = sum(
-                weights[name] * values[key]
-                for name, part in interval.parts.items()
-                for key in (self._name(name, f"loss/{loss}") for loss in part.losses)
-                if key in values
-            )
-        values["ema/student_distance"] = self.teacher.student_distance()
+        values = self._reduce_run(out, interval, seconds) | self._reduce_modalities(data, interval, seconds)
+        values |= self.objective.run_metrics()
         if out.applied and self._has_part_norms(progress.step):
             values |= self._part_norms.take(out.grad_norm)
         if self._is_health_step():
@@ -273,6 +258,27 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(progress.step, values)
         self.guard.check_health(progress.step, values)
+        return values
+
+    def _reduce_modalities(self, data: StepData, interval: Interval, seconds: float) -> dict[str, float]:
+        """Losses, metrics of the objective and amounts of data of every modality. Collective."""
+        values: dict[str, float] = {}
+        total = 0.0
+        for name, part in interval.parts.items():
+            unit, totals = self.config.readers[name].unit, part.sums.reduce()
+            (units,) = comm.all_reduce_sum([part.units])
+            if totals is not None:
+                found = {f"loss/{loss}": value / totals.count for loss, value in totals.sums.items()}
+                for value in found.values():
+                    total += self.recipe.loss_weights[name] * value
+                found |= self.objective.metrics(name, totals)
+                values |= {self._name(name, metric): value for metric, value in found.items()}
+            self.progress.seen[name] = self.progress.seen.get(name, 0.0) + units
+            values[unit.total_metric] = self.progress.seen[name] / unit.total_size
+            values[unit.speed_metric] = units / seconds
+            values[self._name(name, "data/epoch")] = float(data.state_after[name].epoch)
+        if len(interval.parts) > 1 and interval.applied:
+            values["loss/total"] = total
         return values
 
     def _validate(self) -> dict[str, float]:
@@ -306,7 +312,6 @@ class Trainer:
             "data/damaged_rows": float(self.guard.damaged_rows),
             "perf/restarts": float(self.config.restarts),
             "perf/checkpoint_stall_ms": 1000 * self.checkpoints.stall_s,
-            "ema/decay": out.decay,
             "perf/samples_per_s": samples / seconds,
             "perf/step_ms": step_ms,
             "perf/data_wait_ms": wait_ms,
@@ -316,6 +321,7 @@ class Trainer:
             "perf/memory_gib": memory,
         }
         self.checkpoints.stall_s = 0.0
+        values |= self.objective.schedules(self.progress.step)
         if interval.applied:
             values["optim/grad_norm"] = interval.grad_norm / interval.applied
         return values
@@ -333,18 +339,12 @@ class Trainer:
         if self.progress.step > 1 and ahead >= NUM_STEPS:
             return
         for name, part in out.parts.items():
-            samples, last = self.samples[name], part.last
-            assert last is not None
-            keep, masked = part.batch.masks.rows()  # (R, K), (R, T)
-            length = masked.shape[1]
-            every = torch.arange(length).repeat(len(last["local"]))  # (B*T,)
-            samples["local"].add(last["local"].flatten(0, 1), every, length)
-            samples["context"].add(last["context"].flatten(0, 1), keep.flatten(), length)
-            samples["target"].add(last["target"].flatten(0, 1), every, length)
-            samples["pred"].add(last["pred"], masked.nonzero()[:, 1], length)
+            for kind in self.objective.health_vectors(part.batch, part.losses):
+                sample = self.samples[name].setdefault(kind.name, Sample(reports_std=kind.reports_std))
+                sample.add(kind.vectors, kind.positions, kind.length)
 
     def _health(self) -> dict[str, float]:
-        """Richness of four sets of vectors of each modality, averaged over ranks; collecting begins anew."""
+        """Richness of each set of vectors of each modality, averaged over ranks; collecting begins anew. Collective."""
         values: dict[str, float] = {}
         for modality, samples in self.samples.items():
             for name, sample in samples.items():
@@ -352,57 +352,79 @@ class Trainer:
                 values[f"{key}/effective_rank"] = found.effective_rank
                 values[f"{key}/position_share"] = found.position_share
                 values[f"{key}/exact_position_share"] = found.exact_position_share
-                if name in ("local", "context"):
+                if sample.reports_std:
                     values[f"{key}/std"] = found.std
-        self.samples = self._empty_samples()
+        self.samples = self._no_samples()
         means = comm.all_reduce_sum(list(values.values()))
         averages = {name: mean / comm.world() for name, mean in zip(values, means, strict=True)}
         return {name: mean for name, mean in averages.items() if math.isfinite(mean)}
 
     def _figures(self, out: StepOutput) -> None:
         """Masks of one sample and the ALiBi scale, to TensorBoard. Collective."""
-        shards = zero.parameter_shards(self.student)
+        shards = zero.parameter_shards(self.engine)
         scales = {name: zero.gather_shard(s, s.data) for name, s in shards.items() if name.endswith("alibi.scale")}
         if self.metrics is None:
             return
         try:
             for modality, part in out.parts.items():
-                figure = mask_figure(part.batch.masks.masked[0], self.config.modalities[modality].grid_side)
-                self.metrics.figure(self._name(modality, "masks"), figure, self.progress.step)
+                if part.batch.masks is not None:
+                    figure = mask_figure(part.batch.masks.masked[0], self.config.grid_sides[modality])
+                    self.metrics.figure(self._name(modality, "masks"), figure, self.progress.step)
             for name, scale in scales.items():
                 if scale is not None:
                     self.metrics.figure(
-                        name.replace(".", "/"), alibi_figure(scale.cpu(), self.config.num_heads), self.progress.step
+                        name.removeprefix("trunk.").replace(".", "/"),
+                        alibi_figure(scale.cpu(), self.config.num_heads),
+                        self.progress.step,
                     )
         except MissingExtraError as error:
             if self.progress.step == 1:
                 logger.info("no figures in TensorBoard: %s", error)
 
     def _say(self, values: dict[str, Any], seconds_left: float) -> None:
-        progress, modalities = self.progress, self.config.modalities
-        losses = "  ".join(
-            ("" if len(modalities) == 1 else f"{name} ")
-            + f"{values.get(self._name(name, 'loss/regression'), math.nan):.3f}"
-            for name in modalities
-        )
+        """Log one line about a record."""
+        progress, readers = self.progress, self.config.readers
+        prefixes = {name: "" if len(readers) == 1 else f"{name} " for name in readers}
+        losses = "  ".join(f"{prefix}{self._mean_loss(name, values):.3f}" for name, prefix in prefixes.items())
         speeds = "  ".join(
-            f"{name} {values[AMOUNTS[info.reader.unit][2]]:.0f} {info.reader.unit}/s"
-            for name, info in modalities.items()
+            f"{name} {values[reader.unit.speed_metric]:.0f} {reader.unit.name}/s" for name, reader in readers.items()
+        )
+        schedules = "  ".join(
+            f"{name.replace('/', ' ')} {value:.6f}" for name, value in self.objective.schedules(progress.step).items()
         )
         logger.info(
-            "step %d/%d  loss %s  ema %.6f  lr %.2e  %s  left %s",
+            "step %d/%d  loss %s  %s  lr %.2e  %s  left %s",
             progress.step,
             self.config.total_steps,
             losses,
-            values["ema/decay"],
+            schedules,
             values["optim/lr"],
             speeds,
             clock(seconds_left),
         )
 
-    def _empty_samples(self) -> dict[str, dict[str, Sample]]:
-        kinds = ("local", "context", "target", "pred")
-        return {modality: {name: Sample() for name in kinds} for modality in self.config.modalities}
+    def _mean_loss(self, modality: str, values: Mapping[str, float]) -> float:
+        """Sum of a modality's mean losses; NaN if every step was skipped."""
+        prefix = self._name(modality, "loss/")
+        found = [value for name, value in values.items() if name.startswith(prefix) and name != "loss/total"]
+        return sum(found) if found else math.nan
+
+    def _no_samples(self) -> dict[str, dict[str, Sample]]:
+        return {modality: {} for modality in self.config.readers}
+
+
+class StopFlag(Protocol):
+    """A signal that reached this rank; `run.preempt.StopRequest` is one."""
+
+    received: Signals | None
+
+
+class StepClock(Protocol):
+    """Watches how long steps take; `run.watchdog.Watchdog` is one."""
+
+    def step_done(self, step: int) -> None: ...
+
+    def touch(self, step: int) -> None: ...
 
 
 def clock(seconds: float) -> str:

@@ -18,24 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-SHARED_UNITS = {
-    "loss/total": "weighted sum of the modalities' losses per masked token; only with several modalities",
-    "valid/loss/total": "weighted sum of all losses per masked token on held-out data; `best` has the lowest",
-    "ema/decay": "weight kept by the teacher, 0 to 1; same on all ranks",
-    "ema/student_distance": "|student - teacher| / |student|; norms over all ranks",
+RUN_UNITS = {
+    "loss/total": "weighted sum of the modalities' mean losses; only with several modalities",
+    "valid/loss/total": "weighted sum of all mean losses on held-out data; `best` has the lowest",
     "optim/lr": "learning rate; same on all ranks",
     "optim/grad_norm": "global L2 norm before clipping; mean over the interval",
-    "optim/grad_norm/blocks": "of the shared blocks, before clipping; of every log_every_steps-th step; global",
+    "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps-th step; global",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
     "perf/restarts": "earlier starts of this run; same on all ranks",
     "data/damaged_rows": "rows that could not be read and were left out, since the run began; sum over ranks",
-    "data/hours": "audio seen since the run began; sum over ranks, hours, not multiplied by masks",
-    "data/images": "images seen since the run began; sum over ranks, not multiplied by masks",
-    "data/tokens": "text tokens seen since the run began, padding included; sum over ranks, not multiplied by masks",
-    "perf/samples_per_s": "crops, images and blocks of text per second of wall time, masks not counted; sum over ranks",
-    "perf/audio_seconds_per_s": "audio seconds per second of wall time; sum over ranks",
-    "perf/images_per_s": "images per second of wall time; sum over ranks",
-    "perf/tokens_per_s": "text tokens per second of wall time, padding included; sum over ranks",
+    "perf/samples_per_s": "inputs per second of wall time, masks not counted; sum over ranks",
     "perf/step_ms": "wall milliseconds per optimizer step; max over ranks",
     "perf/data_wait_ms": "milliseconds per step in which a rank waited for data; max over ranks",
     "perf/data_wait_fraction": "the same as a fraction of the step",
@@ -47,78 +39,81 @@ SHARED_UNITS = {
 """Scalars of a run as a whole, with unit and reduction."""
 
 MODALITY_UNITS = {
-    "loss/regression": "sum over channels per masked token; global sum over the interval / global masked tokens",
-    "loss/cls": "the same of the CLS loss, weight included",
-    "mask/fraction": "masked tokens / tokens; global",
     "data/epoch": "passes over the data; same on all ranks",
-    "local/std": "mean channel standard deviation of local features; mean over ranks",
-    "local/effective_rank": "exp of the eigenvalue entropy, 1 to D; mean over ranks",
-    "local/position_share": "fraction of variance that a polynomial in the position explains; mean over ranks",
-    "local/exact_position_share": "fraction of variance between exact positions, corrected for chance; mean over ranks",
-    "context/std": "of the last shared block's output; mean over ranks",
-    "context/effective_rank": "mean over ranks",
-    "context/position_share": "mean over ranks",
-    "context/exact_position_share": "mean over ranks",
-    "target/std": "of the targets at masked tokens; over the interval and all ranks (target_var of the reference)",
-    "target/effective_rank": "mean over ranks",
-    "target/position_share": "mean over ranks",
-    "target/exact_position_share": "mean over ranks",
-    "target/explained": "1 - loss / (loss scale x sum of the targets' channel variances): share predicted",
-    "pred/std": "of the predictions; over the interval and all ranks (pred_var of the reference)",
-    "pred/effective_rank": "mean over ranks",
-    "pred/position_share": "mean over ranks",
-    "pred/exact_position_share": "mean over ranks",
-    "optim/grad_norm/local": "of the local encoder, before clipping; of every log_every_steps-th step; global",
-    "optim/grad_norm/positions": "the same of the position convolutions",
-    "optim/grad_norm/alibi": "the same of the learned ALiBi scales",
-    "optim/grad_norm/prenet": "the same of the modality's own blocks and their norms",
-    "optim/grad_norm/decoder": "the same of the decoder",
-    "optim/grad_norm/other": "the same of everything else, such as the CLS token",
-    "valid/loss/regression": "as loss/regression, on held-out data, without dropout; global",
-    "valid/loss/cls": "as loss/cls, on held-out data; global",
-    "valid/target/std": "of the teacher's targets on held-out data; over all ranks",
-    "valid/target/effective_rank": "mean over ranks",
-    "valid/target/explained": "share of the targets' variance that the student predicts on held-out data",
-    "valid/pred/std": "of the student's predictions on held-out data; over all ranks",
-    "valid/pred/effective_rank": "mean over ranks",
+    "optim/grad_norm/local": "norm of the local encoder's gradient before clipping; every log_every_steps-th step; global",
+    "optim/grad_norm/positions": "norm of the position convolutions' gradient; likewise",
+    "optim/grad_norm/alibi": "norm of the learned ALiBi scales' gradient; likewise",
+    "optim/grad_norm/prenet": "norm of the gradient of the modality's own blocks and their norms; likewise",
+    "optim/grad_norm/other": "norm of everything else's gradient, such as the CLS token; likewise",
 }
-"""Scalars of one modality, with unit and reduction."""
+"""Scalars of one modality that every objective has, with unit and reduction."""
 
-AMOUNTS = {
-    "seconds": ("data/hours", 3600.0, "perf/audio_seconds_per_s"),
-    "images": ("data/images", 1.0, "perf/images_per_s"),
-    "tokens": ("data/tokens", 1.0, "perf/tokens_per_s"),
+HEALTH_UNITS = {
+    "effective_rank": "exp of the eigenvalue entropy of the vectors, 1 to D; mean over ranks",
+    "position_share": "fraction of variance that a polynomial in the position explains; mean over ranks",
+    "exact_position_share": "fraction of variance between exact positions, corrected for chance; mean over ranks",
+    "std": "standard deviation of the vectors, mean over channels; mean over ranks",
 }
-"""Unit of a reader -> name of what was seen so far, how many units make one of it, and name of the throughput."""
+"""Statistics of each set of vectors that an objective names: NAME/effective_rank and so on."""
 
 
 def gradient_metric(parameter: str) -> tuple[str | None, str]:
-    """Which modality a parameter of `Data2Vec2` belongs to, None for all, and in which norm its gradient counts."""
-    room, modality, part, *_ = *parameter.split("."), "", ""
-    name = f"optim/grad_norm/{'decoder' if room == 'decoders' else part}"
-    if room in ("encoders", "decoders"):
-        return modality, name if name in MODALITY_UNITS else "optim/grad_norm/other"
-    return None, "optim/grad_norm/blocks" if room == "blocks" else "optim/grad_norm/other"
+    """Find the norm in which the gradient of a parameter counts.
+
+    Args:
+        parameter: name in an objective's network: `trunk.encoders.M.PART...`, `trunk.blocks...`, or `OWNED.M...` for
+            what the objective has for each modality, such as decoders.
+
+    Returns:
+        The modality, None for all, and the metric.
+    """
+    room, *rest = parameter.removeprefix("trunk.").split(".")
+    if room == "blocks":
+        return None, "optim/grad_norm/blocks"
+    if room == "encoders":
+        metric = f"optim/grad_norm/{rest[1]}"
+        return rest[0], metric if metric in MODALITY_UNITS else "optim/grad_norm/other"
+    return rest[0], f"optim/grad_norm/{room.removesuffix('s')}"
 
 
-def is_known(name: str) -> bool:
-    """Whether a scalar has a unit."""
-    return name in SHARED_UNITS or name in MODALITY_UNITS or name.partition("/")[2] in MODALITY_UNITS
+class MetricNames:
+    """Which scalars a run may write: those of every run, of its objective and of its modalities' units."""
+
+    def __init__(self, run_units: Mapping[str, str], modality_units: Mapping[str, str]) -> None:
+        """
+        Args:
+            run_units: further scalars of the run as a whole.
+            modality_units: further scalars of one modality.
+        """
+        self.run = RUN_UNITS | dict(run_units)
+        self.modality = MODALITY_UNITS | dict(modality_units)
+
+    def is_known(self, name: str) -> bool:
+        """Whether a scalar has a unit; `valid/NAME` has that of NAME, `MODALITY/NAME` too."""
+        if name in self.run:
+            return True
+        candidates = [name.removeprefix("valid/"), name.partition("/")[2].removeprefix("valid/")]
+        return any(self._is_of_modality(candidate) for candidate in candidates)
+
+    def _is_of_modality(self, name: str) -> bool:
+        return name in self.modality or (name.count("/") == 1 and name.partition("/")[2] in HEALTH_UNITS)
 
 
 class Metrics:
     """Writes records. Only rank 0 has one.
 
-    A run is worth more than its curves: where a disk is full, a folder cannot be written or a file is taken away, it
-    warns once, and goes on trying at each record.
+    Training goes on if metrics cannot be written (full disk, folder not writable, file removed): the writer warns
+    once and tries again at each record.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, names: MetricNames, *, resume_step: int) -> None:
         """
         Args:
             run_dir: folder of the run.
+            names: scalars that have a unit.
             resume_step: step of the checkpoint the run goes on from, 0 for a new run.
         """
+        self._names = names
         self.path, self.bad_batches_path = run_dir / "metrics.jsonl", run_dir / "bad_batches.jsonl"
         self._tensorboard_dir = run_dir / "tensorboard"
         self._warned: set[str] = set()
@@ -141,9 +136,11 @@ class Metrics:
         Raises:
             KeyError: for a name without a unit.
         """
-        unknown = sorted(name for name in values if not is_known(name))
+        unknown = sorted(name for name in values if not self._names.is_known(name))
         if unknown:
-            raise KeyError(f"metrics without a unit: {', '.join(unknown)}; add them to the tables above")
+            raise KeyError(
+                f"metrics without a unit: {', '.join(unknown)}; add them to the tables of train/metrics.py or of the objective"
+            )
         self._append(self.path, {"step": step, **values})
 
         def scalars(writer: SummaryWriter) -> None:

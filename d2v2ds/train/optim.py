@@ -8,28 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v2ds.bounds import Positive, PositiveOrZero, Rate
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer of the student."""
 
-    betas: tuple[float, float]
+    betas: tuple[Rate, Rate]
     """Decay of the first and second moment."""
-    eps: float
+    eps: Positive
     """Added to sqrt(v) before bias correction."""
-    weight_decay: float
+    weight_decay: PositiveOrZero
     """Decoupled, times the learning rate, on everything: the exclusions of the published files are inert."""
-    clip_norm: float = 0.0
+    clip_norm: PositiveOrZero = 0.0
     """Global gradient norm that is clipped to; 0 switches clipping off."""
-
-    def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        problems = []
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            problems.append(f"optim.betas are {self.betas}, expected 0 <= beta < 1")
-        if self.clip_norm < 0 or self.eps <= 0 or self.weight_decay < 0:
-            problems.append("optim: clip_norm and weight_decay must be 0 or more, eps above 0")
-        return problems
 
 
 class EarlyEpsilonAdam(torch.optim.AdamW):

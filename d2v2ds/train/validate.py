@@ -1,42 +1,31 @@
-"""Loss of the student against the teacher's targets on held-out data: deterministic, and without any update.
+"""Loss of the trained network on held-out data: deterministic, and without any update.
 
 The same rows, crops, masks and noise every time and on any number of ranks, no dropout and no layer drop, so that two
-numbers differ only where the weights do. Nothing of the training is touched: its draws are functions of its own steps.
+numbers differ only where the weights do. Validation changes no state of the training: all draws of a training step are
+functions of its own number.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from d2v2ds.batch import Batch
-from d2v2ds.data.collate import Collator, Reader
+from d2v2ds.data.collate import Collator
 from d2v2ds.data.order import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
+from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.engine import Engine
-from d2v2ds.distributed.teacher import Teacher
-from d2v2ds.objectives.loss import channel_moments
+from d2v2ds.objectives.protocol import Losses, Objective
 from d2v2ds.train.health import Sample
-from d2v2ds.train.interval import prediction_metrics
 from d2v2ds.train.step import step_seed
+from d2v2ds.train.sums import Sums
 
 logger = logging.getLogger(__name__)
 
 SEED = 0
-"""Of crops, masks and noise. Not the run's: runs of several seeds are compared on the same inputs."""
-
-
-@dataclass
-class _Sums:
-    """Sums over this rank's micro-batches of one modality."""
-
-    losses: dict[str, float] = field(default_factory=dict)
-    num_masked: int = 0
-    moments: Tensor | None = None
-    target: Sample = field(default_factory=Sample)
-    pred: Sample = field(default_factory=Sample)
+"""Seed of crops, masks and noise. Not the run's: runs of several seeds are compared on the same inputs."""
 
 
 class Validation:
@@ -44,27 +33,25 @@ class Validation:
 
     def __init__(
         self,
-        student: Engine,
-        teacher: Teacher,
+        engine: Engine,
+        objective: Objective,
         readers: Mapping[str, Reader],
         *,
-        loss_scales: Mapping[str, float | None],
         loss_weights: Mapping[str, float],
         micro_batches: int,
     ) -> None:
         """
         Args:
-            student, teacher: engine and sharded average.
+            engine: around the network of the objective.
+            objective: computes the losses.
             readers: of the held-out folders, by modality.
-            loss_scales: what the squared errors of each modality's loss are multiplied with; None if it is no such sum.
             loss_weights: of the modalities in `valid/loss/total`.
             micro_batches: of each modality that are looked at, over all ranks; fewer if a folder has fewer.
 
         Raises:
             ShardError: a folder has no row that is large enough.
         """
-        self._student, self._teacher = student, teacher
-        self._scales, self._weights = loss_scales, loss_weights
+        self._engine, self._objective, self._weights = engine, objective, loss_weights
         self._collators = {name: Collator(reader=reader, seed=SEED) for name, reader in readers.items()}
         self._micro = {name: _first_micro_batches(reader, micro_batches) for name, reader in readers.items()}
 
@@ -75,54 +62,48 @@ class Validation:
         Raises:
             ShardError: a row cannot be read.
         """
-        self._student.eval()
+        self._engine.eval()
         found = {name: self._modality(name) for name in self._collators}
-        self._student.train()
+        self._engine.train()
         return found
 
     def total(self, found: Mapping[str, Mapping[str, float]]) -> float:
-        """Weighted sum of all losses: what the best checkpoint has the least of."""
+        """Weighted sum of all losses; the best checkpoint has the lowest."""
         losses = {name: (v for metric, v in values.items() if "/loss/" in metric) for name, values in found.items()}
         return sum(self._weights[name] * sum(values) for name, values in losses.items())
 
     def _modality(self, name: str) -> dict[str, float]:
-        sums, place = _Sums(), comm.rank()
+        sums, samples, place = Sums(), dict[str, Sample](), comm.rank()
         for micro in for_rank(self._micro[name], comm.rank(), comm.world()):
-            self._add(sums, self._collators[name](micro), place)
+            batch = self._collators[name](micro)
+            for fault in batch.faults:
+                logger.warning("validation: a row was left out: %s", fault)
+            losses = self._losses(batch, place)
+            sums.add(losses, 1.0 if batch.loss_weight else 0.0)
+            if batch.loss_weight:
+                for kind in self._objective.held_out_vectors(batch, losses):
+                    samples.setdefault(kind.name, Sample()).add(kind.vectors, kind.positions, kind.length)
             place += comm.world()
-        return self._reduce(name, sums)
+        return {f"valid/{metric}": value for metric, value in self._metrics(name, sums, samples).items()}
 
-    def _add(self, sums: _Sums, batch: Batch, place: int) -> None:
-        for fault in batch.faults:
-            logger.warning("validation: a row was left out: %s", fault)
+    def _losses(self, batch: Batch, place: int) -> Losses:
         torch.manual_seed(step_seed(SEED, 0, batch.modality, place))
-        out = self._student(batch.to(comm.device()), self._teacher, None)
-        weight = 1.0 if batch.loss_weight else 0.0
-        for loss, value in out["losses"].items():
-            sums.losses[loss] = sums.losses.get(loss, 0.0) + float(value) * weight
-        here = torch.stack((channel_moments(out["pred"]), channel_moments(out["wanted"]))).cpu() * weight
-        sums.moments = here if sums.moments is None else sums.moments + here
-        if weight:
-            sums.num_masked += batch.num_masked
-            _, masked = batch.masks.rows()
-            positions, length = masked.nonzero()[:, 1], masked.shape[1]
-            sums.pred.add(out["pred"], positions, length)
-            sums.target.add(out["wanted"], positions, length)
+        losses = self._objective.losses(self._engine, batch.to(comm.device()), None)
+        return replace(losses, sums={name: loss.double() for name, loss in losses.sums.items()})
 
-    def _reduce(self, name: str, sums: _Sums) -> dict[str, float]:
-        assert sums.moments is not None
-        losses = sorted(sums.losses)
-        ranks = [sums.target.richness().effective_rank, sums.pred.richness().effective_rank]
-        has_ranks = float(sums.num_masked > 0)  # a rank with nothing but a filler has no vectors
-        own = [float(sums.num_masked), has_ranks, *(has_ranks and value for value in ranks)]
-        own += [sums.losses[loss] for loss in losses] + sums.moments.flatten().tolist()
-        masked, num_ranks, target_rank, pred_rank, *rest = comm.all_reduce_sum(own)
-        totals = dict(zip(losses, rest, strict=False))
-        moments = torch.tensor(rest[len(losses) :], dtype=torch.float64).view(2, 2, -1)
-        values = prediction_metrics(totals, moments, int(masked), self._scales[name])
-        values["pred/effective_rank"] = pred_rank / num_ranks
-        values["target/effective_rank"] = target_rank / num_ranks
-        return {f"valid/{metric}": value for metric, value in values.items()}
+    def _metrics(self, name: str, sums: Sums, samples: Mapping[str, Sample]) -> dict[str, float]:
+        """Losses, metrics of the objective and effective ranks over all ranks. Collective."""
+        totals = sums.reduce()
+        if totals is None:
+            return {}
+        values = {f"loss/{loss}": total / totals.count for loss, total in totals.sums.items()}
+        values |= self._objective.metrics(name, totals)
+        everywhere = sorted({kind for kinds in comm.gather_objects(list(samples)) for kind in kinds})
+        for kind in everywhere:  # a rank that had nothing but fillers has no vectors
+            own = samples[kind].richness().effective_rank if kind in samples else 0.0
+            rank, ranks = comm.all_reduce_sum([own, float(kind in samples)])
+            values[f"{kind}/effective_rank"] = rank / ranks
+        return values
 
 
 def _first_micro_batches(reader: Reader, count: int) -> GlobalBatch:

@@ -27,15 +27,18 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.keymap import to_ours
-from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError, model_config
+from d2v2ds.interop.fairseq.official_config import OfficialNetwork, UnsupportedOptionError, network_of
 from d2v2ds.model.alibi import alibi_slopes, dense_bias
-from d2v2ds.model.trunk import Data2Vec2, ModelConfig, StudentOutput, total_loss
+from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, StudentOutput
+from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.objectives.loss import channel_moments, mean_channel_std
-from d2v2ds.objectives.teacher_network import TargetNet
+from d2v2ds.objectives.teacher_network import TeacherNetwork
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
-from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
+from d2v2ds.train.schedule import LearningRateConfig, learning_rate
 
 Tensors = dict[str, Tensor]
+_ANY_EMA = EmaConfig(start_decay=0.999, end_decay=0.999, anneal_steps=0)
+"""Cases name the decay of each update themselves."""
 
 
 class _Read(Tensors):
@@ -95,7 +98,7 @@ class Case:
 
     name: str
     modality: str
-    config: ModelConfig
+    network: OfficialNetwork
     tensors: _Read
     grads: Tensors
 
@@ -104,13 +107,13 @@ class Case:
         """Load NAME.json and its tensors."""
         meta = json.loads((folder / f"{name}.json").read_text())
         modality = meta["modality"].lower()
-        config = model_config(meta["model"], modality, meta.get("vocab_size"))
-        if dropping := list(_dropping(asdict(config))):
+        network = network_of(meta["model"], modality, meta.get("vocab_size"))
+        if dropping := list(_dropping(asdict(network))):
             raise UnsupportedOptionError(f"{', '.join(dropping)} (expected 0: what was dropped is not recorded)")
         return Case(
             name,
             modality,
-            config,
+            network,
             _Read(load_file(folder / f"{name}.safetensors")),
             load_file(folder / f"{name}.grads.safetensors"),
         )
@@ -164,7 +167,7 @@ def load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
         if not key.startswith(prefix):
             continue
         value = tensors[key]
-        name = to_ours(key.removeprefix(prefix))
+        name = ours(key.removeprefix(prefix))
         if name is None or name not in state:
             raise D2V2Error(f"{key}: the model has no such parameter")
         if value.numel() != state[name].numel():
@@ -174,6 +177,12 @@ def load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
     if missing:
         raise D2V2Error(f"{prefix}: the file lacks {', '.join(missing)}")
     module.load_state_dict(loaded)
+
+
+def ours(official: str) -> str | None:
+    """Our name of an official parameter in an objective's network, None if there is none."""
+    name = to_ours(official)
+    return name if name is None or name.startswith("decoders.") else f"trunk.{name}"
 
 
 @contextmanager
@@ -207,10 +216,10 @@ def received(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
 
 
 def _watched(net: Any, modality: str) -> dict[str, nn.Module]:
-    encoder = net.encoders[modality]
+    encoder = net.trunk.encoders[modality]
     watched = {"context_in": encoder.prenet}
     watched |= {f"prenet{i}": block for i, block in enumerate(encoder.prenet.blocks)}
-    watched |= {f"block{i}": block for i, block in enumerate(net.blocks)}
+    watched |= {f"block{i}": block for i, block in enumerate(net.trunk.blocks)}
     if hasattr(encoder, "positions"):
         watched["positions"] = encoder.positions
     if hasattr(encoder, "local"):
@@ -224,7 +233,7 @@ def _watched(net: Any, modality: str) -> dict[str, nn.Module]:
 
 def _compare_middle(report: Report, case: Case, side: str, outputs: dict[str, Any]) -> None:
     """Intermediates of one network, as far as the case recorded them."""
-    prenet_depth = case.config.modalities.active()[case.modality].prenet_depth
+    prenet_depth = case.network.trunk.modalities[case.modality].prenet_depth
     context_out = outputs[f"prenet{prenet_depth - 1}"][0] if prenet_depth else outputs["context_in"]
     local = outputs.get("local_features")
     found = {
@@ -233,25 +242,27 @@ def _compare_middle(report: Report, case: Case, side: str, outputs: dict[str, An
         "pos_conv_out": outputs.get("positions"),
         "context_out": context_out,
     }
-    for i in range(case.config.shared_depth):
+    for i in range(case.network.trunk.shared_depth):
         found[f"block{i}_out"], found[f"block{i}_target"] = outputs[f"block{i}"]
     for name, value in found.items():
         if value is not None and (expected := case.tensors.get(f"mid/{side}/{name}")) is not None:
             report.compare(f"{side} {name}", value, expected)
 
 
-def _set_noise(student: Data2Vec2, modality: str, noise: Tensor) -> None:
+def _set_noise(student: Data2Vec2Network, modality: str, noise: Tensor) -> None:
     student.decoders[modality].mask_tokens.noise = lambda like, shape: noise.view(shape).to(like)  # type: ignore[union-attr]
 
 
-def _build(case: Case) -> tuple[Data2Vec2, TargetNet]:
-    student, teacher = Data2Vec2(case.config), TargetNet(case.config).eval()
+def _build(case: Case) -> tuple[Data2Vec2Network, TeacherNetwork]:
+    objective = Data2Vec2Config(ema=_ANY_EMA, modalities={case.modality: case.network.objective()})
+    built = objective.build(case.network.trunk, seed=0)
+    student, teacher = built.build_network(activation_checkpointing=False), built.build_teacher_network().eval()
     load_official(student, case.tensors, "student/")
     load_official(teacher, case.tensors, "teacher/")
     return student, teacher
 
 
-def _no_grad(teacher: TargetNet) -> Any:
+def _no_grad(teacher: TeacherNetwork) -> Any:
     return torch.no_grad()(teacher.__call__)
 
 
@@ -263,18 +274,18 @@ def check_step(case: Case, report: Report) -> None:
     with (
         recorded(_watched(student, case.modality)) as mine,
         recorded(_watched(teacher, case.modality)) as theirs,
-        received({"prenet": student.encoders[case.modality].prenet}) as given,  # type: ignore[dict-item]
+        received({"prenet": student.trunk.encoders[case.modality].prenet}) as given,  # type: ignore[dict-item]
     ):
         out: StudentOutput = student(batch, _no_grad(teacher))
     _compare_middle(report, case, "student", mine)
     _compare_middle(report, case, "teacher", theirs)
-    keep, masked = batch.masks.rows()
-    encoder: Any = student.encoders[case.modality]
+    keep, masked = batch.required_masks().rows()
+    encoder: Any = student.trunk.encoders[case.modality]
     if "mid/student/context_in" in case.tensors:
         report.compare("student context_in", given["prenet"], case.tensors["mid/student/context_in"])
-    padding = encoder.token_padding(batch.padding, batch.masks.num_tokens)
+    padding = encoder.token_padding(batch.padding, batch.required_masks().num_tokens)
     if "mid/student/kept_padding_mask" in case.tensors:
-        kept = padding.repeat_interleave(batch.masks.num_masks, 0).gather(1, keep)
+        kept = padding.repeat_interleave(batch.required_masks().num_masks, 0).gather(1, keep)
         kept = F.pad(kept, (encoder.num_extra_tokens, 0))
         report.compare("student kept_padding_mask", kept, case.tensors["mid/student/kept_padding_mask"])
     if "mask/ids_restore" in case.tensors:
@@ -299,9 +310,9 @@ def check_step(case: Case, report: Report) -> None:
     for name, loss in out["losses"].items():
         report.compare(f"loss {name}", loss, case.tensors[f"loss/{_official_loss(name, case.modality)}"])
     _compare_cls(report, case, out)
-    report.compare("loss total", total_loss(out), case.tensors["loss/total"])
+    report.compare("loss total", _total(out), case.tensors["loss/total"])
     report.compare("sample size", batch.num_masked, case.tensors["loss/sample_size"])
-    report.compare("loss per sample", total_loss(out) / batch.num_masked, case.tensors["loss/total_per_sample"])
+    report.compare("loss per sample", _total(out) / batch.num_masked, case.tensors["loss/total_per_sample"])
     for name, value in (("pred_var", out["pred"]), ("target_var", target)):
         if f"log/{name}" in case.tensors:
             found = mean_channel_std(channel_moments(value), batch.num_masked)
@@ -309,10 +320,14 @@ def check_step(case: Case, report: Report) -> None:
     unseen = case.tensors.unseen()
     if unseen:
         raise D2V2Error(f"nothing to compare with {', '.join(unseen)}")
-    (total_loss(out) / batch.num_masked).backward()
+    (_total(out) / batch.num_masked).backward()
     _compare_gradients(report, student, case)
     _ema_step(teacher, student, float(case.grads["ema_after/decay"]))
     _compare_state(report, "EMA step", teacher, case.grads, "ema_after/")
+
+
+def _total(out: StudentOutput) -> Tensor:
+    return torch.stack(list(out["losses"].values())).sum()
 
 
 def _official_loss(name: str, modality: str) -> str:
@@ -328,8 +343,8 @@ def _compare_cls(report: Report, case: Case, out: StudentOutput) -> None:
         report.compare("cls_target", out["cls_wanted"] + size, case.tensors["out/cls_target"] + size)
 
 
-def _compare_gradients(report: Report, student: Data2Vec2, case: Case) -> None:
-    expected = {to_ours(key.removeprefix("grad/")): value for key, value in case.grads.items() if key[:5] == "grad/"}
+def _compare_gradients(report: Report, student: Data2Vec2Network, case: Case) -> None:
+    expected = {ours(key.removeprefix("grad/")): value for key, value in case.grads.items() if key[:5] == "grad/"}
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     if set(expected) != set(trained):
         raise D2V2Error(f"gradients: the file and the model differ in {sorted(set(expected) ^ set(trained), key=str)}")
@@ -340,7 +355,7 @@ def _compare_gradients(report: Report, student: Data2Vec2, case: Case) -> None:
 
 def _group(name: str) -> str:
     """The part of the model a parameter is reported under."""
-    parts = name.split(".")
+    parts = name.removeprefix("trunk.").split(".")
     return {"blocks": "blocks", "decoders": "decoder"}.get(parts[0], parts[2] if len(parts) > 2 else parts[0])
 
 
@@ -357,7 +372,7 @@ def _ema_step(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def _compare_state(report: Report, label: str, module: nn.Module, tensors: Tensors, prefix: str) -> None:
     state = dict(module.named_parameters())
     expected = {key: value for key, value in tensors.items() if key.startswith(prefix) and key != f"{prefix}decay"}
-    names = {to_ours(key.removeprefix(prefix)): value for key, value in expected.items()}
+    names = {ours(key.removeprefix(prefix)): value for key, value in expected.items()}
     if set(names) != set(state):
         raise D2V2Error(f"{prefix}: the file and the model differ in {sorted(set(names) ^ set(state), key=str)}")
     for name, value in state.items():
@@ -401,7 +416,7 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
         batch = case.batch(tensors[f"mask{step}"])
         out = student(batch, _no_grad(teacher))
         optimizer.zero_grad()
-        (total_loss(out) / batch.num_masked).backward()
+        (_total(out) / batch.num_masked).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         for p in trained:
             if p.grad is not None and hyper["clip"]:
@@ -412,7 +427,7 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
         target = out["wanted"]
         report.compare("traj sample size", batch.num_masked, expected["sample_size"])
         report.compare("traj learning rate", optimizer.param_groups[0]["lr"], expected["lr"])
-        report.compare("traj loss", total_loss(out).detach() / batch.num_masked, expected["loss_per_sample"])
+        report.compare("traj loss", _total(out).detach() / batch.num_masked, expected["loss_per_sample"])
         for name, loss in out["losses"].items():
             wanted = expected["losses_sum"][_official_loss(name, case.modality)]
             report.compare(f"traj loss {name}", loss.detach(), wanted)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from d2v2ds.data.schema import Codec
 from d2v2ds.errors import ConfigError
+from d2v2ds.modalities.audio.shards import Codec
 from preprocessing.audio.clips import Clip, Header
 from preprocessing.driver.input_files import check_present, listed
 from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.data.schema import SAMPLE_DTYPE, SAMPLE_SCALE, Index
-from d2v2ds.data.shards import AudioRow, AudioShards, decode_flac
+from d2v2ds.data.schema import Index
 from d2v2ds.errors import MissingExtraError, ShardError
+from d2v2ds.modalities.audio.shards import SAMPLE_DTYPE, SAMPLE_SCALE, AudioRow, AudioShards, decode_flac
 from preprocessing.audio.waveform import Samples, mean_and_variance
 from preprocessing.driver.reports import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
 

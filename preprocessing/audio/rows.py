@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import soundfile
 
-from d2v2ds.data.schema import SAMPLE_DTYPE
+from d2v2ds.modalities.audio.shards import SAMPLE_DTYPE
 from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit
 from preprocessing.audio.waveform import BadAudioError, Decoder, Samples, cut_points, mean_and_variance
 from preprocessing.driver.plan import Skipped

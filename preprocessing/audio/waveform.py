@@ -14,7 +14,7 @@ import soxr
 from numpy.typing import NDArray
 
 from d2v2ds.data.codecs.flac import decode_mono16
-from d2v2ds.data.schema import SAMPLE_SCALE
+from d2v2ds.modalities.audio.shards import SAMPLE_SCALE
 from preprocessing.driver.input_files import unreadable
 
 Samples = NDArray[np.int16]

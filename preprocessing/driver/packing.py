@@ -268,7 +268,7 @@ def _prepare(
     Raises:
         ConfigError: if the folder holds anything but the beginning of this very packing.
     """
-    own = {"modality": packer.modality, "files": plan.files, "plan_sha256": plan.sha256}
+    own = {"modality": packer.layout.name, "files": plan.files, "plan_sha256": plan.sha256}
     wanted = packer.settings.as_json() | own
     packing = output / PACKING_NAME
     if (output / INDEX_NAME).exists():
@@ -282,7 +282,7 @@ def _prepare(
         _check_same(output, json.loads((packing / _PLAN_NAME).read_text(encoding="utf-8")), wanted)
         for leftover in packing.glob("*.tmp") if part is None else ():  # another part may be writing them
             leftover.unlink(missing_ok=True)
-        return [finished_shard(output, packer.modality, number) for number in range(len(plan.shards))]
+        return [finished_shard(output, packer.layout.name, number) for number in range(len(plan.shards))]
     if is_foreign:
         raise ConfigError(
             f"--output {output}: expected an empty folder or an unfinished packing, found other files; "
@@ -327,7 +327,7 @@ def _finish(
         counts.update(result.counts)
     write_skipped(output, skipped)
     index = Index(
-        modality=packer.modality,
+        modality=packer.layout.name,
         format=packer.format(output),
         settings=packer.settings.as_json(),
         files=plan.files,

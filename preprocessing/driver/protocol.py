@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from d2v2ds.data.schema import Index
+from d2v2ds.data.schema import Index, Layout
 from preprocessing.driver.parallel import Team
 from preprocessing.driver.plan import Plan, Skipped
 from preprocessing.driver.progress import Measure, Report
@@ -63,8 +63,8 @@ class Packer(Protocol):
     """One modality's way from input to rows."""
 
     @property
-    def modality(self) -> str:
-        """A key of `d2v2ds.data.schema.LAYOUTS`."""
+    def layout(self) -> Layout:
+        """Columns of the shards; its name is that of the modality."""
         ...
 
     @property

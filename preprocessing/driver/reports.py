@@ -1,7 +1,4 @@
-"""What `verify` and `inspect` need of a modality, and what the modalities' ``MODALITY_report.py`` share.
-
-A modality is imported only when a folder of it is looked at, so that text needs no audio library and vice versa.
-"""
+"""What `verify` and `inspect` ask of a modality's report, and lines that reports share."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +15,7 @@ MAX_ROWS = 10_000
 
 
 class Report(Protocol):
-    """The functions of a ``MODALITY_report.py``."""
+    """Functions of the module `preprocessing.MODALITY.report`."""
 
     @property
     def batch_faults(self) -> Callable[[pa.RecordBatch, Index, str, int], Iterator[str]]:
@@ -39,27 +36,6 @@ class Report(Protocol):
     def plot(self) -> Callable[[Any, Path], None]:
         """Draw the figure of opened shards to a PNG file."""
         ...
-
-
-def _audio() -> Report:
-    from preprocessing.audio import report as audio_report
-
-    return audio_report
-
-
-def _text() -> Report:
-    from preprocessing.text import report as text_report
-
-    return text_report
-
-
-def _image() -> Report:
-    from preprocessing.image import report as image_report
-
-    return image_report
-
-
-REPORTS: dict[str, Callable[[], Report]] = {"audio": _audio, "image": _image, "text": _text}
 
 
 def fault(where: str, what: str, expected: object, found: object) -> str:

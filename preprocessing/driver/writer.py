@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from d2v2ds.data.schema import (
     FIELDS_CRC32,
-    LAYOUTS,
     NUMBERS,
     PAYLOAD_CRC32,
     ROW_DTYPE,
@@ -24,6 +23,7 @@ from d2v2ds.data.schema import (
     SKIPPED_NAME,
     TEXTS_CRC32,
     FileEntry,
+    Layout,
     ShardEntry,
     shard_name,
     shard_schema,
@@ -67,11 +67,11 @@ def pack_shard(job: ShardJob, report: Report) -> ShardResult:
     Raises:
         ShardError: if the disk is full; neither shard nor temporary file is left.
     """
-    modality = job.packer.modality
-    name = shard_name(modality, job.number)
+    layout = job.packer.layout
+    name = shard_name(layout.name, job.number)
     notes = Notes(report)
     with replacing(job.folder / name, job.folder / PACKING_NAME) as sink:
-        writer = ShardWriter(sink, modality, job.packer.format(job.folder), job.number)
+        writer = ShardWriter(sink, layout, job.packer.format(job.folder), job.number)
         for row in job.packer.rows(job.units, job.folder, notes):
             writer.add(row)
         writer.close()
@@ -108,10 +108,9 @@ def _sizes_path(folder: Path, shard: str) -> Path:
 class ShardWriter:
     """Collects rows into record batches of limited bytes and writes them as an Arrow IPC file."""
 
-    def __init__(self, sink: ChecksumFile, modality: str, format: Mapping[str, Any], number: int) -> None:
-        layout = LAYOUTS[modality]
+    def __init__(self, sink: ChecksumFile, layout: Layout, format: Mapping[str, Any], number: int) -> None:
         self._layout, self._number = layout, number
-        self._schema = shard_schema(modality, format)
+        self._schema = shard_schema(layout, format)
         self._writer = pa.ipc.new_file(sink, self._schema)
         self._spare = take_buffer()
         self._buffer = self._spare

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.data.schema import TOKEN_DTYPES, Index
-from d2v2ds.data.shards import TextShards
+from d2v2ds.data.schema import Index
 from d2v2ds.errors import MissingExtraError
+from d2v2ds.modalities.text.shards import TOKEN_DTYPES, TextShards
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
 from preprocessing.driver.reports import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from d2v2ds.data.schema import TOKEN_DTYPES
 from d2v2ds.errors import ConfigError
+from d2v2ds.modalities.text.shards import TOKEN_DTYPES
 from d2v2ds.modalities.text.tokenizers import (
     BOS,
     EOS,

@@ -10,7 +10,7 @@ from d2v2ds.data import order as sampler
 from d2v2ds.data.order import BatchPlan, PlanConfig, SamplerState, cut_micro_batches, for_rank
 from d2v2ds.data.permutation import permute
 from d2v2ds.errors import CheckpointError, ShardError
-from d2v2ds.masking import hash64
+from d2v2ds.rng import hash64
 
 RATE = 100
 CONFIG = PlanConfig(micro_size=20 * RATE, num_micro=3, min_size=RATE, max_size=8 * RATE, crops=True)

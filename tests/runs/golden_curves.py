@@ -56,7 +56,7 @@ def make_data(root: Path) -> dict[str, Path]:
 
 def train(name: str, packed: dict[str, Path], run_dir: Path) -> list[dict[str, float]]:
     """Metrics of every step of one configuration, less those of the clock."""
-    modalities = load_config(name, [f"data.{m}.shards=x" for m in _modalities(name)]).model.modalities.active()
+    modalities = load_config(name, [f"data.{m}.shards=x" for m in _modalities(name)]).model.modalities
     overrides = [f"data.{modality}.shards={packed[modality]}" for modality in modalities]
     if "text" in modalities:
         overrides.append("model.modalities.text.vocab_size=320")
@@ -66,7 +66,7 @@ def train(name: str, packed: dict[str, Path], run_dir: Path) -> list[dict[str, f
         overrides += ["data.image.global_batch_images=8"]
     overrides += [
         f"run.dir={run_dir}", f"run.total_steps={STEPS}", "run.log_every_steps=1", f"run.health_every_steps={STEPS}",
-        f"run.save_every_steps={STEPS}", "lr.warmup_steps=5", f"ema.anneal_steps={STEPS}",
+        f"run.save_every_steps={STEPS}", "lr.warmup_steps=5", f"objective.ema.anneal_steps={STEPS}",
         "engine.deepspeed=zero0_fp32_debug",
     ]  # fmt: skip
     subprocess.run(

@@ -25,10 +25,10 @@ SMALL = [
     "model.block.mlp_dropout=0.1",  # dropout draws must survive a resume too
     "model.shared_depth=3",
     "model.layer_drop=0.2",
-    "model.modalities.audio.target.num_layers=2",
+    "objective.modalities.audio.target.num_layers=2",
     "model.modalities.audio.prenet_depth=1",
     "model.modalities.audio.conv_layers=[[16,10,5],[16,8,8],[16,4,4],[16,2,2]]",
-    "model.modalities.audio.decoder.width=16",
+    "objective.modalities.audio.decoder.width=16",
     "data.audio.global_batch_seconds=6",
     "data.audio.micro_batch_seconds=2",
     "data.audio.max_seconds=2",
@@ -37,7 +37,7 @@ SMALL = [
     "run.log_every_steps=1",
     "run.health_every_steps=4",
     "lr.warmup_steps=2",
-    "ema.anneal_steps=8",
+    "objective.ema.anneal_steps=8",
 ]
 
 

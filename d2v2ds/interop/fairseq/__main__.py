@@ -1,8 +1,73 @@
-"""`python -m d2v2ds.interop.fairseq`."""
+"""Read and write official data2vec 2.0 checkpoints (spec sections 10, 13 and 15). fairseq is not needed.
 
+    python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--drop-unknown] [--tokenizer FILE]
+    python -m d2v2ds.interop.fairseq export FOLDER --out FILE.pt [--modality audio]
+
+`import` takes pretraining checkpoints (student and, under `_ema`, teacher) and fine-tuned ones (encoder and head) and
+writes our export folder, see `folder.py`; nothing in the file is run. `export` writes the official layout back.
+Tensors keep their type and their bits in both directions. Of the official configuration only the fields that define
+the network are read and kept; everything else is listed and left behind.
+"""
+
+import argparse
 import sys
+from pathlib import Path
 
-from d2v2ds.interop.fairseq.files import main
+from d2v2ds.errors import D2V2Error
+from d2v2ds.interop.fairseq.files import export_file, import_file
+from d2v2ds.interop.fairseq.read import OfficialCheckpoint
+
+
+def _print_report(file: Path, folder: Path, checkpoint: OfficialCheckpoint) -> None:
+    """What an import found, for a person."""
+    student = checkpoint.trunk | checkpoint.decoder
+    count = sum(tensor.numel() for tensor in student.values())
+    print(f"{file}: {checkpoint.modality}, student of {len(student)} tensors, {count:,} parameters")
+    if checkpoint.teacher is not None:
+        count = sum(tensor.numel() for tensor in checkpoint.teacher.values())
+        print(f"teacher of {len(checkpoint.teacher)} tensors, {count:,} parameters")
+    if checkpoint.head:
+        print(f"head, by its own names: {', '.join(checkpoint.head)}")
+    if checkpoint.ignored:
+        print(f"ignored: {', '.join(checkpoint.ignored)}")
+    for warning in checkpoint.warnings:
+        print(f"WARNING: {warning}")
+    print(f"licence: {checkpoint.licence}")
+    print(f"written: {folder}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m d2v2ds.interop.fairseq", description=(__doc__ or "").splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", help="official file -> our folder")
+    importing.add_argument("source", type=Path, metavar="FILE.pt", help="official checkpoint")
+    importing.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write")
+    importing.add_argument(
+        "--drop-unknown", action="store_true", help="leave out tensors that our network lacks instead of stopping"
+    )
+    importing.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="of text: RoBERTa's tokenizer.json or a sentencepiece .model"
+    )
+    exporting = commands.add_parser("export", help="our folder -> official file")
+    exporting.add_argument("source", type=Path, metavar="FOLDER", help="an export of this project")
+    exporting.add_argument("--out", type=Path, required=True, metavar="FILE.pt", help="to write")
+    exporting.add_argument("--modality", help="which, of a network of several")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "import":
+            found = import_file(options.source, options.out, options.drop_unknown, options.tokenizer)
+            _print_report(options.source, options.out, found)
+        else:
+            export_file(options.source, options.out, options.modality)
+            print(f"written: {options.out}")
+    except (D2V2Error, OSError) as error:
+        print(error, file=sys.stderr)
+        return D2V2Error.exit_code
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,4 @@
-"""The architecture fields of an official configuration as our `ModelConfig`, and back (names and defaults: spec
-section 13).
+"""The architecture fields of an official configuration as our settings, and back.
 
 Every key is looked at: one that changes the computation and is not supported raises `UnsupportedOptionError`
 with its name, so that nothing is computed differently in silence. `model_config` refuses unknown keys too;
@@ -12,15 +11,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from d2v2ds.errors import D2V2Error
-from d2v2ds.modalities.audio.network import AudioConfig
-from d2v2ds.modalities.image.network import ImageConfig
-from d2v2ds.modalities.text.network import TextConfig
+from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.audio.network import AudioNetwork
+from d2v2ds.modalities.image.network import ImageNetwork
+from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.decoder import DecoderConfig
-from d2v2ds.model.trunk import ModalitiesConfig, ModelConfig
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.objectives.data2vec2 import ModalityConfig
 from d2v2ds.objectives.loss import LossConfig
 from d2v2ds.objectives.targets import NormKind, TargetConfig
 from d2v2ds.shapes import ConvLayer
+
+_ANY_MASK = MaskConfig(masked_fraction=0.5, num_masks=1, kind="random")
 
 
 class UnsupportedOptionError(D2V2Error):
@@ -153,8 +156,6 @@ class _Case:
     values: dict[str, Any]
     where: str
     width: int
-    target: TargetConfig
-    loss: LossConfig
     vocab_size: int | None
     notes: _Notes | None
 
@@ -187,73 +188,83 @@ def _alibi(fields: "_Fields") -> dict[str, bool]:
     }
 
 
-def _audio(case: _Case) -> AudioConfig:
+_Network = AudioNetwork | ImageNetwork | TextNetwork
+_Read = tuple[_Network, "_Fields", DecoderConfig]
+
+
+def _audio(case: _Case) -> _Read:
     fields = _Fields(case.values, case.where, case.notes)
-    config = AudioConfig(
+    config = AudioNetwork(
         prenet_depth=fields.required("prenet_depth"),
-        target=case.target,
-        loss=case.loss,
         conv_layers=conv_layers(fields("feature_encoder_spec", "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2")),
         position_depth=fields("conv_pos_depth", 5),
         position_total_kernel=fields("conv_pos_width", 95),
         position_groups=fields("conv_pos_groups", 16),
         prenet_dropout=fields("prenet_dropout", 0.0),
         **_alibi(fields),
-        share_local_encoder=not fields("ema_local_encoder", False),
-        decoder=case.decoder(fields, projections=True),
     )
-    fields.finish()
-    return config
+    return config, fields, case.decoder(fields, projections=True)
 
 
-def _image(case: _Case) -> ImageConfig:
+def _image(case: _Case) -> _Read:
     fields = _Fields(case.values, case.where, case.notes)
     patch_width = fields("embed_dim", 768)
-    config = ImageConfig(
+    config = ImageNetwork(
         prenet_depth=fields.required("prenet_depth"),
-        target=case.target,
-        loss=case.loss,
         image_size=fields("input_size", 224),
         patch_size=fields("patch_size", 16),
         patch_width=None if patch_width == case.width else patch_width,
         num_extra_tokens=fields("num_extra_tokens", 0),
         prenet_dropout=fields("prenet_dropout", 0.0),
-        share_local_encoder=not fields("ema_local_encoder", False),
-        decoder=case.decoder(fields, projections=False),
     )
-    fields.finish()
-    return config
+    return config, fields, case.decoder(fields, projections=False)
 
 
-def _text(case: _Case) -> TextConfig:
+def _text(case: _Case) -> _Read:
     fields = _Fields(case.values, case.where, case.notes)
     if case.vocab_size is None:
         raise UnsupportedOptionError("vocab_size is not given and has no known default")
-    config = TextConfig(
+    config = TextNetwork(
         prenet_depth=fields.required("prenet_depth"),
-        target=case.target,
-        loss=case.loss,
         vocab_size=case.vocab_size,
         max_tokens=fields("max_source_positions", 512),
         learned_positions=not fields("no_token_positional_embeddings", False),
         embedding_dropout=fields("dropout", 0.1),
         prenet_dropout=fields("prenet_dropout", 0.0),
         **_alibi(fields),
-        share_local_encoder=not fields("ema_local_encoder", False),
-        decoder=case.decoder(fields, projections=True),
     )
-    fields.finish()
-    return config
+    return config, fields, case.decoder(fields, projections=True)
 
 
-READERS: dict[str, Callable[[_Case], AudioConfig | ImageConfig | TextConfig]] = {
+READERS: dict[str, Callable[[_Case], _Read]] = {
     "audio": _audio,
     "image": _image,
     "text": _text,
 }
 
 
-def model_config(official: dict[str, Any], modality: str, vocab_size: int | None = None) -> ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class OfficialNetwork:
+    """Settings of one official network: its trunk, and the objective it was trained with less masks and EMA."""
+
+    trunk: TrunkConfig
+    share_local_encoder: bool
+    decoder: DecoderConfig
+    target: TargetConfig
+    loss: LossConfig
+
+    def objective(self, mask: MaskConfig = _ANY_MASK) -> ModalityConfig:
+        """Settings of the objective; the official section of the network has no masks that could be taken over."""
+        return ModalityConfig(
+            share_local_encoder=self.share_local_encoder,
+            mask=mask,
+            decoder=self.decoder,
+            target=self.target,
+            loss=self.loss,
+        )
+
+
+def network_of(official: dict[str, Any], modality: str, vocab_size: int | None = None) -> OfficialNetwork:
     """Translate.
 
     Args:
@@ -269,7 +280,7 @@ def model_config(official: dict[str, Any], modality: str, vocab_size: int | None
 
 def read_section(
     official: dict[str, Any], modality: str, vocab_size: int | None = None
-) -> tuple[ModelConfig, dict[str, Any], list[str]]:
+) -> tuple[OfficialNetwork, dict[str, Any], list[str]]:
     """Translate the section of a whole file, which has every default, other modalities and settings of the run.
 
     Args:
@@ -291,7 +302,9 @@ def read_section(
     return config, section, notes.ignored + [f"modalities.{name}" for name in others]
 
 
-def _translated(official: dict[str, Any], modality: str, vocab_size: int | None, notes: _Notes | None) -> ModelConfig:
+def _translated(
+    official: dict[str, Any], modality: str, vocab_size: int | None, notes: _Notes | None
+) -> OfficialNetwork:
     if modality not in READERS:
         raise UnsupportedOptionError(f"modality={modality}")
     fields = _Fields(official, "", notes)
@@ -302,32 +315,26 @@ def _translated(official: dict[str, Any], modality: str, vocab_size: int | None,
         final_norms=_norms(fields, _FINAL_NORMS),
     )
     width, encoder_only = fields.required("embed_dim"), fields("ema_encoder_only", True)
-    case = _Case(
-        values=values or {},
-        where=f"modalities.{modality}.",
-        width=width,
-        target=target,
-        loss=LossConfig(
-            scale=fields("loss_scale", None), beta=fields("loss_beta", 0), cls_weight=fields("cls_loss", 0)
-        ),
-        vocab_size=vocab_size,
-        notes=notes,
-    )
-    section = READERS[modality](case)
-    if encoder_only and not (section.share_local_encoder and section.prenet_depth == 0 and modality == "text"):
+    loss = LossConfig(scale=fields("loss_scale", None), beta=fields("loss_beta", 0), cls_weight=fields("cls_loss", 0))
+    case = _Case(values=values or {}, where=f"modalities.{modality}.", width=width, vocab_size=vocab_size, notes=notes)
+    section, own, decoder = READERS[modality](case)
+    shares_local = not own("ema_local_encoder", False)
+    own.finish()
+    is_text = isinstance(section, TextNetwork)
+    if encoder_only and not (shares_local and section.prenet_depth == 0 and is_text):
         raise UnsupportedOptionError(
             "ema_encoder_only=True (a teacher of nothing but shared blocks is known for text without prenet blocks)"
         )
-    if encoder_only and isinstance(section, TextConfig) and section.alibi:
+    if encoder_only and isinstance(section, TextNetwork) and section.alibi:
         raise UnsupportedOptionError(
             "use_alibi_encoder=True with ema_encoder_only=True (its teacher reads the student's scale, ours its own)"
         )
-    config = ModelConfig(
+    trunk = TrunkConfig(
         block=BlockConfig(
             width=width,
             num_heads=fields("num_heads", 12),
             mlp_ratio=fields("mlp_ratio", 4),
-            norm_eps=fields("norm_eps", 1e-5 if modality != "image" else 1e-6),
+            norm_eps=fields("norm_eps", 1e-6 if isinstance(section, ImageNetwork) else 1e-5),
             attention_dropout=fields("attention_dropout", 0.1),
             attention_output_dropout=fields("encoder_dropout", 0.1),
             activation_dropout=fields("activation_dropout", 0.0),
@@ -335,29 +342,30 @@ def _translated(official: dict[str, Any], modality: str, vocab_size: int | None,
         ),
         shared_depth=fields.required("depth"),
         layer_drop=fields("layerdrop", 0.0),
-        modalities=replace(ModalitiesConfig(), **{modality: section}),  # type: ignore[arg-type]
+        modalities={modality: section},
     )
     fields.finish()
-    return config
+    return OfficialNetwork(trunk=trunk, share_local_encoder=shares_local, decoder=decoder, target=target, loss=loss)
 
 
-def official_section(config: ModelConfig, modality: str) -> dict[str, Any]:
-    """The official `model` section of one modality of a network, for files that are read elsewhere.
+def official_section(config: TrunkConfig, objective: ModalityConfig, modality: str) -> dict[str, Any]:
+    """Write the official `model` section of one modality of a network, for files that are read elsewhere.
 
     The settings of a training run that the official section has beside (masks, the teacher's schedule) are not in it.
     `loss.cls_rows` has no counterpart: the official loss sums over the rows of each micro-batch, as without it.
 
     Args:
-        config: the network.
-        modality: one that it has.
+        config: settings of the trunk.
+        objective: settings of the objective for the modality.
+        modality: one that the trunk has.
 
     Raises:
-        UnsupportedOptionError: the network has no such modality, or something the official section cannot say.
+        UnsupportedOptionError: the network has no such modality, or something the official section cannot express.
     """
-    own = config.modalities.active().get(modality)
-    if own is None:
-        raise UnsupportedOptionError(f"modality={modality}: the model has {', '.join(config.modalities.active())}")
-    block, decoder, target = config.block, own.decoder, own.target
+    own = config.modalities.get(modality)
+    if own is None or modality not in WRITERS:
+        raise UnsupportedOptionError(f"modality={modality}: the model has {', '.join(config.modalities)}")
+    block, decoder, target, loss = config.block, objective.decoder, objective.target, objective.loss
     section: dict[str, Any] = {
         "_name": "data2vec_multi",
         "supported_modality": modality.upper(),
@@ -371,11 +379,11 @@ def official_section(config: ModelConfig, modality: str) -> dict[str, Any]:
         "activation_dropout": block.activation_dropout,
         "post_mlp_drop": block.mlp_dropout,
         "layerdrop": config.layer_drop,
-        "loss_scale": own.loss.scale,
-        "loss_beta": own.loss.beta,
-        "cls_loss": own.loss.cls_weight,
+        "loss_scale": loss.scale,
+        "loss_beta": loss.beta,
+        "cls_loss": loss.cls_weight,
         "average_top_k_layers": target.num_layers,
-        "ema_encoder_only": _averages_blocks_alone(own),
+        "ema_encoder_only": _averages_blocks_alone(own, objective),
         **{key: kind in target.layer_norms for key, kind in _LAYER_NORMS.items()},
         **{key: kind in target.final_norms for key, kind in _FINAL_NORMS.items()},
     }
@@ -384,7 +392,7 @@ def official_section(config: ModelConfig, modality: str) -> dict[str, Any]:
         modality: {
             "prenet_depth": own.prenet_depth,
             "prenet_dropout": own.prenet_dropout,
-            "ema_local_encoder": not own.share_local_encoder,
+            "ema_local_encoder": not objective.share_local_encoder,
             "mask_noise_std": decoder.mask_noise_std,
             **WRITERS[modality](own, block.width),
             "decoder": {
@@ -394,20 +402,20 @@ def official_section(config: ModelConfig, modality: str) -> dict[str, Any]:
                 "decoder_groups": decoder.groups,
                 "input_dropout": decoder.input_dropout,
                 "decoder_residual": decoder.residual,
-                **(projections if modality != "image" else {}),
+                **({} if isinstance(own, ImageNetwork) else projections),
             },
         }
     }
-    wanted = replace(
-        config,
-        block=replace(block, attention_path="auto"),
-        modalities=replace(ModalitiesConfig(), **{modality: replace(own, loss=replace(own.loss, cls_rows=None))}),  # type: ignore[arg-type,type-var]
+    wanted = OfficialNetwork(
+        trunk=replace(config, block=replace(block, attention_path="auto"), modalities={modality: own}),
+        share_local_encoder=objective.share_local_encoder,
+        decoder=decoder,
+        target=target,
+        loss=replace(loss, cls_rows=None),
     )
-    found = model_config(section, modality, getattr(own, "vocab_size", None))
+    found = network_of(section, modality, getattr(own, "vocab_size", None))
     if found != wanted:
-        raise UnsupportedOptionError(
-            f"cannot be said officially: {', '.join(_differences(asdict(wanted), asdict(found)))}"
-        )
+        raise UnsupportedOptionError(f"no official option for {', '.join(_differences(asdict(wanted), asdict(found)))}")
     return section
 
 
@@ -418,12 +426,12 @@ def _differences(wanted: Any, found: Any, where: str = "") -> list[str]:
     return [] if wanted == found else [f"{where[1:]}={wanted!r}"]
 
 
-def _averages_blocks_alone(own: Any) -> bool:
+def _averages_blocks_alone(own: Any, objective: ModalityConfig) -> bool:
     """Whether the official teacher of such a modality holds nothing but the shared blocks, without prefix."""
-    return isinstance(own, TextConfig) and own.share_local_encoder and own.prenet_depth == 0 and not own.alibi
+    return isinstance(own, TextNetwork) and objective.share_local_encoder and own.prenet_depth == 0 and not own.alibi
 
 
-def _written_alibi(own: AudioConfig | TextConfig) -> dict[str, Any]:
+def _written_alibi(own: AudioNetwork | TextNetwork) -> dict[str, Any]:
     return {
         "use_alibi_encoder": own.alibi,
         "learned_alibi_scale": own.alibi_learned,
@@ -432,7 +440,7 @@ def _written_alibi(own: AudioConfig | TextConfig) -> dict[str, Any]:
     }
 
 
-def _written_audio(own: AudioConfig, width: int) -> dict[str, Any]:
+def _written_audio(own: AudioNetwork, width: int) -> dict[str, Any]:
     return _written_alibi(own) | {
         "feature_encoder_spec": str(list(own.conv_layers)),
         "conv_pos_depth": own.position_depth,
@@ -441,7 +449,7 @@ def _written_audio(own: AudioConfig, width: int) -> dict[str, Any]:
     }
 
 
-def _written_image(own: ImageConfig, width: int) -> dict[str, Any]:
+def _written_image(own: ImageNetwork, width: int) -> dict[str, Any]:
     return {
         "input_size": own.image_size,
         "patch_size": own.patch_size,
@@ -450,7 +458,7 @@ def _written_image(own: ImageConfig, width: int) -> dict[str, Any]:
     }
 
 
-def _written_text(own: TextConfig, width: int) -> dict[str, Any]:
+def _written_text(own: TextNetwork, width: int) -> dict[str, Any]:
     return _written_alibi(own) | {
         "max_source_positions": own.max_tokens,
         "no_token_positional_embeddings": not own.learned_positions,

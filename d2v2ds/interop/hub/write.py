@@ -7,50 +7,54 @@ ours that they import, side by side and with relative imports, so that the folde
 
 import ast
 import json
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2v2ds.model.trunk import ModelConfig
+from d2v2ds.modalities.inference import HubInput
+from d2v2ds.modalities.known import known_modalities
+from d2v2ds.model.trunk import TrunkConfig
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[2]
 _TEMPLATES = "d2v2ds.interop.hub.files."
-_TOKENIZERS = {
-    "sentencepiece": ("tokenization_sentencepiece_d2v2ds", "D2V2DSSentencePieceTokenizer"),
-    "bpe": ("tokenization_bpe_d2v2ds", "D2V2DSBytePairTokenizer"),
-}
-"""Template and class by the kind of a tokenizer."""
+_NETWORKS = "networks_d2v2ds"
+"""Generated module with the network settings of the model's modalities."""
 
 
-def write_hub_files(folder: Path, config: ModelConfig, preprocessing: dict[str, Any]) -> dict[str, Any]:
+def write_hub_files(folder: Path, config: TrunkConfig, preprocessing: dict[str, Any]) -> dict[str, Any]:
     """Write code and settings of preprocessors for `transformers.Auto*.from_pretrained(folder)`.
 
     Args:
         folder: of the export; existing files of these names are replaced.
-        config: of the model.
+        config: settings of the trunk.
         preprocessing: that of config.json, by modality; a modality that it lacks gets no preprocessor.
 
     Returns:
-        Keys for config.json.
+        Keys for config.json; none, and no files, if transformers has no name for the input of a modality.
     """
+    hubs = {name: known_modalities()[name].hub for name in config.modalities}
+    inputs = {name: hub for name, hub in hubs.items() if hub is not None}
+    if inputs.keys() != hubs.keys():
+        absent = ", ".join(name for name, hub in hubs.items() if hub is None)
+        logger.info("no files for transformers: it has no input of %s", absent)
+        return {}
     modules = [f"{_TEMPLATES}configuration_d2v2ds", f"{_TEMPLATES}modeling_d2v2ds"]
     processors: dict[str, dict[str, Any]] = {}
-    active = {name: settings for name in config.modalities.active() if (settings := preprocessing.get(name))}
-    if "audio" in active:
-        modules.append(f"{_TEMPLATES}feature_extraction_d2v2ds")
-        processors["feature_extractor"] = _feature_extractor(active["audio"])
-    if "image" in active:
-        modules.append(f"{_TEMPLATES}image_processing_d2v2ds")
-        processors["image_processor"] = _image_processor(active["image"])
+    for name, hub in inputs.items():
+        if settings := preprocessing.get(name):
+            modules += [_TEMPLATES + module for module in hub.modules(settings)]
+            processors |= hub.files(settings)
+    if tokenizer := processors.pop("tokenizer_config", None):
+        _write_json(folder / "tokenizer_config.json", tokenizer)
     if len(processors) == 1:
         _write_json(folder / "preprocessor_config.json", next(iter(processors.values())))
     elif processors:
-        _write_json(folder / "processor_config.json", processors)  # where two of them would want the same file
-    if tokenizer := active.get("text", {}).get("tokenizer"):
-        modules.append(_TEMPLATES + _TOKENIZERS[tokenizer][0])
-        _write_json(folder / "tokenizer_config.json", _tokenizer(active["text"]))
-    for name, text in code_files(modules).items():
+        _write_json(folder / "processor_config.json", processors)  # two processors would want the same file
+    for name, text in code_files(modules, _networks_source(inputs)).items():
         (folder / name).write_text(text, encoding="utf-8")
     return {
         "model_type": "d2v2ds",
@@ -63,43 +67,15 @@ def write_hub_files(folder: Path, config: ModelConfig, preprocessing: dict[str, 
     }
 
 
-def _feature_extractor(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "auto_map": {"AutoFeatureExtractor": "feature_extraction_d2v2ds.D2V2DSFeatureExtractor"},
-        "feature_extractor_type": "D2V2DSFeatureExtractor",
-        "sampling_rate": settings["sample_rate_hz"],
-        "variance_eps": settings["variance_eps"],
-        "padding_value": 0.0,
-        "return_attention_mask": True,
-    }
-
-
-def _image_processor(settings: dict[str, Any]) -> dict[str, Any]:
-    side = settings["side"]
-    return {
-        "auto_map": {"AutoImageProcessor": "image_processing_d2v2ds.D2V2DSImageProcessor"},
-        "image_processor_type": "D2V2DSImageProcessor",
-        "size": {"shortest_edge": settings["shorter_side"]},
-        "crop_size": {"height": side, "width": side},
-        "image_mean": list(settings["mean"]),
-        "image_std": list(settings["std"]),
-    }
-
-
-def _tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
-    module, name = _TOKENIZERS[settings["tokenizer"]]
-    return {
-        "auto_map": {"AutoTokenizer": [None, f"{module}.{name}"]},
-        "tokenizer_class": name,
-        "bos_token": "<s>",
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-        "split_special_tokens": True,  # as in training: `<s>` in a text is three characters
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": settings["max_tokens"],
-    }
+def _networks_source(inputs: Mapping[str, HubInput]) -> str:
+    """Source of the module that `modeling_d2v2ds` reads its modalities from."""
+    lines = ['"""Network settings of this model\'s modalities, and how its forward calls their inputs."""', ""]
+    entries = []
+    for name, hub in inputs.items():
+        network = known_modalities()[name].network
+        lines.append(f"from {network.__module__} import {network.__name__}")
+        entries.append(f"    {name!r}: ({network.__name__}, {hub.argument!r}, {hub.is_padded}, {hub.pad_id}),")
+    return "\n".join([*lines, "", "NETWORKS = {", *entries, "}", ""])
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -109,15 +85,19 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-def code_files(modules: Iterable[str]) -> dict[str, str]:
-    """Modules of ours, and all of ours that they import, for one flat folder: text by file name.
+def code_files(modules: Iterable[str], networks: str) -> dict[str, str]:
+    """Copy modules of d2v2ds, and all of d2v2ds that they import, for one flat folder: text by file name.
 
     transformers copies a module together with those that it imports relatively from its own folder, and no others; the
     first versions of 5 only those that it imports itself, so the modules asked for import all of them.
+
+    Args:
+        modules: full names.
+        networks: source of the module `networks_d2v2ds`.
     """
     files = {}
     for module in modules:
-        needed = _with_imports(module)
+        needed = _with_imports(module, networks)
         name, *others = needed
         lines = [f"from .{other} import __name__ as _{other}\n" for other in sorted(others)]
         needed[name] += "".join(lines)
@@ -125,8 +105,8 @@ def code_files(modules: Iterable[str]) -> dict[str, str]:
     return files
 
 
-def _with_imports(module: str) -> dict[str, str]:
-    """A module of ours, first, and all of ours that it imports: text by flat name."""
+def _with_imports(module: str, networks: str) -> dict[str, str]:
+    """A module of d2v2ds, first, and all of d2v2ds that it imports: text by flat name."""
     waiting, files = [module], {}
     while waiting:
         module = waiting.pop()
@@ -134,7 +114,7 @@ def _with_imports(module: str) -> dict[str, str]:
         if name in files:
             continue
         place = Path(*module.split(".")[1:]).with_suffix(".py")
-        source = (_PACKAGE / place).read_text(encoding="utf-8")
+        source = networks if name == _NETWORKS else (_PACKAGE / place).read_text(encoding="utf-8")
         lines = source.splitlines(keepends=True)
         for line, imported in _own_imports(source):
             waiting.append(imported)

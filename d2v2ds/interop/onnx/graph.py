@@ -8,7 +8,7 @@ onnxruntime has given PyTorch's features for batches and lengths that it was not
     source         audio (B, S) float32, normalised; image (B, 3, Y, X) float32, normalised, of the model's own side;
                    text (B, S) int64. B and S are free.
     padding        (B, S) bool, True = pad; audio and text only. With nothing padded: all False.
-    layer_<i>      (B, T, D) float32, features as of `Data2Vec2.layers`: 0 enters the first block.
+    layer_<i>      (B, T, D) float32, features as of `Trunk.layers`: 0 enters the first block.
     token_padding  (B, T) bool, True = this token is padding.
 
 The graph has opset 20, so that onnxruntime 1.17 and later can read it. It comes from `torch.export`, which knows the
@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from d2v2ds.errors import D2V2Error, MissingExtraError
-from d2v2ds.interop.export_folder import ModelFolder, load_encoder
-from d2v2ds.model.encoder import ModalityEncoder
-from d2v2ds.model.trunk import Data2Vec2
-from d2v2ds.shapes import PAD_ID, shortest_input
+from d2v2ds.interop.export_folder import ModelFolder, load_trunk
+from d2v2ds.modalities.inference import GraphInput
+from d2v2ds.modalities.known import modality_of
+from d2v2ds.model.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
@@ -54,62 +54,21 @@ _LOCAL = re.compile(r"\.local\b")
 _REPEATS = 5
 
 
-def _audio_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:
-    return [shortest_input(count, config.conv_layers) + i for i, count in enumerate(num_tokens)]
-
-
-def _image_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:
-    return [config.image_size]
-
-
-def _text_sizes(config: Any, num_tokens: Sequence[int]) -> list[int]:
-    return [count for count in num_tokens if count < config.max_tokens] + [config.max_tokens]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How the input of one modality looks."""
-
-    axes: tuple[str, ...]
-    """Names of its free axes."""
-    padding: float | None
-    """What stands at padded places; None if nothing is ever padded."""
-    sizes: Callable[[Any, Sequence[int]], list[int]]
-    """(settings, numbers of tokens) -> sizes of inputs that have about so many, as far as the model can take them."""
-    draw: Callable[[Any, int, int, torch.Generator], Tensor]
-    """(settings, rows, size, generator) -> noise."""
-
-    @property
-    def input_names(self) -> list[str]:
-        """Of the graph."""
-        return ["source"] if self.padding is None else ["source", "padding"]
-
-
-KINDS = {
-    "audio": Kind(
-        ("batch", "samples"),
-        0.0,
-        _audio_sizes,
-        lambda config, rows, size, generator: torch.randn(rows, size, generator=generator),
-    ),
-    "image": Kind(
-        ("batch",),
-        None,
-        _image_sizes,
-        lambda config, rows, size, generator: torch.randn(rows, 3, size, size, generator=generator),
-    ),
-    "text": Kind(
-        ("batch", "tokens"),
-        float(PAD_ID),
-        _text_sizes,
-        lambda config, rows, size, generator: torch.randint(
-            PAD_ID + 1, config.vocab_size, (rows, size), generator=generator
-        ),
-    ),
-}
 _TRACED_TOKENS = 23
 _CHECKED_TOKENS = (1, 9, 50, 121)
 _CHECKED_ROWS = (1, 4, 3, 5)
+
+
+def graph_input(modality: str) -> GraphInput:
+    """How the input of a modality's graph looks.
+
+    Raises:
+        D2V2Error: the modality has no ONNX graph.
+    """
+    found = modality_of(modality, "ONNX export").graph
+    if found is None:
+        raise D2V2Error(f"{modality}: expected a modality with an ONNX graph, found one without")
+    return found
 
 
 def random_inputs(
@@ -127,7 +86,7 @@ def random_inputs(
     Returns:
         The source and, where inputs can be padded, the padding.
     """
-    kind = KINDS[modality]
+    kind = graph_input(modality)
     source = kind.draw(config, len(real), size, generator)
     if kind.padding is None:
         return (source,)
@@ -138,21 +97,20 @@ def random_inputs(
 class _Graph(nn.Module):
     """What is exported: tensors in, tensors out."""
 
-    def __init__(self, model: Data2Vec2, modality: str, layers: Sequence[int]) -> None:
+    def __init__(self, model: Trunk, modality: str, layers: Sequence[int]) -> None:
         super().__init__()
         self.model, self.modality, self.layers = model, modality, layers
 
     def forward(self, source: Tensor, padding: Tensor | None = None) -> tuple[Tensor, ...]:
         """As the module docstring says."""
         features = self.model.layers(self.modality, source, padding)
-        encoder: ModalityEncoder = self.model.encoders[self.modality]  # type: ignore[assignment]
-        token_padding = encoder.token_padding(padding, features[0].shape[1])  # (B, T)
+        token_padding = self.model.encoder(self.modality).token_padding(padding, features[0].shape[1])  # (B, T)
         if token_padding is None:
             token_padding = torch.zeros(features[0].shape[:2], dtype=torch.bool, device=source.device)
         return *(features[i] for i in self.layers), token_padding
 
 
-def _twin(model: Data2Vec2, modality: str) -> Data2Vec2:
+def _twin(model: Trunk, modality: str) -> Trunk:
     """One modality's encoder with the same weights, in fp32 on the CPU, and with attention that can be exported.
 
     Weights that are fp32 on the CPU already are shared, not copied.
@@ -162,17 +120,17 @@ def _twin(model: Data2Vec2, modality: str) -> Data2Vec2:
     """
     if modality not in model.encoders:
         raise D2V2Error(f"modality {modality!r}: this model has {', '.join(model.encoders)}; give one of them")
+    block = replace(model.config.block, attention_path="sdpa")
+    modalities = {modality: model.config.modalities[modality]}
     with torch.device("meta"):
-        twin = Data2Vec2(replace(model.config, block=replace(model.config.block, attention_path="sdpa")))
-    twin.decoders = nn.ModuleDict()
-    twin.encoders = nn.ModuleDict({modality: twin.encoders[modality]})
+        twin = Trunk(replace(model.config, block=block, modalities=modalities))
     wanted = twin.state_dict().keys()
     state = {name: tensor.float().cpu() for name, tensor in model.state_dict().items() if name in wanted}
     twin.load_state_dict(state, assign=True)
     return twin.requires_grad_(False).eval()
 
 
-def _chosen_layers(model: Data2Vec2, modality: str, layers: Sequence[int] | None) -> list[int]:
+def _chosen_layers(model: Trunk, modality: str, layers: Sequence[int] | None) -> list[int]:
     """`layers`, or all of them.
 
     Raises:
@@ -216,7 +174,7 @@ def _quiet() -> Iterator[None]:
 
 
 def export_onnx(
-    model: Data2Vec2,
+    model: Trunk,
     modality: str,
     path: Path,
     *,
@@ -239,7 +197,7 @@ def export_onnx(
     require_onnx()
     twin = _twin(model, modality)
     chosen = _chosen_layers(twin, modality, layers)
-    kind, config = KINDS[modality], model.config.modalities.active()[modality]
+    kind, config = graph_input(modality), model.config.modalities[modality]
     size = kind.sizes(config, [_TRACED_TOKENS])[0]
     inputs = random_inputs(config, modality, [size, size], size, torch.Generator().manual_seed(0))
     num_bytes = weight_bytes(twin)
@@ -308,14 +266,14 @@ class OnnxEncoder:
         return {name: torch.from_numpy(array) for name, array in zip(self.output_names, found, strict=True)}
 
 
-def _expected(twin: Data2Vec2, modality: str, layers: Sequence[int], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _expected(twin: Trunk, modality: str, layers: Sequence[int], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The same outputs by PyTorch."""
     with torch.inference_mode():
         outputs = _Graph(twin, modality, layers)(*inputs)
     return dict(zip([*(f"layer_{i}" for i in layers), "token_padding"], outputs, strict=True))
 
 
-def check_onnx(model: Data2Vec2, modality: str, path: Path, *, tolerance: float = TOLERANCE) -> float:
+def check_onnx(model: Trunk, modality: str, path: Path, *, tolerance: float = TOLERANCE) -> float:
     """Run a graph on batches and lengths that it was not traced with, padded and whole, and compare with PyTorch.
 
     Args:
@@ -334,9 +292,9 @@ def check_onnx(model: Data2Vec2, modality: str, path: Path, *, tolerance: float 
     graph, twin = OnnxEncoder(path), _twin(model, modality)
     from onnxruntime.capi import onnxruntime_pybind11_state as refusals
 
-    config = model.config.modalities.active()[modality]
+    config = model.config.modalities[modality]
     generator = torch.Generator().manual_seed(1)
-    sizes = KINDS[modality].sizes(config, _CHECKED_TOKENS)
+    sizes = graph_input(modality).sizes(config, _CHECKED_TOKENS)
     worst, faults = 0.0, []
     for i, rows in enumerate(_CHECKED_ROWS):
         size = sizes[i % len(sizes)]
@@ -424,7 +382,7 @@ def _best_seconds(runs: Sequence[Callable[[], object]]) -> list[float]:
     return best
 
 
-def measure(model: Data2Vec2, modality: str, files: Sequence[Path], inputs: Sequence[Tensor]) -> list[Measured]:
+def measure(model: Trunk, modality: str, files: Sequence[Path], inputs: Sequence[Tensor]) -> list[Measured]:
     """Size, speed and error of graphs against PyTorch in fp32, with the same threads on the same inputs.
 
     Args:
@@ -499,7 +457,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _export_checked(model: Data2Vec2, modality: str, options: argparse.Namespace) -> list[Path]:
+def _export_checked(model: Trunk, modality: str, options: argparse.Namespace) -> list[Path]:
     """Graphs of one modality; none bears its name before it was checked."""
     names = [f"{modality}.onnx"] + [f"{modality}.int8.onnx"] * options.int8
     options.to.mkdir(parents=True, exist_ok=True)
@@ -522,10 +480,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         require_onnx()
-        model = load_encoder(ModelFolder(options.folder))
+        model = load_trunk(ModelFolder(options.folder))
         for modality in [options.modality] if options.modality else model.encoders:
             files = _export_checked(model, modality, options)
-            kind, config = KINDS[modality], model.config.modalities.active()[modality]
+            kind, config = graph_input(modality), model.config.modalities[modality]
             size = kind.sizes(config, [options.tokens])[0]
             inputs = random_inputs(config, modality, [size] * options.batch, size, torch.Generator().manual_seed(2))
             print(f"{modality}: noise {tuple(inputs[0].shape)}, {torch.get_num_threads()} threads, best of {_REPEATS}")

@@ -9,20 +9,21 @@ numbers while only the crop is read and decoded.
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
-from d2v2ds.data.joined import Folders, datasets_of, folder_faults, only_sizes, parts_of, sizes_of
+from d2v2ds.bounds import Count, Positive, PositiveOrZero
+from d2v2ds.data.folders import Folders, JoinedShards, folder_faults, only_sizes, sizes_of
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.schema import SAMPLE_SCALE
-from d2v2ds.errors import below
-from d2v2ds.masking import MaskConfig, Stream, hash64, to_unit_interval
+from d2v2ds.data.reader import Examples, TokenCounter, Unit, batch_faults, mask_faults
+from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.audio.shards import SAMPLE_SCALE
+from d2v2ds.rng import Stream, hash64, to_unit_interval
 from d2v2ds.shapes import AUDIO_NORM_EPS
 
 
@@ -32,22 +33,20 @@ class AudioDataConfig:
 
     shards: Folders
     """Folder written by `preprocessing.pack_audio`, or several of them."""
-    mask: MaskConfig
-    """Masks over the tokens of a clip."""
     weights: tuple[float, ...] | None = None
     """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
-    loss_weight: float = 1.0
-    """Of the speech loss in a joint run; each modality's loss is a mean over its masked tokens."""
-    sample_rate_hz: int = 16000
+    loss_weight: PositiveOrZero = 1.0
+    """Weight of the speech loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    sample_rate_hz: Count = 16000
     """Rate the model is built for; shards of another rate are refused."""
-    global_batch_seconds: float
+    global_batch_seconds: Positive
     """Audio per optimizer step over all ranks (seconds, an upper limit; before the M masks multiply it); a
     multiple of the next."""
-    micro_batch_seconds: float
+    micro_batch_seconds: Positive
     """Audio per forward pass on one rank (seconds, an upper limit); decides the memory needed."""
-    min_seconds: float = 2.0
+    min_seconds: Positive = 2.0
     """Shorter clips are never drawn (seconds)."""
-    max_seconds: float = 20.0
+    max_seconds: Positive = 20.0
     """Longer clips are cropped to this, at a random offset (seconds)."""
 
     @property
@@ -55,17 +54,35 @@ class AudioDataConfig:
         """Micro-batches of one optimizer step, over all ranks."""
         return round(self.global_batch_seconds / self.micro_batch_seconds)
 
+    @property
+    def global_batch(self) -> float:
+        """Seconds of one optimizer step."""
+        return self.global_batch_seconds
+
+    def largest_samples(self, network: Any) -> tuple[float, int]:
+        """Clips of the greatest length in one optimizer step, and that length in samples."""
+        return self.global_batch_seconds / self.max_seconds, round(self.max_seconds * self.sample_rate_hz)
+
     def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        where = "data.audio."
-        faults = below(self, where, sample_rate_hz=1, loss_weight=0)
-        if not 0.0 < self.min_seconds <= self.max_seconds:
-            faults.append(
-                f"{where}min_seconds {self.min_seconds} must be positive and at most max_seconds {self.max_seconds}"
-            )
+        """Return one message for each contradiction between fields."""
+        where, faults = "data.audio.", []
+        if self.min_seconds > self.max_seconds:
+            faults.append(f"{where}min_seconds {self.min_seconds} must be at most max_seconds {self.max_seconds}")
         amounts = (self.global_batch_seconds, self.micro_batch_seconds, self.max_seconds)
         faults += folder_faults(where, self.shards, self.weights)
         return faults + batch_faults(where, "seconds", *amounts)
+
+
+SECONDS = Unit(
+    name="seconds",
+    label="seconds of audio",
+    total_metric="data/hours",
+    total_size=3600.0,
+    total_help="audio seen since the run began; sum over ranks, hours, not multiplied by masks",
+    speed_metric="perf/audio_seconds_per_s",
+    speed_help="audio seconds per second of wall time; sum over ranks",
+    larger=((3600, "hours of audio"), (60, "minutes of audio")),
+)
 
 
 class AudioSource(Protocol):
@@ -75,8 +92,12 @@ class AudioSource(Protocol):
     def sample_rate_hz(self) -> int:
         """Samples per second of every row."""
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) lengths in samples."""
+
     def __len__(self) -> int:
-        """N."""
+        """Number of rows."""
 
     def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.int16]:
         """Samples `start` to `stop` (exclusive) of a row."""
@@ -86,14 +107,15 @@ class AudioSource(Protocol):
 
 
 class AudioReader:
-    """A packed folder of recordings as clips of equal length; a `Reader` of `d2v2ds.data.collate`."""
+    """Packed folders of recordings as clips of equal length; a `Reader` of `d2v2ds.data.reader`."""
 
     modality = "audio"
-    unit = "seconds"
+    unit = SECONDS
 
-    def __init__(self, shards: AudioSource, config: AudioDataConfig, model: ModelInput) -> None:
-        self.shards, self.config, self.model = shards, config, model
-        self.mask = config.mask
+    def __init__(
+        self, shards: JoinedShards[AudioSource], config: AudioDataConfig, network: TokenCounter, mask: MaskConfig | None
+    ) -> None:
+        self.shards, self.config, self.network, self.mask = shards, config, network, mask
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -101,7 +123,7 @@ class AudioReader:
     @property
     def datasets(self) -> list[Dataset]:
         """The folders, with lengths in samples."""
-        return datasets_of(self.shards, self.config.weights)
+        return self.shards.datasets(self.config.weights)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -129,18 +151,18 @@ class AudioReader:
         starts = crop_starts(lengths, micro.size, seed=seed, epoch=micro.epoch, rows=micro.rows)
         waveforms = torch.empty(len(micro.rows), micro.size)  # (B, S)
         for row, start, out in zip(micro.rows.tolist(), starts.tolist(), waveforms.numpy(), strict=True):
-            decode(self.shards, row, start, out)
+            decode(*self.shards.locate(row), start, out)
         return Examples(waveforms)
 
     def read_whole(self, row: int) -> Tensor:
         """(S,) float32, the whole recording."""
         waveform = torch.empty(int(sizes_of(self.datasets, np.array([row]))[0]))
-        decode(self.shards, row, 0, waveform.numpy())
+        decode(*self.shards.locate(row), 0, waveform.numpy())
         return waveform
 
     def misfits(self) -> list[str]:
         """Why the model cannot read these shards, as sentences."""
-        found, wanted = self.shards.sample_rate_hz, self.config.sample_rate_hz
+        found, wanted = self.shards.first.sample_rate_hz, self.config.sample_rate_hz
         if found == wanted:
             return []
         return [
@@ -155,24 +177,28 @@ class AudioReader:
     def faults(self) -> list[str]:
         """Why shards, settings and model do not fit, as sentences."""
         config, rate, faults = self.config, self.config.sample_rate_hz, self.misfits()
-        if config.mask.kind == "block_2d":
-            faults.append("data.audio.mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
+        has_grid_mask = self.mask is not None and self.mask.kind == "block_2d"
+        if has_grid_mask:
+            faults.append("audio mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
         shortest = round(config.min_seconds * rate)
-        tokens = self.model.num_tokens(shortest)
+        tokens = self.network.num_tokens(shortest)
         if tokens < 2:
-            needed = bisect_left(range(1 << 30), 2, key=self.model.num_tokens)
+            needed = bisect_left(range(1 << 30), 2, key=self.network.num_tokens)
             faults.append(
                 f"data.audio.min_seconds {config.min_seconds}: {shortest} samples make {tokens} tokens, expected 2 or "
                 f"more; the front end needs {needed} samples for that"
             )
-        elif config.mask.kind != "block_2d":
+        elif not has_grid_mask:
             faults += mask_faults(
-                config.mask, tokens, f"data.audio.mask, for clips of data.audio.min_seconds {config.min_seconds}"
+                self.mask, tokens, f"audio mask, for clips of data.audio.min_seconds {config.min_seconds}"
             )
-        for part in parts_of(self.shards):
+        for number, part in enumerate(self.shards.parts):
             pieces = (part.sizes[i : i + 65536] for i in range(0, len(part), 65536))  # the first one answers, as a rule
             if not any((piece >= shortest).any() for piece in pieces):
-                longest, of = part.sizes[:].max(initial=0) / rate, "" if part is self.shards else f" of {part.folder}"
+                longest, of = (
+                    part.sizes[:].max(initial=0) / rate,
+                    "" if len(self.shards.parts) == 1 else f" of {self.shards.folder_name(number)}",
+                )
                 faults.append(
                     f"data.audio.shards: the longest clip{of} has {longest:.2f} s, shorter than data.audio.min_seconds "
                     f"{config.min_seconds}; lower it, or join short clips of one speaker when packing (--join-seconds)"

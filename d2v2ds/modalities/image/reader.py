@@ -11,21 +11,25 @@ the reduced image: by less than one pixel of the result.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
-from d2v2ds.data.joined import Folders, datasets_of, folder_faults, only_sizes, place_of
+from d2v2ds.bounds import Bounds, Count, Positive, PositiveOrZero, Share
+from d2v2ds.data.folders import Folders, JoinedShards, folder_faults, only_sizes
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.shards import EncodedImage
-from d2v2ds.errors import ShardError, below
-from d2v2ds.masking import MaskConfig, Stream, hash64, to_unit_interval
+from d2v2ds.data.reader import Examples, TokenCounter, Unit, batch_faults, mask_faults
+from d2v2ds.errors import ShardError
+from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.image.shards import EncodedImage
+from d2v2ds.rng import Stream, hash64, to_unit_interval
 from d2v2ds.shapes import resized_side
+
+PositiveShare = Annotated[float, Bounds(gt=0, le=1)]
 
 CROP_TRIES = 10
 """Areas and ratios drawn before the largest centred crop is taken instead."""
@@ -38,83 +42,104 @@ class ImageDataConfig:
 
     shards: Folders
     """Folder written by `preprocessing.pack_images`, or several of them."""
-    mask: MaskConfig
-    """Masks over the patches of an image; their kind is `block_2d` or `random`."""
     weights: tuple[float, ...] | None = None
     """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
-    loss_weight: float = 1.0
-    """Of the image loss in a joint run; each modality's loss is a mean over its masked tokens."""
-    global_batch_images: int
+    loss_weight: PositiveOrZero = 1.0
+    """Weight of the image loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    global_batch_images: Count
     """Images per optimizer step over all ranks (count; before the M masks multiply it)."""
-    micro_batch_images: int
+    micro_batch_images: Count
     """Images per forward pass on one rank (count); decides the memory needed."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a crop has (fractions)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Smallest and largest width of a crop in units of its height; uniform in the logarithm."""
-    flip_probability: float = 0.5
-    """Of mirroring left and right (fraction)."""
+    flip_probability: Share = 0.5
+    """Probability of mirroring left and right (fraction)."""
 
     @property
     def num_micro(self) -> int:
         """Micro-batches of one optimizer step, over all ranks."""
         return round(self.global_batch_images / self.micro_batch_images)
 
+    @property
+    def global_batch(self) -> float:
+        """Images of one optimizer step."""
+        return self.global_batch_images
+
+    def largest_samples(self, network: Any) -> tuple[float, int]:
+        """Images of one optimizer step, and their side in pixels."""
+        return self.global_batch_images, network.image_size
+
     def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
-        where = "data.image."
-        faults = below(self, where, micro_batch_images=1, loss_weight=0)
-        least, most = self.crop_scale
-        if not 0.0 < least <= most <= 1.0:
-            faults.append(f"{where}crop_scale is [{least}, {most}], expected 0 < first <= second <= 1")
-        least, most = self.crop_ratio
-        if not 0.0 < least <= most < math.inf:
-            faults.append(f"{where}crop_ratio is [{least}, {most}], expected 0 < first <= second")
-        if not 0.0 <= self.flip_probability <= 1.0:
-            faults.append(f"{where}flip_probability is {self.flip_probability}, expected 0 to 1")
+        """Return one message for each contradiction between fields."""
+        where, faults = "data.image.", []
+        for name in ("crop_scale", "crop_ratio"):
+            least, most = getattr(self, name)
+            if least > most:
+                faults.append(f"{where}{name} is [{least}, {most}], expected the first to be at most the second")
         faults += folder_faults(where, self.shards, self.weights)
         return faults + batch_faults(where, "images", self.global_batch_images, self.micro_batch_images, 1)
+
+
+IMAGES = Unit(
+    name="images",
+    label="images",
+    total_metric="data/images",
+    total_help="images seen since the run began; sum over ranks, not multiplied by masks",
+    speed_metric="perf/images_per_s",
+    speed_help="images per second of wall time; sum over ranks",
+)
+
+
+class ImageInput(TokenCounter, Protocol):
+    """What a reader of images asks of the network's settings."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the network reads, in pixels."""
 
 
 class ImageSource(Protocol):
     """What reading needs of a dataset; `ImageShards` has it."""
 
     def __len__(self) -> int:
-        """N."""
+        """Number of rows."""
 
     def read_image(self, index: int) -> EncodedImage:
         """The encoded image of a row."""
 
 
 class ImageReader:
-    """A packed folder of images as square crops of one size; a `Reader` of `d2v2ds.data.collate`."""
+    """Packed folders of images as square crops of one size; a `Reader` of `d2v2ds.data.reader`."""
 
     modality = "image"
-    unit = "images"
+    unit = IMAGES
 
-    def __init__(self, shards: ImageSource, config: ImageDataConfig, model: ModelInput) -> None:
+    def __init__(
+        self, shards: JoinedShards[ImageSource], config: ImageDataConfig, network: ImageInput, mask: MaskConfig | None
+    ) -> None:
         """
         Raises:
             MissingExtraError: Pillow is not installed.
         """
         import d2v2ds.data.codecs.pixels  # noqa: F401  (here, so that runs without images need no Pillow)
 
-        self.shards, self.config, self.model = shards, config, model
-        self.mask = config.mask
+        self.shards, self.config, self.network, self.mask = shards, config, network, mask
 
     def __len__(self) -> int:
         return len(self.shards)
 
     @property
     def side(self) -> int:
-        """Pixels along each side of what the model sees."""
-        return self.model.input_size or 0
+        """Pixels along each side of what the network sees."""
+        return self.network.image_size
 
     @property
     def datasets(self) -> list[Dataset]:
         """The folders; all sizes are equal to the side of a crop, and take no memory."""
-        return datasets_of(
-            self.shards, self.config.weights, lambda part: np.broadcast_to(np.int64(self.side), (len(part),))
+        return self.shards.datasets(
+            self.config.weights, lambda part: np.broadcast_to(np.int64(self.side), (len(part),))
         )
 
     @property
@@ -142,7 +167,7 @@ class ImageReader:
         from d2v2ds.data.codecs.pixels import displayed
 
         rows, config, side = micro.rows.tolist(), self.config, micro.size
-        images = [self.shards.read_image(row) for row in rows]
+        images = [self._encoded(row) for row in rows]
         boxes, flips = draw_crops(
             np.array([(image.width, image.height) for image in images]),
             augmentation_numbers(seed=seed, epoch=micro.epoch, rows=micro.rows),
@@ -169,7 +194,7 @@ class ImageReader:
         """
         from d2v2ds.data.codecs.pixels import SWAPS_SIDES, displayed
 
-        image, side = self.shards.read_image(row), self.side
+        image, side = self._encoded(row), self.side
         view = whole_view(image.width, image.height, side)
         size = view.size[::-1] if image.orientation in SWAPS_SIDES else view.size
         part = self._part(row, image, view.box, None)  # (Y, X, C)
@@ -185,18 +210,19 @@ class ImageReader:
 
     def faults(self) -> list[str]:
         """Why settings and model do not fit, as sentences."""
-        kind, side = self.mask.kind, self.model.input_size
-        faults = []
-        if kind not in ("block_2d", "random"):
-            faults.append(f"data.image.mask.kind is {kind!r}, images need 'block_2d' or 'random'")
-        if side is None or side < 1:
-            return [*faults, f"the model's input_size for images is {side}, expected 1 pixel or more"]
-        tokens = self.model.num_tokens(side)
+        side, faults = self.side, []
+        if self.mask is not None and self.mask.kind not in ("block_2d", "random"):
+            faults.append(f"image mask.kind is {self.mask.kind!r}, images need 'block_2d' or 'random'")
+        tokens = self.network.num_tokens(side)
         if tokens < 2:
             faults.append(f"images of {side} x {side} pixels make {tokens} tokens, expected 2 or more")
         elif not faults:
-            faults += mask_faults(self.mask, tokens, f"data.image.mask, for images of {side} x {side} pixels")
+            faults += mask_faults(self.mask, tokens, f"image mask, for images of {side} x {side} pixels")
         return faults
+
+    def _encoded(self, row: int) -> EncodedImage:
+        part, local = self.shards.locate(row)
+        return part.read_image(local)
 
     def _part(
         self, row: int, image: EncodedImage, corners: tuple[int, int, int, int], least: int | None
@@ -221,7 +247,7 @@ class ImageReader:
             return decode_box(image.data, size, box, least)
         except DecodeError as error:
             raise ShardError(
-                f"{place_of(self.shards, row)}: expected an image, found: {error}; run python -m "
+                f"{self.shards.name(row)}: expected an image, found: {error}; run python -m "
                 "preprocessing.verify on the folder"
             ) from error
 

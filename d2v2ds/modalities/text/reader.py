@@ -4,18 +4,18 @@ In: token ids in the shard. Out: int64 (B, S), rows shorter than the longest one
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from d2v2ds.data.collate import Examples, ModelInput, batch_faults, mask_faults
-from d2v2ds.data.joined import Folders, datasets_of, folder_faults, only_sizes, sizes_of
+from d2v2ds.bounds import Count, PositiveOrZero
+from d2v2ds.data.folders import Folders, JoinedShards, folder_faults, only_sizes, sizes_of
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.errors import below
+from d2v2ds.data.reader import Examples, TokenCounter, Unit, batch_faults, mask_faults
 from d2v2ds.masking import MaskConfig
 from d2v2ds.shapes import PAD_ID
 
@@ -26,16 +26,14 @@ class TextDataConfig:
 
     shards: Folders
     """Folder written by `preprocessing.pack_text`, or several of them."""
-    mask: MaskConfig
-    """Masks over the tokens of a block; their kind is `random` or `block_1d`."""
     weights: tuple[float, ...] | None = None
     """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
-    loss_weight: float = 1.0
-    """Of the text loss in a joint run; each modality's loss is a mean over its masked tokens."""
-    global_batch_tokens: int
+    loss_weight: PositiveOrZero = 1.0
+    """Weight of the text loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    global_batch_tokens: Count
     """Tokens per optimizer step over all ranks (count, an upper limit; before the M masks multiply it); a
     multiple of the next."""
-    micro_batch_tokens: int
+    micro_batch_tokens: Count
     """Tokens per forward pass on one rank (count, an upper limit); decides the memory needed."""
 
     @property
@@ -43,16 +41,34 @@ class TextDataConfig:
         """Micro-batches of one optimizer step, over all ranks."""
         return round(self.global_batch_tokens / self.micro_batch_tokens)
 
+    @property
+    def global_batch(self) -> float:
+        """Tokens of one optimizer step."""
+        return self.global_batch_tokens
+
+    def largest_samples(self, network: Any) -> tuple[float, int]:
+        """Texts of the greatest length in one optimizer step, and that length in tokens."""
+        return self.global_batch_tokens / network.max_tokens, network.max_tokens
+
     def check(self) -> list[str]:
-        """Contradictions, as sentences; empty if there are none."""
+        """Return one message for each contradiction between fields."""
         where = "data.text."
-        faults = below(self, where, micro_batch_tokens=1, loss_weight=0)
-        faults += folder_faults(where, self.shards, self.weights)
+        faults = folder_faults(where, self.shards, self.weights)
         return faults + batch_faults(where, "tokens", self.global_batch_tokens, self.micro_batch_tokens, 1)
 
 
-class TextModelInput(ModelInput, Protocol):
-    """What a reader of text must know of the model besides."""
+TOKENS = Unit(
+    name="tokens",
+    label="tokens",
+    total_metric="data/tokens",
+    total_help="text tokens seen since the run began, padding included; sum over ranks, not multiplied by masks",
+    speed_metric="perf/tokens_per_s",
+    speed_help="text tokens per second of wall time, padding included; sum over ranks",
+)
+
+
+class TextInput(TokenCounter, Protocol):
+    """What a reader of text asks of the network's settings."""
 
     @property
     def vocab_size(self) -> int:
@@ -74,22 +90,32 @@ class TextSource(Protocol):
     def block_tokens(self) -> int:
         """Most tokens of a row."""
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) tokens of every row."""
+
     def __len__(self) -> int:
-        """N."""
+        """Number of rows."""
 
     def read_blocks(self, rows: ArrayLike, out: NDArray[np.int64], pad_id: int) -> None:
         """Fill (B, S) with the ids of some rows, padded on the right."""
 
 
 class TextReader:
-    """A packed folder of token blocks; a `Reader` of `d2v2ds.data.collate`."""
+    """Packed folders of token blocks; a `Reader` of `d2v2ds.data.reader`."""
 
     modality = "text"
-    unit = "tokens"
+    unit = TOKENS
 
-    def __init__(self, shards: TextSource, config: TextDataConfig, model: TextModelInput) -> None:
-        self.shards, self.config, self.model = shards, config, model
-        self.mask = config.mask
+    def __init__(
+        self, shards: JoinedShards[TextSource], config: TextDataConfig, network: TextInput, mask: MaskConfig | None
+    ) -> None:
+        self.shards, self.config, self.network, self.mask = shards, config, network, mask
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of the longest row of all folders."""
+        return max(part.block_tokens for part in self.shards.parts)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -97,7 +123,7 @@ class TextReader:
     @property
     def datasets(self) -> list[Dataset]:
         """The folders, with tokens of every row."""
-        return datasets_of(self.shards, self.config.weights)
+        return self.shards.datasets(self.config.weights)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -111,14 +137,14 @@ class TextReader:
             micro_size=config.micro_batch_tokens,
             num_micro=config.num_micro,
             min_size=self._smallest(),
-            max_size=self.shards.block_tokens,
+            max_size=self.block_tokens,
             crops=False,
         )
 
     def _smallest(self) -> int:
         """The fewest tokens of which some can be masked and some seen; shorter rows are never drawn."""
-        sizes = range(2, self.shards.block_tokens)
-        return next((n for n in sizes if not mask_faults(self.mask, n, "")), self.shards.block_tokens)
+        sizes = range(2, self.block_tokens)
+        return next((n for n in sizes if not mask_faults(self.mask, n, "")), self.block_tokens)
 
     def units(self, num_rows: int, size: int) -> float:
         """Tokens, padding included."""
@@ -127,7 +153,14 @@ class TextReader:
     def read(self, micro: MicroBatch, seed: int) -> Examples:
         """Token ids (B, S) int64 and their padding; there is nothing to draw."""
         source = torch.empty(len(micro.rows), micro.size, dtype=torch.int64)
-        self.shards.read_blocks(micro.rows, source.numpy(), PAD_ID)
+        out = source.numpy()
+        for part, rows, places in self.shards.split(micro.rows):
+            if isinstance(places, slice):
+                part.read_blocks(rows, out, PAD_ID)
+            else:
+                block = np.empty((len(rows), micro.size), dtype=np.int64)
+                part.read_blocks(rows, block, PAD_ID)
+                out[places] = block
         sizes = torch.from_numpy(sizes_of(self.datasets, micro.rows))
         if int(sizes.min()) == micro.size:
             return Examples(source)
@@ -137,17 +170,18 @@ class TextReader:
         """(S,) int64, all tokens of a row."""
         size = int(sizes_of(self.datasets, np.array([row]))[0])
         source = torch.empty(1, size, dtype=torch.int64)
-        self.shards.read_blocks(np.array([row]), source.numpy(), PAD_ID)
+        part, local = self.shards.locate(row)
+        part.read_blocks(np.array([local]), source.numpy(), PAD_ID)
         return source[0]
 
     def faults(self) -> list[str]:
         """Why shards, settings and model do not fit, as sentences."""
         faults = self.misfits()
-        block, micro = self.shards.block_tokens, self.config.micro_batch_tokens
-        if self.config.mask.kind == "block_2d":
-            faults.append("data.text.mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
+        block, micro = self.block_tokens, self.config.micro_batch_tokens
+        if self.mask is not None and self.mask.kind == "block_2d":
+            faults.append("text mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
         else:
-            faults += mask_faults(self.config.mask, block, f"data.text.mask, for blocks of {block} tokens")
+            faults += mask_faults(self.mask, block, f"text mask, for blocks of {block} tokens")
         if micro < block:
             faults.append(
                 f"data.text.micro_batch_tokens {micro} cannot hold one block of {block} tokens; raise the first or "
@@ -157,7 +191,7 @@ class TextReader:
 
     def remarks(self) -> list[str]:
         """Ids that the model has and no text can have."""
-        known, own = self.shards.vocab_size, self.model.vocab_size
+        known, own = self.shards.first.vocab_size, self.network.vocab_size
         if known >= own:
             return []
         return [
@@ -168,14 +202,14 @@ class TextReader:
     def misfits(self) -> list[str]:
         """Why the model cannot read these shards, as sentences."""
         faults = []
-        if self.shards.vocab_size > self.model.vocab_size:
+        if self.shards.first.vocab_size > self.network.vocab_size:
             faults.append(
-                f"data.text.shards: the tokenizer has {self.shards.vocab_size} ids, model.modalities.text.vocab_size "
-                f"is {self.model.vocab_size}; set it to the first"
+                f"data.text.shards: the tokenizer has {self.shards.first.vocab_size} ids, model.modalities.text.vocab_size "
+                f"is {self.network.vocab_size}; set it to the first"
             )
-        if self.shards.block_tokens > self.model.max_tokens:
+        if self.block_tokens > self.network.max_tokens:
             faults.append(
-                f"data.text.shards: blocks of {self.shards.block_tokens} tokens, model.modalities.text.max_tokens is "
-                f"{self.model.max_tokens}; raise the second or pack with a smaller --block-tokens"
+                f"data.text.shards: blocks of {self.block_tokens} tokens, model.modalities.text.max_tokens is "
+                f"{self.network.max_tokens}; raise the second or pack with a smaller --block-tokens"
             )
         return faults

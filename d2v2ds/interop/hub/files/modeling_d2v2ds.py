@@ -1,7 +1,7 @@
-"""`D2V2DSModel`: the student of data2vec 2.0 without its decoders, as a model of transformers.
+"""`D2V2DSModel`: the trunk of data2vec 2.0 as a model of transformers.
 
 Its parts are the very modules that d2v2ds trains, under the same names, and its features are those of
-`Data2Vec2.layers`. In: one of `input_values`, `pixel_values`, `input_ids`. Out: `D2V2DSOutput`.
+`Trunk.layers`. In: one of `input_values`, `pixel_values`, `input_ids`. Out: `D2V2DSOutput`.
 """
 
 import types
@@ -15,15 +15,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
 from d2v2ds.interop.hub.files.configuration_d2v2ds import D2V2DSConfig
+from d2v2ds.interop.hub.files.networks_d2v2ds import NETWORKS
 from d2v2ds.model.alibi import Alibi
-from d2v2ds.model.block import Block
-from d2v2ds.model.encoder import ExtraTokens, ModalityEncoder
+from d2v2ds.model.encoder import ExtraTokens
 from d2v2ds.model.positions import GridPositions, sin_cos_grid
-from d2v2ds.model.trunk import ENCODERS, Data2Vec2, ModelConfig
-from d2v2ds.shapes import PAD_ID
-
-INPUT_NAMES = {"audio": "input_values", "image": "pixel_values", "text": "input_ids"}
-"""Argument of `D2V2DSModel.forward` by modality."""
+from d2v2ds.model.trunk import Trunk, TrunkConfig
 
 
 @dataclass
@@ -39,24 +35,16 @@ class D2V2DSModel(PreTrainedModel):
 
     config_class = D2V2DSConfig
     base_model_prefix = "d2v2ds"
-    _keys_to_ignore_on_load_unexpected = [r"^decoders\."]
     _no_split_modules = ["Block", "ModalityEncoder"]
 
-    layers = Data2Vec2.layers
-    """Reads `encoders` and `blocks` alone; the decoders are not here."""
+    layers = Trunk.layers
+    encoder = Trunk.encoder
 
     def __init__(self, config: D2V2DSConfig) -> None:
         super().__init__(config)
-        model: ModelConfig = from_plain(ModelConfig, config.model)
-        active = model.modalities.active()
-        self.encoders = nn.ModuleDict(
-            {
-                name: ENCODERS[name](modality, model.block, model.shared_depth, with_local=True)
-                for name, modality in active.items()
-            }
-        )
-        self.blocks = nn.ModuleList(Block(model.block) for _ in range(model.shared_depth))
-        self.main_input_name = INPUT_NAMES[next(iter(active))]
+        trunk = Trunk(trunk_config(config.model or {}))
+        self.encoders, self.blocks = trunk.encoders, trunk.blocks
+        self.main_input_name = NETWORKS[next(iter(trunk.encoders))][1]
         self._constants = [name for name, value in self.named_parameters() if not value.requires_grad]
         self.post_init()
 
@@ -92,18 +80,20 @@ class D2V2DSModel(PreTrainedModel):
         Returns:
             `last_hidden_state` (B, T, D) without extra tokens; `hidden_states`, each (B, T, D); `attention_mask`.
         """
-        given = {"audio": input_values, "image": pixel_values, "text": input_ids}
-        sources = {name: source for name, source in given.items() if source is not None}
-        if len(sources) != 1 or not sources.keys() <= set(self.encoders):
-            raise ValueError(
-                f"D2V2DSModel.forward: expected one of {[INPUT_NAMES[name] for name in self.encoders]}, "
-                f"found {[INPUT_NAMES[name] for name in sources]}"
-            )
-        ((modality, source),) = sources.items()
-        padding = None if attention_mask is None or modality == "image" else attention_mask == 0  # (B, S)
-        if modality == "text":
-            padding = source == PAD_ID if padding is None else padding
-            source = source.masked_fill(padding, PAD_ID)
+        given = {"input_values": input_values, "pixel_values": pixel_values, "input_ids": input_ids}
+        sources = {name: given[argument] for name, (_, argument, _, _) in NETWORKS.items()}
+        found = [argument for argument, source in given.items() if source is not None]
+        arguments = [argument for _, argument, _, _ in NETWORKS.values()]
+        if len(found) != 1 or found[0] not in arguments:
+            raise ValueError(f"D2V2DSModel.forward: expected one of {arguments}, found {found}")
+        modality = next(name for name, source in sources.items() if source is not None)
+        source = sources[modality]
+        assert source is not None
+        _, _, is_padded, pad_id = NETWORKS[modality]
+        padding = None if attention_mask is None or not is_padded else attention_mask == 0  # (B, S)
+        if pad_id is not None:
+            padding = source == pad_id if padding is None else padding
+            source = source.masked_fill(padding, pad_id)
         layers = self.layers(modality, source, padding)
         frames = self._padded_frames(modality, padding, layers[-1].shape[1])
         if output_hidden_states is None:
@@ -117,12 +107,12 @@ class D2V2DSModel(PreTrainedModel):
 
     def _padded_frames(self, modality: str, padding: Tensor | None, length: int) -> Tensor | None:
         """(B, S) -> (B, T), True = padding."""
-        encoder: ModalityEncoder = self.encoders[modality]  # type: ignore[assignment]
-        return encoder.token_padding(padding, length)
+        return self.encoder(modality).token_padding(padding, length)
 
     def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
         """(B, S) of samples -> (B, T) bool of frames, as the speech models of transformers call it."""
-        frames = self._padded_frames("audio", attention_mask == 0, feature_vector_length)
+        modality = next(name for name, (_, argument, _, _) in NETWORKS.items() if argument == "input_values")
+        frames = self._padded_frames(modality, attention_mask == 0, feature_vector_length)
         assert frames is not None
         return frames.logical_not()
 
@@ -136,6 +126,14 @@ class D2V2DSModel(PreTrainedModel):
             init.ones_(module.scale)
         else:
             super()._init_weights(module)
+
+
+def trunk_config(values: dict[str, Any]) -> TrunkConfig:
+    """Settings of the trunk from plain values."""
+    given = {name: settings for name, settings in values["modalities"].items() if settings is not None}
+    modalities = {name: from_plain(NETWORKS[name][0], settings) for name, settings in given.items()}
+    block = from_plain(get_type_hints(TrunkConfig)["block"], values["block"])
+    return TrunkConfig(**(values | {"block": block, "modalities": modalities}))
 
 
 def from_plain(kind: Any, value: Any) -> Any:

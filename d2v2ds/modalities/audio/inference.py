@@ -1,9 +1,7 @@
-"""What a user holds in hand -> what a model reads: recordings, pictures and texts outside of any shard.
+"""Recordings of any rate and channel count -> waveforms that a speech encoder reads."""
 
-The same preprocessing as training sees through the shards, with the settings that travel with the weights. A
-`ValueError` says which input is wrong and what was expected.
-"""
-
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,54 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v2ds.errors import MissingExtraError
-from d2v2ds.modalities.image.reader import resize, whole_view
-from d2v2ds.modalities.text.tokenizers import BOS, EOS, Tokenizer
+from d2v2ds.modalities.audio.network import AudioNetwork
+from d2v2ds.modalities.inference import CONTEXT_SHARE, InputOptions, Piece, windows
+from d2v2ds.shapes import shortest_input
 
 _MOST_CHANNELS = 32
+
+
+class AudioInference:
+    """Raw recordings for one exported model; an `Inference`."""
+
+    fill = 0.0
+
+    def __init__(self, network: AudioNetwork, preprocessing: Mapping[str, Any]) -> None:
+        """
+        Args:
+            network: settings of the encoder.
+            preprocessing: `sample_rate_hz` and `variance_eps` of the export.
+        """
+        self._network = network
+        self._rate: int = preprocessing["sample_rate_hz"]
+        self._variance_eps: float = preprocessing["variance_eps"]
+
+    def read(self, item: Any, options: InputOptions, place: str) -> Tensor:
+        """Read a sound file or samples: mono, at the model's rate, zero mean and unit variance."""
+        samples = read_waveform(item, options.sample_rate, self._rate, place)
+        if len(samples) < options.min_seconds * self._rate:
+            raise ValueError(
+                f"{place}: a recording of {len(samples) / self._rate:.3f} s, expected {options.min_seconds:g} s or "
+                "more; min_seconds= lowers it, features of so short a sound mean little"
+            )
+        return normalised(samples, self._variance_eps)
+
+    def cut(self, index: int, source: Tensor, options: InputOptions) -> list[Piece]:
+        """Divide a long recording into overlapping windows."""
+        layers = self._network.conv_layers
+        total = self._network.num_tokens(len(source))
+        if total < 1:
+            needed = shortest_input(1, layers)
+            raise ValueError(f"input {index}: {len(source)} samples make no token; the front end needs {needed}")
+        hop = math.prod(stride for _, _, stride in layers)
+        size = max(2 * CONTEXT_SHARE, int(options.window_seconds * self._rate) // hop)
+        if total <= size:
+            return [Piece(index, source, 0, total, 0)]
+        samples = shortest_input(size, layers)
+        return [
+            Piece(index, source[start * hop : start * hop + samples], first - start, last - start, first)
+            for start, first, last in windows(total, size)
+        ]
 
 
 def read_waveform(given: Any, sample_rate_hz: int | None, wanted_hz: int, place: str) -> NDArray[np.float32]:
@@ -98,73 +140,3 @@ def normalised(samples: NDArray[np.float32], variance_eps: float) -> Tensor:
     wide = samples.astype(np.float64)
     scale = 1.0 / np.sqrt(wide.var() + variance_eps)
     return torch.from_numpy(((wide - wide.mean()) * scale).astype(np.float32))
-
-
-def read_picture(given: Any, side: int, place: str) -> Tensor:
-    """The middle of a picture.
-
-    Args:
-        given: path of an image file, or a `PIL.Image.Image`; its EXIF orientation is applied.
-        side: of the square that the model reads (pixels).
-        place: how messages call the input.
-
-    Returns:
-        (3, side, side) uint8.
-
-    Raises:
-        ValueError: it is no picture, or a damaged one.
-        MissingExtraError: Pillow is not installed.
-    """
-    from PIL import Image, ImageOps
-
-    from d2v2ds.data.codecs.pixels import PILLOW_ERRORS, to_rgb  # here, so that other modalities need no Pillow
-
-    if not isinstance(given, str | Path | Image.Image):
-        raise ValueError(f"{place}: expected a path or a PIL image, found {type(given).__name__}")
-    try:
-        opened = given if isinstance(given, Image.Image) else Image.open(given)
-        rgb = to_rgb(ImageOps.exif_transpose(opened))
-    except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
-        raise ValueError(f"{place}: cannot be decoded as a picture: {error}") from error
-    if not rgb.width or not rgb.height:
-        raise ValueError(f"{place}: expected a picture, found one of {rgb.width} x {rgb.height} pixels")
-    view = whole_view(rgb.width, rgb.height, side)
-    return view.middle(resize(np.array(rgb.crop(view.box)), *view.size), side)
-
-
-def token_ids(text: str, tokenizer: Tokenizer, place: str) -> Tensor:
-    """(S,) int64 ids of a text, <s> in front and </s> at its end.
-
-    Raises:
-        ValueError: nothing is left of it.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: expected text, found half a character of UTF-16: {error}") from error
-    ids, _ = tokenizer.encode([text])
-    if not len(ids):
-        raise ValueError(f"{place}: expected text, found {text!r}, of which the tokenizer makes no token")
-    return torch.from_numpy(np.concatenate(([BOS], ids, [EOS])).astype(np.int64))
-
-
-def given_ids(given: Any, vocab_size: int, place: str) -> Tensor:
-    """(S,) int64 ids that the user has made, with <s> and </s>, as they are.
-
-    Args:
-        given: array or tensor (S,) of whole numbers.
-        vocab_size: of the model.
-        place: how messages call the input.
-
-    Raises:
-        ValueError: it is something else, or an id is not one of the model's.
-    """
-    ids = np.asarray(given.numpy(force=True) if isinstance(given, Tensor) else given)
-    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
-            f"{place}: expected a string, or ids (S,) as array or tensor, found {type(given).__name__} "
-            f"of {ids.dtype} {ids.shape}"
-        )
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{place}: ids from {ids.min()} to {ids.max()}, the model has 0 to {vocab_size - 1}")
-    return torch.from_numpy(ids.astype(np.int64))

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from d2v2ds.data.joined import JoinedShards, sizes_of
+from d2v2ds.data.readers import open_reader
 
 from d2v2ds.batch import Batch
 from d2v2ds.config.load import load_config
 from d2v2ds.data.collate import Reader
-from d2v2ds.data.joined import JoinedShards, sizes_of
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
 from d2v2ds.data.mixture import DATASET_BITS
 from d2v2ds.data.order import BatchPlan, MicroBatch, SamplerState
-from d2v2ds.data.readers import open_reader
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig

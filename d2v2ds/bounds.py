@@ -1,0 +1,41 @@
+"""Bounds of single fields of a configuration, stated beside the field: `Annotated[int, Bounds(ge=1)]`.
+
+pydantic reads them when a YAML file is loaded and reports every broken one at once. This module imports no pydantic,
+so that the model room needs nothing but torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Limits of a number."""
+
+    ge: float | None = None
+    """Least value."""
+    gt: float | None = None
+    """Value that the number must exceed."""
+    le: float | None = None
+    """Largest value."""
+    lt: float | None = None
+    """Value that the number must stay below."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Add the limits to the schema of an int or a float."""
+        return handler(source) | {name: limit for name, limit in asdict(self).items() if limit is not None}
+
+
+Count = Annotated[int, Bounds(ge=1)]
+"""1 or more."""
+CountOrZero = Annotated[int, Bounds(ge=0)]
+"""0 or more."""
+Positive = Annotated[float, Bounds(gt=0)]
+"""Above 0."""
+PositiveOrZero = Annotated[float, Bounds(ge=0)]
+"""0 or more."""
+Rate = Annotated[float, Bounds(ge=0, lt=1)]
+"""A dropped fraction: 0 or more, below 1."""
+Share = Annotated[float, Bounds(ge=0, le=1)]
+"""A fraction from 0 to 1."""

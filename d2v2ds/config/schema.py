@@ -1,0 +1,227 @@
+"""Sections of a run's configuration. Each class of settings stands beside the class that uses it; `RunConfig` composes.
+
+Bounds of single fields are part of their types (`d2v2ds.bounds`); `check` looks at what several fields say together.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from d2v2ds.bounds import Bounds, Count, CountOrZero, Positive
+from d2v2ds.modalities.known import known_modalities
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.objectives import ObjectiveConfig
+from d2v2ds.train.guard import HealthConfig
+from d2v2ds.train.optim import OptimConfig
+from d2v2ds.train.schedule import LearningRateConfig
+
+MISSING = "???"
+"""Value in a shipped YAML that the user must give."""
+LENGTHS = ("total_steps", "hours", "epochs", "tokens")
+"""Fields of `RunSection` that say how long a run is; exactly one is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """How long, where, and how often to look and save."""
+
+    dir: Path
+    """Folder of the run: resolved configuration, checkpoints, metrics."""
+    total_steps: Count | None = None
+    """Optimizer steps of the whole run; the learning rate reaches its minimum there. Or let them follow from one of
+    `hours`, `epochs` and `tokens`, so that a run keeps its length when the global batch changes."""
+    hours: Positive | None = None
+    """Audio seen by the whole run, before the masks multiply it (hours)."""
+    epochs: Positive | None = None
+    """Passes over `epoch_images` images."""
+    epoch_images: Count | None = None
+    """Images of one such pass, as the recipe counts them."""
+    tokens: Positive | None = None
+    """Text tokens seen by the whole run, before the masks multiply them."""
+    seed: CountOrZero = 1
+    """Seed of weights, sample order, crops, masks, dropout and noise."""
+    save_every_steps: Count = 1000
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: CountOrZero = 3
+    """Newest checkpoints kept; 0 keeps all. The one with the lowest validation loss is kept besides."""
+    keep_every_steps: Count | None = None
+    """Checkpoints whose step is a multiple of it are kept for good."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on; takes host memory for a copy of this rank's part."""
+    log_every_steps: Count = 50
+    """Optimizer steps between lines of metrics."""
+    health_every_steps: Count = 500
+    """Optimizer steps between effective ranks and position shares, which cost an eigendecomposition each."""
+
+    def check(self) -> list[str]:
+        """Return one message for each contradiction between fields."""
+        problems = []
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) != 1:
+            problems.append(
+                f"run: expected exactly one of {', '.join(LENGTHS)}, found {', '.join(given) or 'none'}; set the others "
+                "to null"
+            )
+        if self.keep_every_steps is not None and self.keep_every_steps % self.save_every_steps:
+            problems.append(
+                f"run.keep_every_steps is {self.keep_every_steps}, expected a multiple of run.save_every_steps "
+                f"{self.save_every_steps}"
+            )
+        if self.epochs is not None and self.epoch_images is None:
+            problems.append("run.epochs is given, and run.epoch_images is not; give both")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Where samples come from. In YAML every modality stands beside `num_workers`: `data.audio.shards`."""
+
+    num_workers: CountOrZero = 2
+    """Loader processes on each rank; 0 loads in the training process."""
+    modalities: Mapping[str, Any] = field(default_factory=dict)
+    """`DataSettings` of each modality in use, by name, in the order in which a step sees them."""
+
+    def check(self) -> list[str]:
+        """Return one message for each contradiction between fields."""
+        return [problem for settings in self.modalities.values() for problem in settings.check()]
+
+    def missing(self) -> list[str]:
+        """Return one message for each folder that the user still has to name."""
+        return [
+            f"data.{name}.shards: required, give data.{name + '.' if len(self.modalities) > 1 else ''}shards=FOLDER "
+            f"(written by {known_modalities()[name].packer})"
+            for name, settings in self.modalities.items()
+            if str(settings.shards) == MISSING
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidSection:
+    """Which packed folders are held out, and how often they are looked at. In YAML: `valid.audio=FOLDER`."""
+
+    modalities: Mapping[str, Path] = field(default_factory=dict)
+    """Held-out folder of each modality that is validated, by name."""
+    every_steps: Count = 1000
+    """Optimizer steps between validations."""
+    micro_batches: Count = 32
+    """Micro-batches of each modality that are looked at, over all ranks; fewer if the folder has fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitSection:
+    """Where the first weights come from; drawn from the seed if nothing is given."""
+
+    weights: Path | None = None
+    """Folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`. Its student and teacher are taken, optimizer and
+    warm-up begin anew; a run that has checkpoints goes on from those."""
+    skip: tuple[str, ...] = ()
+    """Parameters that are drawn all the same: names or beginnings of names, such as `decoders` or
+    `encoders.text.local.tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSection:
+    """Which DeepSpeed configuration, and what it cannot say."""
+
+    deepspeed: str = "zero3_bf16"
+    """Name of a file in `ds_configs/` without its ending, or a path."""
+    activation_checkpointing: bool = True
+    """Recompute every transformer block in the backward pass instead of keeping its activations."""
+    timeout_minutes: Annotated[float, Bounds(ge=0.01)] = 30.0
+    """How long a rank waits for the others before it gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    run: RunSection
+    data: DataSection
+    model: TrunkConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    lr: LearningRateConfig
+    init: InitSection = InitSection()
+    engine: EngineSection = EngineSection()
+    health: HealthConfig = HealthConfig()
+    valid: ValidSection = ValidSection()
+
+    def check(self) -> list[str]:
+        """Return one message for each contradiction within and between the sections."""
+        if not_finite := list(_not_finite(self)):
+            return not_finite
+        of_run = self.run.check()
+        problems = [f"model: {problem}" for problem in self.model.check()]
+        problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
+        problems += of_run + self.data.check() + self._modality_faults()
+        save, validate = self.run.save_every_steps, self.valid.every_steps
+        if self.valid.modalities and max(save, validate) % min(save, validate):
+            problems.append(
+                f"run.save_every_steps is {save} and valid.every_steps {validate}, expected one to be a multiple of "
+                "the other: the best checkpoint is chosen among those that were validated"
+            )
+        if not of_run:
+            try:
+                steps = self.total_steps
+            except (ValueError, ZeroDivisionError) as error:
+                return [*problems, str(error)]
+            if self.lr.warmup_steps > steps:
+                problems.append(f"lr.warmup_steps {self.lr.warmup_steps} is more than the {steps} steps of the run")
+        return problems
+
+    def _modality_faults(self) -> list[str]:
+        """Return one message for each modality that some section has and another lacks."""
+        sections: dict[str, Mapping[str, Any]] = {
+            "data": self.data.modalities,
+            "model.modalities": self.model.modalities,
+            "objective.modalities": self.objective.modalities,
+        }
+        names = dict.fromkeys(name for section in sections.values() for name in section)
+        problems = []
+        for name in names:
+            has = [section for section, found in sections.items() if name in found]
+            lacks = [section for section in sections if section not in has]
+            if lacks:
+                problems.append(
+                    f"{' and '.join(f'{section}.{name}' for section in has)} configured, "
+                    f"{' and '.join(f'{section}.{name}' for section in lacks)} not; give all of them, or set all to null"
+                )
+        for name in self.valid.modalities.keys() - self.data.modalities.keys():
+            problems.append(f"valid.{name} is given and data.{name} is not; validation needs the settings of its data")
+        return problems
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Raises:
+            ValueError: if they cannot follow, because no modality of the run counts in the given length.
+        """
+        if self.run.total_steps is not None:
+            return self.run.total_steps
+        for name, settings in self.data.modalities.items():
+            amount = known_modalities()[name].run_length(self.run)
+            if amount is not None:
+                return round(amount / settings.global_batch)
+        given = next(name for name in LENGTHS if getattr(self.run, name) is not None)
+        raise ValueError(
+            f"run.{given}: no modality of the run ({', '.join(self.data.modalities)}) counts in it; give run.total_steps"
+        )
+
+
+def _not_finite(value: Any, where: str = "") -> Iterator[str]:
+    """Yield one message for each field that is NaN or infinite: comparisons with such values are meaningless."""
+    if dataclasses.is_dataclass(value):
+        for one in dataclasses.fields(value):
+            yield from _not_finite(getattr(value, one.name), f"{where}.{one.name}".lstrip("."))
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _not_finite(item, f"{where}.{name}")
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _not_finite(item, f"{where}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{where} is {value}, expected a finite number"

@@ -1,0 +1,330 @@
+"""Read an official data2vec 2.0 checkpoint without running anything in it.
+
+Takes pretraining checkpoints (student and, under `_ema`, teacher) and fine-tuned ones (encoder and head). Tensors keep
+their type and their bits. Of the official configuration only the fields that define the network are read and kept;
+everything else is listed and left behind.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from d2v2ds.errors import CheckpointError
+from d2v2ds.interop.fairseq.keymap import (
+    is_alibi_scale,
+    official_names,
+    official_shape,
+    with_our_shape,
+)
+from d2v2ds.interop.fairseq.official_config import (
+    OfficialNetwork,
+    UnsupportedOptionError,
+    read_section,
+)
+from d2v2ds.interop.fairseq.pickles import plain, read_pickled
+from d2v2ds.modalities.settings import read_trunk, write_trunk
+from d2v2ds.model.trunk import Trunk
+from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, ModalityConfig
+from d2v2ds.objectives.ema import EmaConfig
+
+Tensors = dict[str, Tensor]
+
+LICENCES = {
+    "audio": "to our knowledge the official speech weights are under the MIT licence, like the code",
+    "image": "the official VISION weights are offered for NON-COMMERCIAL use only (CC-BY-NC 4.0), and so is what is "
+    "made of them",
+    "text": "to our knowledge the official text weights are under the MIT licence, like the code",
+}
+"""What is known of the published weights; printed with every import."""
+
+
+OWN_LICENCE = "weights of a run of d2v2ds: their owner decides"
+"""Of what `export` writes of our own runs."""
+MADE_BY = "d2v2ds"
+"""Key of `cfg` under which `export` says what it wrote, for `import` to find."""
+
+
+def _licence(modality: str, configuration: Any) -> str:
+    """What a file written by us says of itself, else what is known of the published ones."""
+    made_by = configuration.get(MADE_BY) if isinstance(configuration, dict) else None
+    if isinstance(made_by, dict) and isinstance(made_by.get("licence"), str):
+        return str(made_by["licence"])
+    return f"{LICENCES[modality]}; check what came with your file, which alone is binding"
+
+
+TEACHER = "_ema"
+_ANCHOR = "blocks.0.norm1.weight"
+DECODERS = "decoders."
+_ANY_EMA = EmaConfig(start_decay=0.999, end_decay=0.999, anneal_steps=0)
+"""For checks alone: an official file of weights says nothing of the schedule that matters here."""
+_MODALITY = re.compile(r"modality_encoders\.([A-Z0-9_]+)\.")
+_MOST_NESTED = 12
+"""Levels of the official configuration that are searched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialCheckpoint:
+    """What an official file says."""
+
+    modality: str
+    network: OfficialNetwork
+    section: dict[str, Any]
+    """The official fields that define the network, in plain values, for writing back."""
+    trunk: Tensors
+    """Student's trunk by our names, in our shapes."""
+    decoder: Tensors
+    """Student's decoder likewise; empty if the file has none."""
+    teacher: Tensors | None
+    """Likewise; None where the file has none."""
+    head: Tensors
+    """Of a fine-tuned file: everything outside the encoder, by its own names."""
+    prefix: str
+    """What stands before the encoder's names in a fine-tuned file."""
+    ignored: list[str]
+    """What the file has beside, as `name=value` or `name`."""
+    licence: str
+    """What is known of it."""
+    warnings: list[str]
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether pretraining can go on from it."""
+        return bool(self.decoder)
+
+
+def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
+    """Read an official file without running anything in it.
+
+    Args:
+        path: of the file, as `torch.save` wrote it.
+        drop_unknown: leave out tensors of the encoder that our network lacks instead of refusing the file.
+
+    Raises:
+        CheckpointError: it is damaged, wants to run code, or is no data2vec 2.0; or its tensors are not those of
+            its own configuration, with every difference.
+        UnsupportedOptionError: its network computes something that ours does not, with the option.
+        OSError: it cannot be opened.
+    """
+    content = read_pickled(path)
+    weights = content.get("model")
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"{path}: expected official weights under `model`, found the keys {_listed(content)}")
+    prefix, modality = _where(path, weights)
+    encoder, head, ignored = _divided(weights, prefix)
+    averaged = weights.get(prefix + TEACHER)
+    network, section, other = _network(path, content, modality, encoder)
+    ignored += other + sorted(f"{key}" for key in content if key not in ("model", "cfg", "args"))
+
+    faults: list[str] = []
+    unknown: list[str] = []
+    has_decoder = any(".decoder." in name for name in encoder)
+    states = network_states(network, modality, has_decoder=has_decoder)
+    student = _translated(encoder, _layout(states.student), "", faults, unknown)
+    teacher, warnings = None, []
+    if isinstance(averaged, dict) and averaged:
+        layout = _layout(states.teacher, bare_blocks=has_bare_blocks(section))
+        teacher = _translated(averaged, layout, f"{TEACHER}.", faults, unknown)
+    elif has_decoder:
+        warnings.append(f"no teacher (`{TEACHER}`) in the file: a run that goes on from it starts with the student's")
+    if not has_decoder:
+        warnings.append("no decoder in the file: it can be fine-tuned or give features, not be pretrained further")
+    if drop_unknown:
+        warnings += [f"left out, unknown to our network: {name}" for name in unknown]
+    else:
+        faults += [f"{name}: unknown to our network (--drop-unknown leaves it out)" for name in unknown]
+    if faults:
+        raise CheckpointError(f"{path}: not the tensors of its own configuration:\n  " + "\n  ".join(faults))
+    return OfficialCheckpoint(
+        modality=modality,
+        network=network,
+        section=section,
+        trunk={name: tensor for name, tensor in student.items() if not name.startswith(DECODERS)},
+        decoder={name: tensor for name, tensor in student.items() if name.startswith(DECODERS)},
+        teacher=teacher,
+        head=head,
+        prefix=prefix,
+        ignored=[name for name in ignored if name != f"cfg.{MADE_BY}"],
+        licence=_licence(modality, content.get("cfg")),
+        warnings=warnings,
+    )
+
+
+def _listed(names: Any, most: int = 8) -> str:
+    found = sorted(str(name) for name in names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "") or "none"
+
+
+def _where(path: Path, weights: Mapping[str, Any]) -> tuple[str, str]:
+    """The prefix of the encoder's names, and its modality."""
+    places = [name.removesuffix(_ANCHOR) for name in weights if name.endswith(_ANCHOR)]
+    found = {
+        (place, modality[1].lower())
+        for place in places
+        for name in weights
+        if name.startswith(place) and (modality := _MODALITY.match(name, len(place)))
+    }
+    if len(found) != 1:
+        encoders = ", ".join(f"{prefix}modality_encoders.{modality.upper()}" for prefix, modality in sorted(found))
+        raise CheckpointError(
+            f"{path}: expected one data2vec 2.0 encoder, found {encoders or 'none'} among {_listed(weights)}; "
+            "data2vec 1.0 and files of several modalities are not supported"
+        )
+    return found.pop()
+
+
+def _divided(weights: Mapping[str, Any], prefix: str) -> tuple[Tensors, Tensors, list[str]]:
+    """Tensors of the encoder without prefix, those of the head, and names of what is no weight."""
+    encoder, head, ignored = {}, {}, []
+    for name, value in weights.items():
+        if name == prefix + TEACHER:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            ignored.append(f"model.{name}")
+        elif name.startswith(prefix):
+            encoder[name.removeprefix(prefix)] = value.detach()
+        else:
+            head[name] = value.detach()
+    return encoder, head, ignored
+
+
+def _network(
+    path: Path, content: Mapping[str, Any], modality: str, encoder: Tensors
+) -> tuple[OfficialNetwork, dict[str, Any], list[str]]:
+    """The network that the file's configuration describes, the fields that do, and the names of all others."""
+    try:
+        roots = {key: plain(content.get(key)) for key in ("cfg", "args")}
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: its configuration contains itself") from error
+    found = next(_sections(roots, modality), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: expected a configuration with embed_dim, depth and modalities.{modality} somewhere under cfg "
+            "or args, found none; without it the network is not known"
+        )
+    place, official = found
+    tokens = encoder.get("modality_encoders.TEXT.local_encoder.embed_tokens.weight")
+    try:
+        network, section, ignored = read_section(official, modality, None if tokens is None else len(tokens))
+        read_trunk(write_trunk(network.trunk), place)  # for the bounds of single fields
+        TypeAdapter(ModalityConfig).validate_python(asdict(network.objective()))
+        objective = Data2Vec2Config(ema=_ANY_EMA, modalities={modality: network.objective()})
+        problems = network.trunk.check() + objective.check(network.trunk)
+    except UnsupportedOptionError as error:
+        raise UnsupportedOptionError(f"{path}: {place}: not supported: {error}") from error
+    except (ValidationError, TypeError, ValueError, AttributeError, SyntaxError, MemoryError) as error:
+        raise CheckpointError(f"{path}: {place}: not the configuration of a network: {error}") from error
+    if problems:
+        raise CheckpointError(f"{path}: {place}: not the configuration of a network: {'; '.join(problems)}")
+    return network, section, [f"{place}.{name}" for name in ignored] + _beside(roots, place)
+
+
+def _beside(roots: dict[str, Any], place: str) -> list[str]:
+    """The sections and settings that stand around the way to a section."""
+    way = place.split(".")
+    found, values = [], roots
+    for depth, step in enumerate(way):
+        found += [".".join([*way[:depth], str(key)]) for key, one in values.items() if key != step and one is not None]
+        values = values[step]
+    return found
+
+
+def _sections(roots: dict[str, Any], modality: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Architecture sections, the least nested first, each with its place; interpolations are followed."""
+    level: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
+        (key, value, ()) for key, value in roots.items() if isinstance(value, dict)
+    ]
+    for _ in range(_MOST_NESTED):
+        for place, values, around in level:
+            sections = values.get("modalities")
+            if {"embed_dim", "depth"} <= values.keys() and isinstance(sections, dict) and sections.get(modality):
+                yield place, _followed(values, (*around, values)[::-1])
+        level = [
+            (f"{place}.{key}", inner, (*around, values))
+            for place, values, around in level
+            for key, inner in values.items()
+            if isinstance(inner, dict)
+        ]
+
+
+def _followed(value: Any, scopes: tuple[Any, ...]) -> Any:
+    """Replace `${a.b}` by what stands there in the nearest scope that has it, and leave out what is `???`."""
+    if isinstance(value, dict):
+        return {key: _followed(one, scopes) for key, one in value.items() if one != "???"}
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    if reference is None:
+        return value
+    for scope in scopes:
+        for key in reference[1].split("."):
+            scope = scope.get(key) if isinstance(scope, dict) else None
+        if scope is not None:
+            return scope
+    return value
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One tensor of the official layout."""
+
+    name: str
+    """Ours."""
+    shape: tuple[int, ...]
+    """Official."""
+
+
+@dataclass(frozen=True)
+class _States:
+    """The parameters of both networks, by our names, without memory."""
+
+    student: Tensors
+    teacher: Tensors
+
+
+def network_states(network: OfficialNetwork, modality: str, *, has_decoder: bool) -> _States:
+    own = network.objective()
+    with torch.device("meta"):
+        student = Data2Vec2Network(network.trunk, {modality: own}).state_dict()
+        teacher = Trunk(network.trunk, with_local={modality: not own.share_local_encoder}).state_dict()
+    names = {name.removeprefix("trunk."): name for name in student}
+    kept = {ours: student[name] for ours, name in names.items() if has_decoder or not ours.startswith(DECODERS)}
+    return _States(kept, teacher)
+
+
+def _layout(state: Mapping[str, Tensor], *, bare_blocks: bool = False) -> dict[str, Expected]:
+    """Every tensor of a network by its official name."""
+    names = official_names(state, bare_blocks=bare_blocks)
+    return {names[name]: Expected(name, official_shape(name, tuple(tensor.shape))) for name, tensor in state.items()}
+
+
+def has_bare_blocks(section: Mapping[str, Any]) -> bool:
+    """Whether the names of the teacher begin with the number of a block."""
+    return bool(section.get("ema_encoder_only", True))
+
+
+def _translated(
+    tensors: Mapping[str, Any], layout: Mapping[str, Expected], where: str, faults: list[str], unknown: list[str]
+) -> Tensors:
+    """Tensors by our names and in our shapes; adds what is wrong to `faults`, and names without place to `unknown`."""
+    translated = {}
+    for official, tensor in tensors.items():
+        expected = layout.get(official)
+        if expected is None or not isinstance(tensor, Tensor):
+            unknown.append(f"{where}{official}")
+            continue
+        if is_alibi_scale(expected.name) and tensor.ndim == 4:
+            tensor = tensor[None]  # as older files have it
+        if tensor.shape == expected.shape:
+            translated[expected.name] = with_our_shape(expected.name, tensor.detach())
+        else:
+            faults.append(f"{where}{official}: expected {expected.shape}, found {tuple(tensor.shape)}")
+    faults += [
+        f"{where}{official}: missing, expected {expected.shape}"
+        for official, expected in layout.items()
+        if official not in tensors
+    ]
+    return translated

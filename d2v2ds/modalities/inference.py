@@ -1,0 +1,112 @@
+"""Raw inputs -> sources that an encoder reads, and how long ones are cut: what all modalities share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+CONTEXT_SHARE = 8
+"""A window's features are used up to 1 / 8 of its length from its ends, where it lacks one side of its surroundings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """Options of feature extraction that concern raw inputs; a modality reads those that mean something to it."""
+
+    sample_rate: int | None = None
+    """Rate of samples given as arrays (Hz)."""
+    min_seconds: float = 0.25
+    """Shorter recordings are refused: they are clicks or cut-off files more often than sounds."""
+    window_seconds: float = 40.0
+    """Longer recordings are cut into windows."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an input for one forward; its features `first` to `last` are those of the input from `place` on."""
+
+    index: int
+    """Number of the input."""
+    source: Tensor
+    first: int
+    last: int
+    place: int
+
+
+class Inference(Protocol):
+    """Raw inputs of one modality for one exported model."""
+
+    fill: float
+    """Value at padded places of a source."""
+
+    def read(self, item: Any, options: InputOptions, place: str) -> Tensor:
+        """Turn a raw input into one row of `Batch.source`.
+
+        Raises:
+            ValueError: naming the input (`place`) and what was expected.
+            MissingExtraError: a package that reads such inputs is not installed.
+        """
+
+    def cut(self, index: int, source: Tensor, options: InputOptions) -> list[Piece]:
+        """Divide one source into pieces that the model can take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubInput:
+    """How transformers calls an input and its preprocessor."""
+
+    argument: str
+    """Argument of the model's forward."""
+    example: str
+    """Line of the model card that extracts features."""
+    is_padded: bool = True
+    """Whether `attention_mask` marks padding of the source."""
+    pad_id: int | None = None
+    """Id that is padding where no `attention_mask` is given; None for inputs that are not ids."""
+    modules: Callable[[dict[str, Any]], list[str]] = lambda preprocessing: []
+    """Preprocessing -> templates of `d2v2ds.interop.hub.files` that the folder needs besides."""
+    files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda preprocessing: {}
+    """Preprocessing -> settings by kind of processor: feature_extractor, image_processor, tokenizer_config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphInput:
+    """How the input of an ONNX graph looks."""
+
+    axes: tuple[str, ...]
+    """Names of its free axes."""
+    padding: float | None
+    """Value at padded places; None if nothing is ever padded."""
+    sizes: Callable[[Any, Sequence[int]], list[int]]
+    """(network settings, numbers of tokens) -> sizes of inputs with about so many tokens, as far as the model allows."""
+    draw: Callable[[Any, int, int, torch.Generator], Tensor]
+    """(network settings, rows, size, generator) -> noise."""
+
+    @property
+    def input_names(self) -> list[str]:
+        """Input names of the graph."""
+        return ["source"] if self.padding is None else ["source", "padding"]
+
+
+def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Cut tokens into overlapping windows; each token is taken from a window in which it lies far from the ends.
+
+    Args:
+        total: T.
+        size: most tokens of a window.
+
+    Yields:
+        (start, first, last): the window begins at token `start`; tokens `first` to `last` (exclusive) are its own.
+    """
+    if total <= size:
+        yield 0, 0, total
+        return
+    context = size // CONTEXT_SHARE
+    taken = 0
+    while taken < total:
+        start = min(max(0, taken - context), total - size)
+        end = total if start + size == total else start + size - context
+        yield start, taken, end
+        taken = end

@@ -1,0 +1,94 @@
+"""Which modalities there are: those that are shipped, and those of installed packages.
+
+A package of another project adds one by an entry point, in its own pyproject.toml:
+
+    [project.entry-points."d2v2ds.modalities"]
+    sensors = "sensors.modality:SENSORS"
+"""
+
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from d2v2ds.data.folders import JoinedShards, folders_of
+from d2v2ds.data.reader import Reader
+from d2v2ds.data.schema import read_index
+from d2v2ds.data.shards import Shards
+from d2v2ds.errors import ConfigError, ShardError
+from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.audio.modality import AUDIO
+from d2v2ds.modalities.image.modality import IMAGE
+from d2v2ds.modalities.modality import Modality
+from d2v2ds.modalities.text.modality import TEXT
+
+SHIPPED: tuple[Modality, ...] = (AUDIO, IMAGE, TEXT)
+ENTRY_POINTS = "d2v2ds.modalities"
+
+
+@cache
+def known_modalities() -> dict[str, Modality]:
+    """Modalities by name: the shipped ones in their order, then those of installed packages by name.
+
+    Raises:
+        ConfigError: two of them have one name.
+    """
+    found = {modality.name: modality for modality in SHIPPED}
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        modality: Modality = entry.load()
+        if modality.name in found:
+            raise ConfigError(
+                f"entry point {entry.value} of {ENTRY_POINTS}: modality {modality.name!r} exists already; rename it"
+            )
+        found[modality.name] = modality
+    return found
+
+
+def modality_of(name: str, where: str) -> Modality:
+    """Find a modality.
+
+    Args:
+        name: its name.
+        where: who names it, for the message.
+
+    Raises:
+        ConfigError: nobody provides it.
+    """
+    modalities = known_modalities()
+    if name not in modalities:
+        raise ConfigError(
+            f"{where}: modality {name!r} is not known here, expected one of {', '.join(modalities)}; install the "
+            "package that provides it"
+        )
+    return modalities[name]
+
+
+def open_shards(folder: Path | str) -> Shards:
+    """Open a packed folder of any modality.
+
+    Raises:
+        ShardError: if the folder is unfinished, of another version, or its files do not fit its index.
+        ConfigError: if nobody provides its modality.
+    """
+    return modality_of(read_index(Path(folder)).modality, str(folder)).shards(folder)
+
+
+def open_reader(name: str, data: Any, network: Any, mask: MaskConfig | None) -> Reader:
+    """Open the folder or folders that a modality's data settings name.
+
+    Args:
+        name: of the modality.
+        data: its data settings.
+        network: its network settings.
+        mask: masks that the objective asks for; None for none.
+
+    Raises:
+        ShardError: if a folder is unfinished, damaged or of another modality, or folders do not fit each other.
+        MissingExtraError: if a package that decodes it is absent.
+    """
+    modality = modality_of(name, f"data.{name}")
+    for folder in folders_of(data.shards):
+        if (found := read_index(folder).modality) != name:
+            raise ShardError(f"{folder}: expected {name}, found a folder of {found}")
+    parts = [modality.shards(folder) for folder in folders_of(data.shards)]
+    return modality.reader(JoinedShards(parts, modality.must_be_equal), data, network, mask)

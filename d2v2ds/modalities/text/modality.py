@@ -1,0 +1,130 @@
+"""Text, as one object."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v2ds.data.reader import DataSettings
+from d2v2ds.data.schema import Index, read_index
+from d2v2ds.errors import MissingExtraError
+from d2v2ds.modalities.demo import Prepared
+from d2v2ds.modalities.inference import GraphInput, HubInput
+from d2v2ds.modalities.modality import Baseline, Modality, ProbeDefaults
+from d2v2ds.modalities.text.demo import prepare
+from d2v2ds.modalities.text.inference import TextInference
+from d2v2ds.modalities.text.network import TextNetwork
+from d2v2ds.modalities.text.reader import TOKENS, TextDataConfig, TextReader
+from d2v2ds.modalities.text.shards import TextShards
+from d2v2ds.shapes import PAD_ID
+
+
+def tf_idf(texts: Iterable[Tensor]) -> Any:
+    """TF-IDF of the token ids of every text, fitted on all of them: a sparse matrix (N, V)."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError as error:
+        raise MissingExtraError("probes need scikit-learn", "eval") from error
+    words = [" ".join(map(str, ids.tolist())) for ids in texts]
+    return TfidfVectorizer(token_pattern=r"\d+").fit_transform(words)
+
+
+_HUB_TOKENIZERS = {
+    "sentencepiece": ("tokenization_sentencepiece_d2v2ds", "D2V2DSSentencePieceTokenizer"),
+    "bpe": ("tokenization_bpe_d2v2ds", "D2V2DSBytePairTokenizer"),
+}
+"""Template and class by the kind of a tokenizer."""
+
+
+def _hub_files(preprocessing: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if not preprocessing["tokenizer"]:
+        return {}
+    module, name = _HUB_TOKENIZERS[preprocessing["tokenizer"]]
+    return {
+        "tokenizer_config": {
+            "auto_map": {"AutoTokenizer": [None, f"{module}.{name}"]},
+            "tokenizer_class": name,
+            "bos_token": "<s>",
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "mask_token": "<mask>",
+            "split_special_tokens": True,  # as in training: `<s>` in a text is three characters
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": preprocessing["max_tokens"],
+        }
+    }
+
+
+def _graph_sizes(network: Any, tokens: Any) -> list[int]:
+    return [count for count in tokens if count < network.max_tokens] + [network.max_tokens]
+
+
+def _draw_ids(network: Any, rows: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(PAD_ID + 1, network.vocab_size, (rows, size), generator=generator)
+
+
+class Text(Modality):
+    """Text: blocks of token ids, padded; amounts in tokens."""
+
+    name = "text"
+    shards = TextShards
+    must_be_equal = ("vocab_size", "special")
+    packer = "python -m preprocessing.pack_text"
+    network = TextNetwork
+    data = TextDataConfig
+    reader = TextReader
+    unit = TOKENS
+    probe = ProbeDefaults(c=1.0, neighbours=10)
+    baseline = Baseline("TF-IDF of the tokens", tf_idf)
+    hub = HubInput(
+        argument="input_ids",
+        example='features = extractor(["A sentence."])',
+        pad_id=PAD_ID,
+        modules=lambda preprocessing: (
+            [_HUB_TOKENIZERS[preprocessing["tokenizer"]][0]] if preprocessing["tokenizer"] else []
+        ),
+        files=_hub_files,
+    )
+    graph = GraphInput(axes=("batch", "tokens"), padding=float(PAD_ID), sizes=_graph_sizes, draw=_draw_ids)
+
+    def run_length(self, run: Any) -> float | None:
+        """Tokens of `run.tokens`."""
+        return None if run.tokens is None else float(run.tokens)
+
+    def whole_inputs(self, folder: Path, preprocessing: Mapping[str, Any]) -> DataSettings:
+        """Texts of any length up to a block."""
+        return TextDataConfig(shards=folder, global_batch_tokens=1, micro_batch_tokens=1)
+
+    def describe_preprocessing(self, network: Any, data: Any | None, index: Index | None) -> dict[str, Any]:
+        """<s> in front, </s> at the end; `file` holds the tokenizer, whose kind is `tokenizer`."""
+        found = {"tokenizer": None, "file": None, "max_tokens": network.max_tokens}
+        if index is not None and index.files_beside:
+            found |= {"tokenizer": index.format["tokenizer"], "file": index.files_beside[0].file}
+        return found
+
+    def files_beside(self, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
+        """Tokenizer, if the export has one."""
+        return (preprocessing["file"],) if preprocessing.get("file") else ()
+
+    def packed_faults(self, model_folder: Path, preprocessing: Mapping[str, Any], shards: Path) -> list[str]:
+        """Compare the tokenizer of packed rows with the model's; nothing is said where one of them is unknown."""
+        file = preprocessing.get("file")
+        beside = [(shards / entry.file).read_bytes() for entry in read_index(shards).files_beside]
+        if file is None or not beside or (model_folder / file).read_bytes() in beside:
+            return []
+        own = model_folder / file
+        return [f"{shards}: was packed with another tokenizer than the model's; pack with --tokenizer {own}"]
+
+    def prepare_demo(self, runs: Path, data: Path | None) -> Prepared:
+        """Pack a sample, or the user's own data."""
+        return prepare(runs, data)
+
+    def inference(self, network: Any, preprocessing: Mapping[str, Any], folder: Path) -> TextInference:
+        """Strings and token ids."""
+        return TextInference(network, preprocessing, folder)
+
+
+TEXT = Text()

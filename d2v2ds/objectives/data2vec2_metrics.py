@@ -1,0 +1,59 @@
+"""Metrics and health limits of data2vec 2.0: names, units, and how they follow from summed statistics."""
+
+from d2v2ds.objectives.loss import channel_variances, mean_channel_std
+from d2v2ds.objectives.protocol import HealthBounds, HealthLimit, Totals
+
+RUN_UNITS = {
+    "ema/decay": "weight kept by the teacher, 0 to 1; same on all ranks",
+    "ema/student_distance": "|student - teacher| / |student|; norms over all ranks",
+}
+UNITS = {
+    "loss/regression": "sum over channels per masked token; global sum over the interval / global masked tokens",
+    "loss/cls": "CLS loss on the same scale, weight included",
+    "mask/fraction": "masked tokens / tokens; global",
+    "target/std": "standard deviation of the targets at masked tokens, mean over channels; over the interval and all "
+    "ranks (target_var of the reference)",
+    "target/explained": "1 - loss / (loss scale x sum of the targets' channel variances): share predicted",
+    "pred/std": "standard deviation of the predictions; over the interval and all ranks (pred_var of the reference)",
+    "local/std": "standard deviation of local features, mean over channels; mean over ranks",
+    "context/std": "standard deviation of the last shared block's output; mean over ranks",
+    "optim/grad_norm/decoder": "norm of the decoder's gradient before clipping; every log_every_steps-th step; global",
+}
+
+
+def prediction_metrics(totals: Totals, loss_factor: float | None) -> dict[str, float]:
+    """How much predictions and targets vary, and how much of the targets is predicted.
+
+    Args:
+        totals: over all ranks; statistics `moments` (2, 2, D), of predictions and of targets, and `tokens`.
+        loss_factor: factor on the squared errors of the loss; None if the loss is not a sum of squares.
+    """
+    pred, target = totals.statistics["moments"]
+    num_masked = int(totals.count)
+    values = {
+        "mask/fraction": totals.count / float(totals.statistics["tokens"]),
+        "pred/std": mean_channel_std(pred, num_masked),
+        "target/std": mean_channel_std(target, num_masked),
+    }
+    if loss_factor is not None:
+        variance = loss_factor * float(channel_variances(target, num_masked).sum())
+        values["target/explained"] = 1.0 - totals.sums["regression"] / totals.count / max(variance, 1e-12)
+    return values
+
+
+def health_limits(bounds: HealthBounds) -> list[HealthLimit]:
+    """Limits of the statistics that tell a collapse: instance norm keeps the variance of collapsed targets near one."""
+    low_rank = "the targets have become a code of few dimensions; raise the EMA decay, lower lr.peak"
+    position = (
+        "the targets have become a code of position; for small runs set share_local_encoder=false in the objective's "
+        "settings of the modality"
+    )
+    return [
+        HealthLimit("target/effective_rank", bounds.min_effective_rank, None, low_rank),
+        HealthLimit(
+            "local/effective_rank", min(bounds.min_effective_rank, 1.5), None, "the local encoder has collapsed"
+        ),
+        HealthLimit("target/std", bounds.min_std, None, "the targets hardly vary between tokens"),
+        HealthLimit("pred/std", min(bounds.min_std, 0.01), None, "the predictions hardly vary between tokens"),
+        HealthLimit("target/position_share", None, bounds.max_position_share, position),
+    ]

@@ -1,0 +1,24 @@
+"""Decay of the teacher as a function of the number of finished updates (arXiv 2212.07525, section 3). Pure functions."""
+
+from dataclasses import dataclass
+
+from d2v2ds.bounds import CountOrZero, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Decay of the teacher: linear from start to end, then constant."""
+
+    start_decay: Share
+    """Weight kept by the teacher at the first update."""
+    end_decay: Share
+    """Weight kept once annealed; exactly 1 freezes the teacher, as in the published large audio recipe."""
+    anneal_steps: CountOrZero
+    """Optimizer steps from start to end."""
+
+
+def ema_decay(num_updates: int, config: EmaConfig) -> float:
+    """The decay of the teacher update that follows optimizer update number `num_updates` (1 or more)."""
+    if num_updates >= config.anneal_steps:
+        return config.end_decay
+    return config.end_decay - (config.end_decay - config.start_decay) * (1.0 - num_updates / config.anneal_steps)

@@ -1,0 +1,63 @@
+"""Floating-point operations of one micro-batch of data2vec 2.0. Pure functions."""
+
+from dataclasses import dataclass
+
+from d2v2ds.model.decoder import DecoderConfig
+from d2v2ds.model.flops import block_flops, decoder_flops
+from d2v2ds.model.network import NetworkSettings
+from d2v2ds.model.trunk import TrunkConfig
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one micro-batch: forward of student and teacher, backward of the student."""
+
+    student_forward: float
+    teacher_forward: float
+
+    @property
+    def total(self) -> float:
+        """Teacher forward, student forward and backward."""
+        return 3.0 * self.student_forward + self.teacher_forward
+
+
+def step_flops(
+    trunk: TrunkConfig,
+    modality: str,
+    *,
+    decoder: DecoderConfig,
+    share_local_encoder: bool,
+    num_samples: int,
+    size: int,
+    num_masks: int,
+    visible: int,
+) -> StepFlops:
+    """Count the operations of one micro-batch.
+
+    Args:
+        trunk: settings of the trunk.
+        modality: its name.
+        decoder: settings of its decoder.
+        share_local_encoder: whether the teacher reads the student's local features.
+        num_samples: B.
+        size: of each sample, as the modality counts it.
+        num_masks: M.
+        visible: K tokens of each row.
+    """
+    network: NetworkSettings = trunk.modalities[modality]
+    block, depth, width = trunk.block, trunk.depth(modality), trunk.block.width
+    tokens, rows, extra = network.num_tokens(size), num_samples * num_masks, network.num_extra_tokens
+    local = network.local_flops(width, num_samples, size)
+    dimensions = 1 if network.grid_side is None else 2
+    student = (
+        local
+        + network.position_flops(width, rows, tokens)
+        + block_flops(block, depth, rows, extra + visible)
+        + decoder_flops(decoder, width, dimensions, rows, tokens)
+    )
+    teacher = network.position_flops(width, num_samples, tokens) + block_flops(
+        block, depth, num_samples, extra + tokens
+    )
+    if not share_local_encoder:
+        teacher += local
+    return StepFlops(student, teacher)

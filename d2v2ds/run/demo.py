@@ -1,0 +1,64 @@
+"""The demonstration: pack, pretrain a tiny configuration under the deepspeed launcher, draw the curves, probe."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from d2v2ds.distributed.comm import free_port
+from d2v2ds.modalities.demo import python, run
+from d2v2ds.modalities.known import SHIPPED, known_modalities
+from d2v2ds.train.figures import save_curves
+from d2v2ds.train.metrics import read_metrics
+
+JOINT_STEPS = 200
+"""Of the joint demonstration: a step sees all three modalities, so fewer of them take as long."""
+
+
+def demo(runs: Path, modality: str, data: Path | None, ranks: int, overrides: list[str]) -> None:
+    """Run all steps. A finished packing of the same data is kept, the run itself begins anew."""
+    is_joint = modality == "joint"
+    names = [one.name for one in SHIPPED] if is_joint else [modality]
+    prepared = {name: known_modalities()[name].prepare_demo(runs, data) for name in names}
+    config, folder = "multimodal_tiny" if is_joint else f"{modality}_tiny", runs / "run"
+    arguments = [f"data.{name}.shards={found.train}" for name, found in prepared.items()]
+    arguments += [override for found in prepared.values() for override in found.overrides]
+    if is_joint:
+        arguments += [
+            f"run.total_steps={JOINT_STEPS}",
+            f"objective.ema.anneal_steps={JOINT_STEPS}",
+            "lr.warmup_steps=20",
+        ]
+    shutil.rmtree(folder, ignore_errors=True)
+    run(
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port()),
+        "--module", "d2v2ds.pretrain", "--config", config, *arguments, f"run.dir={folder}", *overrides,
+    )  # fmt: skip
+    draw(folder, config, names)
+    for name, found in prepared.items():
+        if found.probe is None:
+            print(f'\nno probe of {name}: no labels to ask for (README, "Ten minutes on a CPU")')
+        else:
+            python("d2v2ds.probe", str(folder), "--label", "label", *found.probe)
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    print(f"\nrun          {folder}\ncurves       {folder / 'curves.png'}")
+    print(f"checkpoint   {folder / 'checkpoints' / (folder / 'checkpoints' / 'latest').read_text().strip()}")
+    print(f"TensorBoard  {tensorboard} --logdir {folder / 'tensorboard'}")
+    print(f"export       {sys.executable} -m d2v2ds.export {folder} --to model")
+
+
+def draw(folder: Path, config: str, modalities: list[str]) -> None:
+    """The curves of a finished run, into `curves.png`."""
+    records = read_metrics(folder / "metrics.jsonl")
+    last = records[-1]
+    prefixes = [f"{name}/" for name in modalities] if len(modalities) > 1 else [""]
+    wanted = ("loss/regression", "target/effective_rank") if len(modalities) > 1 else (
+        "loss/regression", "target/effective_rank", "pred/std"
+    )  # fmt: skip
+    amounts = [modality.unit.total_metric for modality in known_modalities().values()]
+    seen = ", ".join(f"{last[name]:,.4g} {name.split('/')[1]}" for name in amounts if name in last)
+    save_curves(
+        records,
+        [prefix + name for name in wanted for prefix in prefixes] + ["ema/decay"],
+        folder / "curves.png",
+        f"{config}, {int(last['step'])} steps, {seen}",
+    )

@@ -1,0 +1,261 @@
+"""Make a model of a run: a folder, or one file.
+
+Reads the checkpoint tensor by tensor, whatever the number of ranks it was saved by: neither DeepSpeed, nor a process
+group, nor memory for more than one tensor is needed. `interop/export_folder.py` describes what is written.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from d2v2ds.config.schema import RunConfig
+from d2v2ds.data.folders import folders_of
+from d2v2ds.data.schema import Index, read_index
+from d2v2ds.distributed.checkpoint.format import read_manifest, read_plain
+from d2v2ds.errors import MissingExtraError, ShardError
+from d2v2ds.interop.card import write_card
+from d2v2ds.interop.export_folder import (
+    FILE_SUFFIX,
+    OBJECTIVE_PREFIX,
+    Description,
+    Kind,
+    Layout,
+    Part,
+    Preprocessing,
+)
+from d2v2ds.interop.export_write import new_folder, write_config, write_file, write_tensors
+from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.modalities.known import known_modalities
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.run.folder import (
+    TRUNK,
+    checkpoint_folder,
+    objective_tensors,
+    run_config,
+    trunk_config,
+    trunk_tensors,
+)
+from d2v2ds.train.figures import save_curves
+from d2v2ds.train.metrics import read_metrics
+
+logger = logging.getLogger(__name__)
+
+CURVES = ("loss/regression", "ema/decay", "optim/lr", "target/effective_rank")
+"""Metrics that the card shows, of each modality if they belong to one."""
+
+
+def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = None) -> None:
+    """Write a folder, or one file if the name ends with .safetensors.
+
+    Args:
+        run_dir: folder of the run.
+        to: what to write; an earlier export is replaced.
+        teacher: write the averaged trunk too; into a file, it alone.
+        tag: of the checkpoint; the newest if None.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, it is damaged, or `to` holds something else.
+        ConfigError: if the folder is no run's.
+    """
+    config = run_config(run_dir)
+    checkpoint = checkpoint_folder(run_dir, tag)
+    if to.suffix == FILE_SUFFIX:
+        _export_file(run_dir, to, teacher, checkpoint, config)
+    else:
+        _export_folder(run_dir, to, teacher, checkpoint, config)
+
+
+def _export_folder(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, config: RunConfig) -> None:
+    model, records = trunk_config(checkpoint), _metrics(run_dir)
+    layouts = _layouts(checkpoint, config, model)
+    parts: dict[Part, Iterator[tuple[str, Tensor]]] = {
+        "model": trunk_tensors(checkpoint),
+        "objective": objective_tensors(checkpoint),
+    }
+    if teacher:
+        parts["teacher"] = trunk_tensors(checkpoint, teacher=True)
+    with new_folder(to) as folder:
+        preprocessing = _preprocessing(config, model, folder)
+        description = _description(run_dir, config, checkpoint, model, preprocessing, records)
+        for part, tensors in parts.items():
+            if layout := layouts[part]:
+                write_tensors(folder, part, layout, _with_progress(tensors, part, len(layout)))
+        shutil.copyfile(run_dir / "config.yaml", folder / "run.yaml")
+        _draw_curves(records, folder, list(model.modalities))
+        num_parameters = sum(torch.Size(kind.shape).numel() for kind in layouts["model"].values())
+        write_card(folder, description, to.name, num_parameters)
+        write_config(folder, description, write_hub_files(folder, model, preprocessing))
+    logger.info("%s: %s of %s, %d parameters", to, " and ".join(parts), checkpoint, num_parameters)
+
+
+def _export_file(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, config: RunConfig) -> None:
+    """Write the student, or the averaged trunk with what it has of the student's, into one file."""
+    model = trunk_config(checkpoint)
+    layouts = _layouts(checkpoint, config, model)
+    layout = dict(layouts["model"])
+    tensors: Iterable[tuple[str, Tensor]] = trunk_tensors(checkpoint)
+    if teacher:
+        own = layouts["teacher"]
+        borrowed = ((name, tensor) for name, tensor in tensors if name not in own)
+        tensors = chain(borrowed, trunk_tensors(checkpoint, teacher=True))
+    else:
+        layout |= {OBJECTIVE_PREFIX + name: kind for name, kind in layouts["objective"].items()}
+        beside = ((OBJECTIVE_PREFIX + name, tensor) for name, tensor in objective_tensors(checkpoint))
+        tensors = chain(tensors, beside)
+    preprocessing = _preprocessing(config, model, None)
+    description = _description(run_dir, config, checkpoint, model, preprocessing, _metrics(run_dir))
+    description.origin["weights"] = "teacher" if teacher else "student"
+    write_file(to, description, layout, _with_progress(tensors, to.name, len(layout)))
+    if any(known_modalities()[name].files_beside(found) for name, found in preprocessing.items()):
+        logger.warning("%s: a single file has no tokenizer; a folder has it", to)
+    logger.info("%s: the %s of %s, %d tensors", to, description.origin["weights"], checkpoint, len(layout))
+
+
+def _with_progress(tensors: Iterable[tuple[str, Tensor]], name: str, count: int) -> Iterable[tuple[str, Tensor]]:
+    shown: Iterable[tuple[str, Tensor]] = tqdm(tensors, name, count, unit="tensor", leave=False, disable=None)
+    return shown
+
+
+def _layouts(checkpoint: Path, config: RunConfig, model: TrunkConfig) -> dict[Part, Layout]:
+    """Tensors of each part, in fp32, as the checkpoint holds them."""
+    objective = config.objective.build(model, config.run.seed)
+    with torch.device("meta"):
+        network, averaged = objective.build_network(activation_checkpointing=False), objective.build_teacher_network()
+    student = _layout(network)
+    teacher = {} if averaged is None else _layout(averaged)
+    return {
+        "model": {name.removeprefix(TRUNK): kind for name, kind in student.items() if name.startswith(TRUNK)},
+        "objective": {name: kind for name, kind in student.items() if not name.startswith(TRUNK)},
+        "teacher": {name.removeprefix(TRUNK): kind for name, kind in teacher.items()},
+        "head": {},
+    }
+
+
+def _layout(network: nn.Module) -> dict[str, Kind]:
+    return {name: Kind.of(tensor.float()) for name, tensor in network.state_dict().items()}
+
+
+def _description(
+    run_dir: Path,
+    config: RunConfig,
+    checkpoint: Path,
+    model: TrunkConfig,
+    preprocessing: Preprocessing,
+    records: list[dict[str, float]],
+) -> Description:
+    settings: Mapping[str, Any] = read_plain(checkpoint / "client.pt")["settings"]
+    return Description(
+        model=model,
+        objective=settings["objective"],
+        preprocessing=preprocessing,
+        origin=_origin(run_dir, config, read_manifest(checkpoint).counters, records),
+    )
+
+
+def _preprocessing(config: RunConfig, model: TrunkConfig, folder: Path | None) -> Preprocessing:
+    """Describe the preprocessing of every modality; files that belong to it are copied from the run's shards."""
+    described: Preprocessing = {}
+    for name, network in model.modalities.items():
+        modality, data, index = known_modalities()[name], config.data.modalities.get(name), None
+        if data is not None:
+            index = _first_index(folders_of(data.shards)[0])
+        described[name] = modality.describe_preprocessing(network, data, index)
+        if folder is None or data is None:
+            continue
+        for file in modality.files_beside(described[name]):
+            try:
+                shutil.copyfile(folders_of(data.shards)[0] / file, folder / file)
+            except OSError as error:
+                logger.warning("no %s is exported, the run's shards cannot be read: %s", file, error)
+                described[name] = modality.describe_preprocessing(network, data, None)
+    return described
+
+
+def _first_index(folder: Path) -> Index | None:
+    try:
+        return read_index(folder)
+    except (ShardError, OSError) as error:
+        logger.warning("files beside the run's shards are not exported, the shards cannot be read: %s", error)
+        return None
+
+
+def _origin(
+    run_dir: Path, config: RunConfig, counters: dict[str, int], records: list[dict[str, float]]
+) -> dict[str, Any]:
+    """Facts about the run, as plain values."""
+    last = _last_start(run_dir)
+    records = [r for r in records if r["step"] <= counters["global_steps"]]
+    amounts = [modality.unit.total_metric for modality in known_modalities().values()]
+    shown = ("loss/", "effective_rank", "target/std", "pred/std", *amounts)
+    final = {
+        key: value for key, value in (records[-1] if records else {}).items() if any(part in key for part in shown)
+    }
+    return {
+        "kind": "run",
+        "source": "a run of d2v2ds",
+        "step": counters["global_steps"],
+        "of_steps": config.total_steps,
+        "command": last.get("command", []),
+        "world_size": last.get("world_size"),
+        "started": last.get("time"),
+        "git_revision": last.get("git_revision"),
+        "versions": last.get("versions", {}),
+        "final_metrics": final,
+        "data": {name: _data_facts(section) for name, section in config.data.modalities.items()},
+    }
+
+
+def _last_start(run_dir: Path) -> dict[str, Any]:
+    """Read how the run was started last; empty, with a warning, if that cannot be read."""
+    path = run_dir / "starts.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return dict(json.loads(lines[-1])) if lines else {}
+    except (OSError, ValueError) as error:
+        logger.warning("the model is exported without command, revision and versions of the run: %s: %s", path, error)
+        return {}
+
+
+def _metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Read the records of the run; none, with a warning, if they cannot be read."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        return read_metrics(path)
+    except OSError as error:
+        logger.warning("the model is exported without metrics and curves of the run: %s: %s", path, error)
+        return []
+
+
+def _data_facts(section: Any) -> dict[str, Any]:
+    """Names of the folders, and their sums if they can be read."""
+    folders = folders_of(section.shards)
+    facts: dict[str, Any] = {"folders": " and ".join(folder.name for folder in folders)}
+    for folder in folders:
+        try:
+            index = read_index(folder)
+        except ShardError:
+            continue  # moved or deleted since; the name stays
+        for key, value in {"rows": index.rows, **index.totals}.items():
+            if isinstance(value, int | float):
+                facts[key] = facts.get(key, 0) + value
+    return facts
+
+
+def _draw_curves(records: list[dict[str, float]], folder: Path, modalities: list[str]) -> None:
+    """Draw curves.png, if matplotlib is installed and the run has metrics."""
+    prefixes = ["", *(f"{name}/" for name in modalities)]
+    names = [prefix + name for name in CURVES for prefix in prefixes if any(prefix + name in r for r in records)]
+    if not names:
+        return
+    try:
+        save_curves(records, names, folder / "curves.png", f"{folder.stem}, {int(records[-1]['step'])} steps")
+    except MissingExtraError as error:
+        logger.warning("no curves in the card: %s", error)

@@ -1,0 +1,143 @@
+"""Read configuration, data and DeepSpeed JSON, and check each by itself and against the others.
+
+Everything that can be wrong is reported at once, before any process group exists.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v2ds.config.load import config_error, read_config
+from d2v2ds.config.schema import RunConfig
+from d2v2ds.data.folders import folders_of
+from d2v2ds.data.loader import DataStream
+from d2v2ds.data.order import BatchPlan
+from d2v2ds.data.reader import Reader
+from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
+from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
+from d2v2ds.modalities.known import open_reader
+from d2v2ds.objectives.protocol import Objective
+from d2v2ds.run.warm_start import open_warm_start
+from d2v2ds.train.checkpointing import has_checkpoints
+
+Streams = Mapping[str, DataStream]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before its process group exists."""
+
+    config: RunConfig
+    objective: Objective
+    streams: Streams
+    """Data of every modality, in the order of the step."""
+    held_out: Mapping[str, Reader]
+    """Readers of the validation's folders, by modality."""
+    ds_config: dict[str, Any]
+
+
+def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
+    """Read and check everything.
+
+    Args:
+        config_name: name of a shipped configuration, or path of a YAML file.
+        overrides: `section.field=value`.
+        world: number of ranks.
+
+    Raises:
+        ConfigError: listing everything that is wrong.
+    """
+    config, problems = read_config(config_name, overrides)
+    if config is None:
+        raise config_error(config_name, problems)
+    objective = config.objective.build(config.model, config.run.seed)
+    streams: dict[str, DataStream] = {}
+    held_out: dict[str, Reader] = {}
+    ds_config = None
+    data_problems = config.data.missing()
+    if not data_problems:
+        streams, data_problems = open_streams(config)
+        held_out, held_out_problems = open_held_out(config)
+        data_problems += held_out_problems
+    if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
+        problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
+    if config.data.modalities:
+        try:
+            ds_config = resolve_ds_config(config, {name: s.plan for name, s in streams.items()}, world)
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    problems += data_problems + run_dir_faults(config.run.dir)
+    if not has_checkpoints(config.run.dir):
+        problems += open_warm_start(config)[1]
+    if problems or ds_config is None:
+        raise config_error(config_name, problems)
+    return Prepared(config, objective, streams, held_out, ds_config)
+
+
+def open_streams(config: RunConfig) -> tuple[dict[str, DataStream], list[str]]:
+    """Open the data of every modality, in the order of the step; returns problems too."""
+    streams: dict[str, DataStream] = {}
+    problems: list[str] = []
+    for name, settings in config.data.modalities.items():
+        if name not in config.model.modalities or name not in config.objective.modalities:
+            continue  # `RunConfig.check` reports this
+        try:
+            reader = open_reader(name, settings, config.model.modalities[name], config.objective.modalities[name].mask)
+            faults = reader.faults()
+            if not faults:
+                plan = BatchPlan(reader.datasets, config=reader.plan_config(), seed=config.run.seed)
+                streams[name] = DataStream(reader, plan)
+        except (ShardError, MissingExtraError) as error:
+            faults = [f"data.{name}.shards: {error}"]
+        problems += faults
+    return streams, problems
+
+
+def open_held_out(config: RunConfig) -> tuple[dict[str, Reader], list[str]]:
+    """Open the folders of the validation; returns problems too."""
+    data, problems = config.data.modalities, []
+    readers: dict[str, Reader] = {}
+    for name, path in config.valid.modalities.items():
+        if name not in data or name not in config.model.modalities or name not in config.objective.modalities:
+            continue  # `RunConfig.check` reports this
+        if path in folders_of(data[name].shards):
+            problems.append(f"valid.{name} is in data.{name}.shards, {path}; expected a folder that is not trained on")
+        try:
+            readers[name] = open_reader(
+                name,
+                replace(data[name], shards=path, weights=None),
+                config.model.modalities[name],
+                config.objective.modalities[name].mask,
+            )
+            problems += [f"valid.{name} {path}: {fault}" for fault in readers[name].faults()]
+        except (ShardError, MissingExtraError) as error:
+            problems.append(f"valid.{name}: {error}")
+    return readers, problems
+
+
+def run_dir_faults(run_dir: Path) -> list[str]:
+    """Return a message if the run's folder cannot be written; makes it if it is absent."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [f"run.dir {run_dir}: cannot be made: {error}"]
+    return [] if os.access(run_dir, os.W_OK) else [f"run.dir {run_dir}: not writable"]
+
+
+def resolve_ds_config(config: RunConfig, plans: Mapping[str, BatchPlan], world: int) -> dict[str, Any]:
+    """Merge this run's numbers into the DeepSpeed JSON; contradictions are errors that name both sides.
+
+    Without plans, because there is no data, everything but the accumulation is checked.
+    """
+    accumulation = sum(plan.config.accumulation(world) for plan in plans.values()) or 1
+    numbers = {
+        "train_micro_batch_size_per_gpu": 1,  # ours are seconds, images or tokens; DeepSpeed only multiplies with it
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": accumulation * world,
+        "gradient_clipping": config.optim.clip_norm,
+    }
+    return merge_ds_config(load_ds_config(config.engine.deepspeed), numbers, f"ds_configs {config.engine.deepspeed}")

@@ -1,0 +1,128 @@
+"""One pretraining run, from configuration to last checkpoint."""
+
+import logging
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+
+from d2v2ds.config.load import to_dict, to_yaml
+from d2v2ds.config.summary import batch_advice
+from d2v2ds.data.loader import LoaderConfig, build_loader, start_worker_server
+from d2v2ds.data.order import SamplerState
+from d2v2ds.distributed import comm, zero
+from d2v2ds.distributed.checkpoint.keep import Keep
+from d2v2ds.errors import ConfigError
+from d2v2ds.run import provenance
+from d2v2ds.run.build import build_engines, build_validation, loop_config, recipe
+from d2v2ds.run.describe import changed_settings, describe, start_logging, warn_once
+from d2v2ds.run.lock import RunLock
+from d2v2ds.run.machine import tune_cpu
+from d2v2ds.run.preempt import StopRequest
+from d2v2ds.run.prepare import Prepared, prepare
+from d2v2ds.run.warm_start import WarmStart
+from d2v2ds.run.watchdog import Watchdog
+from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints, reading_ahead
+from d2v2ds.train.guard import Guard
+from d2v2ds.train.loop import Trainer
+from d2v2ds.train.metrics import MetricNames, Metrics
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) -> None:
+    """Run to the end, or to a signal.
+
+    Args:
+        config_name: name of a shipped configuration, or path of a YAML file.
+        overrides: `section.field=value`.
+        allow_grown: whether rows may have been added to the data since the checkpoint that the run goes on from.
+
+    Raises:
+        ConfigError: before any process group exists.
+        CheckpointError, CollapseError, DamagedDataError, NonFiniteError, PreemptedError, SaveError: while running.
+    """
+    launched = os.environ | comm.launcher_environment(dict(os.environ))
+    prepared = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
+    config = prepared.config
+    timeout = timedelta(minutes=config.engine.timeout_minutes)
+    with StopRequest() as stop, comm.process_group(timeout), RunLock(config.run.dir) as lock:
+        start_logging(config.run.dir)
+        if fault := comm.on_rank0(lock.take):
+            raise ConfigError(f"run.dir {config.run.dir}: {fault}")
+        if comm.device().type == "cpu":
+            tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
+        if config.data.num_workers > 0:
+            start_worker_server()
+        checkpoints = start(prepared, config_name, allow_grown)
+        train(prepared, checkpoints, stop)
+        logger.info("done: %d steps, run in %s", checkpoints.progress.step, config.run.dir)
+
+
+def start(prepared: Prepared, config_name: str, allow_grown: bool) -> Checkpoints:
+    """Build engine and teacher, restore the newest checkpoint if there is one, and write down what starts."""
+    config, streams = prepared.config, prepared.streams
+    will_resume = has_checkpoints(config.run.dir)
+    weights = None if will_resume else config.init.weights
+    warm_start = None if weights is None else WarmStart(config, weights)
+    with reading_ahead(config.run.dir) if will_resume else nullcontext():
+        engine, teacher = build_engines(config, prepared.objective, prepared.ds_config, will_resume, warm_start)
+    checkpoints = Checkpoints(
+        engine,
+        teacher,
+        config.run.dir,
+        plans={name: stream.plan for name, stream in streams.items()},
+        guard=Guard(config.health, prepared.objective.health_limits(config.health)),
+        progress=Progress(sampler={name: SamplerState() for name in streams}),
+        settings={"model": to_dict(config.model), "objective": to_dict(config.objective)},
+        keep=Keep(last=config.run.keep_checkpoints or None, every_steps=config.run.keep_every_steps),
+        asynchronous=config.run.async_checkpoints,
+    )
+    if will_resume:
+        checkpoints.resume(allow_grown)
+        for change in changed_settings(config):
+            warn_once(f"changed since the last start: {change}")
+    if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), prepared.ds_config)):
+        raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")
+    describe(config, streams)
+    for advice in batch_advice(config_name, config):
+        warn_once(advice)
+    return checkpoints
+
+
+def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> None:
+    """Load data and run the loop."""
+    config, objective, engine = prepared.config, prepared.objective, checkpoints.student
+    loader = build_loader(
+        prepared.streams,
+        state=checkpoints.progress.sampler,
+        rank=comm.rank(),
+        world=comm.world(),
+        config=LoaderConfig(num_workers=config.data.num_workers),
+        pin_memory=comm.device().type == "cuda",
+    )
+    restarts = provenance.count_starts(config.run.dir) - 1
+    metrics = None
+    if comm.rank() == 0:
+        units = [stream.reader.unit for stream in prepared.streams.values()]
+        amounts = {unit.total_metric: unit.total_help for unit in units}
+        speeds = {unit.speed_metric: unit.speed_help for unit in units}
+        names = MetricNames(amounts | speeds | dict(objective.run_units), objective.units)
+        metrics = Metrics(config.run.dir, names, resume_step=checkpoints.progress.step)
+    try:
+        with Watchdog(config.health.late_factor, config.health.late_seconds) as watchdog:
+            Trainer(
+                engine,
+                objective,
+                recipe=recipe(config),
+                config=loop_config(config, objective, prepared.streams, zero.compute_dtype(engine), restarts),
+                guard=checkpoints.guard,
+                checkpoints=checkpoints,
+                stop=stop,
+                watchdog=watchdog,
+                validation=build_validation(config, engine, objective, prepared.held_out),
+                metrics=metrics,
+            ).run(loader)
+    finally:
+        loader.close()
+        if metrics is not None:
+            metrics.close()
