@@ -13,15 +13,10 @@ import numpy as np
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.input_files import check_unique
 from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
-from preprocessing.text.documents import (
-    DocumentOptions,
-    TextFile,
-    TextSpan,
-    can_be_divided,
-    document_boundaries,
-    find_text_files,
-    read_documents,
-)
+from preprocessing.text.divide import can_be_divided, document_boundaries
+from preprocessing.text.documents import DocumentOptions, TextFile, TextSpan
+from preprocessing.text.find import find_text_files
+from preprocessing.text.read import read_documents
 from preprocessing.text.tokenization import Normalization, read_tokenizer, token_dtype
 
 BYTES_PER_TOKEN = 4

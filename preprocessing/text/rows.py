@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from d2v2ds.modalities.text.tokenizers import BOS, EOS, Tokenizer
 from preprocessing.driver.plan import Skipped
 from preprocessing.driver.protocol import Notes, Row
-from preprocessing.text.documents import TextSpan, read_documents
+from preprocessing.text.documents import TextSpan
 from preprocessing.text.plan import TextSettings
+from preprocessing.text.read import read_documents
 from preprocessing.text.tokenization import token_dtype
 
 

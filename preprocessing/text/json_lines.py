@@ -1,0 +1,132 @@
+"""Documents of JSON lines."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from d2v2ds.errors import ConfigError
+from preprocessing.text.documents import DocumentBatch, DocumentOptions, Errors, TextSpan
+from preprocessing.text.stream import decode_lines, place_of, whole_lines
+
+
+def read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch]:
+    """Read the documents of a span of JSON lines; see `preprocessing.text.read.read_documents`."""
+    for first, position, data in whole_lines(span):
+        batch = _all_at_once(first, data, options)
+        if batch is None:
+            lines = decode_lines(data, position, span, options.errors)
+            batch = _line_by_line(first, lines, span, options)
+        if batch.texts:
+            yield batch
+
+
+def _all_at_once(first: int, data: bytes, options: DocumentOptions) -> DocumentBatch | None:
+    """The documents of many lines, or None if any of them needs to be looked at.
+
+    The decoder takes no notice of line ends and of what it skips. But a line end between two braces is never inside an
+    object, so if all are and there is one object more than line ends, every line is one object.
+    """
+    try:
+        objects = _decoder(options.text_field, options.label_field).decode_lines(data)
+        if not data.isascii():
+            data.decode()
+    except ValueError:
+        return None
+    if len(objects) != _count_lines_of_one_object(data):
+        return None
+    texts = [values.text.strip() for values in objects]
+    numbers: Sequence[int] = range(first, first + len(texts))
+    if options.label_field is not None:
+        labels = [None if values.label is None else str(values.label) for values in objects]
+        return DocumentBatch(texts=texts, lines=numbers, labels=labels)
+    if not all(texts):
+        numbers = [number for number, text in zip(numbers, texts, strict=True) if text]
+        texts = [text for text in texts if text]
+    return DocumentBatch(texts=texts, lines=numbers)
+
+
+def _count_lines_of_one_object(data: bytes) -> int | None:
+    """The number of lines, or None if a line end lies anywhere but between two braces."""
+    characters = np.frombuffer(data, dtype=np.uint8)  # bytes.count takes five times as long
+    ends = np.flatnonzero(characters == ord("\n"))
+    before = ends - 1
+    before -= characters[before] == ord("\r")
+    if len(ends) and (before[0] < 0 or ends[-1] == len(data) - 1):
+        return None
+    if (characters[before] != ord("}")).any() or (characters[ends + 1] != ord("{")).any():
+        return None
+    return len(ends) + 1
+
+
+@functools.cache
+def _decoder(text_field: str, label_field: str | None) -> msgspec.json.Decoder[Any]:
+    """Of the lines of a file: only the fields that are wanted become objects."""
+    fields: list[Any] = [("text", str, msgspec.field(name=text_field))]
+    if label_field is not None:
+        fields.append(("label", str | int | None, msgspec.field(name=label_field, default=None)))
+    return msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
+
+
+def _line_by_line(first: int, lines: Sequence[str], span: TextSpan, options: DocumentOptions) -> DocumentBatch:
+    """The same for lines of which some are blank, hold half characters, or are wrong."""
+    texts, numbers, labels = [], [], []
+    for number, line in enumerate(map(str.strip, lines), start=first):
+        if not line:
+            continue
+        values = _looked_at(line, options.text_field, span, number)
+        text = _whole_characters(values[options.text_field].strip(), span, number, options.errors)
+        if options.label_field is not None:
+            labels.append(_label_of(values, options.label_field, span, number))
+        elif not text:
+            continue
+        numbers.append(number)
+        texts.append(text)
+    return DocumentBatch(texts=texts, lines=numbers, labels=labels)
+
+
+def _looked_at(line: str, name: str, span: TextSpan, number: int) -> dict[str, Any]:
+    """One line of JSON, by Python's decoder, which takes half a character and says what is wrong.
+
+    Raises:
+        ConfigError: saying what is wrong with the line.
+    """
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place_of(span, number)}: expected one JSON object, found {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place_of(span, number)}: expected one JSON object, found {line!r:.60}")
+    text = values.get(name)
+    if not isinstance(text, str):
+        found = f"it is {text!r:.40}" if name in values else f"the fields {sorted(values)!r:.200}"
+        raise ConfigError(
+            f"{place_of(span, number)}: expected text in field {name!r}, found {found}; name the field by --text-field"
+        )
+    return values
+
+
+def _label_of(values: dict[str, Any], name: str, span: TextSpan, number: int) -> str | None:
+    label = values.get(name)
+    if label is None or isinstance(label, (str, int)):
+        return None if label is None else str(label)
+    raise ConfigError(
+        f"{place_of(span, number)}: expected text or a whole number as label {name!r}, found {label!r:.40}"
+    )
+
+
+def _whole_characters(text: str, span: TextSpan, number: int, errors: Errors) -> str:
+    r"""Text that can be stored as UTF-8: JSON can write half a character (a lone ``\ud83d``)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "replace":
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        raise ConfigError(
+            f"{place_of(span, number)}: expected whole characters, found half of one, \\u{ord(text[error.start]):04x}; "
+            "--errors replace puts U+FFFD in its place"
+        ) from error
+    return text
