@@ -13,7 +13,7 @@ from typing import Any
 from d2v2ds.data.schema import SKIPPED_NAME, Index
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error
-from preprocessing.driver.reports import REPORTS
+from preprocessing.reports import REPORTS
 
 EXIT_UNREADABLE = 2
 

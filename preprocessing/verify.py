@@ -32,7 +32,8 @@ from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error, ShardError
 from preprocessing.driver.parallel import EXIT_INTERRUPTED, LocalTeam
 from preprocessing.driver.progress import Progress, Report
-from preprocessing.driver.reports import REPORTS, fault
+from preprocessing.driver.report_lines import fault
+from preprocessing.reports import REPORTS
 
 EXIT_FAULTY = 1
 EXIT_UNREADABLE = 2

@@ -1,15 +1,17 @@
-"""What the driver (`packing.py`) asks of a modality. A class of this kind per modality, in ``pack_MODALITY.py``.
+"""What the driver asks of a modality: a `Packer`, and for `verify` and `inspect` a `FolderReport`.
 
-The driver calls, in this order: `check`, `scan` (every process; finds the input and makes the plan), `make_beside`
-(the leader; files that belong to the folder, such as a tokenizer), `rows` (one process per shard), `totals`.
-Instances travel to other processes by pickle: they hold settings, not open files.
+A packer is a class in ``pack_MODALITY.py``. `packing.py` calls, in this order: `check`, `scan` (every process; finds
+the input and makes the plan), `make_beside` (the leader; files that belong to the folder, such as a tokenizer), `rows`
+(one process per shard), `totals`. Packers travel to other processes by pickle: they hold settings, not open files.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import pyarrow as pa
 
 from d2v2ds.data.schema import Index
 from preprocessing.driver.parallel import Team
@@ -108,4 +110,28 @@ class Packer(Protocol):
 
     def versions(self) -> dict[str, str]:
         """Libraries that decide the bytes, beside numpy and pyarrow."""
+        ...
+
+
+class FolderReport(Protocol):
+    """What `verify` and `inspect` ask of a modality: the functions of ``MODALITY/report.py``."""
+
+    @property
+    def batch_faults(self) -> Callable[[pa.RecordBatch, Index, str, int], Iterator[str]]:
+        """Faults of the rows of a record batch: (batch, index, name of the shard, number of the first row)."""
+        ...
+
+    @property
+    def headline(self) -> Callable[[Index], str]:
+        """What all rows have in common, a few words."""
+        ...
+
+    @property
+    def lines(self) -> Callable[[Any], list[str]]:
+        """What there is to say of the rows of opened shards; each line begins with a word padded to 10 columns."""
+        ...
+
+    @property
+    def plot(self) -> Callable[[Any, Path], None]:
+        """Draw the figure of opened shards to a PNG file."""
         ...

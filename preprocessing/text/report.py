@@ -12,7 +12,7 @@ from d2v2ds.data.schema import TOKEN_DTYPES, Index
 from d2v2ds.data.shards import TextShards
 from d2v2ds.errors import MissingExtraError
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
-from preprocessing.driver.reports import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
+from preprocessing.driver.report_lines import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
 
 _TOP_TOKENS = 12
 _SAMPLES = 3
