@@ -25,7 +25,8 @@ from preprocessing.audio.clips import find_clips, read_headers
 from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio.rows import rows_of
 from preprocessing.audio.waveform import Decoder
-from preprocessing.driver.packing import common_parser, read_all, run
+from preprocessing.driver.command import common_parser, run
+from preprocessing.driver.packing import read_all
 from preprocessing.driver.parallel import Team
 from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import Measure

@@ -24,8 +24,9 @@ from PIL import features
 from d2v2ds.data.codecs.pixels import ALPHA_OVER
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import ConfigError
+from preprocessing.driver.command import common_parser, run
 from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
-from preprocessing.driver.packing import common_parser, read_all, run
+from preprocessing.driver.packing import read_all
 from preprocessing.driver.parallel import Team
 from preprocessing.driver.plan import Plan, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES

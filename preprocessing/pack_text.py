@@ -21,8 +21,8 @@ from typing import Any
 
 from d2v2ds.data.schema import Index
 from d2v2ds.modalities.text.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from preprocessing.driver.command import common_parser, parse_bytes, run
 from preprocessing.driver.output_file import replacing
-from preprocessing.driver.packing import common_parser, parse_bytes, run
 from preprocessing.driver.parallel import Team
 from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import MEBIBYTES
