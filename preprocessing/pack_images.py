@@ -27,10 +27,10 @@ from d2v2ds.errors import ConfigError
 from preprocessing.driver.command import common_parser, run
 from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
 from preprocessing.driver.packing import read_all
-from preprocessing.driver.parallel import Team
 from preprocessing.driver.plan import Plan, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.team.protocol import Team
 from preprocessing.image.find import (
     IMAGE_SUFFIXES,
     MISSING,

@@ -23,10 +23,10 @@ from d2v2ds.data.schema import Index
 from d2v2ds.modalities.text.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing.driver.command import common_parser, parse_bytes, run
 from preprocessing.driver.output_file import replacing
-from preprocessing.driver.parallel import Team
 from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.team.protocol import Team
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.text.documents import DOCUMENT_KINDS, ERRORS, DocumentOptions, TextSpan
 from preprocessing.text.plan import TextSettings, make_plan, sample_texts

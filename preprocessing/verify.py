@@ -30,9 +30,10 @@ from d2v2ds.data.schema import (
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.data.shards import open_shards
 from d2v2ds.errors import D2V2Error, ShardError
-from preprocessing.driver.parallel import EXIT_INTERRUPTED, LocalTeam
+from preprocessing.driver.exit_codes import EXIT_INTERRUPTED
 from preprocessing.driver.progress import Progress, Report
 from preprocessing.driver.report_lines import fault
+from preprocessing.driver.team.local import LocalTeam
 from preprocessing.reports import REPORTS
 
 EXIT_FAULTY = 1

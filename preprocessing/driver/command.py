@@ -14,13 +14,13 @@ from pathlib import Path
 
 from d2v2ds.data.schema import SKIPPED_NAME, Index
 from d2v2ds.errors import D2V2Error
+from preprocessing.driver.exit_codes import EXIT_INTERRUPTED, EXIT_TOO_MANY_SKIPPED, exit_code
 from preprocessing.driver.input_files import said_ignored
 from preprocessing.driver.packing import pack
-from preprocessing.driver.parallel import EXIT_INTERRUPTED, choose_team, exit_code
 from preprocessing.driver.protocol import Packer
+from preprocessing.driver.team.choose import choose_team
 
 DEFAULT_SHARD_BYTES = 256 << 20
-EXIT_TOO_MANY_SKIPPED = 3
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 

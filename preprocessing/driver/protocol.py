@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from d2v2ds.data.schema import Index
-from preprocessing.driver.parallel import Team
 from preprocessing.driver.plan import Plan, Skipped
 from preprocessing.driver.progress import Measure, Report
+from preprocessing.driver.team.protocol import Team
 
 Buffer = Any
 """Bytes, a memoryview or a contiguous array: whatever `memoryview` takes."""
