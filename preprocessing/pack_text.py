@@ -1,7 +1,7 @@
 """Pack text into Arrow shards of token blocks: ``python -m preprocessing.pack_text --input FILES --output DIR ...``.
 
 Documents are tokenized and end with ``</s>``; they are joined, across documents, and cut into pieces of
---block-tokens less one, each with ``<s>`` in front (spec section 14). Joining begins anew with every shard, so only
+--block-tokens less one, each with ``<s>`` in front. Joining begins anew with every shard, so only
 the last block of a shard may be shorter. The tokenizer is trained on the corpus (--train-tokenizer) or given
 (--tokenizer), and lies in the shard folder. --one-row-per-document makes rows for probes instead.
 

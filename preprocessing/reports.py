@@ -1,6 +1,6 @@
-"""The report of each modality, for `verify` and `inspect`.
+"""Report of each modality, for `verify` and `inspect`.
 
-A modality is imported only when a folder of it is looked at, so that text needs no audio library and vice versa.
+A report is imported only for a folder of its modality, so that text needs no audio library and vice versa.
 """
 
 from collections.abc import Callable

@@ -50,7 +50,7 @@ class ShardCheck:
 
     @property
     def entry(self) -> ShardEntry:
-        """What the index says of the shard."""
+        """Entry of the shard in the index."""
         return self.index.shards[self.number]
 
 

@@ -29,7 +29,7 @@ LOSS = [
     ("d2v2ds/model/trunk.py", "Data2Vec2.forward", "student"),
     ("d2v2ds/objectives/loss.py", "regression_loss"),
 ]
-"""The same from a batch to its loss."""
+"""File and function on the way from a batch down to its loss, in the same form."""
 
 MODALITIES = {"audio", "image", "text", "spectrogram"}
 KNOW_MODALITIES = [
@@ -48,7 +48,7 @@ class Measure:
     limit: int
     found: int
     worst: Sequence[str] = ()
-    """What is found, the worst first."""
+    """Places, the worst first."""
 
 
 def functions_in(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
@@ -78,7 +78,7 @@ def part_of(module: str) -> str:
 
 
 def is_command(module: str, path: Path) -> bool:
-    """Whether a module is the file that a command starts with."""
+    """Return True for the file that a command starts with."""
     return room_of(module) == "commands" and (path.name == "__main__.py" or path.parent.name == "d2v2ds")
 
 

@@ -32,7 +32,7 @@ from d2v2ds.data.workers import (
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How batches are read ahead."""
+    """Reading ahead of batches."""
 
     num_workers: int = 2
     """Reading processes of each rank (count); 0 reads in the training process."""
@@ -50,7 +50,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class DataStream:
-    """One modality's data: what is read, and in which order."""
+    """Reader and order of one modality's data."""
 
     reader: Reader
     plan: BatchPlan
@@ -147,12 +147,12 @@ class StepLoader(Iterator[StepData]):
 
 @dataclass(frozen=True)
 class _Request:
-    """What a worker is asked for."""
+    """Micro-batch that a worker shall read."""
 
     modality: str
     micro: MicroBatch
     state_after: dict[str, SamplerState] | None
-    """Only with the last micro-batch of a step."""
+    """Set only for the last micro-batch of a step."""
 
 
 class _RankOrder(Sampler[_Request]):
@@ -176,7 +176,7 @@ class _RankOrder(Sampler[_Request]):
 
 
 class _MicroBatches(Dataset[tuple[Batch, dict[str, SamplerState] | None]]):
-    """Reads what it is asked for. Runs in the workers."""
+    """Reads and masks the micro-batches of requests. Runs in the workers."""
 
     def __init__(self, collators: Mapping[str, Collator]) -> None:
         self.collators = dict(collators)

@@ -5,11 +5,11 @@ from d2v2ds.errors import ConfigError, D2V2Error, MissingExtraError
 EXIT_FAILED = 1
 EXIT_TOO_MANY_SKIPPED = 3
 EXIT_INTERRUPTED = 130
-"""Of every command here: what a shell makes of Ctrl-C."""
+"""Ctrl-C, as shells report it."""
 
 
 def exit_code(error: BaseException) -> int:
-    """What the process returns to its caller for an error: 2 wrong input or settings, 4 files, else 1."""
+    """Return the exit code for an error: 2 for wrong input or settings, 4 for files, 1 for anything else."""
     if isinstance(error, (ConfigError, MissingExtraError)):
         return 2
     return 4 if isinstance(error, (D2V2Error, OSError)) else EXIT_FAILED

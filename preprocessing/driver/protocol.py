@@ -1,4 +1,4 @@
-"""What the driver asks of a modality: a `Packer`, and for `verify` and `inspect` a `FolderReport`.
+"""Interfaces between the driver and a modality: `Packer`, and for `verify` and `inspect` `FolderReport`.
 
 A packer is a class in ``pack_MODALITY.py``. `packing.py` calls, in this order: `check`, `scan` (every process; finds
 the input and makes the plan), `make_beside` (the leader; files that belong to the folder, such as a tokenizer), `rows`
@@ -34,10 +34,10 @@ class Row:
 
 @dataclass(slots=True)
 class Notes:
-    """What comes out of packing a shard beside its rows."""
+    """Results of packing a shard beside its rows."""
 
     report: Report
-    """To be told of (files, planned size) as they are done with."""
+    """Call it with (files, planned size) when they are packed."""
     skipped: list[Skipped] = field(default_factory=list)
     """Files that turned out bad."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -74,7 +74,7 @@ class Packer(Protocol):
 
     @property
     def measure(self) -> Measure:
-        """How progress says `Unit.size`."""
+        """Units in which progress prints `Unit.size`."""
         ...
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:
@@ -105,7 +105,7 @@ class Packer(Protocol):
         ...
 
     def describe(self, index: Index) -> str:
-        """How much a folder holds, in the words of the modality, for the last line of a packing."""
+        """Return the amount in a folder, such as its hours, for the last line of a packing."""
         ...
 
     def versions(self) -> dict[str, str]:
@@ -114,21 +114,21 @@ class Packer(Protocol):
 
 
 class FolderReport(Protocol):
-    """What `verify` and `inspect` ask of a modality: the functions of ``MODALITY/report.py``."""
+    """Functions of ``MODALITY/report.py``, which `verify` and `inspect` call."""
 
     @property
     def batch_faults(self) -> Callable[[pa.RecordBatch, Index, str, int], Iterator[str]]:
-        """Faults of the rows of a record batch: (batch, index, name of the shard, number of the first row)."""
+        """Yield the faults of a record batch: (batch, index, name of the shard, number of its first row)."""
         ...
 
     @property
     def headline(self) -> Callable[[Index], str]:
-        """What all rows have in common, a few words."""
+        """Return what all rows have in common, in a few words."""
         ...
 
     @property
     def lines(self) -> Callable[[Any], list[str]]:
-        """What there is to say of the rows of opened shards; each line begins with a word padded to 10 columns."""
+        """Return lines about the rows of opened shards; each begins with a word padded to 10 columns."""
         ...
 
     @property

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from preprocessing.text.documents import DocumentOptions, TextFile
-from preprocessing.text.stream import opened
+from preprocessing.text.stream import open_text
 
 _SCAN_BYTES = 64 << 10
 _BOUNDARIES = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n[ \t\r\f\v]*\n")}
 
 
 def can_be_divided(file: TextFile, options: DocumentOptions) -> bool:
-    """Whether several processes may read one file each from a place of its own."""
+    """Return True if several processes can read the file, each from a byte of its own."""
     return file.compression is None and (file.form != "text" or options.document != "file")
 
 
 def document_boundaries(file: TextFile, offsets: Sequence[int], options: DocumentOptions) -> list[int]:
-    """For each offset, where the first document begins that starts behind it.
+    """Find for each offset the first document that begins behind it.
 
     Args:
         file: one that can be divided.
@@ -33,7 +33,7 @@ def document_boundaries(file: TextFile, offsets: Sequence[int], options: Documen
     """
     pattern = _BOUNDARIES[options.document if file.form == "text" else "line"]
     found, reached = [], 0
-    with opened(file) as stream:
+    with open_text(file) as stream:
         for offset in offsets:
             if offset > reached:
                 reached = _next_boundary(stream, offset, pattern, file.bytes)

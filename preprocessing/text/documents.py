@@ -11,7 +11,7 @@ ERRORS: tuple[Errors, ...] = ("strict", "replace")
 Form = Literal["text", "json", "tsv"]
 
 EXPANSION = {None: 1, "gzip": 3, "zstd": 3}
-"""Bytes of text per byte of file, as the plan guesses them; English text has 2.5 to 3.5."""
+"""Estimated bytes of text per byte of file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,19 +19,19 @@ class TextFile:
     """One input file."""
 
     path: str
-    """Where to open it."""
+    """File to open."""
     source: str
-    """How it is named in shards and messages: its path below the input folder, or its name."""
+    """Name in shards and messages: the path below the input folder, or the file's name."""
     bytes: int
     """Size on disk."""
     form: Form
     compression: str | None
     label: str | None = None
-    """Of all its documents, if a manifest says so."""
+    """Label of all its documents, from a manifest; None without one."""
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of text in it; a guess if it is compressed."""
+        """Bytes of text; an estimate if the file is compressed."""
         return self.bytes * EXPANSION[self.compression]
 
 
@@ -58,16 +58,16 @@ class TextSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentOptions:
-    """What a document is, and what is done with bad input."""
+    """Definition of a document, and treatment of bad input."""
 
     document: DocumentKind = "paragraph"
-    """In plain text: what a line, lines between blank ones, or a file. Elsewhere a line is a document."""
+    """Unit of plain text: a line, a paragraph (lines between blank lines), or a file. In JSON and TSV it is a line."""
     text_field: str = "text"
     """The JSON field or TSV column that holds the text."""
     label_field: str | None = None
     """The JSON field or TSV column that holds the label; None reads no labels."""
     errors: Errors = "strict"
-    """replace: what is no UTF-8 becomes U+FFFD instead of an error."""
+    """strict: invalid UTF-8 is an error; replace: it becomes U+FFFD."""
 
 
 @dataclass(kw_only=True)
@@ -75,12 +75,12 @@ class DocumentBatch:
     """Consecutive documents of one file."""
 
     texts: list[str]
-    """White space around documents is removed. In strict reading each can be encoded as UTF-8."""
+    """Documents without white space around them. With `errors` strict each can be encoded as UTF-8."""
     begins_inside: bool = False
-    """The first text goes on with the last one of the batch before."""
+    """The first text continues the last one of the batch before."""
     ends_inside: bool = False
-    """The last text goes on in the next batch."""
+    """The last text continues in the next batch."""
     lines: Sequence[int] = ()
-    """Of JSON and TSV: line numbers inside the span, from 0."""
+    """Line numbers inside the span, from 0; empty for plain text."""
     labels: list[str | None] = field(default_factory=list)
-    """Only if labels were asked for."""
+    """Labels of the documents; empty unless `DocumentOptions.label_field` is set."""

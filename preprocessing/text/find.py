@@ -11,7 +11,7 @@ from preprocessing.text.documents import DocumentOptions, Form, TextFile
 from preprocessing.text.tsv import check_columns, tsv_columns, wanted_columns
 
 FORMS: dict[str, Form] = {".txt": "text", ".text": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
-"""What a folder is searched for; ``.tsv`` counts only where a file is named, because folders often list themselves."""
+"""Suffixes that a folder is searched for. Not ``.tsv``, because folders often hold a table of their own files."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 SUFFIXES = frozenset({*FORMS, *COMPRESSIONS})
 
@@ -19,13 +19,13 @@ SUFFIXES = frozenset({*FORMS, *COMPRESSIONS})
 def find_text_files(
     inputs: Sequence[Path], options: DocumentOptions, ignored: Counter[str] | None = None
 ) -> list[TextFile]:
-    """List the files of all inputs, in an order that depends on nothing else.
+    """List the files of all inputs, in the order of the inputs and, in a folder, of the names.
 
     Args:
         inputs: folders, and files of any name (what is neither JSON nor TSV by its suffix is plain text). A TSV file
             without the text's column but with a column ``path`` is a manifest: it stands for the files it names.
         options: names of the text's and the label's column.
-        ignored: other files of folders are counted here by suffix.
+        ignored: counts the other files of folders by suffix.
 
     Raises:
         ConfigError: if an input is missing, a folder holds no text, or a TSV file is malformed.
@@ -34,10 +34,10 @@ def find_text_files(
     ignored = Counter() if ignored is None else ignored
     for root in inputs:
         if root.is_dir():
-            found = list(_of_folder(root, ignored))
+            found = list(_files_of_folder(root, ignored))
         elif root.is_file():
             file = _text_file(str(root), root.parent)
-            found = _of_manifest(root, options) if file.form == "tsv" and _is_manifest(file, options) else [file]
+            found = _files_of_manifest(root, options) if file.form == "tsv" and _is_manifest(file, options) else [file]
         else:
             raise ConfigError(f"--input {root}: expected a folder or a file, found nothing there")
         if not found:
@@ -47,13 +47,13 @@ def find_text_files(
     return files
 
 
-def _of_folder(root: Path, ignored: Counter[str]) -> Iterator[TextFile]:
+def _files_of_folder(root: Path, ignored: Counter[str]) -> Iterator[TextFile]:
     for folder, names in walk(root, SUFFIXES, ignored):
         for name in names:
             suffix = _split_name(name)[0]
             if suffix in FORMS:
                 yield _text_file(os.path.join(folder, name), root)  # noqa: PTH118  (a corpus may have a million files)
-            else:  # compressed, but no text
+            else:  # a compressed file of another kind
                 ignored[suffix + os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
 
 
@@ -65,7 +65,7 @@ def _is_manifest(file: TextFile, options: DocumentOptions) -> bool:
     return is_manifest
 
 
-def _of_manifest(manifest: Path, options: DocumentOptions) -> list[TextFile]:
+def _files_of_manifest(manifest: Path, options: DocumentOptions) -> list[TextFile]:
     optional = [options.label_field] if options.label_field else []
     lines = list(read_manifest(manifest, optional, required=optional))
     check_present([line.place for line in lines if not (manifest.parent / line.path).is_file()])
@@ -76,7 +76,7 @@ def _of_manifest(manifest: Path, options: DocumentOptions) -> list[TextFile]:
 
 
 def _split_name(name: str) -> tuple[str, str | None]:
-    """Suffix without the compression's, and the compression."""
+    """Return the suffix in front of the compression's suffix, and the compression."""
     stem, suffix = os.path.splitext(name.lower())  # noqa: PTH122
     compression = COMPRESSIONS.get(suffix)
     return (os.path.splitext(stem)[1] if compression else suffix), compression  # noqa: PTH122

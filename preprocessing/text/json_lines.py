@@ -1,4 +1,7 @@
-"""Documents of JSON lines."""
+"""Documents of JSON lines.
+
+Many lines are decoded in one call. Only if one of them needs attention are they decoded one by one.
+"""
 
 import functools
 import json
@@ -16,19 +19,19 @@ from preprocessing.text.stream import decode_lines, place_of, whole_lines
 def read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch]:
     """Read the documents of a span of JSON lines; see `preprocessing.text.read.read_documents`."""
     for first, position, data in whole_lines(span):
-        batch = _all_at_once(first, data, options)
+        batch = _decode_at_once(first, data, options)
         if batch is None:
             lines = decode_lines(data, position, span, options.errors)
-            batch = _line_by_line(first, lines, span, options)
+            batch = _decode_one_by_one(first, lines, span, options)
         if batch.texts:
             yield batch
 
 
-def _all_at_once(first: int, data: bytes, options: DocumentOptions) -> DocumentBatch | None:
-    """The documents of many lines, or None if any of them needs to be looked at.
+def _decode_at_once(first: int, data: bytes, options: DocumentOptions) -> DocumentBatch | None:
+    """Return the documents of many lines, or None if the lines have to be decoded one by one.
 
-    The decoder takes no notice of line ends and of what it skips. But a line end between two braces is never inside an
-    object, so if all are and there is one object more than line ends, every line is one object.
+    The decoder checks neither line ends nor the fields that it skips. A line end between two braces is never inside an
+    object. So if all line ends are, and there is one object more than line ends, every line is one object.
     """
     try:
         objects = _decoder(options.text_field, options.label_field).decode_lines(data)
@@ -50,8 +53,8 @@ def _all_at_once(first: int, data: bytes, options: DocumentOptions) -> DocumentB
 
 
 def _count_lines_of_one_object(data: bytes) -> int | None:
-    """The number of lines, or None if a line end lies anywhere but between two braces."""
-    characters = np.frombuffer(data, dtype=np.uint8)  # bytes.count takes five times as long
+    """Return the number of lines, or None if a line end is not between two braces."""
+    characters = np.frombuffer(data, dtype=np.uint8)  # faster than bytes.count
     ends = np.flatnonzero(characters == ord("\n"))
     before = ends - 1
     before -= characters[before] == ord("\r")
@@ -64,23 +67,23 @@ def _count_lines_of_one_object(data: bytes) -> int | None:
 
 @functools.cache
 def _decoder(text_field: str, label_field: str | None) -> msgspec.json.Decoder[Any]:
-    """Of the lines of a file: only the fields that are wanted become objects."""
+    """Return the decoder of lines with these fields; other fields become no objects."""
     fields: list[Any] = [("text", str, msgspec.field(name=text_field))]
     if label_field is not None:
         fields.append(("label", str | int | None, msgspec.field(name=label_field, default=None)))
     return msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
 
 
-def _line_by_line(first: int, lines: Sequence[str], span: TextSpan, options: DocumentOptions) -> DocumentBatch:
-    """The same for lines of which some are blank, hold half characters, or are wrong."""
+def _decode_one_by_one(first: int, lines: Sequence[str], span: TextSpan, options: DocumentOptions) -> DocumentBatch:
+    """Return the documents of lines of which some are blank, hold half characters, or are malformed."""
     texts, numbers, labels = [], [], []
     for number, line in enumerate(map(str.strip, lines), start=first):
         if not line:
             continue
-        values = _looked_at(line, options.text_field, span, number)
-        text = _whole_characters(values[options.text_field].strip(), span, number, options.errors)
+        values = _decode_line(line, options.text_field, span, number)
+        text = _without_half_characters(values[options.text_field].strip(), span, number, options.errors)
         if options.label_field is not None:
-            labels.append(_label_of(values, options.label_field, span, number))
+            labels.append(_label_in(values, options.label_field, span, number))
         elif not text:
             continue
         numbers.append(number)
@@ -88,11 +91,11 @@ def _line_by_line(first: int, lines: Sequence[str], span: TextSpan, options: Doc
     return DocumentBatch(texts=texts, lines=numbers, labels=labels)
 
 
-def _looked_at(line: str, name: str, span: TextSpan, number: int) -> dict[str, Any]:
-    """One line of JSON, by Python's decoder, which takes half a character and says what is wrong.
+def _decode_line(line: str, name: str, span: TextSpan, number: int) -> dict[str, Any]:
+    """Decode one line with Python's decoder, which accepts half characters and reports the fault.
 
     Raises:
-        ConfigError: saying what is wrong with the line.
+        ConfigError: the line is not one JSON object, or has no text in field `name`.
     """
     try:
         values = json.loads(line)
@@ -109,7 +112,7 @@ def _looked_at(line: str, name: str, span: TextSpan, number: int) -> dict[str, A
     return values
 
 
-def _label_of(values: dict[str, Any], name: str, span: TextSpan, number: int) -> str | None:
+def _label_in(values: dict[str, Any], name: str, span: TextSpan, number: int) -> str | None:
     label = values.get(name)
     if label is None or isinstance(label, (str, int)):
         return None if label is None else str(label)
@@ -118,8 +121,12 @@ def _label_of(values: dict[str, Any], name: str, span: TextSpan, number: int) ->
     )
 
 
-def _whole_characters(text: str, span: TextSpan, number: int, errors: Errors) -> str:
-    r"""Text that can be stored as UTF-8: JSON can write half a character (a lone ``\ud83d``)."""
+def _without_half_characters(text: str, span: TextSpan, number: int, errors: Errors) -> str:
+    r"""Return text that can be stored as UTF-8: JSON can hold half a character (a lone ``\ud83d``).
+
+    Raises:
+        ConfigError: there is one, and `errors` is strict.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -13,16 +13,16 @@ from preprocessing.text.stream import decoded_text
 from preprocessing.text.tsv import read_tsv
 
 PIECE_CHARS = 128 << 10
-"""A longer document reaches the tokenizer in pieces of at most this length."""
+"""Characters of the longest text in a batch; a longer document comes in pieces."""
 
 
 def read_documents(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch]:
-    """The documents of a span in order; documents without any text are left out (unless they have labels).
+    """Yield the documents of a span in order; documents without text are left out, unless they have labels.
 
     Raises:
-        ConfigError: naming the place, if the text is no UTF-8 (strict), a JSON or TSV line is malformed or lacks the
-            field, or a compressed file is damaged.
-        ShardError: if the file has become shorter since the packing was planned.
+        ConfigError: invalid UTF-8 (strict), a malformed JSON or TSV line, a line without the field, or a damaged
+            compressed file; the message names the place.
+        ShardError: the file became shorter after the packing was planned.
     """
     return _READERS[span.file.form](span, options)
 
@@ -49,10 +49,10 @@ def _read_plain(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBa
 
 
 def piece_end(text: str, most: int = PIECE_CHARS) -> int:
-    """Where to cut a long text: before the last white space that a word follows, within `most` characters.
+    """Return where to cut a long text: before the last white space in front of a word, within `most` characters.
 
     GPT-2's pattern and sentencepiece both begin a new word at that character, so the pieces have the tokens of the
-    whole. Text without white space is cut at `most`.
+    whole text. Text without white space is cut at `most`.
     """
     end = len(text[:most].rstrip())
     cut = max(text.rfind(blank, 1, end) for blank in (" ", "\n", "\t"))
@@ -60,7 +60,7 @@ def piece_end(text: str, most: int = PIECE_CHARS) -> int:
 
 
 def _stripped(parts: list[str], inside: bool) -> list[str]:
-    """Documents without white space around them; what ends an opened document stays, even if empty."""
+    """Strip white space around documents and drop empty ones, but keep the end of a document begun before."""
     if not inside:
         return [text for part in parts if (text := part.strip())]
     return [parts[0].rstrip(), *(text for part in parts[1:] if (text := part.strip()))]

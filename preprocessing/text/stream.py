@@ -1,4 +1,4 @@
-"""Bytes and characters of a text file, read in chunks, also from gzip and zstandard; errors name the place."""
+"""Bytes, characters and lines of text files, read in chunks, also from gzip and zstandard; errors name the place."""
 
 import codecs
 import contextlib
@@ -15,20 +15,24 @@ from d2v2ds.errors import ConfigError, ShardError
 from preprocessing.text.documents import Errors, TextFile, TextSpan
 
 CHUNK_BYTES = 512 << 10
-"""Read at a time; a batch of documents is about as long."""
+"""Bytes of one read; a batch of documents has about this size."""
 MAX_LINE_BYTES = 64 << 20
-"""A JSON or TSV line has to fit in memory; a longer one is no line."""
+"""Bytes of the longest JSON or TSV line, which has to fit in memory."""
 
 _OPENERS: dict[str | None, Callable[[str], Any]] = {
     None: io.FileIO,
-    "gzip": gzip.GzipFile,  # as the program does, it takes no notice of zeros behind the end; Arrow's refuses them
+    "gzip": gzip.GzipFile,  # accepts zeros behind the end, as the program gzip does; Arrow refuses them
     "zstd": lambda path: pa.CompressedInputStream(pa.OSFile(path, "rb"), "zstd"),
 }
 
 
 @contextlib.contextmanager
-def opened(file: TextFile) -> Iterator[Any]:
-    """A stream of the file's text."""
+def open_text(file: TextFile) -> Iterator[Any]:
+    """Open a stream of the file's text, decompressed.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
         stream = _OPENERS[file.compression](file.path)
     except OSError as error:
@@ -38,7 +42,11 @@ def opened(file: TextFile) -> Iterator[Any]:
 
 
 def read_bytes(stream: Any, size: int, file: TextFile, done: int) -> bytes:
-    """The next bytes of a stream of which `done` have been read."""
+    """Read the next bytes of a stream after `done` bytes.
+
+    Raises:
+        ConfigError: the data is damaged.
+    """
     try:
         data: bytes = stream.read(size)
     except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
@@ -49,11 +57,15 @@ def read_bytes(stream: Any, size: int, file: TextFile, done: int) -> bytes:
     return data
 
 
-def chunks(span: TextSpan) -> Iterator[bytes]:
-    """The bytes of a span; the last chunk is empty."""
+def read_chunks(span: TextSpan) -> Iterator[bytes]:
+    """Yield the bytes of a span; the last chunk is empty.
+
+    Raises:
+        ShardError: the file is shorter than planned.
+    """
     left = None if span.stop is None else span.stop - span.start
     done = 0
-    with opened(span.file) as stream:
+    with open_text(span.file) as stream:
         if span.start:
             stream.seek(span.start)
         while left is None or left > 0:
@@ -73,29 +85,29 @@ def chunks(span: TextSpan) -> Iterator[bytes]:
 
 
 def decoded_text(span: TextSpan, errors: Errors) -> Iterator[str]:
-    """The text of a span, in pieces that end anywhere between two characters."""
+    """Yield the text of a span in pieces; a piece can end between any two characters."""
     rest = b""
     position = span.start
-    for data in chunks(span):
+    for data in read_chunks(span):
         rest += data
         try:
             text, used = codecs.utf_8_decode(rest, errors, not data)
         except UnicodeDecodeError as error:
-            raise _no_utf8(error, span, position, rest) from error
+            raise _utf8_error(error, span, position, rest) from error
         yield text.removeprefix("\ufeff") if position == 0 else text
         position += used
         rest = rest[used:]
 
 
 def whole_lines(span: TextSpan) -> Iterator[tuple[int, int, bytes]]:
-    """Many lines at a time, with line ends between them: number of the first inside the span, its byte, the lines."""
+    """Yield many lines at a time: number of the first one in the span, its byte in the text, and the lines."""
     first, position = 0, span.start
     rest: list[bytes] = []
-    held = 0
-    for data in chunks(span):
+    unfinished = 0  # bytes of the line that goes on in the next chunk
+    for data in read_chunks(span):
         end = data.rfind(b"\n")
-        held += len(data) if end < 0 else data.find(b"\n")
-        if held > MAX_LINE_BYTES:
+        unfinished += len(data) if end < 0 else data.find(b"\n")
+        if unfinished > MAX_LINE_BYTES:
             raise ConfigError(f"{place_of(span, first)}: expected a line, found more than {MAX_LINE_BYTES} bytes")
         if end < 0:
             rest.append(data)
@@ -105,21 +117,21 @@ def whole_lines(span: TextSpan) -> Iterator[tuple[int, int, bytes]]:
         first += int(np.count_nonzero(np.frombuffer(lines, dtype=np.uint8) == ord("\n"))) + 1
         position += len(lines) + 1
         rest = [data[end + 1 :]]
-        held = len(rest[0])
+        unfinished = len(rest[0])
     yield first, position, b"".join(rest)
 
 
 def decode_lines(data: bytes, position: int, span: TextSpan, errors: Errors) -> list[str]:
-    """Whole lines that begin at a byte of a span's text."""
+    """Split and decode whole lines, of which the first begins at byte `position` of the text."""
     try:
         text = data.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        raise _no_utf8(error, span, position, data) from error
+        raise _utf8_error(error, span, position, data) from error
     return (text.removeprefix("\ufeff") if position == 0 else text).split("\n")
 
 
-def _no_utf8(error: UnicodeDecodeError, span: TextSpan, position: int, data: bytes) -> ConfigError:
-    """What is said of `data`, which begins at a byte of the text."""
+def _utf8_error(error: UnicodeDecodeError, span: TextSpan, position: int, data: bytes) -> ConfigError:
+    """Return the error about `data`, which begins at byte `position` of the text."""
     return ConfigError(
         f"{span.file.source}: expected UTF-8 text, found {error.reason} at byte {position + error.start}"
         f"{' of the decompressed text' if span.file.compression else ''} "
@@ -128,8 +140,8 @@ def _no_utf8(error: UnicodeDecodeError, span: TextSpan, position: int, data: byt
 
 
 def place_of(span: TextSpan, number: int) -> str:
-    """File and line for a message. Lines before the span are counted only now that they are needed."""
+    """Return file and line for a message; counts the lines in front of the span."""
     if span.start:
         before = TextSpan(file=span.file, stop=span.start)
-        number += sum(chunk.count(b"\n") for chunk in chunks(before))
+        number += sum(chunk.count(b"\n") for chunk in read_chunks(before))
     return f"{span.file.source} line {number + 1}"

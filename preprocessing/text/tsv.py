@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from d2v2ds.errors import ConfigError
 from preprocessing.text.documents import DocumentBatch, DocumentOptions, TextFile, TextSpan
-from preprocessing.text.stream import decode_lines, opened, place_of, read_bytes, whole_lines
+from preprocessing.text.stream import decode_lines, open_text, place_of, read_bytes, whole_lines
 
 _HEADER_BYTES = 64 << 10
-"""The first line of a TSV file has to fit."""
+"""Bytes that are read for the first line, which names the columns."""
 
 
 def read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch]:
@@ -37,14 +37,15 @@ def read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch
 
 
 def tsv_columns(file: TextFile) -> list[str]:
-    """The names in the first line of a TSV file."""
-    with opened(file) as stream:
+    """Return the names in the first line of a TSV file."""
+    with open_text(file) as stream:
         start = read_bytes(stream, _HEADER_BYTES, file, 0)
     line = start.split(b"\n", 1)[0].decode("utf-8-sig", "replace")
     return line.removesuffix("\r").split("\t")
 
 
 def wanted_columns(options: DocumentOptions) -> list[str]:
+    """Return the columns that reading needs: text, and label if one is set."""
     return [options.text_field, *([options.label_field] if options.label_field else [])]
 
 

@@ -311,8 +311,8 @@ def test_every_line_is_one_object_although_the_objects_are_as_many_as_the_lines(
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_good_lines_are_not_looked_at_one_by_one(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_lines, "_looked_at", lambda *_: pytest.fail("looked at"))
+def test_good_lines_are_not_decoded_one_by_one(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "_decode_line", lambda *_: pytest.fail("decoded one by one"))
     rows = [{"text": text, "label": label} for text, label in (("a", "x"), ("", None), ("é", 3))]
     path = write(tmp_path / "a.jsonl", end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     assert documents_of(path) == ["a", "é"]

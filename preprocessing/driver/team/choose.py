@@ -13,12 +13,12 @@ _LAUNCHER_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def choose_team(workers: int | None, use_mpi: bool, environment: Mapping[str, str] = os.environ) -> Team:
-    """The ranks of the MPI job this process belongs to, else local workers.
+    """Return the ranks of the MPI job that this process belongs to, or local workers if there is none.
 
     Args:
         workers: local processes; None takes one per usable core.
-        use_mpi: ask for MPI even where no launcher shows.
-        environment: where launchers leave their traces.
+        use_mpi: use MPI even if no launcher is detected.
+        environment: variables that launchers set.
 
     Raises:
         ConfigError: if the scheduler started more tasks than the MPI world has, or workers are asked of MPI ranks.

@@ -1,4 +1,4 @@
-"""This process and its children."""
+"""`LocalTeam`: this process and its children."""
 
 import multiprocessing
 import signal
@@ -18,7 +18,7 @@ from preprocessing.driver.progress import Report, Throttle
 from preprocessing.driver.team.protocol import Job, Result, Work
 
 _PATIENCE_S = 5.0
-"""For workers that are to end: time to remove their temporary files, unless something has stopped them."""
+"""Time that workers get to remove their temporary files before they are killed."""
 
 
 class LocalTeam:
@@ -120,7 +120,7 @@ def _start_worker() -> tuple[BaseProcess, Connection]:
 
 
 def _run_worker(connection: Connection) -> None:
-    """The life of a child process. If its parent is gone, the next report or the wait for work ends it."""
+    """Run jobs in a child process until the pipe closes; without parent the next report or wait ends it."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_FAILED))  # leave no temporary file behind
     report = Throttle(lambda files, size: connection.send(("progress", (files, size))))
     while True:

@@ -1,4 +1,4 @@
-"""The ranks of an MPI job."""
+"""`MpiTeam`: the ranks of an MPI job."""
 
 import sys
 import time
@@ -61,8 +61,11 @@ class MpiTeam:
             listen()
 
         def listen() -> None:
-            """Take what other ranks have sent by now. Messages of one rank arrive in the order in which it sent them,
-            so behind its last one nothing is left: MPI may kill a rank that ends with messages on their way."""
+            """Receive what other ranks have sent.
+
+            Messages of one rank arrive in the order in which it sent them, so none is left behind its last one: MPI may
+            kill a rank that ends while its messages are on their way.
+            """
             nonlocal working
             while self._world.iprobe(tag=tag):
                 kind, value = self._world.recv(tag=tag)
