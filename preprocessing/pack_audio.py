@@ -26,11 +26,12 @@ from preprocessing.audio.clips import find_clips, read_headers
 from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio.rows import rows_of
 from preprocessing.audio.waveform import Decoder
-from preprocessing.driver.packing import common_parser, read_all, run
-from preprocessing.driver.parallel import Team
+from preprocessing.driver.command import common_parser, run
+from preprocessing.driver.packing import read_all
 from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import Measure
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.team.protocol import Team
 
 MEASURE = Measure(
     amount=SAMPLE_RATE_HZ * 3600, amount_unit="h", amount_decimals=2, speed=SAMPLE_RATE_HZ, speed_unit="x real time"

@@ -25,12 +25,13 @@ from d2v2ds.data.codecs.pixels import ALPHA_OVER
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.image.shards import IMAGE_LAYOUT
+from preprocessing.driver.command import common_parser, run
 from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
-from preprocessing.driver.packing import common_parser, read_all, run
-from preprocessing.driver.parallel import Team
+from preprocessing.driver.packing import read_all
 from preprocessing.driver.plan import Plan, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.team.protocol import Team
 from preprocessing.image.find import (
     IMAGE_SUFFIXES,
     MISSING,

@@ -29,10 +29,11 @@ from d2v2ds.data.schema import (
 )
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.errors import D2V2Error, ShardError
-from preprocessing.driver.formats import format_of, open_shards
-from preprocessing.driver.parallel import EXIT_INTERRUPTED, LocalTeam
+from preprocessing.driver.exit_codes import EXIT_INTERRUPTED
 from preprocessing.driver.progress import Progress, Report
-from preprocessing.driver.reports import fault
+from preprocessing.driver.report_lines import fault
+from preprocessing.driver.team.local import LocalTeam
+from preprocessing.formats import format_of, open_shards
 
 EXIT_FAULTY = 1
 EXIT_UNREADABLE = 2
@@ -48,7 +49,7 @@ class ShardCheck:
 
     @property
     def entry(self) -> ShardEntry:
-        """What the index says of the shard."""
+        """Entry of the shard in the index."""
         return self.index.shards[self.number]
 
 

@@ -62,8 +62,8 @@ class RunSection:
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             problems.append(
-                f"run: expected exactly one of {', '.join(LENGTHS)}, found {', '.join(given) or 'none'}; set the others "
-                "to null"
+                f"run: expected exactly one of {', '.join(LENGTHS)}, found {', '.join(given) or 'none'}; set the "
+                "others to null"
             )
         if self.keep_every_steps is not None and self.keep_every_steps % self.save_every_steps:
             problems.append(
@@ -185,10 +185,8 @@ class RunConfig:
             has = [section for section, found in sections.items() if name in found]
             lacks = [section for section in sections if section not in has]
             if lacks:
-                problems.append(
-                    f"{' and '.join(f'{section}.{name}' for section in has)} configured, "
-                    f"{' and '.join(f'{section}.{name}' for section in lacks)} not; give all of them, or set all to null"
-                )
+                given, absent = (" and ".join(f"{section}.{name}" for section in part) for part in (has, lacks))
+                problems.append(f"{given} configured, {absent} not; give all of them, or set all to null")
         for name in self.valid.modalities.keys() - self.data.modalities.keys():
             problems.append(f"valid.{name} is given and data.{name} is not; validation needs the settings of its data")
         return problems
@@ -208,7 +206,8 @@ class RunConfig:
                 return round(amount / settings.global_batch)
         given = next(name for name in LENGTHS if getattr(self.run, name) is not None)
         raise ValueError(
-            f"run.{given}: no modality of the run ({', '.join(self.data.modalities)}) counts in it; give run.total_steps"
+            f"run.{given}: no modality of the run ({', '.join(self.data.modalities)}) counts in it; give "
+            "run.total_steps"
         )
 
 

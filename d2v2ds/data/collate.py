@@ -40,7 +40,11 @@ class Collator:
             ShardError: no row can be read, and none in their place.
             ValueError: the input is too short for the model or for the mask settings.
         """
-        micro, examples, faults = self._read(micro)
+        faults: tuple[str, ...] = ()
+        try:
+            examples = self.reader.read(micro, self.seed)
+        except ShardError:
+            micro, examples, faults = self._read_others(micro)
         masks, num_masked = self._masks(micro)
         return Batch(
             modality=self.reader.modality,
@@ -64,12 +68,8 @@ class Collator:
         masks = MaskSet(keep=torch.from_numpy(visible_positions(masked)), masked=torch.from_numpy(masked))
         return masks, len(micro.rows) * mask.num_masks * num_masked
 
-    def _read(self, micro: MicroBatch) -> tuple[MicroBatch, Examples, tuple[str, ...]]:
-        """The rows that can be read, their inputs, and why others cannot."""
-        try:
-            return micro, self.reader.read(micro, self.seed), ()
-        except ShardError:
-            pass  # some row cannot be read: find out which
+    def _read_others(self, micro: MicroBatch) -> tuple[MicroBatch, Examples, tuple[str, ...]]:
+        """Leave out rows that cannot be read: the remaining ones, their inputs, and a message for each left out."""
         found = [self._fault(micro, row) for row in micro.rows]
         good = micro.rows[[fault is None for fault in found]]
         faults = tuple(fault for fault in found if fault is not None)

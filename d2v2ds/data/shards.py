@@ -51,7 +51,8 @@ class Shards:
             )
         if absent := sorted(self.layout.format - set(self.index.format)):
             raise ShardError(
-                f"{self.folder}: expected {', '.join(absent)} in 'format' of its index, found {sorted(self.index.format)}"
+                f"{self.folder}: expected {', '.join(absent)} in 'format' of its index, found "
+                f"{sorted(self.index.format)}"
             )
         self._map()
 

@@ -243,7 +243,7 @@ def batches_by_size(sizes: Sequence[int], most: int, num_tokens: Callable[[int],
 
 
 def _collate(sources: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor | None]:
-    """Stack sources, padded at the end of the last axis: (b, ..., S) and padding (b, S), None if all have one length."""
+    """Stack sources, padded at the end of the last axis: (b, ..., S) and padding (b, S) or None."""
     lengths = torch.tensor([source.shape[-1] for source in sources])
     if bool((lengths == lengths[0]).all()):
         return torch.stack(list(sources)), None

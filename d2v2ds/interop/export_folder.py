@@ -253,8 +253,8 @@ def _of_this_version(where: Path, values: Any) -> dict[str, Any]:
         raise CheckpointError(f"{where}: expected format {FORMAT}, found {kind!r}; was it written by another tool?")
     if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{where}: expected schema version {SCHEMA_VERSION}, found {version}; export the run again with this version "
-            "of d2v2ds, or install the version that wrote it"
+            f"{where}: expected schema version {SCHEMA_VERSION}, found {version}; export the run again with this "
+            "version of d2v2ds, or install the version that wrote it"
         )
     return dict(values)
 

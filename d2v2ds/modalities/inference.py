@@ -80,7 +80,7 @@ class GraphInput:
     padding: float | None
     """Value at padded places; None if nothing is ever padded."""
     sizes: Callable[[Any, Sequence[int]], list[int]]
-    """(network settings, numbers of tokens) -> sizes of inputs with about so many tokens, as far as the model allows."""
+    """(network settings, numbers of tokens) -> sizes of inputs with about so many tokens, if the model takes them."""
     draw: Callable[[Any, int, int, torch.Generator], Tensor]
     """(network settings, rows, size, generator) -> noise."""
 

@@ -1,4 +1,4 @@
-"""Decay of the teacher as a function of the number of finished updates (arXiv 2212.07525, section 3). Pure functions."""
+"""Decay of the teacher as a pure function of the number of finished updates (arXiv 2212.07525, section 3)."""
 
 from dataclasses import dataclass
 

@@ -125,7 +125,7 @@ class Objective(Protocol):
         """
 
     def flops(self, modality: str, num_samples: int, size: int) -> float:
-        """Algorithmic operations of one micro-batch of B inputs of this size: forward and backward, teacher included."""
+        """Algorithmic operations of B inputs of this size: forward and backward, teacher included."""
 
     def describe(self, modality: str, num_tokens: int) -> str:
         """Describe for a person what happens to an input of T tokens.

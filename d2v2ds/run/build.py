@@ -12,6 +12,7 @@ from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.engine import Engine, build_student_engine
 from d2v2ds.distributed.teacher import Teacher
+from d2v2ds.model.alibi import alibi_slopes
 from d2v2ds.model.block import Block
 from d2v2ds.model.init import undrawn
 from d2v2ds.objectives.protocol import Objective
@@ -81,7 +82,7 @@ def loop_config(
         return objective.flops(batch.modality, batch.source.shape[0], batch.source.shape[-1])
 
     return LoopConfig(
-        num_heads=config.model.block.num_heads,
+        alibi_slopes=alibi_slopes(config.model.block.num_heads),
         readers={name: stream.reader for name, stream in streams.items()},
         grid_sides={name: settings.grid_side for name, settings in config.model.modalities.items()},
         total_steps=config.total_steps,

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from d2v2ds.errors import MissingExtraError
-from d2v2ds.model.alibi import alibi_slopes
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -41,19 +40,18 @@ def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
     return figure
 
 
-def alibi_figure(scale: Tensor, num_heads: int) -> Any:
+def alibi_figure(scale: Tensor, slopes: Sequence[float]) -> Any:
     """The learned scale of every head, and the penalty per token that it makes with the head's slope.
 
     Args:
         scale: (L or 1, H or 1) as trained.
-        num_heads: H.
+        slopes: H, slope of every head.
     """
     figure, axes = _figure(1, 2, (10, 3))
-    scale = scale.expand(-1, num_heads)
+    scale = scale.expand(-1, len(slopes))
     for row in scale.tolist():
         axes[0, 0].plot(range(1, len(row) + 1), row, "o-")
-    slopes = scale.new_tensor(alibi_slopes(num_heads))
-    for row in (scale.clamp(min=0) * slopes).tolist():
+    for row in (scale.clamp(min=0) * scale.new_tensor(slopes)).tolist():
         axes[0, 1].plot(range(1, len(row) + 1), row, "o-")
     axes[0, 0].set(xlabel="head", ylabel="scale", title="ALiBi scale (1 at the start)")
     axes[0, 1].set(xlabel="head", ylabel="penalty per token", title="slope x scale", yscale="symlog")

@@ -7,7 +7,7 @@ each; so a resumed run writes the very records of a run that never stopped.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from signal import Signals
 from typing import Any, Protocol
@@ -49,8 +49,8 @@ class LoopConfig:
     """Tokens per side of each modality whose tokens form a square grid, for pictures of masks."""
     measure_peak: Callable[[], float]
     """Measures the matrix-product peak of this rank's device; called once, with the first record, on all ranks."""
-    num_heads: int
-    """H, for pictures of the distance penalty."""
+    alibi_slopes: Sequence[float]
+    """Slope of every head, for pictures of the distance penalty."""
     flops_of: Callable[[Batch], float]
     """Algorithmic operations of one micro-batch."""
 
@@ -374,7 +374,7 @@ class Trainer:
                 if scale is not None:
                     self.metrics.figure(
                         name.removeprefix("trunk.").replace(".", "/"),
-                        alibi_figure(scale.cpu(), self.config.num_heads),
+                        alibi_figure(scale.cpu(), self.config.alibi_slopes),
                         self.progress.step,
                     )
         except MissingExtraError as error:

@@ -23,7 +23,7 @@ RUN_UNITS = {
     "valid/loss/total": "weighted sum of all mean losses on held-out data; `best` has the lowest",
     "optim/lr": "learning rate; same on all ranks",
     "optim/grad_norm": "global L2 norm before clipping; mean over the interval",
-    "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps-th step; global",
+    "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps; global",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
     "perf/restarts": "earlier starts of this run; same on all ranks",
     "data/damaged_rows": "rows that could not be read and were left out, since the run began; sum over ranks",
@@ -40,7 +40,7 @@ RUN_UNITS = {
 
 MODALITY_UNITS = {
     "data/epoch": "passes over the data; same on all ranks",
-    "optim/grad_norm/local": "norm of the local encoder's gradient before clipping; every log_every_steps-th step; global",
+    "optim/grad_norm/local": "norm of the local encoder's gradient before clipping; every log_every_steps; global",
     "optim/grad_norm/positions": "norm of the position convolutions' gradient; likewise",
     "optim/grad_norm/alibi": "norm of the learned ALiBi scales' gradient; likewise",
     "optim/grad_norm/prenet": "norm of the gradient of the modality's own blocks and their norms; likewise",
@@ -139,7 +139,7 @@ class Metrics:
         unknown = sorted(name for name in values if not self._names.is_known(name))
         if unknown:
             raise KeyError(
-                f"metrics without a unit: {', '.join(unknown)}; add them to the tables of train/metrics.py or of the objective"
+                f"metrics without a unit: {', '.join(unknown)}; add them to train/metrics.py or to the objective"
             )
         self._append(self.path, {"step": step, **values})
 

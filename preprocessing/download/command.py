@@ -35,8 +35,8 @@ from preprocessing.download.corpora import (
 from preprocessing.download.fetch import WORK_NAME, Patience, Source, Transfer
 from preprocessing.download.unpack import check_tar_filter, folder_name, unpack
 from preprocessing.download.web import DownloadError
+from preprocessing.driver.exit_codes import EXIT_INTERRUPTED, exit_code
 from preprocessing.driver.input_files import listed
-from preprocessing.driver.parallel import EXIT_INTERRUPTED, exit_code
 from preprocessing.driver.progress import Progress
 
 Answer = TypeVar("Answer")

@@ -1,4 +1,4 @@
-"""What goes into which shard, decided before anything is packed.
+"""Plan of a packing: the units of each shard, decided before anything is packed.
 
 A plan is a pure function of the inputs and the settings. Worker counts and restarts cannot change it, so they cannot
 change the bytes: each shard is packed on its own, from its own part of the plan.

@@ -13,7 +13,7 @@ from d2v2ds.data.codecs.pixels import to_rgb, upright
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import MissingExtraError
 from d2v2ds.modalities.image.shards import ImageShards
-from preprocessing.driver.reports import distinct_line, fault, percentiles, sampled_labels, spread
+from preprocessing.driver.report_lines import distinct_line, fault, percentiles, sampled_labels, spread
 from preprocessing.image.check import BadImageError, examine, opened
 
 _SHEET = (4, 8)

@@ -1,4 +1,4 @@
-"""What goes into which shard of text, and what a tokenizer is trained on: from sizes and document boundaries."""
+"""Settings and plan of a packing of text: units of each shard, and the sample that a tokenizer is trained on."""
 
 import hashlib
 from collections import Counter
@@ -13,23 +13,18 @@ import numpy as np
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.input_files import check_unique
 from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
-from preprocessing.text.documents import (
-    DocumentOptions,
-    TextFile,
-    TextSpan,
-    can_be_divided,
-    document_boundaries,
-    find_text_files,
-    read_documents,
-)
+from preprocessing.text.divide import can_be_divided, document_boundaries
+from preprocessing.text.documents import DocumentOptions, TextFile, TextSpan
+from preprocessing.text.find import find_text_files
+from preprocessing.text.read import read_documents
 from preprocessing.text.tokenization import Normalization, read_tokenizer, token_dtype
 
 BYTES_PER_TOKEN = 4
-"""Of text, as the plan guesses them; English has 3.8 (8,000 ids) to 4.5 (50,000)."""
+"""Estimated bytes of text per token, about those of English."""
 SPANS_PER_SHARD = 16
-"""A large file is divided into spans of this share of a shard, so that shards are even to about this share."""
+"""Spans of a large file per shard. More spans make the sizes of shards more even."""
 SAMPLE_BYTES = 64 << 10
-"""The least that a tokenizer's training takes from a span."""
+"""Bytes of text that the training of a tokenizer takes at least from a span."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +33,15 @@ class TextSettings:
 
     documents: DocumentOptions = DocumentOptions()
     tokenizer: Path | None = None
-    """What `read_tokenizer` reads; None trains one."""
+    """File or folder for `read_tokenizer`; None trains a tokenizer."""
     vocab_size: int | None = None
-    """Of a tokenizer to be trained."""
+    """Ids of the tokenizer to be trained."""
     normalization: Normalization = "nmt_nfkc"
-    """Of a tokenizer to be trained."""
+    """Normalization of the tokenizer to be trained."""
     train_bytes: int = 100 << 20
-    """Text that a tokenizer is trained on; from a larger corpus a sample is drawn."""
+    """Bytes of text that the tokenizer is trained on; from a larger corpus a sample is drawn."""
     seed: int = 0
-    """Of that sample."""
+    """Seed of that sample."""
     block_tokens: int = 512
     """Tokens of a row, ``<s>`` included."""
     one_row_per_document: bool = False
@@ -72,14 +67,14 @@ class TextSettings:
             raise ConfigError("\n".join(faults))
 
     def planned_vocab_size(self) -> int:
-        """Known before a tokenizer is trained."""
+        """Return the size of the vocabulary, which is known before a tokenizer is trained."""
         if self.tokenizer is not None:
             return read_tokenizer(self.tokenizer).vocab_size
         assert self.vocab_size is not None  # see `check`
         return self.vocab_size
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as they stand in ``index.json``: of a given tokenizer its checksum, not its path."""
+        """Return the settings as ``index.json`` stores them; a given tokenizer is stored as its checksum."""
         if self.tokenizer is None:
             tokenizer: dict[str, Any] = {
                 "trained": "sentencepiece",
@@ -100,10 +95,10 @@ class TextSettings:
 
 
 def make_plan(inputs: Sequence[Path], settings: TextSettings) -> Plan:
-    """List the files, divide large ones at document boundaries, and deal all of it out to shards.
+    """List the files, divide large ones at document boundaries, and assign the spans to shards.
 
     Raises:
-        ConfigError: if inputs or tokenizer do not fit the settings, found without reading everything.
+        ConfigError: inputs or tokenizer do not fit the settings. Only the beginnings of files are read for this.
     """
     ignored: Counter[str] = Counter()
     files = find_text_files(inputs, settings.documents, ignored)
@@ -118,7 +113,7 @@ def make_plan(inputs: Sequence[Path], settings: TextSettings) -> Plan:
             skipped.append(Skipped(order=order, source=file.source, reason="empty file (0 bytes)"))
         else:
             spans.extend(_divide(file, order, span_bytes, settings))
-    _look_at_first(spans, settings.documents)
+    _check_first_of_each_form(spans, settings.documents)
     return Plan(
         shards=cut_shards(spans, settings.shard_bytes, bytes_per_size),
         skipped=tuple(skipped),
@@ -134,7 +129,7 @@ def make_plan(inputs: Sequence[Path], settings: TextSettings) -> Plan:
 
 
 def _divide(file: TextFile, order: int, span_bytes: int, settings: TextSettings) -> list[TextSpan]:
-    """The spans of one file. Rows of documents are numbered inside their file, so such files stay whole."""
+    """Return the spans of one file. It stays whole if rows are documents, which are numbered inside their file."""
     if settings.one_row_per_document or not can_be_divided(file, settings.documents):
         return [TextSpan(file=file, order=order)]
     wanted = range(span_bytes, file.bytes, span_bytes)
@@ -144,8 +139,8 @@ def _divide(file: TextFile, order: int, span_bytes: int, settings: TextSettings)
     ]
 
 
-def _look_at_first(spans: Sequence[TextSpan], options: DocumentOptions) -> None:
-    """Read a little of the first file of each form: a wrong field name shows before anything is packed."""
+def _check_first_of_each_form(spans: Sequence[TextSpan], options: DocumentOptions) -> None:
+    """Read the first batch of the first file of each form, so that a wrong field name is found before packing."""
     seen = set()
     for span in spans:
         if span.file.form not in seen:
@@ -154,10 +149,10 @@ def _look_at_first(spans: Sequence[TextSpan], options: DocumentOptions) -> None:
 
 
 def sample_texts(spans: Sequence[TextSpan], settings: TextSettings) -> Iterator[str]:
-    """Lines for the training of a tokenizer: everything, or of a large corpus `settings.train_bytes`.
+    """Yield lines for the training of a tokenizer: the whole corpus, or a sample of `settings.train_bytes`.
 
-    A sample takes the beginning of every span, at least `SAMPLE_BYTES` of each; if that is too much, of spans that
-    are drawn by `settings.seed`. Spans begin all over a large file, but a compressed file is one span.
+    A sample takes the beginning of every span, at least `SAMPLE_BYTES` of each. If that is too much, `settings.seed`
+    draws the spans. A large file has many spans, a compressed file has one.
     """
     options = settings.documents
     if options.document != "line":

@@ -18,7 +18,7 @@ from d2v2ds.data.shards import AudioShards, ImageShards, TextShards, open_shards
 from d2v2ds.errors import ShardError
 from preprocessing.driver import writer
 from preprocessing.driver.packing import pack
-from preprocessing.driver.parallel import LocalTeam
+from preprocessing.driver.team.local import LocalTeam
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 from tests.preprocessing.pictures import encoded, picture

@@ -170,7 +170,7 @@ def run_script(tmp_path, body, timeout_s=60):
         import os, signal, sys, time
         from itertools import islice
         from pathlib import Path
-        from d2v2ds.data.loader import JOB_SIGNALS
+        from d2v2ds.data.workers import JOB_SIGNALS
         from tests.data.test_loader import DamagedAudio, descendants, open_loader
 
         def main():

@@ -12,17 +12,11 @@ import pyarrow as pa
 import pytest
 
 from d2v2ds.errors import ConfigError, ShardError
-from preprocessing.text import documents
-from preprocessing.text.documents import (
-    DocumentBatch,
-    DocumentOptions,
-    TextFile,
-    TextSpan,
-    can_be_divided,
-    document_boundaries,
-    find_text_files,
-    read_documents,
-)
+from preprocessing.text import divide, json_lines, read, stream
+from preprocessing.text.divide import can_be_divided, document_boundaries
+from preprocessing.text.documents import DocumentBatch, DocumentKind, DocumentOptions, TextFile, TextSpan
+from preprocessing.text.find import find_text_files
+from preprocessing.text.read import read_documents
 from tests.preprocessing.texts import story
 
 LINES = DocumentOptions(document="line")
@@ -84,7 +78,7 @@ def test_lines_paragraphs_and_files_are_documents_without_white_space_around_the
 def test_forms_and_compressions_give_the_same_documents_however_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk_bytes)
     texts = [story(seed, 12) for seed in range(8)]
     rows = [{"n": 1, "text": text, "label": f"l{at % 3}"} for at, text in enumerate(texts)]
     plain = write(tmp_path / f"a.txt{suffix}", "\n\n".join(texts).encode())
@@ -101,8 +95,8 @@ def test_forms_and_compressions_give_the_same_documents_however_they_are_read(
 
 def test_nothing_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A document and a file of 2 MB pass through reads of 4 KB and pieces of 2,000 characters."""
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(documents, "PIECE_CHARS", 2000)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(read, "PIECE_CHARS", 2000)
     text = "\n".join([story(seed, 99) for seed in range(225)] * 20)
     assert len(text) > 2_000_000
     wrote = {"a.txt": text, "a.jsonl": "".join(json.dumps({"text": line}) + "\n" for line in text.split("\n"))}
@@ -119,7 +113,7 @@ def test_nothing_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_document_without_white_space_comes_in_pieces_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_CHARS", 10)
+    monkeypatch.setattr(read, "PIECE_CHARS", 10)
     assert documents_of(write(tmp_path / "a.txt", b"x" * 95 + b"\n\n" + b"y" * 5)) == ["x" * 95, "y" * 5]
     assert documents_of(write(tmp_path / "a.txt", b"abc" + b" " * 50 + b"def" + b"\n" * 40)) == [
         "abc" + " " * 50 + "def"
@@ -133,9 +127,9 @@ def test_a_document_without_white_space_comes_in_pieces_too(tmp_path: Path, monk
 @pytest.mark.parametrize("document", ["line", "paragraph"])
 @pytest.mark.parametrize("step", [1, 13, 100, 5000])
 def test_spans_hold_every_document_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: documents.DocumentKind, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: DocumentKind, step: int
 ) -> None:
-    monkeypatch.setattr(documents, "_SCAN_BYTES", 5)
+    monkeypatch.setattr(divide, "_SCAN_BYTES", 5)
     rng = random.Random(step)
     blanks = ["\n", "\n\n", "\r\n\r\n", "\n \t\n", "\n\n\n\n", "\n   "]
     text = "".join(story(seed, rng.randint(1, 9)) + rng.choice(blanks) for seed in range(60))
@@ -159,8 +153,8 @@ def test_compressed_files_and_documents_that_are_files_stay_whole(tmp_path: Path
 
 def test_a_stretch_without_boundary_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = text_file(write(tmp_path / "a.txt", b"x" * 1000 + b"\n\nend"))
-    scan, scanned = documents._next_boundary, []
-    monkeypatch.setattr(documents, "_next_boundary", lambda *given: scanned.append(given[1]) or scan(*given))
+    scan, scanned = divide._next_boundary, []
+    monkeypatch.setattr(divide, "_next_boundary", lambda *given: scanned.append(given[1]) or scan(*given))
     assert document_boundaries(file, range(10, 1000, 10), PARAGRAPHS) == [1002] * 99
     assert scanned == [10]
     assert document_boundaries(file, [1001, 1003], PARAGRAPHS) == [1005, 1005]
@@ -170,7 +164,7 @@ def test_a_stretch_without_boundary_is_scanned_once(tmp_path: Path, monkeypatch:
 def test_a_boundary_is_found_wherever_a_read_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan_bytes: int
 ) -> None:
-    monkeypatch.setattr(documents, "_SCAN_BYTES", scan_bytes)
+    monkeypatch.setattr(divide, "_SCAN_BYTES", scan_bytes)
     file = text_file(write(tmp_path / "a.txt", b"one\ntwo\n \t \r\nthree\n\nfour"))
     assert document_boundaries(file, [1], PARAGRAPHS) == [13]
     assert document_boundaries(file, [1], LINES) == [4]
@@ -238,7 +232,7 @@ def test_a_manifest_stands_for_its_files_and_labels_them(tmp_path: Path) -> None
 def test_invalid_utf8_names_file_and_byte_or_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, data: bytes, place: str
 ) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk_bytes)
     path = write(tmp_path / "a.txt", data)
     byte = re.escape(place.split(" (")[0])
     with pytest.raises(ConfigError, match=rf"a.txt: expected UTF-8 text, found {byte} .*--errors replace"):
@@ -317,8 +311,8 @@ def test_every_line_is_one_object_although_the_objects_are_as_many_as_the_lines(
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_good_lines_are_not_looked_at_one_by_one(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "_looked_at", lambda *_: pytest.fail("looked at"))
+def test_good_lines_are_not_decoded_one_by_one(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "_decode_line", lambda *_: pytest.fail("decoded one by one"))
     rows = [{"text": text, "label": label} for text, label in (("a", "x"), ("", None), ("é", 3))]
     path = write(tmp_path / "a.jsonl", end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     assert documents_of(path) == ["a", "é"]
@@ -370,7 +364,7 @@ def test_damaged_compression_is_named(tmp_path: Path, suffix: str) -> None:
 def test_zeros_behind_a_gzip_file_are_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padding: int, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk_bytes)
     path = write(tmp_path / "a.txt.gz", b"one\n\ntwo")
     path.write_bytes(path.read_bytes() + bytes(padding))
     assert documents_of(path) == ["one", "two"]
@@ -391,8 +385,8 @@ def test_a_damaged_beginning_of_a_table_is_named(tmp_path: Path, suffix: str) ->
 def test_a_line_that_never_ends_and_a_file_that_shrank_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(stream, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 100)
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 3000)
     with pytest.raises(ConfigError, match="a.jsonl line 2: expected a line, found more than 1000 bytes"):
         documents_of(path)

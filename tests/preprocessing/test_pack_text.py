@@ -17,9 +17,11 @@ from d2v2ds.modalities.text.tokenizers import SentencePieceTokenizer, Tokenizer,
 from preprocessing import inspect
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.pack_text import main
-from preprocessing.text import documents
-from preprocessing.text.documents import DocumentOptions, TextSpan, find_text_files, read_documents
+from preprocessing.text import read
+from preprocessing.text.documents import DocumentKind, DocumentOptions, TextSpan
+from preprocessing.text.find import find_text_files
 from preprocessing.text.plan import TextSettings, make_plan, sample_texts
+from preprocessing.text.read import read_documents
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
 from tests.preprocessing.helpers import clean_environment, contents, run_module
@@ -76,7 +78,7 @@ def documents_of(folder: Path, options: DocumentOptions) -> list[str]:
 @pytest.mark.parametrize("document", ["line", "paragraph", "file"])
 @pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
 def test_blocks_are_all_documents_joined_and_cut(
-    stories: Path, model: Path, tmp_path: Path, kind: str, document: documents.DocumentKind
+    stories: Path, model: Path, tmp_path: Path, kind: str, document: DocumentKind
 ) -> None:
     given = model if kind == "sentencepiece" else write_gpt2_files(tmp_path / "gpt2")
     assert pack(stories, tmp_path / "out", "--tokenizer", given, "--document", document) == 0
@@ -107,7 +109,7 @@ def test_documents_in_pieces_give_the_same_bytes(
     given = model if kind == "sentencepiece" else write_gpt2_files(tmp_path / "gpt2")
     options = ("--tokenizer", given, "--document", "file")
     pack(stories, tmp_path / "whole", *options)
-    monkeypatch.setattr(documents, "PIECE_CHARS", 200)
+    monkeypatch.setattr(read, "PIECE_CHARS", 200)
     pack(stories, tmp_path / "pieces", *options)
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
     assert index_of(tmp_path / "whole")["totals"]["documents"] == 6
@@ -263,7 +265,7 @@ def test_one_row_per_document_keeps_labels_and_cuts(model: Path, tmp_path: Path)
 def test_one_row_per_document_of_tsv_and_of_a_manifest(
     stories: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_CHARS", 100)  # long documents are cut to their first piece, not doubled
+    monkeypatch.setattr(read, "PIECE_CHARS", 100)  # long documents are cut to their first piece, not doubled
     options = ("--tokenizer", model, "--one-row-per-document", "--block-tokens", "9")
     (tmp_path / "a.tsv").write_text("label\ttext\nneg\tthe sea\npos\told ship\n")
     assert pack(tmp_path / "a.tsv", tmp_path / "tsv", *options) == 0

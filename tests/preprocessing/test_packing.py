@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2v2ds.errors import ConfigError
-from preprocessing.driver.packing import parse_bytes
+from preprocessing.driver.command import parse_bytes
 from preprocessing.driver.plan import cut_shards
 from preprocessing.driver.progress import MEBIBYTES, Measure, Progress
 from preprocessing.verify import _file_faults

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from d2v2ds.errors import ConfigError, D2V2Error
-from preprocessing.driver.parallel import LocalTeam, check_world, choose_team
 from preprocessing.driver.progress import Report
+from preprocessing.driver.team.choose import check_world, choose_team
+from preprocessing.driver.team.local import LocalTeam
 from preprocessing.pack_audio import main
 from tests.preprocessing.helpers import ROOT, clean_environment, contents, run_module
 
@@ -107,7 +108,7 @@ def test_as_many_tasks_as_ranks_or_fewer_are_fine() -> None:
 
 def test_without_a_launcher_mpi_is_not_even_imported() -> None:
     code = (
-        "import sys; from preprocessing.driver.parallel import choose_team; choose_team(2, False); "
+        "import sys; from preprocessing.driver.team.choose import choose_team; choose_team(2, False); "
         "sys.exit(any(name.startswith(('mpi4py', 'torch')) for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=clean_environment(), check=False).returncode == 0
@@ -229,7 +230,7 @@ def stop_or_fail(job: int, report: Report) -> None:
 
 @pytest.mark.distributed
 def test_a_worker_that_is_stopped_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preprocessing.driver.parallel._PATIENCE_S", 0.5)
+    monkeypatch.setattr("preprocessing.driver.team.local._PATIENCE_S", 0.5)
     team = LocalTeam(2)
     workers = team.map(whoami, range(2), lambda files, samples: None)
     failsafe = threading.Timer(20, os.kill, (workers[0], signal.SIGKILL))
@@ -245,7 +246,7 @@ def test_a_worker_that_is_stopped_does_not_hold_up_the_end(monkeypatch: pytest.M
 @pytest.mark.parametrize("state", ["idle", "at work"])
 def test_workers_end_when_their_parent_is_killed(state: str, tmp_path: Path) -> None:
     code = (
-        "import time; from pathlib import Path; from preprocessing.driver.parallel import LocalTeam;"
+        "import time; from pathlib import Path; from preprocessing.driver.team.local import LocalTeam;"
         "from tests.preprocessing.test_parallel import whoami, work_on; team = LocalTeam(2);"
         "print(*team.map(whoami, range(2), lambda files, samples: None), flush=True);"
         + ("team.map(work_on, range(2), lambda files, samples: None)" if state == "at work" else "time.sleep(60)")

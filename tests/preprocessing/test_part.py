@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.driver.packing import parse_part
+from preprocessing.driver.command import parse_part
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.pack_audio import main
 from preprocessing.pack_text import main as pack_text

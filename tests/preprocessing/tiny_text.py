@@ -9,10 +9,11 @@ import numpy as np
 
 from d2v2ds.data.schema import TOKEN_DTYPES, Index
 from preprocessing.driver.packing import pack
-from preprocessing.driver.parallel import LocalTeam, Team
 from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.team.local import LocalTeam
+from preprocessing.driver.team.protocol import Team
 
 SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}
 

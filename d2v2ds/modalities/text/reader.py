@@ -204,8 +204,8 @@ class TextReader:
         faults = []
         if self.shards.first.vocab_size > self.network.vocab_size:
             faults.append(
-                f"data.text.shards: the tokenizer has {self.shards.first.vocab_size} ids, model.modalities.text.vocab_size "
-                f"is {self.network.vocab_size}; set it to the first"
+                f"data.text.shards: the tokenizer has {self.shards.first.vocab_size} ids, "
+                f"model.modalities.text.vocab_size is {self.network.vocab_size}; set it to the first"
             )
         if self.block_tokens > self.network.max_tokens:
             faults.append(

@@ -21,7 +21,7 @@ from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.audio.shards import AudioShards
 from d2v2ds.modalities.image.shards import ImageShards
 from d2v2ds.modalities.text.shards import TextShards
-from preprocessing.driver.reports import Report
+from preprocessing.driver.protocol import FolderReport
 
 ENTRY_POINTS = "d2v2ds.packed_formats"
 
@@ -32,23 +32,23 @@ class PackedFormat:
 
     shards: type[Shards]
     """Access to its rows; has the layout and with it the name."""
-    report: Callable[[], Report]
+    report: Callable[[], FolderReport]
     """Imports what `verify` and `inspect` do with it."""
 
 
-def _audio() -> Report:
+def _audio() -> FolderReport:
     from preprocessing.audio import report
 
     return report
 
 
-def _image() -> Report:
+def _image() -> FolderReport:
     from preprocessing.image import report
 
     return report
 
 
-def _text() -> Report:
+def _text() -> FolderReport:
     from preprocessing.text import report
 
     return report
