@@ -56,6 +56,8 @@ def test_a_documented_command_is_one_that_there_is(
     document: Path, module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = importlib.import_module(module)
+    if hasattr(program, "__path__"):  # `python -m` runs the package's `__main__`
+        program = importlib.import_module(f"{module}.__main__")
     words = [word.partition("|")[0] for word in arguments if not word.startswith("-") and "..." not in word]
     with pytest.raises(SystemExit) as ended:
         program.main([*(word for word in words[:1] if not word.isupper()), "--help"])  # a subcommand, no placeholder
