@@ -26,7 +26,7 @@ LENGTHS = ("total_steps", "hours", "epochs", "tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """How long, where, and how often to look and save."""
+    """Length and folder of the run, and intervals of logging and saving."""
 
     dir: Path
     """Folder of the run: resolved configuration, checkpoints, metrics."""
@@ -77,7 +77,7 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """Where samples come from. In YAML every modality stands beside `num_workers`: `data.audio.shards`."""
+    """Training data. In YAML every modality stands beside `num_workers`: `data.audio.shards`."""
 
     num_workers: CountOrZero = 2
     """Loader processes on each rank; 0 loads in the training process."""
@@ -112,7 +112,7 @@ class ValidSection:
 
 @dataclass(frozen=True, kw_only=True)
 class InitSection:
-    """Where the first weights come from; drawn from the seed if nothing is given."""
+    """Initial weights; drawn from the seed if nothing is given."""
 
     weights: Path | None = None
     """Folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`. Its student and teacher are taken, optimizer and
@@ -131,7 +131,7 @@ class EngineSection:
     activation_checkpointing: bool = True
     """Recompute every transformer block in the backward pass instead of keeping its activations."""
     timeout_minutes: Annotated[float, Bounds(ge=0.01)] = 30.0
-    """How long a rank waits for the others before it gives up."""
+    """Minutes that a rank waits for the others before it gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)

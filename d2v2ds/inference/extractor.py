@@ -134,7 +134,7 @@ class FeatureExtractor:
 
     @property
     def modalities(self) -> list[str]:
-        """What the model reads."""
+        """Names of the modalities that the model reads."""
         return list(self.folder.description.model.modalities)
 
     def __call__(self, inputs: Any, *, sample_rate: int | None = None, modality: str | None = None) -> Features:

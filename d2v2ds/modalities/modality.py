@@ -41,7 +41,7 @@ class Baseline:
 
 
 class Modality:
-    """What a kind of input answers for itself."""
+    """One kind of input."""
 
     name: ClassVar[str]
     """Key in the configuration, and first word of the shards' names."""
@@ -58,15 +58,15 @@ class Modality:
     reader: ClassVar[Callable[..., Reader]]
     """(joined shards, data settings, network settings, masks or None) -> reader."""
     unit: ClassVar[Unit]
-    """What amounts are counted in."""
+    """Unit of amounts."""
     probe: ClassVar[ProbeDefaults] = ProbeDefaults()
     """Settings of a probe where none are given."""
     baseline: ClassVar[Baseline | None] = None
     """Features without a model, as a yardstick for a probe."""
     hub: ClassVar[HubInput | None] = None
-    """How transformers calls the input; None: exports carry no files for transformers."""
+    """Name of the input in transformers; None: exports carry no files for transformers."""
     graph: ClassVar[GraphInput | None] = None
-    """How the input of an ONNX graph looks; None: no ONNX export."""
+    """Input of an ONNX graph; None: no ONNX export."""
 
     def run_length(self, run: Any) -> float | None:
         """Amount, in `unit`, that the section `run` asks for in a setting of this modality; None if it does not."""

@@ -1,4 +1,4 @@
-"""What a run logs about itself before its first step."""
+"""Log lines about a run before its first step."""
 
 import logging
 from pathlib import Path

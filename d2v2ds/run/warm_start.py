@@ -1,4 +1,4 @@
-"""`init.weights`: begin a pretraining run with the weights of an export, and say beforehand what does not fit.
+"""`init.weights`: begin a run with the weights of an export, and report beforehand what does not fit.
 
 In: the run's configuration and a folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`. The optimizer, the
 schedules and the position in the data are those of a new run.
@@ -55,7 +55,7 @@ class WarmStart:
         """Kinds of the tensors that are taken, by part and by the network's names."""
 
     def faults(self) -> list[str]:
-        """Why these weights do not fit the run's model, as sentences."""
+        """Return one message for each reason why these weights do not fit the run's network."""
         where = f"init.weights {self.folder.path}"
         problems = [
             f"{where}: was made with {key} {theirs!r}, this run has {ours!r}"
@@ -81,7 +81,7 @@ class WarmStart:
         return problems
 
     def takes_local_encoder(self, modality: str) -> bool:
-        """Whether inputs of a modality must mean what they meant."""
+        """Return True if inputs of a modality must mean what they meant to the export."""
         return self._has(f"trunk.encoders.{modality}.local")
 
     def fresh(self) -> list[str]:
