@@ -7,10 +7,12 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
 
 
 def drop_unknown_keys(values: dict[str, Any], section: type, prefix: str) -> list[str]:
@@ -48,25 +50,47 @@ def _mapped_dataclasses(annotation: Any) -> Iterator[type]:
         yield from _dataclasses_in(typing.get_args(annotation)[1])
 
 
-def message(fault: Mapping[str, Any], prefix: str = "") -> str:
-    where = prefix + ".".join(str(part) for part in fault["loc"])
+def validated(kind: type[T], values: dict[str, Any], shipped: Any, prefix: str = "") -> tuple[T | None, list[str]]:
+    """Build settings; each faulty value gives way to the file's own, so that the rest can be checked too.
+
+    Args:
+        kind: dataclass of the settings.
+        values: raw values, changed in place.
+        shipped: raw values of the file alone.
+        prefix: section of these settings, for messages: "data.audio.".
+
+    Returns:
+        The settings, None if they cannot be built at all, and one message for each faulty value.
+    """
+    adapter: TypeAdapter[T] = TypeAdapter(kind)
+    try:
+        return adapter.validate_python(values), []
+    except ValidationError as error:
+        faults = error.errors()
+    for fault in faults:
+        _restore(values, shipped, fault["loc"])
+    problems = list(dict.fromkeys(_message(fault, prefix) for fault in faults))
+    try:
+        return adapter.validate_python(values), problems
+    except ValidationError:
+        return None, problems
+
+
+def _message(fault: Mapping[str, Any], prefix: str) -> str:
+    # pydantic also names the member of a union, such as tuple[...], which is no key of the YAML
+    where = prefix + ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
     if fault["type"] == "missing":
         return f"{where}: required, not given"
     return f"{where}: {fault['msg']}, found {fault['input']!r}"
 
 
-def restore_faulty_values(values: dict[str, Any], shipped: dict[str, Any], error: ValidationError) -> bool:
-    """Replace each faulty value by the file's own, or remove it; returns whether all could be found."""
-    for fault in error.errors():
-        inner: Any = values
-        own: Any = shipped
-        *path, leaf = fault["loc"]
-        for part in path:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-            own = own.get(part) if isinstance(own, dict) else None
-        if not isinstance(inner, dict):
-            return False
-        inner.pop(leaf, None)
-        if isinstance(own, dict) and leaf in own:
-            inner[leaf] = own[leaf]
-    return True
+def _restore(values: dict[Any, Any], shipped: Any, place: Sequence[int | str]) -> None:
+    """Put the file's own value, or nothing, in the place of a faulty one; an item of a list takes the list along."""
+    key, *rest = place
+    own = shipped if isinstance(shipped, dict) else {}
+    if rest and isinstance(values.get(key), dict):
+        _restore(values[key], own.get(key), rest)
+        return
+    values.pop(key, None)
+    if key in own:
+        values[key] = own[key]

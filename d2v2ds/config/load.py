@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from d2v2ds.config.faults import drop_unknown_keys, message, restore_faulty_values
-from d2v2ds.config.modalities import fold, settings_by_modality, unfold
+from d2v2ds.config.faults import drop_unknown_keys, validated
+from d2v2ds.config.modalities import build_modalities, fold, unfold
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.known import known_modalities
@@ -60,24 +60,14 @@ def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[RunCo
     for one in (values, shipped):
         fold(one)
     problems += drop_unknown_keys(values, RunConfig, "")
-    problems += settings_by_modality(values, shipped, drop_unknown_keys, message)
-    config, faults = _validated(values, shipped)
+    whole, faults = build_modalities(values, shipped)
     problems += faults
-    return config, problems + (config.check() if config is not None else [])
-
-
-def _validated(values: dict[str, Any], shipped: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """Validate; if some values are wrong, go on with the file's own in their place, so that more can be checked."""
-    try:
-        return TypeAdapter(RunConfig).validate_python(values), []
-    except ValidationError as error:
-        problems = [message(fault) for fault in error.errors()]
-        if not restore_faulty_values(values, shipped, error):
-            return None, problems
-        try:
-            return TypeAdapter(RunConfig).validate_python(values), problems
-        except ValidationError:
-            return None, problems
+    build_modalities(shipped, {})  # in case a section is replaced by the file's own
+    config, faults = validated(RunConfig, values, shipped)
+    problems += faults
+    if config is None or not whole:
+        return None, problems
+    return config, problems + config.check()
 
 
 def config_error(name: str, problems: Sequence[str]) -> ConfigError:

@@ -62,8 +62,8 @@ class RunSection:
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             problems.append(
-                f"run: expected exactly one of {', '.join(LENGTHS)}, found {', '.join(given) or 'none'}; set the others "
-                "to null"
+                f"run: expected exactly one of {', '.join(LENGTHS)}, found {', '.join(given) or 'none'}; set the "
+                "others to null"
             )
         if self.keep_every_steps is not None and self.keep_every_steps % self.save_every_steps:
             problems.append(
@@ -152,7 +152,7 @@ class RunConfig:
     def check(self) -> list[str]:
         """Return one message for each contradiction within and between the sections."""
         if not_finite := list(_not_finite(self)):
-            return not_finite
+            return [problem.replace("data.modalities.", "data.", 1) for problem in not_finite]  # as in YAML
         of_run = self.run.check()
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
@@ -187,7 +187,8 @@ class RunConfig:
             if lacks:
                 problems.append(
                     f"{' and '.join(f'{section}.{name}' for section in has)} configured, "
-                    f"{' and '.join(f'{section}.{name}' for section in lacks)} not; give all of them, or set all to null"
+                    f"{' and '.join(f'{section}.{name}' for section in lacks)} not; give all of them, or set all "
+                    "to null"
                 )
         for name in self.valid.modalities.keys() - self.data.modalities.keys():
             problems.append(f"valid.{name} is given and data.{name} is not; validation needs the settings of its data")
@@ -208,7 +209,8 @@ class RunConfig:
                 return round(amount / settings.global_batch)
         given = next(name for name in LENGTHS if getattr(self.run, name) is not None)
         raise ValueError(
-            f"run.{given}: no modality of the run ({', '.join(self.data.modalities)}) counts in it; give run.total_steps"
+            f"run.{given}: no modality of the run ({', '.join(self.data.modalities)}) counts in it; "
+            "give run.total_steps"
         )
 
 

@@ -113,8 +113,8 @@ def _length(config: RunConfig, objective: Objective, world: int) -> list[str]:
             raise ValueError(f"objective.modalities.{name}.mask: {error}") from error
         flops += steps * samples * one
         lines.append(
-            f"{name}: {_number(amount)} {unit.label} per step, {_amount(amount * steps, unit)} in all; {tokens} tokens a "
-            f"sample, {described}; {_turns(data.num_micro, world)}"
+            f"{name}: {_number(amount)} {unit.label} per step, {_amount(amount * steps, unit)} in all; {tokens} tokens "
+            f"a sample, {described}; {_turns(data.num_micro, world)}"
         )
     lines.append(
         f"operations: {_sized(flops / steps, OPERATIONS)} per step, {flops:.3g} FLOP in all "
