@@ -9,7 +9,7 @@ a run that never stopped.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ RUN_UNITS = {
     "valid/loss/total": "weighted sum of all mean losses on held-out data; `best` has the lowest",
     "optim/lr": "learning rate; same on all ranks",
     "optim/grad_norm": "global L2 norm before clipping; mean over the interval",
-    "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps-th step; global",
+    "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps-th step; "
+    "global",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
     "perf/restarts": "earlier starts of this run; same on all ranks",
     "data/damaged_rows": "rows that could not be read and were left out, since the run began; sum over ranks",
@@ -40,7 +41,8 @@ RUN_UNITS = {
 
 MODALITY_UNITS = {
     "data/epoch": "passes over the data; same on all ranks",
-    "optim/grad_norm/local": "norm of the local encoder's gradient before clipping; every log_every_steps-th step; global",
+    "optim/grad_norm/local": "norm of the local encoder's gradient before clipping; every log_every_steps-th step; "
+    "global",
     "optim/grad_norm/positions": "norm of the position convolutions' gradient; likewise",
     "optim/grad_norm/alibi": "norm of the learned ALiBi scales' gradient; likewise",
     "optim/grad_norm/prenet": "norm of the gradient of the modality's own blocks and their norms; likewise",
@@ -57,12 +59,14 @@ HEALTH_UNITS = {
 """Statistics of each set of vectors that an objective names: NAME/effective_rank and so on."""
 
 
-def gradient_metric(parameter: str) -> tuple[str | None, str]:
+def gradient_metric(parameter: str, modalities: Container[str], units: Container[str]) -> tuple[str | None, str]:
     """Find the norm in which the gradient of a parameter counts.
 
     Args:
-        parameter: name in an objective's network: `trunk.encoders.M.PART...`, `trunk.blocks...`, or `OWNED.M...` for
-            what the objective has for each modality, such as decoders.
+        parameter: name in an objective's network: `trunk.blocks...`, `trunk.encoders.M.PART...`, `PARTs.M...` for what
+            the objective has for each modality M, such as decoders, or `PART...` for what it has for all of them.
+        modalities: names of the run's modalities.
+        units: norms that have a unit; a part without one counts as other.
 
     Returns:
         The modality, None for all, and the metric.
@@ -70,10 +74,9 @@ def gradient_metric(parameter: str) -> tuple[str | None, str]:
     room, *rest = parameter.removeprefix("trunk.").split(".")
     if room == "blocks":
         return None, "optim/grad_norm/blocks"
-    if room == "encoders":
-        metric = f"optim/grad_norm/{rest[1]}"
-        return rest[0], metric if metric in MODALITY_UNITS else "optim/grad_norm/other"
-    return rest[0], f"optim/grad_norm/{room.removesuffix('s')}"
+    modality = rest[0] if rest and rest[0] in modalities else None
+    metric = f"optim/grad_norm/{rest[1] if room == 'encoders' else room.removesuffix('s')}"
+    return modality, metric if metric in units else "optim/grad_norm/other"
 
 
 class MetricNames:
@@ -139,7 +142,8 @@ class Metrics:
         unknown = sorted(name for name in values if not self._names.is_known(name))
         if unknown:
             raise KeyError(
-                f"metrics without a unit: {', '.join(unknown)}; add them to the tables of train/metrics.py or of the objective"
+                f"metrics without a unit: {', '.join(unknown)}; add them to the tables of train/metrics.py or of the "
+                "objective"
             )
         self._append(self.path, {"step": step, **values})
 

@@ -1,9 +1,9 @@
 """One optimizer step of any objective, free of logging and saving.
 
 The gradient is that of the summed loss of all ranks and micro-batches divided by their global number of items, such as
-masked tokens; with several modalities it is the weighted sum of one such mean for each. Dropout and mask noise depend on
-the place of a micro-batch in the global batch of its modality, not on the rank that computes it, so a run continues with
-the same numbers on another number of ranks.
+masked tokens; with several modalities it is the weighted sum of one such mean for each. Dropout and mask noise depend
+on the place of a micro-batch in the global batch of its modality, not on the rank that computes it, so a run continues
+with the same numbers on another number of ranks.
 """
 
 import zlib
