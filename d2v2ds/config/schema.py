@@ -152,7 +152,7 @@ class RunConfig:
     def check(self) -> list[str]:
         """Return one message for each contradiction within and between the sections."""
         if not_finite := list(_not_finite(self)):
-            return not_finite
+            return [problem.replace("data.modalities.", "data.", 1) for problem in not_finite]  # as in YAML
         of_run = self.run.check()
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]

@@ -25,7 +25,7 @@ from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
 from d2v2ds.train.interval import Interval, ModalityInterval
-from d2v2ds.train.metrics import Metrics, gradient_metric, peak_memory_gib
+from d2v2ds.train.metrics import MODALITY_UNITS, Metrics, gradient_metric, peak_memory_gib
 from d2v2ds.train.step import Recipe, StepOutput, train_step
 from d2v2ds.train.validate import Validation
 
@@ -239,7 +239,8 @@ class Trainer:
 
     def _gradient_metric(self, parameter: str) -> str:
         """The norm in which the gradient of a parameter counts."""
-        modality, metric = gradient_metric(parameter)
+        units = {**MODALITY_UNITS, **self.objective.units, **self.objective.run_units}
+        modality, metric = gradient_metric(parameter, self.config.readers, units)
         return metric if modality is None else self._name(modality, metric)
 
     def _record(self, out: StepOutput, data: StepData, interval: Interval, is_validating: bool) -> dict[str, float]:

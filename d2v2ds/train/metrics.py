@@ -9,7 +9,7 @@ a run that never stopped.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,14 @@ HEALTH_UNITS = {
 """Statistics of each set of vectors that an objective names: NAME/effective_rank and so on."""
 
 
-def gradient_metric(parameter: str) -> tuple[str | None, str]:
+def gradient_metric(parameter: str, modalities: Container[str], units: Container[str]) -> tuple[str | None, str]:
     """Find the norm in which the gradient of a parameter counts.
 
     Args:
-        parameter: name in an objective's network: `trunk.encoders.M.PART...`, `trunk.blocks...`, or `OWNED.M...` for
-            what the objective has for each modality, such as decoders.
+        parameter: name in an objective's network: `trunk.blocks...`, `trunk.encoders.M.PART...`, `PARTs.M...` for what
+            the objective has for each modality M, such as decoders, or `PART...` for what it has for all of them.
+        modalities: names of the run's modalities.
+        units: norms that have a unit; a part without one counts as other.
 
     Returns:
         The modality, None for all, and the metric.
@@ -70,10 +72,9 @@ def gradient_metric(parameter: str) -> tuple[str | None, str]:
     room, *rest = parameter.removeprefix("trunk.").split(".")
     if room == "blocks":
         return None, "optim/grad_norm/blocks"
-    if room == "encoders":
-        metric = f"optim/grad_norm/{rest[1]}"
-        return rest[0], metric if metric in MODALITY_UNITS else "optim/grad_norm/other"
-    return rest[0], f"optim/grad_norm/{room.removesuffix('s')}"
+    modality = rest[0] if rest and rest[0] in modalities else None
+    metric = f"optim/grad_norm/{rest[1] if room == 'encoders' else room.removesuffix('s')}"
+    return modality, metric if metric in units else "optim/grad_norm/other"
 
 
 class MetricNames:
