@@ -1,11 +1,11 @@
-"""Shards -> one optimizer step's `Batch`es at a time, on the CPU, without end.
+"""Shards -> the `Batch`es of one optimizer step after another, on the CPU, without end.
 
-In: a `DataStream` for each modality (a reader and its `BatchPlan`), a position in each, and which rank of how many
-this is. Out: `StepData`, this rank's micro-batches of one global batch of every modality, together with the positions
-to store once they are used. Modalities come in one order on all ranks, so that all of them always run the same modules.
+In: a `DataStream` for each modality (a reader and its `BatchPlan`), a position in each, rank and number of ranks. Out:
+`StepData`, this rank's micro-batches of one global batch of every modality, and the positions to store once they are
+used. Modalities have the same order on all ranks, so that all ranks always run the same modules.
 
-The position travels with the data, so that workers which read ahead can never move it. What a batch contains
-is decided by the plan and by counter-based random numbers, so that the number of workers changes nothing.
+Each position is stored with its data, so workers that read ahead do not change it. Plan and counter-based random
+numbers alone decide the content of a batch, so the number of workers does not.
 """
 
 import atexit
@@ -33,15 +33,15 @@ from d2v2ds.data.workers import (
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Reading ahead of batches."""
+    """Settings of reading ahead."""
 
     num_workers: int = 2
-    """Reading processes of each rank (count); 0 reads in the training process."""
+    """Data workers (processes) of each rank; 0 reads in the training process."""
     prefetch_factor: int = 4
-    """Micro-batches that each worker reads ahead (count)."""
+    """Micro-batches that each worker reads ahead."""
 
     def check(self) -> None:
-        """Raises ValueError for counts out of range."""
+        """Raise ValueError for counts out of range."""
         if self.num_workers < 0 or self.prefetch_factor < 1:
             raise ValueError(
                 f"num_workers must be at least 0 and prefetch_factor at least 1, found {self.num_workers} "
@@ -62,10 +62,10 @@ class StepData:
     """One rank's share of one global batch of every modality."""
 
     state_after: dict[str, SamplerState]
-    """Position of each modality once this step is done: what its checkpoint stores."""
+    """Position of each modality after this step, for the checkpoint."""
     micro: list[Batch]
-    """Modality by modality, each in its plan's order; the same number and order of modalities on every rank, fillers
-    with `loss_weight` 0 included."""
+    """Modality by modality, each in its plan's order; the same number and order of modalities on every rank, with
+    fillers of `loss_weight` 0."""
 
 
 def build_loader(
@@ -81,14 +81,14 @@ def build_loader(
 
     Args:
         streams: by modality; the readers are sent to the workers. The seed of a plan also decides crops and masks.
-        state: where to begin, by modality.
+        state: first position, by modality.
         rank: this rank.
         world: number of ranks.
         config: workers and reading ahead.
         pin_memory: place batches in page-locked memory, for copies to a GPU.
 
     Returns:
-        An endless iterator; `close` it, or leave that to the end of the program.
+        An endless iterator; it closes at the end of the program at the latest.
 
     Raises:
         ValueError: impossible settings.
@@ -113,7 +113,7 @@ def build_loader(
             collate_fn=_unchanged,
             num_workers=config.num_workers,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else every start of a loader would draw from the model's generator
+            generator=torch.Generator(),  # else a new loader draws from the model's generator
             **workers,
         )
     )
@@ -125,14 +125,14 @@ def start_worker_server() -> None:
 
 
 class StepLoader(Iterator[StepData]):
-    """Gathers micro-batches into steps, and ends the workers."""
+    """Collects micro-batches into steps, and stops the workers."""
 
     def __init__(self, loader: DataLoader) -> None:
         with job_signals_blocked(), main_module_hidden():
             running = [iter(loader)]
         self._running = running
         self.close = weakref.finalize(self, stop_workers, running)
-        """Stop the workers. Called by itself at exit, or when the loader is no longer used."""
+        """Stop the workers. Runs automatically at exit, or when the loader is garbage-collected."""
         atexit.register(self.close)  # before multiprocessing's own, which would wait for workers for ever
 
     def __next__(self) -> StepData:
@@ -148,7 +148,7 @@ class StepLoader(Iterator[StepData]):
 
 @dataclass(frozen=True)
 class _Request:
-    """Micro-batch that a worker shall read."""
+    """Micro-batch for a worker to read."""
 
     modality: str
     micro: MicroBatch
@@ -157,7 +157,7 @@ class _Request:
 
 
 class _RankOrder(Sampler[_Request]):
-    """One rank's micro-batches in order, without end. Runs in the training process."""
+    """Micro-batches of one rank in order, without end. Runs in the training process."""
 
     def __init__(
         self, plans: Mapping[str, BatchPlan], state: Mapping[str, SamplerState], rank: int, world: int

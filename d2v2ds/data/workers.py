@@ -1,4 +1,4 @@
-"""Reading processes of a loader: start, signals, end."""
+"""Data workers of a loader: start, signals, end."""
 
 import multiprocessing
 import os
@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that a scheduler or a terminal sends to every process of a job. The training process answers them by
-saving; data workers must outlive them, or there would be no data for the step that is finished first."""
+"""Signals that a scheduler or a terminal sends to every process of a job. The training process finishes its step and
+saves; data workers ignore them, because that step still needs data."""
 
 
 def start_server(preload: str) -> None:
-    """Start the process that workers are forked from, so that it imports a module while the caller goes on."""
+    """Start the process that workers are forked from; it imports a module while the caller continues."""
     worker_context(preload)
     with job_signals_blocked():
         forkserver.ensure_running()
@@ -26,8 +26,8 @@ def start_server(preload: str) -> None:
 def worker_context(preload: str) -> multiprocessing.context.ForkServerContext:
     """Return the start method of the workers: a server that imports the module `preload` once, then forks.
 
-    Neither by fork nor by spawn: forking a process that has GPU, MPI or communication threads can deadlock the child,
-    and spawned workers would each import torch anew.
+    Forking a process that has GPU, MPI or communication threads can deadlock the child, and each spawned worker would
+    import torch again.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
@@ -35,17 +35,17 @@ def worker_context(preload: str) -> multiprocessing.context.ForkServerContext:
 
 
 def prepare_worker(worker: int) -> None:
-    """Make a worker ignore the signals of the job and end with the training process. Runs in the worker."""
+    """Make this worker ignore the signals of the job and end with the training process."""
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_training_process, daemon=True).start()
 
 
 def _end_with_training_process() -> None:
-    """End this worker when the training process is gone.
+    """End this worker when the training process has ended.
 
-    The DataLoader's own watch looks at the parent, which here is the fork server, and that in turn waits for its
-    workers: a killed training process would leave all of them behind.
+    The DataLoader's own check watches the parent, which here is the fork server, and that waits for its workers. They
+    would survive a killed training process.
     """
     trainer = multiprocessing.parent_process()
     if trainer is not None:
@@ -55,9 +55,9 @@ def _end_with_training_process() -> None:
 
 @contextmanager
 def job_signals_blocked() -> Iterator[None]:
-    """Start processes that keep these signals blocked, the fork server among them; ours arrive afterwards."""
+    """Block these signals in processes started inside, such as the fork server; this process gets them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    resource_tracker.ensure_running()  # inside, or a signal would end the tracker; it unblocks some of them here
+    resource_tracker.ensure_running()  # started here, or a signal would end it; this call unblocks some signals
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         yield
@@ -67,8 +67,8 @@ def job_signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def main_module_hidden() -> Iterator[None]:
-    """Start processes that do not import the program's main module, as multiprocessing's would: what is sent to ours
-    comes from this package, and importing the trainer with DeepSpeed would cost each of them more than a second."""
+    """Keep processes started inside from importing the main module, and with it DeepSpeed, which is slow. Workers do
+    not need it: all objects sent to them are defined in this package."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -78,12 +78,12 @@ def main_module_hidden() -> Iterator[None]:
 
 
 def stop_workers(running: list[Any]) -> None:
-    """End the workers of an iterator at once, and empty the list that held it.
+    """Stop the workers of an iterator, and remove it from the list.
 
     Without this, the traceback of an error can keep the iterator alive until the program ends, and the workers ignore
-    the signal by which Python would end them then.
+    the signal with which Python would end them then.
     """
     while running:
-        shut_down = getattr(running.pop(), "_shutdown_workers", None)  # absent where no worker was asked for
+        shut_down = getattr(running.pop(), "_shutdown_workers", None)  # absent with num_workers=0
         if shut_down is not None:
             shut_down()

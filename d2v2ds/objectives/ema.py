@@ -18,7 +18,7 @@ class EmaConfig:
 
 
 def ema_decay(num_updates: int, config: EmaConfig) -> float:
-    """The decay of the teacher update that follows optimizer update number `num_updates` (1 or more)."""
+    """Return the decay of the teacher update that follows optimizer update number `num_updates` (1 or more)."""
     if num_updates >= config.anneal_steps:
         return config.end_decay
     return config.end_decay - (config.end_decay - config.start_decay) * (1.0 - num_updates / config.anneal_steps)

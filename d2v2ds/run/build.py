@@ -14,7 +14,7 @@ from d2v2ds.distributed.engine import Engine, build_student_engine
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.model.alibi import alibi_slopes
 from d2v2ds.model.block import Block
-from d2v2ds.model.init import undrawn
+from d2v2ds.model.init import skip_init
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.run.machine import matmul_peak_flops
 from d2v2ds.run.prepare import Streams
@@ -42,7 +42,7 @@ def build_engines(
         warm_start: weights to begin with in place of drawn ones.
     """
     is_overwritten = will_resume or (warm_start is not None and not warm_start.fresh())
-    with undrawn() if is_overwritten else nullcontext():
+    with skip_init() if is_overwritten else nullcontext():
         network = objective.build_network(activation_checkpointing=config.engine.activation_checkpointing)
         if not is_overwritten:
             objective.initialise(network, config.run.seed)
@@ -52,7 +52,7 @@ def build_engines(
     optimizer = EarlyEpsilonAdam([p for p in network.parameters() if p.requires_grad], lr=0.0, config=config.optim)
     engine = build_student_engine(network, optimizer, ds_config, gather_units=[Block])
     engine.train()
-    with undrawn():  # `Teacher` makes it a copy of the student
+    with skip_init():  # `Teacher` makes it a copy of the student
         teacher_network = objective.build_teacher_network()
     teacher = None
     if teacher_network is not None:

@@ -1,8 +1,7 @@
 """`nn.Linear` that uses oneDNN for fp32 on a CPU that is not Intel's.
 
-torch hands fp32 products to MKL, which takes narrower vector instructions on processors of other makers: half the
-speed of oneDNN there, measured on a Zen 5. On a Xeon MKL is as fast as oneDNN and needs no copies of transposed
-factors: whole steps took 15 % less. bf16 goes to oneDNN anyway, and accelerators have their own libraries.
+torch computes fp32 products with MKL, which uses narrower vector instructions on other makers' processors and is slower
+than oneDNN there. On Intel's, MKL is as fast and needs no transposed copies. torch uses oneDNN for bf16 anyway.
 """
 
 from pathlib import Path
@@ -14,23 +13,22 @@ from torch import Tensor, nn
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) times the transpose of weight (O, I), by oneDNN; both are made contiguous."""
+    """Multiply x (..., I) by the transpose of weight (O, I) with oneDNN; makes both contiguous."""
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, needs_dx: bool) -> tuple[Tensor | None, Tensor]:
-    """Gradients (n, I) of x, if it needs one, and (O, I) of weight, as those of a convolution with kernel 1.
+    """Compute gradients (n, I) of x and (O, I) of weight as those of a convolution with kernel 1.
 
-    oneDNN's convolutions read both factors as they lie, products want transposed copies: whole steps took 4 to 6 % less
-    on a Zen 4.
+    oneDNN's convolutions need no transposed copies of the factors; its products do.
 
     Args:
         grad: (n, O) contiguous.
         x: (n, I) contiguous.
         weight: (O, I).
-        needs_dx: whether x needs one.
+        needs_dx: False returns None for x.
     """
-    # (1, I, 1, n) and (1, O, 1, n), with such strides that torch knows them as channels last
+    # (1, I, 1, n) and (1, O, 1, n), with the strides of the channels-last format
     image, dimage = (rows[None, None].permute(0, 3, 1, 2) for rows in (x, grad))
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dimage, image, weight[..., None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [needs_dx, True, False]
@@ -51,7 +49,7 @@ class _OneDnnLinear(torch.autograd.Function):
         needs_dx = ctx.needs_input_grad[0]
         if torch.get_num_threads() > 1:
             dx, dweight = _gradients(grad, rows, weight, needs_dx)
-        else:  # torch gives such a convolution to MKL
+        else:  # torch computes such a convolution with MKL
             dx = _product(grad, weight.t(), None) if needs_dx else None
             dweight = _product(grad.t(), rows.t(), None)
         return None if dx is None else dx.view(x.shape), dweight, grad.sum(0)
@@ -63,18 +61,18 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         fits = x.device.type == "cpu" and x.dtype == torch.float32
-        if fits and _USES_ONEDNN and not torch.compiler.is_compiling():  # compilers know the plain one
+        if fits and _USES_ONEDNN and not torch.compiler.is_compiling():  # torch.compile needs the plain operator
             return _OneDnnLinear.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
-_CPU_FACTS = Path("/proc/cpuinfo")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
-def _is_intel(facts: Path = _CPU_FACTS) -> bool:
-    """Whether Linux says so; False where it says nothing."""
+def _is_intel(cpuinfo: Path = _CPUINFO) -> bool:
+    """Return True if Linux reports an Intel processor."""
     try:
-        return "GenuineIntel" in facts.read_text(encoding="utf-8", errors="replace")
+        return "GenuineIntel" in cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
 
