@@ -15,16 +15,17 @@ import pytest
 from PIL import Image
 
 from d2v2ds.data.schema import file_crc32
-from d2v2ds.data.shards import ImageShards, open_shards
+from d2v2ds.modalities.image.shards import ImageShards
 from preprocessing import inspect
 from preprocessing.driver.writer import PACKING_NAME
+from preprocessing.formats import open_shards
 from preprocessing.image.check import opened
 from preprocessing.pack_images import main
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
+from tests.preprocessing.driver.test_parallel import mpirun, needs_mpi
 from tests.preprocessing.helpers import clean_environment, contents
 from tests.preprocessing.pictures import class_folders, encoded, picture, with_orientation, write_tar
-from tests.preprocessing.test_parallel import mpirun, needs_mpi
 
 
 def pack(source: Path, output: Path, *options: object) -> int:

@@ -12,20 +12,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from d2v2ds.data.shards import TextShards, open_shards
+from d2v2ds.data.schema import FileEntry, Index, shard_schema
+from d2v2ds.modalities.text.shards import TEXT_LAYOUT, TextShards
 from d2v2ds.modalities.text.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing import inspect
 from preprocessing.driver.writer import PACKING_NAME
+from preprocessing.formats import open_shards
 from preprocessing.pack_text import main
 from preprocessing.text import read
 from preprocessing.text.documents import DocumentKind, DocumentOptions, TextSpan
 from preprocessing.text.find import find_text_files
 from preprocessing.text.plan import TextSettings, make_plan, sample_texts
 from preprocessing.text.read import read_documents
+from preprocessing.text.report import batch_faults
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
+from tests.preprocessing.driver.test_parallel import mpirun, needs_mpi
 from tests.preprocessing.helpers import clean_environment, contents, run_module
-from tests.preprocessing.test_parallel import mpirun, needs_mpi
 from tests.preprocessing.texts import sentencepiece_model, story, write_gpt2_files, write_stories
 
 BLOCK = ("--block-tokens", "64")
@@ -404,9 +407,6 @@ def test_verify_finds_every_kind_of_damage(stories: Path, model: Path, tmp_path:
     ],
 )
 def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
-    from d2v2ds.data.schema import FileEntry, Index, shard_schema
-    from preprocessing.text.report import batch_faults
-
     form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": {"bos": 0}}
     entry = FileEntry(file="", bytes=0, crc32="")
     index = Index(modality="text", format=form, settings={}, files=1, files_skipped=0, plan_sha256="", rows=2,
@@ -416,7 +416,7 @@ def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
                "num_tokens": change.get("num_tokens", [len(row) for row in tokens]), "label": [None] * 2,
                "source": ["a"] * 2, "start": [0, 1],
                "crc32": [0] * 2, "texts_crc32": [0] * 2, "fields_crc32": [0] * 2}  # fmt: skip
-    batch = pa.record_batch(columns, schema=shard_schema("text", form))
+    batch = pa.record_batch(columns, schema=shard_schema(TEXT_LAYOUT, form))
     found = list(batch_faults(batch, index, "text-00000.arrow", 0))
     assert len(found) == len(words)
     for fault, word in zip(found, words, strict=True):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from d2v2ds.data.schema import TOKEN_DTYPES, Index
+from d2v2ds.data.schema import Index
+from d2v2ds.modalities.text.shards import TEXT_LAYOUT, TOKEN_DTYPES
 from preprocessing.driver.packing import pack
 from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES
@@ -50,7 +51,7 @@ def tokens_of(row: int, length: int, vocab_size: int) -> np.ndarray:
 @dataclass(frozen=True)
 class TinyPacker:
     settings: TinySettings
-    modality = "text"
+    layout = TEXT_LAYOUT
     measure = MEBIBYTES
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:

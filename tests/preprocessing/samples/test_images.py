@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2v2ds.data.shards import ImageShards
+from d2v2ds.modalities.image.shards import ImageShards
 from preprocessing.pack_images import main as pack
 from preprocessing.samples.images import SIDE, draw_shape, load_materials, main
 from tests.preprocessing.helpers import run_module

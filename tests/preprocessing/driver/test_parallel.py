@@ -204,7 +204,7 @@ def test_ctrl_c_while_workers_start_is_heard_by_their_parent_only(tmp_path: Path
     slow = "import sys, time\nif 'spawn_main' in ' '.join(sys.orig_argv): print('begun'); time.sleep(3)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
     code = (
-        "import sys; from tests.preprocessing.test_parallel import LocalTeam, work_on\n"
+        "import sys; from tests.preprocessing.driver.test_parallel import LocalTeam, work_on\n"
         "try: LocalTeam(2).map(work_on, range(2), lambda files, samples: None)\n"
         "except KeyboardInterrupt: sys.exit('interrupted')"
     )
@@ -247,7 +247,7 @@ def test_a_worker_that_is_stopped_does_not_hold_up_the_end(monkeypatch: pytest.M
 def test_workers_end_when_their_parent_is_killed(state: str, tmp_path: Path) -> None:
     code = (
         "import time; from pathlib import Path; from preprocessing.driver.team.local import LocalTeam;"
-        "from tests.preprocessing.test_parallel import whoami, work_on; team = LocalTeam(2);"
+        "from tests.preprocessing.driver.test_parallel import whoami, work_on; team = LocalTeam(2);"
         "print(*team.map(whoami, range(2), lambda files, samples: None), flush=True);"
         + ("team.map(work_on, range(2), lambda files, samples: None)" if state == "at work" else "time.sleep(60)")
     )

@@ -1,4 +1,4 @@
-"""`TextShards` and `ImageShards`: what was packed comes back without a copy, and damage is named."""
+"""`TextShards`: what was packed comes back without a copy, and damage is named."""
 
 import json
 import pickle
@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2v2ds.data.shards import AudioShards, ImageShards, TextShards, open_shards
-from d2v2ds.errors import ShardError
+from d2v2ds.errors import ConfigError, ShardError
+from d2v2ds.modalities.audio.shards import AudioShards
+from d2v2ds.modalities.image.shards import ImageShards
+from d2v2ds.modalities.known import open_shards
+from d2v2ds.modalities.text.shards import TextShards
+from preprocessing import formats
 from tests.preprocessing.tiny_text import SPECIAL, pack_tiny, tokens_of
 
 LENGTHS = [512, 17, 512, 400, 1, 512, 333] * 8
@@ -79,8 +83,9 @@ def test_an_unknown_token_type_or_modality_is_named(text: TextShards) -> None:
     with pytest.raises(ShardError, match="token_dtype is 'int8', expected one of uint16, uint32"):
         open_shards(text.folder)
     change_index(text.folder, lambda values: values.update(modality="smell"))
-    with pytest.raises(ShardError, match="modality is 'smell', expected one of audio, image, text"):
-        open_shards(text.folder)
+    for opened_by in (open_shards, formats.open_shards):
+        with pytest.raises(ConfigError, match="modality 'smell' is not known here, expected one of audio, image, text"):
+            opened_by(text.folder)
 
 
 def test_a_format_without_what_the_reader_needs_is_named(text: TextShards) -> None:
@@ -91,7 +96,7 @@ def test_a_format_without_what_the_reader_needs_is_named(text: TextShards) -> No
 
 @pytest.mark.parametrize("reader", [AudioShards, ImageShards])
 def test_readers_refuse_other_modalities(text: TextShards, reader: type[AudioShards] | type[ImageShards]) -> None:
-    with pytest.raises(ShardError, match="modality is 'text', this reader expects"):
+    with pytest.raises(ShardError, match=f"expected a folder of {reader.layout.name}, found modality 'text'"):
         reader(text.folder)
 
 
