@@ -94,7 +94,7 @@ class AudioPacker:
         return f"{index.totals['hours']:.2f} h, codec {index.format['codec']}"
 
     def versions(self) -> dict[str, str]:
-        """What decodes and resamples."""
+        """Versions of the libraries that decode and resample."""
         return {
             "soundfile": soundfile.__version__,
             "libsndfile": soundfile.__libsndfile_version__,

@@ -100,7 +100,7 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidSection:
-    """Which packed folders are held out, and how often they are looked at. In YAML: `valid.audio=FOLDER`."""
+    """Held-out packed folders, and how often the objective is evaluated on them. In YAML: `valid.audio=FOLDER`."""
 
     modalities: Mapping[str, Path] = field(default_factory=dict)
     """Held-out folder of each modality that is validated, by name."""
@@ -124,7 +124,7 @@ class InitSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSection:
-    """Which DeepSpeed configuration, and what it cannot say."""
+    """The DeepSpeed configuration, and settings that it has no field for."""
 
     deepspeed: str = "zero3_bf16"
     """Name of a file in `ds_configs/` without its ending, or a path."""

@@ -26,7 +26,7 @@ def _number(value: float) -> str:
 
 
 def _sized(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """With the largest unit of which there is one, else with the smallest."""
+    """A number with the largest unit that it fills, else with the smallest."""
     of, unit = next((entry for entry in units if value >= entry[0]), units[-1])
     return f"{_number(value / of)} {unit}"
 

@@ -45,7 +45,7 @@ class DataSettings(Protocol):
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """How often the rows of each folder are drawn, relative to the others."""
+        """Relative frequency with which the rows of each folder are drawn."""
 
     @property
     def loss_weight(self) -> float:

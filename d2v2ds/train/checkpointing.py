@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the weights, and when one is written, taken up again, or gone back to.
+"""Write checkpoints, resume from them, and roll back to them; the state they hold beside the weights.
 
 Every random draw is a function of (seed, step), so the step stands for all generators; the data's position is a few
 integers for each modality.
@@ -38,7 +38,7 @@ MAX_FAILURES = 2
 
 @dataclass
 class Progress:
-    """Where a run stands; stored in every checkpoint."""
+    """Position of a run; stored in every checkpoint."""
 
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
@@ -49,7 +49,7 @@ class Progress:
 
 
 def has_checkpoints(run_dir: Path) -> bool:
-    """Whether a run has any, whole or not: then it must go on from one, or not at all. The same on every rank."""
+    """True if a run has checkpoints, whole or not: it must then resume from one or stop. The same on every rank."""
     folder = run_dir / "checkpoints"
     # A shared file system may show ranks different lists.
     return comm.broadcast_object(bool(candidate_tags(folder)) or bool(lost_tags(folder)))
@@ -130,7 +130,7 @@ class Checkpoints:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank is writing."""
+        """True while this rank writes."""
         return self._saver.is_busy
 
     def advance(self, any_busy: bool) -> None:
@@ -237,11 +237,11 @@ class Checkpoints:
         )  # fmt: skip
 
     def _positions(self) -> dict[str, dict[str, int]]:
-        """Of the data, with what gives them their meaning."""
+        """Positions in the data, with the settings that give them their meaning."""
         return {name: plan.state_dict(self.progress.sampler[name]) for name, plan in self.plans.items()}
 
     def _note_rollback(self, record: Mapping[str, Any], tag: str) -> None:
-        """For a run that is stopped before it saves again: it would run into the same data, from a later step."""
+        """Record the rollback on disk: a run stopped before its next save would meet the same data at a later step."""
         with self._rollbacks_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

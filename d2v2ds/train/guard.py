@@ -16,7 +16,7 @@ _COUNTS = ("nonfinite_in_a_row", "nonfinite_total", "damaged_rows")
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """When to warn and when to stop."""
+    """Limits at which a run warns and stops."""
 
     max_nonfinite_steps: Count = 10
     """Skipped steps in a row (loss or gradient not finite) after which the run goes back to its last good checkpoint,
@@ -86,7 +86,7 @@ class Guard:
         self.nonfinite_in_a_row = 0
 
     def nonfinite(self, step: int, when: str) -> str:
-        """What to say when a run ends for its steps that are not finite."""
+        """Message of a run that ends after too many steps that are not finite."""
         return (
             f"step {step}: {self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite, {when}; "
             "lower lr.peak, set optim.clip_norm, or look at the inputs named in bad_batches.jsonl"
@@ -129,7 +129,7 @@ class Guard:
         return alarms
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run goes on counting from."""
+        """Counters that a resumed run continues from."""
         return {name: getattr(self, name) for name in _COUNTS}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

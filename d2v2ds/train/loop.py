@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How often things happen (optimizer steps), and what turns steps into numbers."""
+    """Intervals of the loop in optimizer steps, and settings of its metrics."""
 
     total_steps: int
     log_every_steps: int
@@ -234,7 +234,7 @@ class Trainer:
         return Interval({name: ModalityInterval() for name in self.config.readers})
 
     def _name(self, modality: str, metric: str) -> str:
-        """What a metric of one modality is called in this run."""
+        """Name of one modality's metric in this run."""
         return metric if len(self.config.readers) == 1 else f"{modality}/{metric}"
 
     def _gradient_metric(self, parameter: str) -> str:
@@ -293,7 +293,7 @@ class Trainer:
         return values
 
     def _reduce_run(self, out: StepOutput, interval: Interval, seconds: float) -> dict[str, float]:
-        """What belongs to the run as a whole."""
+        """Metrics of the run as a whole."""
         flops_per_s = interval.flops / seconds
         if self._peak_flops is None:
             comm.barrier()  # all at once: ranks on a CPU share its cores in the steps, too
@@ -331,7 +331,7 @@ class Trainer:
         return self.progress.step == 1 or self.progress.step % self.config.health_every_steps == 0
 
     def _has_part_norms(self, step: int) -> bool:
-        """Whether the norms of the gradient's parts are taken in the step that makes so many."""
+        """True if the norms of the gradient's parts are taken in the step that makes so many."""
         return step == 1 or step % self.config.log_every_steps == 0
 
     def _collect(self, out: StepOutput) -> None:

@@ -78,7 +78,7 @@ def gradient_metric(parameter: str, modalities: Container[str], units: Container
 
 
 class MetricNames:
-    """Which scalars a run may write: those of every run, of its objective and of its modalities' units."""
+    """Names of the scalars that a run may write: of every run, of its objective, of its modalities."""
 
     def __init__(self, run_units: Mapping[str, str], modality_units: Mapping[str, str]) -> None:
         """
@@ -90,7 +90,7 @@ class MetricNames:
         self.modality = MODALITY_UNITS | dict(modality_units)
 
     def is_known(self, name: str) -> bool:
-        """Whether a scalar has a unit; `valid/NAME` has that of NAME, `MODALITY/NAME` too."""
+        """True if a scalar has a unit; `valid/NAME` and `MODALITY/NAME` have that of NAME."""
         if name in self.run:
             return True
         candidates = [name.removeprefix("valid/"), name.partition("/")[2].removeprefix("valid/")]
@@ -192,7 +192,7 @@ class Metrics:
             self._writer = None  # its thread has died of the error; the next record starts another
 
     def _attempt(self, what: str, action: Callable[[], object]) -> bool:
-        """Whether it could be written; if not, says so once until it works again."""
+        """Write, and return True if that worked; a fault is reported once until writing works again."""
         try:
             action()
         except OSError as error:

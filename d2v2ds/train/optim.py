@@ -1,4 +1,4 @@
-"""Adam as the reference computes it (spec section 12): decoupled decay on every parameter, norms and biases
+"""Adam as the official code computes it: decoupled decay on every parameter, norms and biases
 included, and epsilon added to sqrt(v) *before* bias correction."""
 
 from collections.abc import Callable, Iterable

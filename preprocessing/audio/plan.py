@@ -1,4 +1,4 @@
-"""Which recordings are packed, joined and skipped, decided from their headers before anything is decoded."""
+"""Plan the recordings to pack, join and skip from their headers, before anything is decoded."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""What `verify` and `inspect` do with audio: check every row against its audio; durations, levels, log-mel pictures."""
+"""`verify` and `inspect` for audio: check every row against its audio; durations, levels, log-mel pictures."""
 
 from collections.abc import Iterator
 from pathlib import Path

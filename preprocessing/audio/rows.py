@@ -1,4 +1,4 @@
-"""From planned recordings to rows: decode, cut or join, encode, annotate."""
+"""Turn planned recordings into rows: decode, cut or join, encode, annotate."""
 
 import io
 from collections.abc import Iterator

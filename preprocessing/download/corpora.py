@@ -1,4 +1,4 @@
-"""Which files a corpus consists of: archives, their addresses, checksums and licences.
+"""Files of each corpus: archives, their addresses, checksums and licences.
 
 In: names of parts, a published list of checksums, or a user's list of URLs. Out: `Source`s to fetch.
 """

@@ -29,7 +29,7 @@ from d2v2ds.shapes import AUDIO_NORM_EPS
 
 @dataclass(frozen=True, kw_only=True)
 class AudioDataConfig:
-    """Which recordings, how much of them at a time, and how they are masked."""
+    """Settings for reading recordings: folders, batch sizes and masks."""
 
     shards: Folders
     """Folder written by `preprocessing.pack_audio`, or several of them."""

@@ -22,7 +22,7 @@ from d2v2ds.shapes import PAD_ID
 
 @dataclass(frozen=True, kw_only=True)
 class TextDataConfig:
-    """Which texts, how many tokens of them at a time, and how they are masked."""
+    """Settings for reading texts: folders, batch sizes and masks."""
 
     shards: Folders
     """Folder written by `preprocessing.pack_text`, or several of them."""
