@@ -1,4 +1,4 @@
-"""What is summed between two records of metrics."""
+"""Sums of losses, data and time between two records of metrics."""
 
 import time
 from collections.abc import Callable, Mapping

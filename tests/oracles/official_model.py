@@ -1,8 +1,8 @@
 """A second implementation of one training step, from the text of the specification alone.
 
 It shares no code with `d2v2ds.model`: weights stay in a dict under their official names, options under theirs with the
-defaults of the published networks, and heads are looped over. What it computes is named as in the files of golden vectors, so
-that recorded cases and this step can be compared key by key, and so that it can write cases that the records lack.
+defaults of the published networks, and heads are looped over. Its results are named as in the files of golden vectors,
+so that recorded cases and this step can be compared key by key, and so that it can write cases that the records lack.
 All dropouts are taken to be 0. It computes in float64, so that what differs is the rounding of the other side.
 """
 
