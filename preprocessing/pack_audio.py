@@ -23,14 +23,14 @@ from d2v2ds.data.codecs.flac import DECODER
 from d2v2ds.data.schema import Index
 from d2v2ds.modalities.audio.shards import AUDIO_LAYOUT, CODECS
 from preprocessing.audio.clips import find_clips, read_headers
-from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio.rows import rows_of
+from preprocessing.audio.shard_plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio.waveform import Decoder
 from preprocessing.driver.command import common_parser, run
 from preprocessing.driver.packing import read_all
-from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import Measure
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan
 from preprocessing.driver.team.protocol import Team
 
 MEASURE = Measure(

@@ -28,9 +28,9 @@ from d2v2ds.modalities.image.shards import IMAGE_LAYOUT
 from preprocessing.driver.command import common_parser, run
 from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
 from preprocessing.driver.packing import read_all
-from preprocessing.driver.plan import Plan, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan, cut_shards, fingerprint
 from preprocessing.driver.team.protocol import Team
 from preprocessing.image.find import (
     IMAGE_SUFFIXES,

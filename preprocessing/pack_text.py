@@ -24,14 +24,14 @@ from d2v2ds.modalities.text.shards import TEXT_LAYOUT
 from d2v2ds.modalities.text.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing.driver.command import common_parser, parse_bytes, run
 from preprocessing.driver.output_file import replacing
-from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan
 from preprocessing.driver.team.protocol import Team
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.text.documents import DOCUMENT_KINDS, ERRORS, DocumentOptions, TextSpan
-from preprocessing.text.plan import TextSettings, make_plan, sample_texts
 from preprocessing.text.rows import block_rows, document_rows
+from preprocessing.text.shard_plan import TextSettings, make_plan, sample_texts
 from preprocessing.text.tokenization import (
     NORMALIZATIONS,
     read_tokenizer,

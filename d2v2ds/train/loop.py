@@ -24,7 +24,7 @@ from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
-from d2v2ds.train.interval import Interval, ModalityInterval
+from d2v2ds.train.log_window import LogWindow, ModalityWindow
 from d2v2ds.train.metrics import MODALITY_UNITS, Metrics, gradient_metric, peak_memory_gib
 from d2v2ds.train.step import Recipe, StepOutput, train_step
 from d2v2ds.train.validate import Validation
@@ -129,7 +129,7 @@ class Trainer:
             SaveError: two checkpoints in a row could not be written.
         """
         config, progress = self.config, self.progress
-        interval, began, first = self._new_interval(), time.perf_counter(), progress.step
+        window, began, first = self._new_window(), time.perf_counter(), progress.step
         following = _fetch(data)
         if progress.step < config.total_steps and self._ask_all_ranks(None, following):
             raise PreemptedError(f"stopped by {self._signals()} before the first step, nothing was lost")
@@ -139,7 +139,7 @@ class Trainer:
             out = train_step(self.engine, self.objective, step_data.micro, step=progress.step, recipe=self.recipe)
             progress.step += 1
             progress.sampler = step_data.state_after
-            interval.add(out, step_data.micro, wait_s, config.readers, config.flops_of)
+            window.add(out, step_data.micro, wait_s, config.readers, config.flops_of)
             if out.applied:
                 self._collect(out)
             else:
@@ -150,7 +150,7 @@ class Trainer:
             if self.guard.after_step(progress.step, out.applied):
                 self._roll_back()
                 self.watchdog.touch(progress.step)
-                interval, began, first = self._new_interval(), time.perf_counter(), progress.step
+                window, began, first = self._new_window(), time.perf_counter(), progress.step
                 continue
             is_last = progress.step == config.total_steps
             is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping
@@ -158,17 +158,17 @@ class Trainer:
                 progress.step % config.validate_every_steps == 0 or is_last
             )
             if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving or is_validating:
-                values = self._record(out, step_data, interval, is_validating)
+                values = self._record(out, step_data, window, is_validating)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
                 self._say(values, elapsed * (config.total_steps - progress.step))
-                interval = self._new_interval()
+                window = self._new_window()
             if is_saving:
                 if self.metrics is not None:
                     self.metrics.flush()
                 self.checkpoints.begin(values.get("valid/loss/total"))
                 self.samples = self._no_samples()  # a resumed run begins without them
                 self.watchdog.touch(progress.step)
-                interval.started = time.perf_counter()
+                window.started = time.perf_counter()
             if is_stopping and not is_last:
                 self.checkpoints.finish()
                 raise PreemptedError(
@@ -230,8 +230,8 @@ class Trainer:
             self.metrics.rewind(self.progress.step)
         self.samples = self._no_samples()
 
-    def _new_interval(self) -> Interval:
-        return Interval({name: ModalityInterval() for name in self.config.readers})
+    def _new_window(self) -> LogWindow:
+        return LogWindow({name: ModalityWindow() for name in self.config.readers})
 
     def _name(self, modality: str, metric: str) -> str:
         """Name of one modality's metric in this run."""
@@ -243,11 +243,11 @@ class Trainer:
         modality, metric = gradient_metric(parameter, self.config.readers, units)
         return metric if modality is None else self._name(modality, metric)
 
-    def _record(self, out: StepOutput, data: StepData, interval: Interval, is_validating: bool) -> dict[str, float]:
+    def _record(self, out: StepOutput, data: StepData, window: LogWindow, is_validating: bool) -> dict[str, float]:
         """Reduce, check and write one record; returns it on every rank."""
         progress = self.progress
-        seconds = time.perf_counter() - interval.started
-        values = self._reduce_run(out, interval, seconds) | self._reduce_modalities(data, interval, seconds)
+        seconds = time.perf_counter() - window.started
+        values = self._reduce_run(out, window, seconds) | self._reduce_modalities(data, window, seconds)
         values |= self.objective.run_metrics()
         if out.applied and self._has_part_norms(progress.step):
             values |= self._part_norms.take(out.grad_norm)
@@ -261,11 +261,11 @@ class Trainer:
         self.guard.check_health(progress.step, values)
         return values
 
-    def _reduce_modalities(self, data: StepData, interval: Interval, seconds: float) -> dict[str, float]:
+    def _reduce_modalities(self, data: StepData, window: LogWindow, seconds: float) -> dict[str, float]:
         """Losses, metrics of the objective and amounts of data of every modality. Collective."""
         values: dict[str, float] = {}
         total = 0.0
-        for name, part in interval.parts.items():
+        for name, part in window.parts.items():
             unit, totals = self.config.readers[name].unit, part.sums.reduce()
             (units,) = comm.all_reduce_sum([part.units])
             if totals is not None:
@@ -278,7 +278,7 @@ class Trainer:
             values[unit.total_metric] = self.progress.seen[name] / unit.total_size
             values[unit.speed_metric] = units / seconds
             values[self._name(name, "data/epoch")] = float(data.state_after[name].epoch)
-        if len(interval.parts) > 1 and interval.applied:
+        if len(window.parts) > 1 and window.applied:
             values["loss/total"] = total
         return values
 
@@ -292,18 +292,18 @@ class Trainer:
         logger.info("step %d  validation loss %.4f", self.progress.step, values["valid/loss/total"])
         return values
 
-    def _reduce_run(self, out: StepOutput, interval: Interval, seconds: float) -> dict[str, float]:
+    def _reduce_run(self, out: StepOutput, window: LogWindow, seconds: float) -> dict[str, float]:
         """Metrics of the run as a whole."""
-        flops_per_s = interval.flops / seconds
+        flops_per_s = window.flops / seconds
         if self._peak_flops is None:
             comm.barrier()  # all at once: ranks on a CPU share its cores in the steps, too
             self._peak_flops = self.config.measure_peak()
         flops, mfu, samples = comm.all_reduce_sum(
-            [flops_per_s, flops_per_s / max(self._peak_flops, 1.0), float(interval.samples)]
+            [flops_per_s, flops_per_s / max(self._peak_flops, 1.0), float(window.samples)]
         )
         own = (
-            1000 * seconds / interval.steps,
-            1000 * interval.data_wait_s / interval.steps,
+            1000 * seconds / window.steps,
+            1000 * window.data_wait_s / window.steps,
             peak_memory_gib(comm.device()),
         )
         step_ms, wait_ms, memory = (max(column) for column in zip(*comm.gather_objects(own), strict=True))
@@ -323,8 +323,8 @@ class Trainer:
         }
         self.checkpoints.stall_s = 0.0
         values |= self.objective.schedules(self.progress.step)
-        if interval.applied:
-            values["optim/grad_norm"] = interval.grad_norm / interval.applied
+        if window.applied:
+            values["optim/grad_norm"] = window.grad_norm / window.applied
         return values
 
     def _is_health_step(self) -> bool:

@@ -32,9 +32,9 @@ from d2v2ds.data.schema import (
 )
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.input_files import utf8
-from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import Progress, Report
 from preprocessing.driver.protocol import Packer
+from preprocessing.driver.shard_plan import Plan
 from preprocessing.driver.team.protocol import Team
 from preprocessing.driver.writer import (
     PACKING_NAME,

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from d2v2ds.data.schema import Index, Layout
-from preprocessing.driver.plan import Plan, Skipped
 from preprocessing.driver.progress import Measure, Report
+from preprocessing.driver.shard_plan import Plan, Skipped
 from preprocessing.driver.team.protocol import Team
 
 Buffer = Any

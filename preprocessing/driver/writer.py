@@ -32,9 +32,9 @@ from d2v2ds.data.schema import (
 from d2v2ds.io.crc import crc32
 from preprocessing.driver.input_files import utf8
 from preprocessing.driver.output_file import BUFFER_BYTES, ChecksumFile, give_buffer, replacing, take_buffer
-from preprocessing.driver.plan import Skipped
 from preprocessing.driver.progress import Report
 from preprocessing.driver.protocol import Notes, Packer, Row
+from preprocessing.driver.shard_plan import Skipped
 
 BATCH_BYTES = BUFFER_BYTES
 """Payload bytes after which a record batch ends; a longer row has a batch of its own."""

@@ -12,8 +12,8 @@ from PIL import Image
 from d2v2ds.data.codecs.pixels import to_rgb, upright
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.input_files import unreadable, utf8
-from preprocessing.driver.plan import Skipped
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Skipped
 from preprocessing.image.check import BadImageError, ImageFacts, examine, opened
 from preprocessing.image.find import (
     LABEL_SUFFIXES,

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v2ds.modalities.text.tokenizers import BOS, EOS, Tokenizer
-from preprocessing.driver.plan import Skipped
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Skipped
 from preprocessing.text.documents import TextSpan
-from preprocessing.text.plan import TextSettings
 from preprocessing.text.read import read_documents
+from preprocessing.text.shard_plan import TextSettings
 from preprocessing.text.tokenization import token_dtype
 
 

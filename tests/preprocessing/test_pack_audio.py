@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from preprocessing.audio.plan import AudioSettings
+from preprocessing.audio.shard_plan import AudioSettings
 from preprocessing.driver.packing import pack as pack_all
 from preprocessing.driver.team.local import LocalTeam
 from preprocessing.driver.writer import PACKING_NAME, pack_shard

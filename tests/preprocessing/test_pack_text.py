@@ -22,9 +22,9 @@ from preprocessing.pack_text import main
 from preprocessing.text import read
 from preprocessing.text.documents import DocumentKind, DocumentOptions, TextSpan
 from preprocessing.text.find import find_text_files
-from preprocessing.text.plan import TextSettings, make_plan, sample_texts
 from preprocessing.text.read import read_documents
 from preprocessing.text.report import batch_faults
+from preprocessing.text.shard_plan import TextSettings, make_plan, sample_texts
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
 from tests.preprocessing.driver.test_parallel import mpirun, needs_mpi
@@ -306,7 +306,7 @@ def test_a_tokenizer_of_a_large_corpus_is_trained_on_a_seeded_sample(
     everything = sample()
     texts = documents_of(source, DocumentOptions(document="line"))
     assert everything == texts and len(texts) > 1000, "all of a small corpus; of plain text lines are enough"
-    monkeypatch.setattr("preprocessing.text.plan.SAMPLE_BYTES", 500)
+    monkeypatch.setattr("preprocessing.text.shard_plan.SAMPLE_BYTES", 500)
     some = sample(train_bytes=10_000)
     assert 5_000 < sum(map(len, some)) < 20_000 and set(some) < set(everything)
     assert some == sample(train_bytes=10_000) != sample(train_bytes=10_000, seed=1)

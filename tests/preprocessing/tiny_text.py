@@ -10,9 +10,9 @@ import numpy as np
 from d2v2ds.data.schema import Index
 from d2v2ds.modalities.text.shards import TEXT_LAYOUT, TOKEN_DTYPES
 from preprocessing.driver.packing import pack
-from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan, Skipped, cut_shards, fingerprint
 from preprocessing.driver.team.local import LocalTeam
 from preprocessing.driver.team.protocol import Team
 

@@ -8,8 +8,8 @@ import pytest
 
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.command import parse_bytes
-from preprocessing.driver.plan import cut_shards
 from preprocessing.driver.progress import MEBIBYTES, Measure, Progress
+from preprocessing.driver.shard_plan import cut_shards
 from preprocessing.verify import _file_faults
 from tests.preprocessing.helpers import contents
 from tests.preprocessing.tiny_text import TinyUnit, pack_tiny

@@ -12,7 +12,7 @@ import numpy as np
 
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.input_files import check_unique
-from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
+from preprocessing.driver.shard_plan import Plan, Skipped, cut_shards, fingerprint
 from preprocessing.text.divide import can_be_divided, document_boundaries
 from preprocessing.text.documents import DocumentOptions, TextFile, TextSpan
 from preprocessing.text.find import find_text_files

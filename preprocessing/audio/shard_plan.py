@@ -12,7 +12,7 @@ from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.audio.shards import Codec
 from preprocessing.audio.clips import Clip, Header
 from preprocessing.driver.input_files import check_present, listed
-from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
+from preprocessing.driver.shard_plan import Plan, Skipped, cut_shards, fingerprint
 
 SAMPLE_RATE_HZ = 16000
 """Of every row, as every published speech recipe has it."""

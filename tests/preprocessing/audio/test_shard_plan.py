@@ -4,8 +4,8 @@ import pytest
 
 from d2v2ds.errors import ConfigError
 from preprocessing.audio.clips import Clip, Header
-from preprocessing.audio.plan import AudioSettings, AudioUnit, join_units, make_plan
-from preprocessing.driver.plan import cut_shards
+from preprocessing.audio.shard_plan import AudioSettings, AudioUnit, join_units, make_plan
+from preprocessing.driver.shard_plan import cut_shards
 
 RATE = 16000
 

@@ -11,7 +11,7 @@ from d2v2ds.train.sums import Sums
 
 
 @dataclass
-class ModalityInterval:
+class ModalityWindow:
     """Sums of one modality since the last record, of this rank."""
 
     sums: Sums = field(default_factory=Sums)
@@ -21,10 +21,10 @@ class ModalityInterval:
 
 
 @dataclass
-class Interval:
+class LogWindow:
     """Sums since the last record, of this rank. Skipped steps count in time and data, not in losses and norms."""
 
-    parts: dict[str, ModalityInterval]
+    parts: dict[str, ModalityWindow]
     steps: int = 0
     applied: int = 0
     started: float = field(default_factory=time.perf_counter)
