@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-import d2v2ds.data
+import d2v2ds.modalities.image
 import d2v2ds.modalities.image.reader as image_module
-from d2v2ds.data.codecs.pixels import SCALES, Box, displayed, stored_box, to_rgb, upright
+from d2v2ds.data.codecs.imagefile import to_rgb, upright
+from d2v2ds.data.codecs.pixels import SCALES, Box, displayed, stored_box
 from d2v2ds.data.collate import Collator
 from d2v2ds.data.order import BatchPlan, MicroBatch
 from d2v2ds.data.shards import ImageShards
@@ -317,9 +318,9 @@ def test_what_does_not_fit_the_model_is_a_sentence(source):
 
 def test_settings_need_no_pillow_but_readers_do(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.delitem(sys.modules, "d2v2ds.data.codecs.pixels")
+    monkeypatch.delitem(sys.modules, "d2v2ds.data.codecs.imagefile")
     monkeypatch.delitem(sys.modules, "d2v2ds.modalities.image.reader")
-    monkeypatch.setattr(d2v2ds.data, "image", image_module)  # so that it is restored
+    monkeypatch.setattr(d2v2ds.modalities.image, "reader", image_module)  # so that it is restored
     image = importlib.import_module("d2v2ds.modalities.image.reader")
     assert image is not image_module
     assert image.ImageDataConfig(**vars(config_of())).check() == []

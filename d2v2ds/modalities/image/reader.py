@@ -97,7 +97,7 @@ class ImageReader:
         Raises:
             MissingExtraError: Pillow is not installed.
         """
-        import d2v2ds.data.codecs.pixels  # noqa: F401  (here, so that runs without images need no Pillow)
+        import d2v2ds.data.codecs.imagefile  # noqa: F401  (here, so that runs without images need no Pillow)
 
         self.shards, self.config, self.model = shards, config, model
         self.mask = config.mask
@@ -212,7 +212,8 @@ class ImageReader:
         Returns:
             (Y, X, C) uint8 as stored, of `decode_box`.
         """
-        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, Box, DecodeError, decode_box, stored_box
+        from d2v2ds.data.codecs.imagefile import DecodeError
+        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, Box, decode_box, stored_box
 
         turn = image.orientation
         box = stored_box(Box(*corners), image.width, image.height, turn)
