@@ -167,13 +167,12 @@ class ImageReader:
 
         From 224 pixels on, the shorter side is 256/224 of the model's, as published results are measured.
         """
-        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, displayed
+        from d2v2ds.data.codecs.pixels import displayed
 
         image, side = self.shards.read_image(row), self.side
         view = whole_view(image.width, image.height, side)
-        size = view.size[::-1] if image.orientation in SWAPS_SIDES else view.size
-        part = self._part(row, image, view.box, None)  # (Y, X, C)
-        return view.middle(displayed(resize(part, *size), image.orientation), side)
+        part = displayed(self._part(row, image, view.box, None), image.orientation)  # (Y, X, C)
+        return view.middle(resize(np.ascontiguousarray(part), *view.size), side)
 
     def misfits(self) -> list[str]:
         """Why the model cannot read these shards: images of any size become one."""
