@@ -141,7 +141,7 @@ class FeatureExtractor:
         """
         Args:
             inputs: a list of inputs, or one. Recordings: paths, or samples (S,), (C, S), (S, C) as array or tensor.
-                Pictures: paths or PIL images. Texts: strings, or ids (S,) with <s> and </s>.
+                Pictures: paths of image files or PIL images. Texts: strings, or ids (S,) with <s> and </s>.
             sample_rate: of samples (Hz).
             modality: which encoder; needed where the model has several.
 

@@ -123,7 +123,7 @@ class ImageReader:
         Raises:
             MissingExtraError: Pillow is not installed.
         """
-        import d2v2ds.data.codecs.pixels  # noqa: F401  (here, so that runs without images need no Pillow)
+        import d2v2ds.data.codecs.imagefile  # noqa: F401  (here, so that runs without images need no Pillow)
 
         self.shards, self.config, self.network, self.mask = shards, config, network, mask
 
@@ -192,13 +192,12 @@ class ImageReader:
 
         From 224 pixels on, the shorter side is 256/224 of the model's, as published results are measured.
         """
-        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, displayed
+        from d2v2ds.data.codecs.pixels import displayed
 
         image, side = self._encoded(row), self.side
         view = whole_view(image.width, image.height, side)
-        size = view.size[::-1] if image.orientation in SWAPS_SIDES else view.size
-        part = self._part(row, image, view.box, None)  # (Y, X, C)
-        return view.middle(displayed(resize(part, *size), image.orientation), side)
+        part = displayed(self._part(row, image, view.box, None), image.orientation)  # (Y, X, C)
+        return view.middle(resize(np.ascontiguousarray(part), *view.size), side)
 
     def misfits(self) -> list[str]:
         """Always empty: images of every size are resized to the size of the model."""
@@ -238,7 +237,8 @@ class ImageReader:
         Returns:
             (Y, X, C) uint8 as stored, of `decode_box`.
         """
-        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, Box, DecodeError, decode_box, stored_box
+        from d2v2ds.data.codecs.imagefile import DecodeError
+        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, Box, decode_box, stored_box
 
         turn = image.orientation
         box = stored_box(Box(*corners), image.width, image.height, turn)

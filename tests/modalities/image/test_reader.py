@@ -17,12 +17,14 @@ from PIL import Image
 import d2v2ds.modalities.image
 import d2v2ds.modalities.image.reader as image_module
 from d2v2ds.config.load import load_config
-from d2v2ds.data.codecs.pixels import SCALES, Box, displayed, stored_box, to_rgb, upright
+from d2v2ds.data.codecs.imagefile import to_rgb, upright
+from d2v2ds.data.codecs.pixels import SCALES, Box, displayed, stored_box
 from d2v2ds.data.collate import Collator
 from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import BatchPlan, MicroBatch
 from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
+from d2v2ds.modalities.image.inference import read_picture
 from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader, augmentation_numbers, draw_crops, resize
 from d2v2ds.modalities.image.shards import ImageShards
 from preprocessing.pack_images import main as pack_images
@@ -191,6 +193,7 @@ def test_the_whole_view_is_the_published_resize_and_centre_crop():
     for width, height, turn, side, resized in ((500, 375, 1, 224, 256), (375, 500, 6, 224, 256), (70, 50, 3, 32, 32)):
         images = FakeImages([encode(photo(width, height), "PNG")], [turn])
         image = upright(Image.open(io.BytesIO(images.files[0])), turn)
+        of_extractor = read_picture(image, side, "upright")
         short = min(image.size)
         image = image.resize(tuple(length * resized // short for length in image.size), BICUBIC)
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
@@ -198,6 +201,7 @@ def test_the_whole_view_is_the_published_resize_and_centre_crop():
         found = reader_of(images, side).read_whole(0)
         assert found.shape == (3, side, side) and found.dtype == torch.uint8 and found.is_contiguous()
         assert abs(found.numpy().astype(int) - expected).mean() < 0.5
+        assert torch.equal(found, of_extractor)
 
 
 def test_the_whole_view_of_a_strip_is_its_middle_and_never_resized_as_a_whole(monkeypatch):
@@ -328,7 +332,7 @@ def test_what_does_not_fit_the_model_is_a_sentence(source):
 
 def test_settings_need_no_pillow_but_readers_do(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.delitem(sys.modules, "d2v2ds.data.codecs.pixels")
+    monkeypatch.delitem(sys.modules, "d2v2ds.data.codecs.imagefile")
     monkeypatch.delitem(sys.modules, "d2v2ds.modalities.image.reader")
     monkeypatch.setattr(d2v2ds.modalities.image, "reader", image_module)  # so that it is restored
     image = importlib.import_module("d2v2ds.modalities.image.reader")
