@@ -59,9 +59,21 @@ SHIPPED = (PackedFormat(AudioShards, _audio), PackedFormat(ImageShards, _image),
 
 @cache
 def known_formats() -> dict[str, PackedFormat]:
-    """Formats by the name of their modality."""
-    found = [*SHIPPED, *(entry.load() for entry in entry_points(group=ENTRY_POINTS))]
-    return {one.shards.layout.name: one for one in found}
+    """Formats by the name of their modality: the shipped ones in their order, then those of installed packages by name.
+
+    Raises:
+        ConfigError: two of them have one name.
+    """
+    found = {one.shards.layout.name: one for one in SHIPPED}
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        packed: PackedFormat = entry.load()
+        name = packed.shards.layout.name
+        if name in found:
+            raise ConfigError(
+                f"entry point {entry.value} of {ENTRY_POINTS}: format {name!r} exists already; rename its layout"
+            )
+        found[name] = packed
+    return found
 
 
 def format_of(modality: str, where: Path) -> PackedFormat:

@@ -81,8 +81,10 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
 
     Raises:
         ShardError: if the folder has no readable index.
+        ConfigError: if nobody provides its format.
     """
     index = read_index(folder)
+    total = format_of(index.modality, folder).shards.layout.total
     jobs = [ShardCheck(folder=folder, number=number, index=index) for number in range(len(index.shards))]
     progress = Progress("verifying", index.rows, unit="rows")
     with LocalTeam(workers) as team:
@@ -90,7 +92,6 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
     progress.finish()
     beside = [found for entry in (index.rows_file, *index.files_beside) for found in _file_faults(folder, entry)]
     faults = [*beside, *faults]
-    total = format_of(index.modality, folder).shards.layout.total
     for name, declared, summed in (
         ("rows", index.rows, sum(entry.rows for entry in index.shards)),
         (total, index.totals.get(total), sum(entry.size for entry in index.shards)),

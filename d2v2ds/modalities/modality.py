@@ -73,8 +73,12 @@ class Modality:
         return None
 
     def whole_inputs(self, folder: Path, preprocessing: Mapping[str, Any]) -> DataSettings:
-        """Data settings that read a folder for evaluation, as a model with this preprocessing expects it."""
-        raise NotImplementedError
+        """Data settings that read a folder for evaluation, as a model with this preprocessing expects it.
+
+        Raises:
+            ConfigError: the modality has no such settings.
+        """
+        raise ConfigError(f"{self.name}: packed folders cannot be read for evaluation; the modality lacks whole_inputs")
 
     def describe_preprocessing(self, network: Any, data: Any | None, index: Index | None) -> dict[str, Any]:
         """Describe what happens to an input before the network reads it; travels with exported weights.

@@ -5,10 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -85,6 +86,52 @@ def batches(reader: Reader, steps: int, num_workers: int = 0) -> list[Batch]:
     )
     with closing(loader):
         return [batch for step in islice(loader, steps) for batch in step.micro]
+
+
+@dataclass(frozen=True)
+class Part:
+    """As much of opened shards as joining asks for."""
+
+    rows: int
+    index: ClassVar[Any] = SimpleNamespace(modality="any", files_beside=())
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+PARTS = Part(5), Part(6), Part(7)
+
+
+def test_rows_are_located_by_folder_and_number() -> None:
+    joined = JoinedShards(PARTS)
+    assert len(joined) == 5 + 6 + 7 and joined.first is PARTS[0]
+    located = [joined.locate(index) for index in (0, 4, SECOND, 2 * SECOND + 3)]
+    assert located == [(PARTS[0], 0), (PARTS[0], 4), (PARTS[1], 0), (PARTS[2], 3)]
+    assert joined.name(SECOND + 7) == "rows in memory row 7"
+    for index, dataset in ((3 * SECOND, 3), (-1, -1)):
+        with pytest.raises(IndexError, match=f"row {index} lies in dataset {dataset} of 3"):
+            joined.locate(index)
+
+
+@pytest.mark.parametrize("rows", [[], [4], [SECOND + 1, SECOND], [2 * SECOND, 3, SECOND + 5, 0, 2 * SECOND + 1, 3]])
+def test_rows_are_divided_by_folder_and_can_be_put_back(rows: list[int]) -> None:
+    """Every row is in one division, where `locate` finds it; divisions come in the order of the folders."""
+    joined = JoinedShards(PARTS)
+    found: dict[int, tuple[Part, int]] = {}
+    order = []
+    for part, local, places in joined.split(np.array(rows, dtype=np.int64)):
+        order.append(part)
+        taken = np.arange(len(rows))[places].tolist()
+        assert len(local) == len(taken) > 0 and not found.keys() & set(taken)
+        found |= {place: (part, row) for place, row in zip(taken, local.tolist(), strict=True)}
+    assert [found[place] for place in range(len(rows))] == [joined.locate(row) for row in rows]
+    assert order == [part for part in PARTS if part in {part for part, _ in found.values()}]
+
+
+def test_rows_of_a_single_folder_are_passed_on_as_they_are() -> None:
+    rows = np.array([3, 1, 1])
+    ((part, local, places),) = JoinedShards(PARTS[:1]).split(rows)
+    assert part is PARTS[0] and local is rows and places == slice(None)
 
 
 def test_texts_of_two_folders_are_read_under_their_numbers(tmp_path: Path) -> None:
