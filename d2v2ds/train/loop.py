@@ -24,8 +24,8 @@ from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
-from d2v2ds.train.interval import Interval, ModalityInterval
 from d2v2ds.train.metrics import Metrics, gradient_metric, peak_memory_gib
+from d2v2ds.train.record_sums import Interval, ModalityInterval
 from d2v2ds.train.step import Recipe, StepOutput, train_step
 from d2v2ds.train.validate import Validation
 
