@@ -1,8 +1,7 @@
-"""How rich a set of vectors is: what tells a collapse that loss and variance hide. Pure functions.
+"""Statistics of vectors that show a collapse. Pure functions.
 
-Instance norm keeps the variance of collapsed targets near one. Measured on small runs with the official
-implementation, healthy targets of width 192 have an effective rank of 50 to 58 and 1 to 4 % of their variance
-follows the position in the clip; collapsed ones have a rank of 2 to 5 and a share of 23 to 84 %.
+Loss and variance do not show it, because instance norm keeps the variance of collapsed targets near one. RESULTS.md
+lists values of healthy and collapsed runs.
 """
 
 import math
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 4096
-"""Vectors of one kind that are looked at; more change the statistics little and cost time."""
+"""Most vectors of one kind in the statistics; more change them little and take time."""
 NUM_STEPS = 8
-"""Optimizer steps whose vectors are looked at together: a single short clip has fewer tokens than channels."""
+"""Optimizer steps whose vectors are combined, because a single short clip has fewer tokens than channels."""
 POLYNOMIAL_DEGREE = 6
-"""Of the position that the position share fits."""
+"""Degree of the polynomial that the position share fits."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,15 @@ class Richness:
     std: float
     """Mean over channels of the standard deviation over vectors."""
     effective_rank: float
-    """exp of the entropy of the normalised eigenvalues of the covariance; between 1 and D."""
+    """Exponential of the entropy of the covariance's normalised eigenvalues; between 1 and D."""
     position_share: float
     """Fraction of the variance that a polynomial of degree 6 in position / length explains."""
     exact_position_share: float
-    """Fraction of the variance that lies between exact positions, corrected for what chance puts there."""
+    """Fraction of the variance between exact positions, corrected for chance."""
 
 
 def effective_rank(x: Tensor) -> float:
-    """exp(entropy) of the normalised eigenvalues of the covariance of x (U, D)."""
+    """Return exp(entropy) of the normalised eigenvalues of the covariance of x (U, D)."""
     centred = x.double() - x.double().mean(0)
     smaller = centred.T @ centred if x.shape[1] <= x.shape[0] else centred @ centred.T
     values = torch.linalg.eigvalsh(smaller).clamp(min=0)
@@ -47,7 +46,7 @@ def effective_rank(x: Tensor) -> float:
 
 
 def position_share(x: Tensor, places: Tensor) -> float:
-    """Fraction of the variance of x that its place in the sequence explains, by least squares.
+    """Return the fraction of the variance of x that a polynomial in its position explains, by least squares.
 
     Args:
         x: (U, D).
@@ -63,10 +62,10 @@ def position_share(x: Tensor, places: Tensor) -> float:
 
 
 def exact_position_share(x: Tensor, positions: Tensor) -> float:
-    """Fraction of the variance of x between positions, each with a mean of its own.
+    """Return the fraction of the variance of x between the means of its positions.
 
-    Text with learned positions predicts them, which no polynomial shows. With few vectors at each position chance
-    alone puts variance between them; that is taken off (omega squared of an analysis of variance).
+    It also shows learned positions, as in text, which no polynomial fits. The variance expected by chance is subtracted
+    (omega squared of an analysis of variance).
 
     Args:
         x: (U, D).
@@ -84,12 +83,12 @@ def exact_position_share(x: Tensor, positions: Tensor) -> float:
 
 
 class Sample:
-    """Vectors of one kind, collected over a few micro-batches, and their places in the sequence."""
+    """Vectors of one kind, collected over a few micro-batches, and their positions in the sequence."""
 
     def __init__(self, *, reports_std: bool = False) -> None:
         """
         Args:
-            reports_std: whether the metrics have the standard deviation of these vectors.
+            reports_std: report the standard deviation of these vectors in the metrics.
         """
         self.reports_std = reports_std
         self._vectors: list[Tensor] = []
@@ -100,18 +99,18 @@ class Sample:
         """
         Args:
             vectors: (U, D); at most `MAX_ROWS / NUM_STEPS` evenly spread ones are kept.
-            positions: (U,) int64 place of each in its sequence.
+            positions: (U,) int64 position of each in its sequence.
             length: T, tokens of the sequence.
         """
         stride = -(-vectors.shape[0] * NUM_STEPS // MAX_ROWS)
         while math.gcd(stride, length) > 1:
-            stride += 1  # or only some positions would ever be seen
+            stride += 1  # otherwise only some positions would be sampled
         self._vectors.append(vectors[::stride].detach().float().cpu())
         self._positions.append(positions[::stride].cpu())
         self._places.append(positions[::stride].cpu() / length)
 
     def richness(self) -> Richness:
-        """Statistics of all that was added; NaN if that is nothing (every step was skipped)."""
+        """Compute the statistics; NaN if no vectors were added because every step was skipped."""
         if not self._vectors:
             return Richness(math.nan, math.nan, math.nan, math.nan)
         x, places = torch.cat(self._vectors), torch.cat(self._places)
