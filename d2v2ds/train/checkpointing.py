@@ -156,7 +156,7 @@ class Checkpoints:
             raise SaveError(
                 f"{fault}\nthis is failure {self._failures} in a row: free disk space, and start the same command"
             )
-        logger.error("%s\nthe run goes on; a second failure will end it", fault)
+        logger.error("%s\nthe run continues; a second failure will end it", fault)
 
     # ---------------------------------------------------------------- loading
 

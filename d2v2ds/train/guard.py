@@ -101,7 +101,7 @@ class Guard:
         self.damaged_rows += damaged
         if self.damaged_rows > self.config.max_damaged_rows:
             raise DamagedDataError(
-                f"{self.damaged_rows} rows could not be read and were left out so far, health.max_damaged_rows allows "
+                f"{self.damaged_rows} rows could not be read and were skipped so far, health.max_damaged_rows allows "
                 f"{self.config.max_damaged_rows}; the warnings above name them: run python -m preprocessing.verify on "
                 "the folder, copy its shards again, and start the same command"
             )

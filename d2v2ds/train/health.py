@@ -45,18 +45,19 @@ def effective_rank(x: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def position_share(x: Tensor, places: Tensor) -> float:
+def position_share(x: Tensor, relative_positions: Tensor) -> float:
     """Return the fraction of the variance of x that a polynomial in its position explains, by least squares.
 
     Args:
         x: (U, D).
-        places: (U,) position over length, 0 to 1.
+        relative_positions: (U,) position over length, 0 to 1.
     """
     centred = x.double() - x.double().mean(0)
     total = centred.square().sum()
     if total <= 0:
         return 0.0
-    powers = torch.stack([(2 * places.double() - 1) ** k for k in range(POLYNOMIAL_DEGREE + 1)], dim=1)  # (U, 7)
+    scaled = 2 * relative_positions.double() - 1  # (U,)
+    powers = torch.stack([scaled**k for k in range(POLYNOMIAL_DEGREE + 1)], dim=1)  # (U, 7)
     basis, _ = torch.linalg.qr(powers)
     return float((basis.T @ centred).square().sum() / total)
 
@@ -93,7 +94,7 @@ class Sample:
         self.reports_std = reports_std
         self._vectors: list[Tensor] = []
         self._positions: list[Tensor] = []
-        self._places: list[Tensor] = []
+        self._relative_positions: list[Tensor] = []
 
     def add(self, vectors: Tensor, positions: Tensor, length: int) -> None:
         """
@@ -107,16 +108,16 @@ class Sample:
             stride += 1  # otherwise only some positions would be sampled
         self._vectors.append(vectors[::stride].detach().float().cpu())
         self._positions.append(positions[::stride].cpu())
-        self._places.append(positions[::stride].cpu() / length)
+        self._relative_positions.append(positions[::stride].cpu() / length)
 
     def richness(self) -> Richness:
         """Compute the statistics; NaN if no vectors were added because every step was skipped."""
         if not self._vectors:
             return Richness(math.nan, math.nan, math.nan, math.nan)
-        x, places = torch.cat(self._vectors), torch.cat(self._places)
+        x = torch.cat(self._vectors)
         return Richness(
             std=float(x.std(0, correction=0).mean()),
             effective_rank=effective_rank(x),
-            position_share=position_share(x, places),
+            position_share=position_share(x, torch.cat(self._relative_positions)),
             exact_position_share=exact_position_share(x, torch.cat(self._positions)),
         )

@@ -173,7 +173,7 @@ class Trainer:
                 self.checkpoints.finish()
                 raise PreemptedError(
                     f"step {progress.step}: stopped by {self._signals()}, everything is saved; "
-                    "start the same command to go on"
+                    "start the same command to continue"
                 )
         self.checkpoints.finish()
         if progress.step > 0 and self.guard.nonfinite_total == progress.step:
@@ -196,7 +196,7 @@ class Trainer:
         own = [self.stop.received is not None, self.checkpoints.is_busy, len(faults), no_data]
         signalled, busy, damaged, unreadable = comm.all_reduce_sum(own)
         for fault in faults:
-            logger.warning("step %d: a row was left out: %s", self.progress.step, fault)
+            logger.warning("step %d: skipped a row: %s", self.progress.step, fault)
         self.guard.after_reading(int(damaged))
         if unreadable:
             raise DamagedDataError(

@@ -25,7 +25,7 @@ RUN_UNITS = {
     "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps; global",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
     "perf/restarts": "earlier starts of this run; same on all ranks",
-    "data/damaged_rows": "rows that could not be read and were left out, since the run began; sum over ranks",
+    "data/damaged_rows": "rows that could not be read and were skipped, since the run began; sum over ranks",
     "perf/samples_per_s": "inputs per second of wall time, masks not counted; sum over ranks",
     "perf/step_ms": "wall milliseconds per optimizer step; max over ranks",
     "perf/data_wait_ms": "milliseconds per step that a rank waited for data; max over ranks",
@@ -192,11 +192,11 @@ class Metrics:
             action()
         except OSError as error:
             if what not in self._warned:
-                logger.warning("%s cannot be written, the run goes on without: %s", what, error)
+                logger.warning("%s cannot be written, the run continues without: %s", what, error)
             self._warned.add(what)
             return False
         if what in self._warned:
-            logger.warning("%s can be written again; the records between are lost", what)
+            logger.warning("%s can be written again; the records in between are lost", what)
             self._warned.discard(what)
         return True
 

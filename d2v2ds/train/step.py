@@ -56,9 +56,9 @@ class StepOutput:
     lr: float
 
 
-def step_seed(seed: int, step: int, modality: str, place: int) -> int:
-    """Derive a seed for one micro-batch of one step; `place` is its index in the modality's global batch."""
-    entropy = (seed, step, zlib.crc32(modality.encode()), place)
+def step_seed(seed: int, step: int, modality: str, index: int) -> int:
+    """Derive a seed for one micro-batch of one step; `index` is that in the modality's global batch."""
+    entropy = (seed, step, zlib.crc32(modality.encode()), index)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -83,12 +83,12 @@ def train_step(
     set_lr(engine, lr)
     counts = _global_counts(objective, micro_batches, list(recipe.loss_weights))
     sums = {name: Sums() for name in counts}
-    places = dict.fromkeys(counts, comm.rank())
+    indices = dict.fromkeys(counts, comm.rank())
     parts, outcome = {}, None
     for batch in micro_batches:
         name = batch.modality
-        torch.manual_seed(step_seed(recipe.seed, step, name, places[name]))
-        places[name] += comm.world()
+        torch.manual_seed(step_seed(recipe.seed, step, name, indices[name]))
+        indices[name] += comm.world()
         losses = objective.losses(engine, batch.to(comm.device(), non_blocking=True), step)
         # The count is 0 if every row of the step was damaged and all ranks run other rows with weight 0.
         factor = recipe.loss_weights[name] * gradient_sum_factor(engine) / max(counts[name], 1)

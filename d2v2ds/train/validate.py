@@ -73,21 +73,21 @@ class Validation:
         return sum(self._weights[name] * sum(values) for name, values in losses.items())
 
     def _modality(self, name: str) -> dict[str, float]:
-        sums, samples, place = Sums(), dict[str, Sample](), comm.rank()
+        sums, samples, index = Sums(), dict[str, Sample](), comm.rank()
         for micro in for_rank(self._micro[name], comm.rank(), comm.world()):
             batch = self._collators[name](micro)
             for fault in batch.faults:
-                logger.warning("validation: a row was left out: %s", fault)
-            losses = self._losses(batch, place)
+                logger.warning("validation: skipped a row: %s", fault)
+            losses = self._losses(batch, index)
             sums.add(losses, 1.0 if batch.loss_weight else 0.0)
             if batch.loss_weight:
                 for kind in self._objective.held_out_vectors(batch, losses):
                     samples.setdefault(kind.name, Sample()).add(kind.vectors, kind.positions, kind.length)
-            place += comm.world()
+            index += comm.world()
         return {f"valid/{metric}": value for metric, value in self._metrics(name, sums, samples).items()}
 
-    def _losses(self, batch: Batch, place: int) -> Losses:
-        torch.manual_seed(step_seed(SEED, 0, batch.modality, place))
+    def _losses(self, batch: Batch, index: int) -> Losses:
+        torch.manual_seed(step_seed(SEED, 0, batch.modality, index))
         losses = self._objective.losses(self._engine, batch.to(comm.device()), None)
         return replace(losses, sums={name: loss.double() for name, loss in losses.sums.items()})
 
