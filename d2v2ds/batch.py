@@ -15,7 +15,7 @@ class MaskSet:
     """M masks for each of B samples."""
 
     keep: Tensor
-    """(B, M, K) int64, positions of the visible tokens in the order the encoder sees them."""
+    """(B, M, K) int64, positions of the visible tokens in the order of the encoder's input."""
     masked: Tensor
     """(B, M, T) bool, True = masked, scored by the loss."""
 

@@ -96,7 +96,7 @@ def draw_masks(
         config: the mask settings.
         num_tokens: T, the tokens of every sample in this batch.
         seed: of the run.
-        epoch: in which these samples are seen.
+        epoch: of these samples.
         sample_ids: (B,) integers, row numbers in the dataset.
 
     Returns:
@@ -262,7 +262,7 @@ def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, nu
 
     Args:
         seed: of the run.
-        epoch: in which the samples are seen.
+        epoch: of these samples.
         sample_ids: (B,) integers.
         num_masks: M.
         num_draws: numbers for each mask.

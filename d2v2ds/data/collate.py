@@ -1,4 +1,4 @@
-"""The rows of one micro-batch -> `Batch` with its masks.
+"""Rows of one micro-batch -> `Batch` with its masks.
 
 In: a `MicroBatch` (row numbers and a size). Out: their inputs, which the modality's reader crops or pads to one size,
 and M masks for each, drawn for exactly the T tokens that the model makes of them. Runs in the data workers.

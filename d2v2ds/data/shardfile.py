@@ -77,12 +77,12 @@ class ShardFile:
         return batch, row - self._starts[number]
 
     def _open_batch(self, number: int) -> "RowBatch":
-        place = f"shard file {self.path}"
+        name = f"shard file {self.path}"
         try:
             batch = self._reader.get_batch(number)
-            return RowBatch(batch, self._layout, self._number, self._starts[number], place)
+            return RowBatch(batch, self._layout, self._number, self._starts[number], name)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise ShardError(f"{place} batch {number}: {error}; {WHAT_TO_DO}") from error
+            raise ShardError(f"{name} batch {number}: {error}; {WHAT_TO_DO}") from error
 
 
 class RowBatch:
@@ -93,14 +93,14 @@ class RowBatch:
         layout: of the modality.
         shard: number of the shard.
         first: number of the first row in its shard.
-        place: name of the file in messages.
+        name: of the file, for messages.
 
     Raises:
         ValueError: a buffer is too short for the rows.
     """
 
-    def __init__(self, batch: pa.RecordBatch, layout: Layout, shard: int, first: int, place: str) -> None:
-        self._layout, self._shard, self._first, self._place = layout, shard, first, place
+    def __init__(self, batch: pa.RecordBatch, layout: Layout, shard: int, first: int, name: str) -> None:
+        self._layout, self._shard, self._first, self._name = layout, shard, first, name
         rows = batch.num_rows
         _, offsets, data = batch.column(layout.payload).buffers()
         self._offsets, self.data = _view(offsets, "<i8", rows + 1), _view(data, "u1")
@@ -115,7 +115,7 @@ class RowBatch:
 
     def where(self, row: int) -> str:
         """Return the name of a row for messages."""
-        return f"{self._place} row {self._first + row}"
+        return f"{self._name} row {self._first + row}"
 
     def numbers(self, row: int) -> list[Any]:
         """Return the checked numeric columns of a row, in the layout's order.

@@ -20,7 +20,7 @@ class DecoderConfig:
     depth: Count
     """Number of convolutions."""
     kernel: Count
-    """Tokens seen by each convolution."""
+    """Kernel size of each convolution (tokens)."""
     groups: Count
     """Groups of each convolution."""
     input_dropout: Rate = 0.1

@@ -179,7 +179,7 @@ def select_masked(x: Tensor, masked: Tensor, num_masked: int) -> Tensor:
 
 
 class Data2Vec2:
-    """The algorithm of a run as an `Objective`."""
+    """`Objective` of data2vec 2.0: masks, networks, losses, metrics and health statistics."""
 
     units: Mapping[str, str] = UNITS
     run_units: Mapping[str, str] = RUN_UNITS

@@ -1,4 +1,4 @@
-"""Pictures of a run for TensorBoard and for the report at its end. matplotlib is imported here only."""
+"""Figures of a run for TensorBoard and for the report at its end. Only this module imports matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 
 def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
-    """The M masks of one sample.
+    """Draw the M masks of one sample.
 
     Args:
         masked: (M, T) bool, True = masked.
-        grid_side: tokens per side where they form a square grid; each mask is then a square of its own.
+        grid_side: tokens per side of a square grid, drawn as one square for each mask; None for a sequence.
     """
     count, picture = masked.shape[0], masked.cpu().numpy()
     if grid_side is not None:
@@ -41,11 +41,11 @@ def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
 
 
 def alibi_figure(scale: Tensor, slopes: Sequence[float]) -> Any:
-    """The learned scale of every head, and the penalty per token that it makes with the head's slope.
+    """Draw the learned scale of every head, and the penalty per token: scale times slope of the head.
 
     Args:
-        scale: (L or 1, H or 1) as trained.
-        slopes: H, slope of every head.
+        scale: (L or 1, H or 1), learned.
+        slopes: slope of each of the H heads.
     """
     figure, axes = _figure(1, 2, (10, 3))
     scale = scale.expand(-1, len(slopes))
@@ -65,7 +65,7 @@ def save_curves(records: Sequence[dict[str, float]], names: Sequence[str], path:
         records: from `read_metrics`.
         names: metrics to draw; one without values gets an empty panel.
         path: file to write.
-        title: over the whole picture.
+        title: of the figure.
     """
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)

@@ -337,7 +337,7 @@ def test_full_disk_ends_the_run_at_the_second_failure(shards: Path, small_disk: 
         said = ranks.printed(0)
     assert said.count("was NOT written, earlier ones are intact") == 2
     assert "No space left on device" in said
-    assert "the run goes on; a second failure will end it" in said
+    assert "the run continues; a second failure will end it" in said
     folder = run_dir / "checkpoints"
     newest = folder / candidate_tags(folder)[0]
     manifest = read_manifest(newest)
@@ -373,7 +373,7 @@ def test_curves_that_cannot_be_written_do_not_stop_the_run(shards: Path, unbroke
         (run_dir / "metrics.jsonl").unlink()
         assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
         said = ranks.printed(0)
-    assert "TensorBoard cannot be written, the run goes on without" in said
+    assert "TensorBoard cannot be written, the run continues without" in said
     assert "metrics.jsonl is gone; writing a new one" in said
     assert deterministic(run_dir)[-1] == deterministic(unbroken)[-1]
 
@@ -412,7 +412,7 @@ def test_flipped_byte_costs_its_row_and_is_counted(shards: Path, tmp_path: Path)
         said = ranks.printed(0) + ranks.printed(1)
     found = deterministic(tmp_path / "run")
     assert found[-1]["data/damaged_rows"] >= 1.0
-    assert said.count("a row was left out") == found[-1]["data/damaged_rows"]
+    assert said.count("skipped a row") == found[-1]["data/damaged_rows"]
     assert file.name in said
     with Ranks(2, copy, tmp_path / "strict", "health.max_damaged_rows=0", "run.total_steps=16", logs=tmp_path) as ranks:
         assert ranks.wait() == [6, 6], ranks.printed(0)[-3000:]
@@ -437,7 +437,7 @@ def test_shard_that_is_spoilt_while_the_run_goes_on(how: str, shards: Path, unbr
             assert ranks.wait() == [6, 6], ranks.printed(0)[-3000:]
             said = ranks.printed(0) + ranks.printed(1)
             assert "the file was cut off or overwritten" in said
-            assert "none of them can be read" in said or "rows could not be read and were left out so far" in said
+            assert "none of them can be read" in said or "rows could not be read and were skipped so far" in said
 
 
 # ------------------------------------------------------------------ data that grows

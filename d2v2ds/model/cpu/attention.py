@@ -37,19 +37,19 @@ class _RowwiseAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         penalty: Tensor | None,
-        places: Tensor | None,
+        positions: Tensor | None,
         padding: Tensor | None,
         dropped_levels: int,
     ) -> Tensor:
-        """q, k, v (R, H, N, Dh); penalty (H,) fp32; places (R or 1, N) fp32; padding (R, N) bool."""
+        """q, k, v (R, H, N, Dh); penalty (H,) fp32; positions (R or 1, N) fp32; padding (R, N) bool."""
         count, heads, length, width = q.shape
         signed = q.new_empty(count, heads, length, k.shape[2])  # (R, H, N, N)
         drawn = random_signs(signed.shape, dropped_levels) if dropped_levels else None
         out = q.new_empty(count, length, heads, width).transpose(1, 2)  # the memory order that the projection reads
         for rows in _slices(signed):
             logits = ((q[rows] * width**-0.5) @ k[rows].transpose(2, 3)).float()  # (r, H, N, N)
-            if penalty is not None and places is not None:
-                logits.addcmul_(_distance(places, rows)[:, None], penalty[:, None, None], value=-1)
+            if penalty is not None and positions is not None:
+                logits.addcmul_(_distance(positions, rows)[:, None], penalty[:, None, None], value=-1)
             if padding is not None:
                 logits.masked_fill_(padding[rows, None, None], float("-inf"))
             probs = signed[rows].copy_(torch.softmax(logits, -1, out=logits))
@@ -58,13 +58,13 @@ class _RowwiseAttention(torch.autograd.Function):
             else:
                 kept = torch.copysign(probs, drawn[rows], out=probs).relu()
                 out[rows] = (kept @ v[rows]).mul_(kept_scale(dropped_levels))
-        ctx.save_for_backward(q, k, v, penalty, places, signed)
+        ctx.save_for_backward(q, k, v, penalty, positions, signed)
         ctx.dropped_levels = dropped_levels
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, penalty, places, signed = ctx.saved_tensors
+        q, k, v, penalty, positions, signed = ctx.saved_tensors
         count, heads, length, width = q.shape
         # one tensor, which the backward of the qkv layer reads without a copy
         dq, dk, dv = q.new_empty(count, length, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
@@ -77,7 +77,8 @@ class _RowwiseAttention(torch.autograd.Function):
             dlogits = (dout @ v[rows].transpose(2, 3)).float().mul_(weights)  # (r, H, N, N)
             dlogits.addcmul_(probs, dlogits.sum(-1, keepdim=True), value=-1)
             if dpenalty is not None:
-                for one, distance in zip(dlogits, _distance(places, rows).expand(len(dlogits), -1, -1), strict=True):
+                distances = _distance(positions, rows).expand(len(dlogits), -1, -1)
+                for one, distance in zip(dlogits, distances, strict=True):
                     dpenalty.sub_(one.flatten(1) @ distance.flatten())
             scaled = dlogits.mul_(width**-0.5).to(q.dtype)
             dq[rows] = scaled @ k[rows]
@@ -85,16 +86,16 @@ class _RowwiseAttention(torch.autograd.Function):
         return dq, dk, dv, dpenalty, None, None, None
 
 
-def _distance(places: Tensor, rows: slice) -> Tensor:
+def _distance(positions: Tensor, rows: slice) -> Tensor:
     """Compute |i - j| of some rows' positions, (r or 1, N, N) fp32; one row of positions may serve all."""
-    own = places[rows] if len(places) > 1 else places
+    own = positions[rows] if len(positions) > 1 else positions
     return (own[:, None, :] - own[:, :, None]).abs_()
 
 
 def rowwise(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:
     """Compute softmax(q k^T / sqrt(Dh) + bias) v with (R, H, N, Dh) in and out."""
     penalty = None if bias is None else bias.penalty
-    places = None if bias is None or penalty is None else bias.positions.float()
+    positions = None if bias is None or penalty is None else bias.positions.float()
     padding = None if bias is None else bias.padding
     levels = num_dropped_levels(dropout_rate)
-    return _RowwiseAttention.apply(q, k, v, penalty, places, padding, levels)
+    return _RowwiseAttention.apply(q, k, v, penalty, positions, padding, levels)

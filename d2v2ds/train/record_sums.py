@@ -1,4 +1,4 @@
-"""Sums of losses, data and time between two records of metrics."""
+"""Sums between two records of metrics."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from d2v2ds.train.sums import Sums
 
 
 @dataclass
-class ModalityWindow:
+class ModalityRecordSums:
     """Sums of one modality since the last record, of this rank."""
 
     sums: Sums = field(default_factory=Sums)
@@ -21,10 +21,10 @@ class ModalityWindow:
 
 
 @dataclass
-class LogWindow:
+class RecordSums:
     """Sums since the last record, of this rank. Skipped steps count in time and data, not in losses and norms."""
 
-    parts: dict[str, ModalityWindow]
+    parts: dict[str, ModalityRecordSums]
     steps: int = 0
     applied: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -44,11 +44,11 @@ class LogWindow:
         """Add one step.
 
         Args:
-            out: what it did.
-            micro: the micro-batches of this rank.
-            wait_s: seconds for which it waited for them.
+            out: its output.
+            micro: micro-batches of this rank.
+            wait_s: seconds that it waited for them.
             readers: by modality.
-            flops_of: algorithmic operations of a micro-batch.
+            flops_of: counts the operations of a micro-batch.
         """
         self.steps += 1
         self.data_wait_s += wait_s
