@@ -21,7 +21,6 @@ from d2v2ds.interop.onnx.graph import (
 )
 from d2v2ds.interop.preprocessing import published_preprocessing
 from d2v2ds.model.attention import Attention
-from d2v2ds.model.cpu import linear
 from d2v2ds.model.init import initialise
 from d2v2ds.model.trunk import Data2Vec2
 from tests.model.tiny_joint import joint_model_config
@@ -118,14 +117,6 @@ def test_other_attention_and_precision_export_the_same_graph(graphs: dict[str, P
     export_onnx(other, "text", tmp_path / "text.onnx", layers=(0, 1, 3))
     assert other.training and next(other.parameters()).dtype == torch.float64
     assert (tmp_path / "text.onnx").read_bytes() == graphs["text"].read_bytes()
-
-
-def test_export_does_not_depend_on_the_processor(
-    model: Data2Vec2, graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "_USES_ONEDNN", not linear._USES_ONEDNN)
-    export_onnx(model, "image", tmp_path / "image.onnx", layers=(0, 1, 3))
-    assert (tmp_path / "image.onnx").read_bytes() == graphs["image"].read_bytes()
 
 
 def test_graph_names_no_file_of_this_machine(graphs: dict[str, Path]) -> None:
