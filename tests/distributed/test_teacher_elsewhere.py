@@ -129,6 +129,8 @@ def all_findings() -> dict[str, Any]:
     """One launch for the whole module."""
     seen: dict[str, Any] = {"followed": follow(THEIRS)}
     seen["example"] = documented_example()
+    # DeepSpeed builds fp16 engines only on processors with fp16 kernels; these engines run none.
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
     for stage in range(4):
         seen[f"fp16 at stage {stage}"] = refusal("fp16", {"stage": stage})
     seen["bf16 at stage 0"] = refusal("bf16", {"stage": 0})
