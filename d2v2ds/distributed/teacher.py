@@ -251,11 +251,6 @@ class Teacher:
                 whole[name] = average
         return whole
 
-    def held_tensors(self) -> dict[str, list[Tensor]]:
-        """The teacher's tensors on this rank by purpose, for `memory.held_bytes`."""
-        weights = [self._working, *(param.data for param in self._module.parameters())]
-        return {"teacher_average": [self._ema], "teacher_weights": weights}
-
     # ---------------------------------------------------------------- layout
 
     def _lay_out(self) -> None:

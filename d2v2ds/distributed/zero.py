@@ -12,7 +12,7 @@ Checked against DeepSpeed 0.19. `unsupported` names the kinds of engines that ar
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -323,26 +323,6 @@ def clear_gradient_shards(engine: DeepSpeedEngine) -> None:
                 flat.grad.zero_()
 
 
-def held_tensors(engine: DeepSpeedEngine) -> dict[str, list[Tensor]]:
-    """Tensors of weights and optimizer that live on this rank, by purpose; their storages may be shared."""
-    params: list[Any] = list(engine.module.parameters())
-    optimizer = engine.optimizer
-    state = [v for values in client_optimizer(engine).state.values() for v in values.values() if torch.is_tensor(v)]
-    held = {
-        "weights": [p.data for p in params],
-        "master": [group.flat for group in flat_groups(engine)],
-        "optimizer": state,
-        "gradients": [p.grad for p in params if p.grad is not None],
-        "reduce_bucket": [],
-    }
-    if stage(engine) == 3:
-        held["weights"] += [p.ds_tensor for p in params]
-        held["gradients"].append(optimizer.grad_partitions_flat_buffer)
-        held["gradients"] += [g.flat.grad for g in flat_groups(engine) if g.flat.grad is not None]
-        held["reduce_bucket"] = [b.buffer for b in optimizer.ipg_buckets.values() if torch.is_tensor(b.buffer)]
-    return held
-
-
 def gather_shard(shard: Shard, values: Tensor) -> Tensor | None:
     """The whole parameter on rank 0's CPU. Collective unless replicated.
 
@@ -360,9 +340,3 @@ def gather_shard(shard: Shard, values: Tensor) -> Tensor | None:
     if comm.world() > 1:
         torch_dist.reduce(full, dst=0)
     return full.reshape(shard.shape).cpu() if comm.rank() == 0 else None
-
-
-def gather_master(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor | None]]:
-    """Each parameter's whole master in turn, on rank 0's CPU; None elsewhere. Collective, one at a time."""
-    for name, shard in parameter_shards(engine).items():
-        yield name, gather_shard(shard, shard.data)

@@ -32,6 +32,7 @@ from d2v2ds.errors import CheckpointError
 from d2v2ds.io import durable
 from d2v2ds.io import tensor_file as tensorfile
 from tests.distributed import toy
+from tests.distributed.engine_state import whole_masters
 from tests.ranks import RankError, run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -82,7 +83,7 @@ def resume(stage: int, dtype: str, folder: Path) -> dict[str, Any]:
     engine, teacher = start(stage, dtype)
     train(engine, teacher, 0, 3)
     saver.save(engine, teacher, folder, "step3", {"position": 3}, rank_state())
-    averages, masters = teacher.full_state_dict(), dict(zero.gather_master(engine))
+    averages, masters = teacher.full_state_dict(), whole_masters(engine)
     unbroken = train(engine, teacher, 3, 6)
     end = everything(engine, teacher)
     engine.destroy()
@@ -98,8 +99,8 @@ def resume(stage: int, dtype: str, folder: Path) -> dict[str, Any]:
     same = [torch.equal(a, b) for a, b in zip(end, everything(engine, teacher), strict=True)]
     engine.destroy()
     return {
-        "losses_equal": comm.all_agree(unbroken == resumed and len(set(resumed)) > 1),
-        "state_equal": comm.all_agree(all(same)),
+        "losses_equal": all(comm.gather_objects(unbroken == resumed and len(set(resumed)) > 1)),
+        "state_equal": all(comm.gather_objects(all(same))),
         "tensors": len(same),
         "client": restored.client_state,
         "averages": averages,
@@ -182,7 +183,7 @@ def read_on_one_rank(folder: Path, damaged: Path, killed: Path) -> dict[str, Any
         restored = checkpoint.load(engine, teacher, folder / "3-bf16", reshard=True)
         moments = zero.optimizer_tensors(engine, "exp_avg")["blocks.1.up.weight"].clone()
         seen["resharded", stage] = {
-            "masters": dict(zero.gather_master(engine)),
+            "masters": whole_masters(engine),
             "averages": teacher.full_state_dict(),
             "moment": moments,
             "step": zero.optimizer_layout(engine)[1]["step"]["value"],
