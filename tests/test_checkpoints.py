@@ -1,5 +1,6 @@
 """`python -m d2v2ds.checkpoints`: what it lists, finds damaged and removes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from d2v2ds.checkpoints import main
-from d2v2ds.distributed.checkpoint.format import FORMAT_VERSION, Manifest, candidate_tags, crc32_of
+from d2v2ds.distributed.checkpoint.format import (
+    FORMAT_VERSION,
+    Manifest,
+    candidate_tags,
+    crc32_of,
+    read_manifest,
+)
+from d2v2ds.errors import CheckpointError
 
 
 def checkpoint(folder: Path, step: int, loss: float | None = None) -> Path:
@@ -73,6 +81,17 @@ def test_verify_names_the_damaged_file(run: Path, capsys: pytest.CaptureFixture[
     assert main(["list", str(run)]) == 5
     assert "step00000100     LOST" in capsys.readouterr().out
     assert main(["verify", str(run), "--tag", "step00000200"]) == 0
+
+
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1])
+def test_checkpoint_of_another_format_is_refused_in_one_sentence(run: Path, version: int) -> None:
+    path = run / "checkpoints" / "step00000400"
+    (path / "manifest.json").write_text(replace(read_manifest(path), format_version=version).to_json())
+    sentence = (
+        f"expected checkpoint format 1, found {version}; read it with the version of d2v2ds that wrote it, or start"
+    )
+    with pytest.raises(CheckpointError, match=f"manifest.json: {sentence} a new run$"):
+        read_manifest(path)
 
 
 def test_prune_keeps_newest_best_and_milestones(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,7 @@ def refusals(folder: Path) -> dict[str, str]:
     with pytest.raises(CheckpointError) as declined:
         checkpoint.load(engine, teacher, folder / "pruned", accept=lambda state: False)
     seen["declined"] = str(declined.value)
+    seen["other format"] = of_another_format(engine, teacher, folder / "pruned" / "step3" / "manifest.json")
     if comm.rank() == 1:  # a disk that fills up on one rank
         tensorfile._write_and_sync = _full_disk
     with pytest.raises(CheckpointError) as full:
@@ -140,6 +141,21 @@ def refusals(folder: Path) -> dict[str, str]:
         saver.save(engine, teacher, folder / "odd", "x", {}, {})
     engine.destroy()
     return seen
+
+
+def of_another_format(engine: Any, teacher: Teacher, manifest: Path) -> str:
+    """The newest checkpoint is one of a later version; the one before it could be read."""
+    text = manifest.read_text()
+    comm.barrier()
+    if comm.rank() == 0:
+        manifest.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    comm.barrier()
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load(engine, teacher, manifest.parents[1])
+    comm.barrier()
+    if comm.rank() == 0:
+        manifest.write_text(text)
+    return str(refused.value)
 
 
 def _full_disk(*args: Any, **kwargs: Any) -> None:
@@ -401,6 +417,10 @@ def test_missing_checkpoint_and_full_disk_are_errors_on_every_rank(saved: dict) 
 
 def test_checkpoints_that_were_not_accepted_are_not_called_damaged(saved: dict) -> None:
     assert "no usable checkpoint (0 damaged, 2 not accepted)" in saved["refusals"]["declined"]
+
+
+def test_newest_checkpoint_of_another_format_is_refused_and_no_older_one_taken(saved: dict) -> None:
+    assert "step3/manifest.json: expected checkpoint format 1, found 2" in saved["refusals"]["other format"]
 
 
 def test_only_the_newest_are_kept(saved: dict, folder: Path) -> None:

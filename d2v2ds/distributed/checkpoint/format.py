@@ -30,14 +30,16 @@ from torch import Tensor, nn
 from d2v2ds.errors import CheckpointError
 from d2v2ds.io.crc import crc32
 
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
-"""Version 2 knew no validation loss, and its manifest had no checksum."""
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
 PARTIAL = ".partial"
 """Ending of a folder that is being written."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint of another format version: it is whole, but cannot be read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,24 +78,25 @@ class Manifest:
         """Parse manifest.json.
 
         Raises:
-            CheckpointError: if it is not valid or of another format version.
+            CheckpointError: if it is not valid.
+            OtherFormatError: if it is of another format version.
         """
         try:
             content = json.loads(text)
             version = content["format_version"]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{where}: not a checkpoint manifest: {error!r}") from error
-        if version not in READABLE_VERSIONS:
-            raise CheckpointError(
-                f"{where}: checkpoint format {version}, this version of d2v2ds reads {READABLE_VERSIONS}; see "
-                "CHANGELOG.md"
+        if version != FORMAT_VERSION:
+            raise OtherFormatError(
+                f"{where}: expected checkpoint format {FORMAT_VERSION}, found {version!r}; read it with the version "
+                "of d2v2ds that wrote it, or start a new run"
             )
-        if version > 2 and content.pop("checksum", None) != _checksum(content):
+        if content.pop("checksum", None) != _checksum(content):
             raise CheckpointError(f"{where}: damaged, its checksum differs from its content")
         try:
             return Manifest(**content)
         except TypeError as error:
-            raise CheckpointError(f"{where}: not the manifest of a checkpoint of format {version}: {error}") from error
+            raise CheckpointError(f"{where}: not a checkpoint manifest: {error}") from error
 
 
 def _checksum(content: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from d2v2ds.distributed.checkpoint.format import (
     MANIFEST,
     SHARD_FILE,
     Manifest,
+    OtherFormatError,
     ShardReader,
     candidate_tags,
     file_faults,
@@ -72,7 +73,8 @@ def load(
             is false is passed over. It may raise, and must answer alike on every rank.
 
     Raises:
-        CheckpointError: on all ranks: no usable checkpoint; other parameters; another topology without `reshard`.
+        CheckpointError: on all ranks: no usable checkpoint; other parameters; another topology without `reshard`; a
+            checkpoint of another format version.
     """
     tags, lost = comm.broadcast_object(([tag], []) if tag is not None else (candidate_tags(folder), lost_tags(folder)))
     for candidate in lost:
@@ -80,8 +82,10 @@ def load(
     declined = 0
     for candidate in tags:
         path = folder / candidate
-        manifest, fault = comm.broadcast_object(_read_manifest_or_fault(path) if comm.rank() == 0 else (None, ""))
-        faults = [fault] if fault else []
+        found = comm.broadcast_object(_manifest_or_error(path) if comm.rank() == 0 else None)
+        if isinstance(found, OtherFormatError):
+            raise found
+        manifest, faults = (found, []) if isinstance(found, Manifest) else (None, [str(found)])
         if manifest is not None:
             is_same = _topology(engine) == (manifest.world_size, manifest.stage, manifest.compute_dtype)
             # On the same ranks the large files are checked while they are read, once, by the rank that needs them.
@@ -219,11 +223,11 @@ def _other_topology(path: Path, manifest: Manifest, engine: DeepSpeedEngine) -> 
     )
 
 
-def _read_manifest_or_fault(path: Path) -> tuple[Manifest | None, str]:
+def _manifest_or_error(path: Path) -> Manifest | CheckpointError:
     try:
-        return read_manifest(path), ""
+        return read_manifest(path)
     except CheckpointError as error:
-        return None, str(error)
+        return error
 
 
 def _topology(engine: DeepSpeedEngine) -> tuple[int, int, str]:
