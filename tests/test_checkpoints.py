@@ -15,6 +15,7 @@ from d2v2ds.distributed.checkpoint.format import (
     crc32_of,
     read_manifest,
 )
+from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after, superseded_tags
 from d2v2ds.errors import CheckpointError
 
 
@@ -103,6 +104,14 @@ def test_prune_keeps_newest_best_and_milestones(run: Path, capsys: pytest.Captur
     assert candidate_tags(folder) == ["step00000400", "step00000300", "step00000200"]
     assert main(["prune", str(run), "--keep-last", "1"]) == 0
     assert candidate_tags(folder) == ["step00000400", "step00000200"]
+
+
+def test_damaged_manifest_does_not_stop_pruning_or_a_return(run: Path) -> None:
+    folder = run / "checkpoints"
+    (folder / "step00000100" / "manifest.json").write_text("{")
+    abandon_after(folder, "step00000300")
+    assert candidate_tags(folder) == ["step00000300", "step00000200", "step00000100"]
+    assert superseded_tags(folder, Keep(last=1, every_steps=300)) == ["step00000100"]
 
 
 def test_impossible_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

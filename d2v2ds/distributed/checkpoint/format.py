@@ -130,16 +130,21 @@ def named_tag(folder: Path, name: str) -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
-def candidate_tags(folder: Path) -> list[str]:
-    """Finished checkpoints in the order in which to try them: `latest`, then by falling step number."""
+def steps_by_tag(folder: Path) -> dict[str, int]:
+    """Optimizer step of each finished checkpoint; -1 where the manifest cannot be read."""
     steps: dict[str, int] = {}
     for path in _checkpoint_folders(folder):
         if (path / MANIFEST).is_file():
             try:
-                steps[path.name] = read_manifest(path).counters.get("global_steps", 0)
+                steps[path.name] = read_manifest(path).counters["global_steps"]
             except CheckpointError:
                 steps[path.name] = -1
-    latest = named_tag(folder, LATEST)
+    return steps
+
+
+def candidate_tags(folder: Path) -> list[str]:
+    """Finished checkpoints in the order in which to try them: `latest`, then by falling step number."""
+    steps, latest = steps_by_tag(folder), named_tag(folder, LATEST)
     return sorted(steps, key=lambda tag: (tag != latest, -steps[tag], tag))
 
 
