@@ -11,8 +11,8 @@ from d2v2ds.checkpoints import main
 from d2v2ds.distributed.checkpoint.format import (
     FORMAT_VERSION,
     Manifest,
-    candidate_tags,
     crc32_of,
+    finished_tags,
     read_manifest,
 )
 from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after, superseded_tags
@@ -99,18 +99,18 @@ def test_prune_keeps_newest_best_and_milestones(run: Path, capsys: pytest.Captur
     folder = run / "checkpoints"
     assert main(["prune", str(run), "--keep-last", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("would remove") == 2
-    assert len(candidate_tags(folder)) == 4
+    assert len(finished_tags(folder)) == 4
     assert main(["prune", str(run), "--keep-last", "1", "--keep-every", "300"]) == 0
-    assert candidate_tags(folder) == ["step00000400", "step00000300", "step00000200"]
+    assert finished_tags(folder) == ["step00000400", "step00000300", "step00000200"]
     assert main(["prune", str(run), "--keep-last", "1"]) == 0
-    assert candidate_tags(folder) == ["step00000400", "step00000200"]
+    assert finished_tags(folder) == ["step00000400", "step00000200"]
 
 
 def test_damaged_manifest_does_not_stop_pruning_or_a_return(run: Path) -> None:
     folder = run / "checkpoints"
     (folder / "step00000100" / "manifest.json").write_text("{")
     abandon_after(folder, "step00000300")
-    assert candidate_tags(folder) == ["step00000300", "step00000200", "step00000100"]
+    assert finished_tags(folder) == ["step00000300", "step00000200", "step00000100"]
     assert superseded_tags(folder, Keep(last=1, every_steps=300)) == ["step00000100"]
 
 

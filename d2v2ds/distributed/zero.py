@@ -38,7 +38,7 @@ class Shard:
     """First element held here, counted in the flattened whole parameter."""
     numel: int
     """Elements held here, padding not counted; may be 0."""
-    lane: Tensor
+    padded: Tensor
     """(numel + padding,) view of the buffer that holds them: fp32 master if trainable, else the compute copy."""
     trainable: bool
     """False for a parameter with requires_grad=False, which has no master."""
@@ -48,7 +48,7 @@ class Shard:
     @property
     def data(self) -> Tensor:
         """(numel,) view without padding; writing to it writes the parameter's master."""
-        return self.lane[: self.numel]
+        return self.padded[: self.numel]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,38 +117,38 @@ def parameter_shards(engine: DeepSpeedEngine) -> dict[str, Shard]:
     return {name: of_stage(engine, name, param) for name, param in engine.module.named_parameters()}
 
 
-def _whole(name: str, param: nn.Parameter) -> Shard:
+def _replicated_shard(name: str, param: nn.Parameter) -> Shard:
     data = param.detach()
     return Shard(
         name=name,
         shape=tuple(param.shape),
         offset=0,
         numel=data.numel(),
-        lane=data.view(-1),
+        padded=data.view(-1),
         trainable=param.requires_grad,
         replicated=True,
     )
 
 
 def _stage0_shard(engine: DeepSpeedEngine, name: str, param: nn.Parameter) -> Shard:
-    return _whole(name, param)
+    return _replicated_shard(name, param)
 
 
 def _stage12_shard(engine: DeepSpeedEngine, name: str, param: Any) -> Shard:
     if not param.requires_grad:
-        return _whole(name, param)
+        return _replicated_shard(name, param)
     mapping = param._hp_mapping
     if mapping is None:  # wholly in other ranks' parts of the flat group
         flat = engine.optimizer.single_partition_of_fp32_groups[0]
-        offset, lane = 0, flat.detach()[:0]
+        offset, padded = 0, flat.detach()[:0]
     else:
-        offset, lane = int(mapping.lp_fragment_address.start), mapping.hp_fragment.detach()
+        offset, padded = int(mapping.lp_fragment_address.start), mapping.hp_fragment.detach()
     return Shard(
         name=name,
         shape=tuple(param.shape),
         offset=offset,
-        numel=lane.numel(),
-        lane=lane,
+        numel=padded.numel(),
+        padded=padded,
         trainable=True,
         replicated=False,
     )
@@ -158,16 +158,16 @@ def _stage3_shard(engine: DeepSpeedEngine, name: str, param: Any) -> Shard:
     if param.requires_grad:
         group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(param)]
         # safe_get_local_fp32_param would copy an offloaded master to the device; we want the buffer itself.
-        lane = engine.optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, start, length)
+        padded = engine.optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, start, length)
     else:
-        lane = param.ds_tensor.detach()
+        padded = param.ds_tensor.detach()
     offset, numel = stage3_interval(int(param.ds_numel), comm.rank(), comm.world())
     return Shard(
         name=name,
         shape=tuple(param.ds_shape),
         offset=offset,
         numel=numel,
-        lane=lane,
+        padded=padded,
         trainable=param.requires_grad,
         replicated=False,
     )

@@ -18,7 +18,7 @@ from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.checkpoint import load as checkpoint
 from d2v2ds.distributed.checkpoint import save as saver
 from d2v2ds.distributed.checkpoint.format import (
-    candidate_tags,
+    finished_tags,
     iterate_student,
     iterate_teacher,
     named_tag,
@@ -400,7 +400,7 @@ def test_reading_ahead_ends_with_what_it_runs_beside(tmp_path: Path) -> None:
 def test_rank_killed_while_saving_leaves_the_old_checkpoint(folder: Path, killed: dict, read: dict) -> None:
     assert "SIGKILL" in killed["shards"]
     assert named_tag(folder / "killed" / "shards", "latest") == "step1"
-    assert candidate_tags(folder / "killed" / "shards") == ["step1"]
+    assert finished_tags(folder / "killed" / "shards") == ["step1"]
     assert named_tag(folder / "killed" / "latest", "latest") == "step1"
     assert read["killed"] == {"shards": "step1", "latest": "step1"}
 
@@ -424,7 +424,7 @@ def test_newest_checkpoint_of_another_format_is_refused_and_no_older_one_taken(s
 
 
 def test_only_the_newest_are_kept(saved: dict, folder: Path) -> None:
-    assert candidate_tags(folder / "pruned") == ["step3", "step2"]
+    assert finished_tags(folder / "pruned") == ["step3", "step2"]
     assert read_manifest(folder / "pruned" / "step3").counters["global_steps"] == 3
 
 

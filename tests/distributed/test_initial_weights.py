@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2v2ds.distributed import zero
 from d2v2ds.distributed.engine import optimizer_step
-from d2v2ds.distributed.initial_weights import start_from
+from d2v2ds.distributed.initial_weights import set_initial_weights
 from d2v2ds.distributed.teacher import Teacher
 from tests.distributed import toy
 from tests.distributed.engine_state import whole_masters
@@ -34,7 +34,7 @@ def begin(stage: int, dtype: str) -> dict[str, Any]:
     drawn = whole_masters(engine).get(ABSENT)
     teacher = Teacher(toy.Encoder(), engine)
     student_source, teacher_source = source(1), source(2)
-    start_from(engine, teacher, student_source.get, teacher_source.get)
+    set_initial_weights(engine, teacher, student_source.get, teacher_source.get)
     master, average = whole_masters(engine), teacher.full_state_dict()
     inputs, target = toy.micro_batch(0, 0, 0)
     with torch.no_grad():

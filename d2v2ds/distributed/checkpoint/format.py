@@ -142,14 +142,14 @@ def steps_by_tag(folder: Path) -> dict[str, int]:
     return steps
 
 
-def candidate_tags(folder: Path) -> list[str]:
+def finished_tags(folder: Path) -> list[str]:
     """Finished checkpoints in the order in which to try them: `latest`, then by falling step number."""
     steps, latest = steps_by_tag(folder), named_tag(folder, LATEST)
     return sorted(steps, key=lambda tag: (tag != latest, -steps[tag], tag))
 
 
-def lost_tags(folder: Path) -> list[str]:
-    """Checkpoints of which something is left and that cannot be read: without a manifest, or named and not there.
+def tags_without_manifest(folder: Path) -> list[str]:
+    """Checkpoint folders that lost their manifest, and checkpoints that `latest` or `best` names but that are gone.
 
     A save that was interrupted leaves none: its folder has another name until it is whole.
     """

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v2ds.distributed.checkpoint.format import BEST, LATEST, PARTIAL, candidate_tags, named_tag, steps_by_tag
+from d2v2ds.distributed.checkpoint.format import BEST, LATEST, PARTIAL, finished_tags, named_tag, steps_by_tag
 from d2v2ds.io import durable
 
 
@@ -25,7 +25,7 @@ def superseded_tags(folder: Path, keep: Keep) -> list[str]:
     """Finished checkpoints that the policy does not keep, oldest first."""
     if keep.last is None:
         return []
-    newest_first = candidate_tags(folder)
+    newest_first = finished_tags(folder)
     kept = {*newest_first[: max(keep.last, 1)], named_tag(folder, LATEST), named_tag(folder, BEST)}
     dropped = [tag for tag in reversed(newest_first) if tag not in kept]
     if keep.every_steps is None:
