@@ -192,11 +192,6 @@ class BatchPlan:
         Raises:
             CheckpointError: the position refers to other datasets or settings.
         """
-        if "datasets" not in stored:
-            raise CheckpointError(
-                "data position of the checkpoint was stored by an earlier version, which numbered rows differently; "
-                "start a new run from the weights"
-            )
         differing = [
             f"{name} was {stored.get(name)}, is {value}"
             for name, value in self._settings().items()

@@ -145,11 +145,6 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     return [float(value) for value in sums.tolist()]
 
 
-def all_agree(claim: bool) -> bool:
-    """True if the claim holds on every rank; the same answer everywhere."""
-    return all_reduce_sum([0.0 if claim else 1.0])[0] == 0.0
-
-
 def broadcast_object(value: T) -> T:
     """Rank 0's picklable object, on every rank."""
     if world() == 1:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.cpu.attention import rowwise
 from d2v2ds.model.cpu.dropout import dropout
-from d2v2ds.model.cpu.linear import Linear
 
 AttentionPath = Literal["auto", "explicit", "rowwise", "sdpa", "flex"]
 """Implementation of attention. `auto`: rowwise for training on a CPU, SDPA otherwise."""
@@ -117,8 +116,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
         self.path = path
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: DistanceBias | None) -> Tensor:
         """(R, N, D) -> (R, N, D)."""

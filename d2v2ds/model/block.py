@@ -13,7 +13,6 @@ from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
 from d2v2ds.model.cpu.dropout import add_dropped, dropout
-from d2v2ds.model.cpu.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.width, int(config.width * config.mlp_ratio))
-        self.fc2 = Linear(int(config.width * config.mlp_ratio), config.width)
+        self.fc1 = nn.Linear(config.width, int(config.width * config.mlp_ratio))
+        self.fc2 = nn.Linear(int(config.width * config.mlp_ratio), config.width)
         self.activation_dropout = config.activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
 from d2v2ds.model.cpu.dropout import dropout
-from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.positions import SameConv, SameConv2d
 
 
@@ -64,12 +63,12 @@ class MaskTokens(nn.Module):
 def _projection(config: DecoderConfig, model_width: int) -> nn.Module:
     """Build one Linear, or several with GELU between, whose hidden layers have the wider width."""
     if config.projection_layers == 1:
-        return Linear(config.width, model_width)
+        return nn.Linear(config.width, model_width)
     hidden = int(config.width * config.projection_ratio)
     widths = [config.width] + [hidden] * (config.projection_layers - 1) + [model_width]
     layers: list[nn.Module] = []
     for w_in, w_out in zip(widths[:-1], widths[1:], strict=True):
-        layers += [Linear(w_in, w_out), nn.GELU()]
+        layers += [nn.Linear(w_in, w_out), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v2ds.model.cpu.dropout import dropout
-from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.positions import TokenConv
 from d2v2ds.shapes import PAD_ID, ConvLayer
 
@@ -57,7 +56,7 @@ class WaveformEncoder(nn.Module):
         channels = layers[-1][0]
         self.convs = ConvStack(layers)
         self.norm = nn.LayerNorm(channels, eps=_NORM_EPS)
-        self.project = Linear(channels, width)
+        self.project = nn.Linear(channels, width)
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, S) waveform -> (B, T, D)."""
@@ -94,7 +93,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, patch_width, patch_size, stride=patch_size)
         if patch_width != width:
-            self.widen = Linear(patch_width, width)
+            self.widen = nn.Linear(patch_width, width)
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, 3, Y, X), uint8 or normalised float -> (B, T, D), row by row."""

@@ -16,7 +16,7 @@ from d2v2ds.config.load import to_dict
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.data.folders import folders_of
 from d2v2ds.distributed.engine import Engine
-from d2v2ds.distributed.initial_weights import start_from
+from d2v2ds.distributed.initial_weights import set_initial_weights
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.interop.export_folder import Kind, ModelFolder, Part
@@ -101,7 +101,7 @@ class WarmStart:
             found = sources["model"](name)
             return found if found is not None else sources["objective"](name)
 
-        start_from(student, teacher, student_source, sources["teacher"])
+        set_initial_weights(student, teacher, student_source, sources["teacher"])
         logger.info("weights of %s, a new optimizer", self.folder.path)
 
     def _kept(self, part: Part, layout: Mapping[str, Kind]) -> dict[str, Kind]:

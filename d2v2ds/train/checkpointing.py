@@ -18,7 +18,7 @@ from typing import Any
 from d2v2ds.data.order import BatchPlan, SamplerState
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.checkpoint import load as checkpoint
-from d2v2ds.distributed.checkpoint.format import candidate_tags, lost_tags
+from d2v2ds.distributed.checkpoint.format import finished_tags, tags_without_manifest
 from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after
 from d2v2ds.distributed.checkpoint.save import SaveOutcome, Saver
 from d2v2ds.distributed.engine import Engine
@@ -52,7 +52,7 @@ def has_checkpoints(run_dir: Path) -> bool:
     """Return True if a run has checkpoints, whole or damaged, and so must resume. The same on every rank."""
     folder = run_dir / "checkpoints"
     # A shared file system may show ranks different lists.
-    return comm.broadcast_object(bool(candidate_tags(folder)) or bool(lost_tags(folder)))
+    return comm.broadcast_object(bool(finished_tags(folder)) or bool(tags_without_manifest(folder)))
 
 
 def reading_ahead(run_dir: Path) -> AbstractContextManager[None]:
@@ -216,7 +216,7 @@ class Checkpoints:
             )
         except CheckpointError as error:
             when = "and no checkpoint was saved before them"
-            if number := len(candidate_tags(self.folder)) + len(lost_tags(self.folder)):
+            if number := len(finished_tags(self.folder)) + len(tags_without_manifest(self.folder)):
                 when = (
                     f"and it can go back to none of the run's {number} checkpoint(s): each was saved after some of "
                     "them, or is damaged, as warnings above say"

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from d2v2ds.distributed.checkpoint.format import candidate_tags, file_faults, named_tag, read_manifest
+from d2v2ds.distributed.checkpoint.format import file_faults, finished_tags, named_tag, read_manifest
 from tests.runs.launching import STEPS, Ranks, deterministic, fp32, pack_clips, records, weights
 
 pytestmark = pytest.mark.distributed
@@ -91,7 +91,7 @@ def kill_all_at_random(count: int, shards: Path, unbroken: Path, tmp_path: Path,
                 process.kill()
             ranks.wait()
         killed += 1
-        if candidate_tags(run_dir / "checkpoints")[:1] == [f"step{STEPS:08d}"]:
+        if finished_tags(run_dir / "checkpoints")[:1] == [f"step{STEPS:08d}"]:
             assert_same_run(run_dir, unbroken)
             shutil.rmtree(run_dir)
     if run_dir.exists():
@@ -238,7 +238,7 @@ def test_damaged_newest_checkpoint_is_passed_over_and_named(
 def test_run_that_lost_all_its_checkpoints_does_not_begin_anew(shards: Path, unbroken: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(unbroken, run_dir)
-    for tag in candidate_tags(run_dir / "checkpoints"):
+    for tag in finished_tags(run_dir / "checkpoints"):
         shutil.rmtree(run_dir / "checkpoints" / tag)
     with Ranks(1, shards, run_dir, logs=tmp_path) as ranks:
         assert ranks.wait() == [5]
@@ -339,7 +339,7 @@ def test_full_disk_ends_the_run_at_the_second_failure(shards: Path, small_disk: 
     assert "No space left on device" in said
     assert "the run continues; a second failure will end it" in said
     folder = run_dir / "checkpoints"
-    newest = folder / candidate_tags(folder)[0]
+    newest = folder / finished_tags(folder)[0]
     manifest = read_manifest(newest)
     assert not file_faults(newest, manifest, manifest.files)
     assert not list(folder.glob("*.partial")), "what could not be finished does not fill the disk"
@@ -480,7 +480,7 @@ def test_best_and_milestones_are_kept(shards: Path, unbroken: Path, tmp_path: Pa
     folder = run_dir / "checkpoints"
     assert named_tag(folder, "best") == f"step{best:08d}"
     assert read_manifest(folder / f"step{best:08d}").validation_loss == losses[best]
-    assert set(candidate_tags(folder)) == {f"step{step:08d}" for step in (4, 8, best)}
+    assert set(finished_tags(folder)) == {f"step{step:08d}" for step in (4, 8, best)}
     without = [{name: v for name, v in r.items() if not name.startswith("valid/")} for r in deterministic(run_dir)]
     assert without == deterministic(unbroken)
 

@@ -236,7 +236,7 @@ def test_metrics_reach_both_files_and_resume_drops_later_lines(tmp_path: Path) -
     for step in (10, 20, 30):
         metrics.write(step, {"loss/regression": 1.0 / step, "ema/decay": 0.9})
     metrics.figure("masks", mask_figure(torch.eye(3, dtype=torch.bool)), 10)
-    metrics.figure("alibi", alibi_figure(torch.ones(1, 1), num_heads=4), 10)
+    metrics.figure("alibi", alibi_figure(torch.ones(1, 1), slopes=[0.5, 0.25, 0.125, 0.0625]), 10)
     metrics.close()
     resumed = Metrics(tmp_path, NAMES, resume_step=20)
     resumed.write(30, {"loss/regression": 5.0})

@@ -12,11 +12,11 @@ from d2v2ds.distributed.checkpoint.format import (
     LATEST,
     PARTIAL,
     Manifest,
-    candidate_tags,
     file_faults,
-    lost_tags,
+    finished_tags,
     named_tag,
     read_manifest,
+    tags_without_manifest,
 )
 from d2v2ds.distributed.checkpoint.keep import Keep, remove, superseded_tags
 from d2v2ds.errors import CheckpointError
@@ -39,13 +39,13 @@ def list_checkpoints(run_dir: Path) -> bool:
     folder = folder_of(run_dir)
     latest, best, is_whole = named_tag(folder, LATEST), named_tag(folder, BEST), True
     print(f"{'checkpoint':<16} {'step':>9} {'GiB':>8} {'ranks':>5} {'stage':>5}  {'precision':<14} {'validation':>10}")
-    for tag in candidate_tags(folder):
+    for tag in finished_tags(folder):
         try:
             print(_line(read_manifest(folder / tag)), *(n for n, t in ((LATEST, latest), (BEST, best)) if t == tag))
         except CheckpointError as error:
             print(f"{tag:<16} DAMAGED: {error}")
             is_whole = False
-    for tag in lost_tags(folder):
+    for tag in tags_without_manifest(folder):
         print(f"{tag:<16} LOST: no manifest")
         is_whole = False
     for path in sorted(folder.glob(f"*{PARTIAL}")):
@@ -66,7 +66,7 @@ def _line(manifest: Manifest) -> str:
 def verify_checkpoints(run_dir: Path, tag: str | None) -> bool:
     """Read every byte, of one checkpoint or of all; print a line for each; returns whether all are whole."""
     folder = folder_of(run_dir)
-    tags = [tag] if tag is not None else [*candidate_tags(folder), *lost_tags(folder)]
+    tags = [tag] if tag is not None else [*finished_tags(folder), *tags_without_manifest(folder)]
     if not tags:
         print(f"{folder}: no checkpoints")
     is_whole = True
@@ -92,4 +92,4 @@ def prune_checkpoints(run_dir: Path, keep: Keep, dry_run: bool) -> None:
         print(f"{'would remove' if dry_run else 'removing'} {folder / tag}")
         if not dry_run:
             remove(folder / tag)
-    print("kept: " + ", ".join(candidate_tags(folder)))
+    print("kept: " + ", ".join(finished_tags(folder)))
