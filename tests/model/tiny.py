@@ -1,37 +1,32 @@
-"""A speech model of a few thousand parameters and a batch for it."""
+"""A speech trunk of a few thousand parameters and a batch for it."""
 
 import torch
 
 from d2v2ds.batch import Batch, MaskSet
-from d2v2ds.modalities.audio.network import AudioConfig
+from d2v2ds.modalities.audio.network import AudioNetwork
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.decoder import DecoderConfig
-from d2v2ds.model.trunk import ModalitiesConfig, ModelConfig
-from d2v2ds.objectives.targets import TargetConfig
+from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.shapes import conv_output_length
 
 CONV_LAYERS = ((16, 10, 5), (16, 3, 2), (16, 2, 2))
 
 
-def tiny_model_config(width: int = 16, *, share_local_encoder: bool = True, position_depth: int = 2) -> ModelConfig:
+def tiny_trunk_config(width: int = 16, *, position_depth: int = 2) -> TrunkConfig:
     """Two shared blocks, one prenet block, no dropout."""
-    return ModelConfig(
+    return TrunkConfig(
         block=BlockConfig(
             width=width, num_heads=4, attention_dropout=0.0, attention_output_dropout=0.0, mlp_dropout=0.0
         ),
         shared_depth=2,
-        modalities=ModalitiesConfig(
-            audio=AudioConfig(
+        modalities={
+            "audio": AudioNetwork(
                 prenet_depth=1,
                 conv_layers=CONV_LAYERS,
                 position_depth=position_depth,
                 position_total_kernel=6,
                 position_groups=4,
-                share_local_encoder=share_local_encoder,
-                target=TargetConfig(num_layers=2, layer_norms=("instance",)),
-                decoder=DecoderConfig(width=8, depth=2, kernel=3, groups=4, input_dropout=0.0),
             )
-        ),
+        },
     )
 
 
