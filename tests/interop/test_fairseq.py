@@ -33,7 +33,7 @@ from d2v2ds.modalities.text.tokenizers import load_tokenizer
 from d2v2ds.model.init import initialise
 from d2v2ds.model.trunk import Data2Vec2, total_loss
 from d2v2ds.objectives.teacher_network import TargetNet
-from d2v2ds.verify.golden import Case, case_names
+from d2v2ds.verify.case import Case, case_names
 from tests.inference.test_api import small_tokenizer
 from tests.interop.folders import tiny_config
 from tests.interop.folders import write_folder as write_tiny_folder

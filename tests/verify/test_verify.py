@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2v2ds.interop.fairseq.keymap import to_official, to_ours
-from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError, conv_layers, model_config
-from d2v2ds.verify.golden import case_names, main, verify_case
+from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError, conv_layers, network_of
+from d2v2ds.verify.__main__ import main
+from d2v2ds.verify.case import case_names
+from d2v2ds.verify.check import verify_case
 from tests.oracles.official_step import Options, write_case
 
 MICRO = Path(__file__).parents[1] / "golden" / "micro"
@@ -217,7 +219,7 @@ def test_layer_list_is_read_without_being_executed() -> None:
     with pytest.raises(ValueError, match="feature_encoder_spec"):
         conv_layers("__import__('os').getcwd()")
     with pytest.raises(UnsupportedOptionError, match="modality=smell"):
-        model_config({}, "smell")
+        network_of({}, "smell")
 
 
 def test_verify_does_not_need_a_process_group() -> None:
