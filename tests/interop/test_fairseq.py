@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from d2v2ds.interop.preprocessing import published_preprocessing
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,6 @@ from d2v2ds.interop.export_folder import (
 from d2v2ds.interop.fairseq.files import OWN_LICENCE, main, read_official
 from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import read_pickled
-from d2v2ds.interop.preprocessing import published_preprocessing
 from d2v2ds.modalities.text.tokenizers import load_tokenizer
 from d2v2ds.model.init import initialise
 from d2v2ds.model.trunk import Data2Vec2, total_loss
@@ -43,10 +43,10 @@ from tests.oracles import official_image_text, official_step
 from tests.verify.test_verify_oracle_cases import CASES, case
 
 MICRO = Path(__file__).parents[1] / "golden" / "micro"
-REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "golden"
 GOLDEN = [(MICRO, name) for name in case_names(MICRO, None)]
-if REFERENCE.is_dir():  # the larger golden vectors do not travel with the project
-    GOLDEN += [(REFERENCE, name) for name in case_names(REFERENCE, None)]
+if "D2V2_REFERENCE" in os.environ:  # the larger golden vectors do not travel with the project
+    larger = Path(os.environ["D2V2_REFERENCE"]) / "golden"
+    GOLDEN += [(larger, name) for name in case_names(larger, None)]
 
 ALIBI = "modality_encoders.AUDIO.alibi_scale"
 
