@@ -28,7 +28,7 @@ from d2v2ds.interop.fairseq.official_config import (
     read_section,
 )
 from d2v2ds.interop.fairseq.pickles import plain, read_pickled
-from d2v2ds.modalities.settings import read_trunk, write_trunk
+from d2v2ds.modalities.settings import read_trunk
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, ModalityConfig
 from d2v2ds.objectives.ema import EmaConfig
@@ -211,7 +211,7 @@ def _network(
     tokens = encoder.get("modality_encoders.TEXT.local_encoder.embed_tokens.weight")
     try:
         network, section, ignored = read_section(official, modality, None if tokens is None else len(tokens))
-        read_trunk(write_trunk(network.trunk), place)  # for the bounds of single fields
+        read_trunk(asdict(network.trunk), place)  # for the bounds of single fields
         TypeAdapter(ModalityConfig).validate_python(asdict(network.objective()))
         objective = Data2Vec2Config(ema=_ANY_EMA, modalities={modality: network.objective()})
         problems = network.trunk.check() + objective.check(network.trunk)
