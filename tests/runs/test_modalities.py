@@ -16,9 +16,10 @@ from d2v2ds import FeatureExtractor
 from d2v2ds.config.load import load_config
 from d2v2ds.distributed.comm import free_port
 from d2v2ds.errors import CheckpointError, ConfigError
-from d2v2ds.export import export
-from d2v2ds.pretrain import describe, prepare
 from d2v2ds.probe import main as probe_main
+from d2v2ds.run.describe import describe
+from d2v2ds.run.export import export
+from d2v2ds.run.prepare import prepare
 from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
@@ -33,7 +34,7 @@ RUN = [
     "run.health_every_steps=3",
     "run.keep_checkpoints=0",
     "lr.warmup_steps=2",
-    "ema.anneal_steps=6",
+    "objective.ema.anneal_steps=6",
     "model.block.width=32",
     "model.block.mlp_dropout=0.1",  # draws must survive a resume too
     "model.shared_depth=2",
@@ -43,24 +44,24 @@ RUN = [
 OF = {
     "audio": [
         "model.modalities.audio.conv_layers=[[16,10,5],[16,8,8],[16,4,4],[16,2,2]]",
-        "model.modalities.audio.decoder.width=16",
-        "model.modalities.audio.target.num_layers=2",
+        "objective.modalities.audio.decoder.width=16",
+        "objective.modalities.audio.target.num_layers=2",
         "data.audio.global_batch_seconds=3",
         "data.audio.micro_batch_seconds=1",
         "data.audio.max_seconds=1",
         "data.audio.min_seconds=0.5",
-        "data.audio.mask.num_masks=2",
+        "objective.modalities.audio.mask.num_masks=2",
     ],
     "image": [
-        "model.modalities.image.decoder.width=16",
-        "model.modalities.image.target.num_layers=2",
+        "objective.modalities.image.decoder.width=16",
+        "objective.modalities.image.target.num_layers=2",
         "data.image.global_batch_images=6",
         "data.image.micro_batch_images=3",
-        "data.image.mask.num_masks=2",
+        "objective.modalities.image.mask.num_masks=2",
     ],
     "text": [
-        "model.modalities.text.decoder.width=16",
-        "model.modalities.text.target.num_layers=2",
+        "objective.modalities.text.decoder.width=16",
+        "objective.modalities.text.target.num_layers=2",
         "model.modalities.text.vocab_size=320",
         "model.modalities.text.max_tokens=32",
         "data.text.global_batch_tokens=256",
@@ -226,13 +227,13 @@ def refusal(config: str, folders: dict[str, Path], modalities: Sequence[str], *o
 @pytest.mark.parametrize(
     ("modality", "override", "message"),
     [
-        ("image", "data.image.mask.kind=block_1d", "mask.kind is 'block_1d'"),
+        ("image", "objective.modalities.image.mask.kind=block_1d", "mask.kind is 'block_1d'"),
         ("image", "data.image.crop_scale=[0.5, 0.2]", "data.image.crop_scale is [0.5, 0.2]"),
-        ("image", "model.modalities.image.patch_size=16", "data.image.mask"),
+        ("image", "model.modalities.image.patch_size=16", "objective.modalities.image.mask"),
         ("text", "model.modalities.text.vocab_size=300", "has 320 ids, model.modalities.text.vocab_size is 300"),
         ("text", "model.modalities.text.max_tokens=16", "blocks of 32 tokens, model.modalities.text.max_tokens is 16"),
         ("text", "data.text.micro_batch_tokens=16", "cannot hold one block of 32 tokens"),
-        ("text", "data.text.mask.kind=block_2d", "text needs 'random' or 'block_1d'"),
+        ("text", "objective.modalities.text.mask.kind=block_2d", "text needs 'random' or 'block_1d'"),
     ],
 )
 def test_impossible_run_is_refused(modality: str, override: str, message: str, folders: dict[str, Path]) -> None:
@@ -244,9 +245,9 @@ def test_ids_that_no_text_has_are_mentioned_at_the_start(
     vocab_size: int, said: bool, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     overrides = [*settings(folders, ("text",)), f"run.dir={tmp_path}", f"model.modalities.text.vocab_size={vocab_size}"]
-    config, streams, _ = prepare("text_tiny", overrides, world=1)
-    with caplog.at_level("INFO", logger="d2v2ds.pretrain"):
-        describe(config, streams)
+    prepared = prepare("text_tiny", overrides, world=1)
+    with caplog.at_level("INFO", logger="d2v2ds"):
+        describe(prepared.config, prepared.streams)
     lines = [record.message for record in caplog.records if "vocab_size" in record.message]
     expected = (
         "data.text.shards: the tokenizer has 320 ids, model.modalities.text.vocab_size is 8000: "
@@ -262,7 +263,7 @@ def test_folder_of_another_modality_is_refused(folders: dict[str, Path]) -> None
 
 def test_half_a_modality_is_refused(folders: dict[str, Path]) -> None:
     said = refusal("multimodal_tiny", folders, ("audio", "image", "text"), "model.modalities.text=null")
-    assert "data.text is configured and model.modalities.text is not" in said
+    assert "data.text and objective.modalities.text configured, model.modalities.text not" in said
 
 
 def test_data_shards_of_a_joint_run_must_name_the_modality() -> None:

@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 
 from d2v2ds import FeatureExtractor
 from d2v2ds.config.load import load_config
-from d2v2ds.distributed.checkpoint.format import iterate_student, iterate_teacher
 from d2v2ds.distributed.comm import free_port
 from d2v2ds.errors import ConfigError
-from d2v2ds.export import checkpoint_folder, export
 from d2v2ds.export import main as export_main
 from d2v2ds.interop.export_folder import ModelFolder
-from d2v2ds.pretrain import main, prepare
+from d2v2ds.pretrain import main
 from d2v2ds.probe import main as probe_main
+from d2v2ds.run.export import export
+from d2v2ds.run.folder import checkpoint_folder, objective_tensors, trunk_tensors
+from d2v2ds.run.prepare import prepare
 from tests.runs.launching import SMALL, STEPS, attempt, command, deterministic, environment, launch, pack_clips, weights
 
 
@@ -140,7 +141,7 @@ def test_more_ranks_than_micro_batches_give_the_same_losses(unbroken: Path, shar
 @pytest.mark.distributed
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "inf"
-    extra = ["model.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
+    extra = ["objective.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
     done = attempt("torchrun", 2, shards, run_dir, *extra)
     assert done.returncode != 0
     assert "3 steps in a row had a loss or gradient that is not finite, and it can go back to none of the run's 2 " in (
@@ -157,14 +158,14 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: P
 
 
 def test_a_run_of_which_no_step_was_applied_is_not_done(shards: Path, tmp_path: Path) -> None:
-    few = ["model.modalities.audio.loss.scale=3.0e+38", "run.total_steps=2", "lr.warmup_steps=1"]
+    few = ["objective.modalities.audio.loss.scale=3.0e+38", "run.total_steps=2", "lr.warmup_steps=1"]
     done = attempt("plain", 1, shards, tmp_path / "run", *few)
     assert done.returncode == 4
     assert "step 2: 2 steps in a row had a loss or gradient that is not finite, all that the run had" in done.stderr
 
 
 def test_run_that_is_not_finite_from_the_start_has_nothing_to_go_back_to(shards: Path, tmp_path: Path) -> None:
-    extra = ["model.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=2", "run.save_every_steps=8"]
+    extra = ["objective.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=2", "run.save_every_steps=8"]
     done = attempt("plain", 1, shards, tmp_path / "inf", *extra)
     assert done.returncode == 4
     last = done.stderr.strip().splitlines()[-1]
@@ -190,10 +191,12 @@ def test_collapse_stops_the_run_with_its_own_exit_code(shards: Path, tmp_path: P
 def test_settings_that_a_resumed_run_has_otherwise_are_said(unbroken: Path, shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "changed"
     shutil.copytree(unbroken, run_dir)
-    said = launch("plain", 1, shards, run_dir, "lr.peak=0.5", "data.audio.mask.masked_fraction=0.6")
+    said = launch("plain", 1, shards, run_dir, "lr.peak=0.5", "objective.modalities.audio.mask.masked_fraction=0.6")
     changes = {line.partition("other than at the last start: ")[2] for line in said.splitlines()} - {""}
-    assert changes == {"lr.peak: 0.001 -> 0.5", "data.audio.mask.masked_fraction: 0.5 -> 0.6"}
-    assert "other than" not in launch("plain", 1, shards, run_dir, "lr.peak=0.5", "data.audio.mask.masked_fraction=0.6")
+    assert changes == {"lr.peak: 0.001 -> 0.5", "objective.modalities.audio.mask.masked_fraction: 0.5 -> 0.6"}
+    assert "other than" not in launch(
+        "plain", 1, shards, run_dir, "lr.peak=0.5", "objective.modalities.audio.mask.masked_fraction=0.6"
+    )
 
 
 @pytest.mark.distributed
@@ -218,7 +221,11 @@ def test_an_export_is_the_checkpoint_and_tells_where_it_comes_from(unbroken: Pat
     to = tmp_path / "model"
     export(unbroken, to, teacher=True)
     folder, checkpoint = ModelFolder(to), checkpoint_folder(unbroken)
-    for part, tensors in (("model", iterate_student(checkpoint)), ("teacher", iterate_teacher(checkpoint))):
+    for part, tensors in (
+        ("model", trunk_tensors(checkpoint)),
+        ("objective", objective_tensors(checkpoint)),
+        ("teacher", trunk_tensors(checkpoint, teacher=True)),
+    ):
         found = dict(folder.tensors(part))  # type: ignore[arg-type]
         expected = dict(tensors)
         assert found.keys() == expected.keys()
@@ -250,7 +257,7 @@ def test_one_file_has_the_student_or_the_average_and_loads_without_anything_besi
         assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
         assert ModelFolder(file).description.origin["weights"] == kind
     student, teacher = (load_file(tmp_path / f"{name}.safetensors") for name in ("student", "teacher"))
-    assert student.keys() - teacher.keys() == {name for name in student if name.startswith("decoders.")}
+    assert student.keys() - teacher.keys() == {name for name in student if name.startswith("objective.decoders.")}
     assert any(not torch.equal(student[name], tensor) for name, tensor in teacher.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "student.safetensors", "teacher.safetensors"]
 
@@ -309,19 +316,34 @@ def _prepare(shards: Path, *overrides: str) -> None:
     [
         ("data.audio.sample_rate_hz=8000", "sample_rate_hz is 16000, data.audio.sample_rate_hz is 8000"),
         ("data.audio.min_seconds=0.02", "0.02: 320 samples make 0 tokens, expected 2 or more"),
-        ("data.audio.mask.block_length=300", "data.audio.mask, for clips of data.audio.min_seconds"),
+        (
+            "objective.modalities.audio.mask.block_length=300",
+            "objective.modalities.audio.mask, for clips of data.audio.min_seconds",
+        ),
         ("model.block.attention_path=flex", "no backward pass on a CPU"),
         ("model.modalities.audio=null", "modalities: none is configured"),
         ("data.shards='???'", "data.audio.shards: required, give data.shards="),
         ("engine.deepspeed=zero4", "give a path or one of"),
-        ("data.audio.mask.kind=block_2d", "data.audio.mask.kind is 'block_2d', speech needs 'block_1d'"),
+        (
+            "objective.modalities.audio.mask.kind=block_2d",
+            "objective.modalities.audio.mask.kind is 'block_2d', speech needs 'block_1d'",
+        ),
         ("run.dir=/dev/null/run", "run.dir /dev/null/run: cannot be made"),
-        ("data.num_workers=-1", "data.num_workers is -1, expected 0 or more"),
-        ("model.block.num_heads=0", "block.num_heads is 0, expected 1 or more"),
-        ("model.modalities.audio.decoder.groups=0", "decoder.groups is 0, expected 1 or more"),
-        ("model.modalities.audio.conv_layers=[[8,10,0]]", "conv_layers are"),
-        ("model.modalities.audio.position_depth=0", "position_depth is 0, expected 1 or more"),
-        ("lr.warmup_steps=-5", "lr.warmup_steps is -5, expected 0 or more"),
+        ("data.num_workers=-1", "data.num_workers: Input should be greater than or equal to 0, found -1"),
+        ("model.block.num_heads=0", "block.num_heads: Input should be greater than or equal to 1, found 0"),
+        (
+            "objective.modalities.audio.decoder.groups=0",
+            "decoder.groups: Input should be greater than or equal to 1, found 0",
+        ),
+        (
+            "model.modalities.audio.conv_layers=[[8,10,0]]",
+            "conv_layers.0.2: Input should be greater than or equal to 1, found 0",
+        ),
+        (
+            "model.modalities.audio.position_depth=0",
+            "position_depth: Input should be greater than or equal to 1, found 0",
+        ),
+        ("lr.warmup_steps=-5", "lr.warmup_steps: Input should be greater than or equal to 0, found -5"),
     ],
 )
 def test_impossible_run_is_refused_with_both_values(shards: Path, override: str, message: str) -> None:
@@ -334,17 +356,17 @@ def test_faults_of_config_data_and_json_appear_together(shards: Path, tmp_path: 
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_clipping": 5}))
     with pytest.raises(ConfigError) as caught:
         _prepare(
-            shards, "lr.pek=1", "ema.end_decay=7", "data.audio.sample_rate_hz=8000", "data.audio.mask.block_length=300",
-            "optim.eps=small", f"engine.deepspeed={path}",
+            shards, "lr.pek=1", "objective.ema.end_decay=7", "data.audio.sample_rate_hz=8000",
+            "objective.modalities.audio.mask.block_length=300", "optim.eps=small", f"engine.deepspeed={path}",
         )  # fmt: skip
     text = str(caught.value)
     assert "6 problem(s)" in text
     for part in (
         "lr.pek: unknown key; did you mean lr.peak?",
         "optim.eps: Input should be a valid number",
-        "ema.end_decay is 7.0",
+        "objective.ema.end_decay: Input should be less than or equal to 1, found 7",
         "data.audio.sample_rate_hz is 8000",
-        "data.audio.mask, for clips",
+        "objective.modalities.audio.mask, for clips",
         "mine.json says gradient_clipping = 5, the run says 1.0",
     ):
         assert part in text
