@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except D2V2Error as error:
         logging.getLogger(__name__).error("%s", error)
-        return error.exit_code
+        return D2V2Error.exit_code
     return 0
 
 
