@@ -24,6 +24,15 @@ def fold(values: dict[str, Any]) -> None:
             found = section["modalities"]
             order = [*(one for one in known if one in found), *(one for one in found if one not in known)]
             section["modalities"] = {one: found[one] for one in order if found[one] is not None}
+    _drop_unused(values)
+
+
+def _drop_unused(values: dict[str, Any]) -> None:
+    """Drop the objective's settings of modalities that neither data nor network have: they were switched off there."""
+    used = _mapping(values, "data").keys() | _mapping(values, "model").keys()
+    own = _mapping(values, "objective")
+    for name in [name for name in own if name not in used]:
+        del own[name]
 
 
 def unfold(values: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ Streams = Mapping[str, DataStream]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its process group exists."""
+    """Everything that is ready before the process group exists."""
 
     config: RunConfig
     objective: Objective

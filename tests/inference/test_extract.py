@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2v2ds import extract
 from d2v2ds.api import FeatureExtractor
-from d2v2ds.data.readers import open_whole
-from d2v2ds.extract import main, part_bounds
-from d2v2ds.inference import feature_file as featurefile
+from d2v2ds.extract import main
+from d2v2ds.inference import extraction, feature_file
+from d2v2ds.inference.extraction import Extraction, part_bounds
+from d2v2ds.inference.extraction_options import Options
+from d2v2ds.modalities.known import known_modalities, open_reader
+from d2v2ds.model.trunk import TrunkConfig
 from preprocessing.pack_images import main as pack_images
 from preprocessing.pack_text import main as pack_text
 from tests.interop.folders import tiny_config, write_folder
@@ -31,13 +33,17 @@ from tests.runs.launching import ROOT, environment, pack_clips
 MANY_PARTS = ["--part-tokens", "400", "--batch-tokens", "400"]
 
 
+def changed(config: TrunkConfig, modality: str, **settings: object) -> TrunkConfig:
+    """Other settings of one modality."""
+    own = replace(config.modalities[modality], **settings)
+    return replace(config, modalities={**config.modalities, modality: own})
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "model"
-    config = tiny_config("audio", "image")
-    assert config.modalities.audio is not None
-    audio = replace(config.modalities.audio, conv_layers=((16, 10, 5), (16, 8, 8), (16, 4, 4), (16, 2, 2)))
-    write_folder(folder, replace(config, modalities=replace(config.modalities, audio=audio)), teacher=True)
+    layers = ((16, 10, 5), (16, 8, 8), (16, 4, 4), (16, 2, 2))
+    write_folder(folder, changed(tiny_config("audio", "image"), "audio", conv_layers=layers), teacher=True)
     return folder
 
 
@@ -74,14 +80,14 @@ def test_rows_are_the_features_of_each_recording_alone(model: Path, shards: Path
     assert table["label"].to_pylist()[:5] == ["0", "1", "2", "3", "0"]
     assert json.loads(table.schema.metadata[b"d2v2ds"])["pool"] == "mean"
     extractor = FeatureExtractor(model)
-    config = extractor.folder.description.model.modalities.audio
-    assert config is not None
-    reader = open_whole(shards, "audio", config, 16000)
+    network = extractor.folder.description.model.modalities["audio"]
+    data = known_modalities()["audio"].whole_inputs(shards, {"sample_rate_hz": 16000})
+    reader = open_reader("audio", data, network, None)
     for row in (0, 7, 39):
         source = reader.read_whole(row)
         with torch.no_grad():
             expected = extractor.model.layers("audio", source[None])
-        assert table["tokens"][row].as_py() == expected[0].shape[1] == config.num_tokens(len(source))
+        assert table["tokens"][row].as_py() == expected[0].shape[1] == network.num_tokens(len(source))
         for layer in (1, 3):
             np.testing.assert_allclose(matrix(table, layer)[row], expected[layer][0].mean(0), atol=1e-5)
 
@@ -139,11 +145,11 @@ def test_finished_parts_are_not_computed_again(
 ) -> None:
     out = tmp_path / "features.arrow"
     with monkeypatch.context() as patched:
-        patched.setattr(extract, "join_files", lambda *args: (_ for _ in ()).throw(OSError("no space left on device")))
+        patched.setattr(extraction, "join_files", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
         assert main(arguments(model, shards, out, "--layers", "1,-1", *MANY_PARTS)) == 2
     assert not out.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(extract.Extraction, "write_part", lambda *args: pytest.fail("computed again"))
+        patched.setattr(Extraction, "write_part", lambda *args: pytest.fail("computed again"))
         assert main(arguments(model, shards, out, "--layers", "1,-1", *MANY_PARTS)) == 0
     assert out.read_bytes() == whole
 
@@ -153,7 +159,7 @@ def test_a_kill_while_finished_parts_are_removed_mixes_nothing(
 ) -> None:
     """The plan may be removed first: parts without one are of some extraction, not of this one."""
     out, parts = tmp_path / "features.arrow", tmp_path / "features.arrow.parts"
-    monkeypatch.setattr(extract.shutil, "rmtree", lambda folder: (Path(folder) / "plan.json").unlink())
+    monkeypatch.setattr(extraction.shutil, "rmtree", lambda folder: (Path(folder) / "plan.json").unlink())
     assert main(arguments(model, shards, out, "--weights", "teacher", *MANY_PARTS)) == 0
     assert list(parts.glob("*.arrow"))
     assert main(arguments(model, shards, out, *MANY_PARTS)) == 0
@@ -169,8 +175,8 @@ def test_models_that_differ_in_matrices_alone_do_not_share_parts(model: Path, sh
     next(x for name, x in weights.items() if name.startswith("blocks.") and x.dim() == 2)[0, 0] += 1
     save_file(weights, other / "model.safetensors")
     plans = [
-        extract.Extraction(
-            extract.Options(
+        Extraction(
+            Options(
                 model=str(folder),
                 shards=str(shards),
                 layers=None,
@@ -194,11 +200,11 @@ def test_an_error_of_a_process_ends_the_extraction_without_the_other_parts(
     many = ["--part-tokens", "1"]
     for number in (0, 1):
         (parts / f"part-{number:06d}.arrow.partial").mkdir(parents=True)  # cannot be opened for writing
-    options = extract.Options(
+    options = Options(
         model=str(model), shards=str(shards), layers=None, pool="mean", weights="student", dtype="float32",
         batch_tokens=None, part_tokens=1,
     )  # fmt: skip
-    fingerprint = extract.Extraction(options).fingerprint()
+    fingerprint = Extraction(options).fingerprint()
     (parts / "plan.json").write_text(json.dumps(fingerprint, sort_keys=True))
     assert main([*arguments(model, shards, out, *many), "--workers", "2"]) == 2
     assert "part-00000" in caplog.text
@@ -211,7 +217,7 @@ def test_what_could_not_be_written_does_not_fill_the_disk(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "features.arrow"
-    monkeypatch.setattr(featurefile.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(feature_file.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert main(arguments(model, shards, out, *MANY_PARTS)) == 2
     assert [path.name for path in (tmp_path / "features.arrow.parts").iterdir()] == ["plan.json"]
 
@@ -219,7 +225,7 @@ def test_what_could_not_be_written_does_not_fill_the_disk(
 def test_an_interrupt_is_no_traceback(
     model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extract.Extraction, "write_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Extraction, "write_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(arguments(model, shards, tmp_path / "features.arrow")) == 130
     assert "the same command goes on" in caplog.text
 
@@ -242,10 +248,7 @@ def test_images_and_texts(model: Path, tmp_path: Path) -> None:
     packed = ["--input", str(write_stories(tmp_path / "books")), "--output", str(tmp_path / "text"), "--workers", "1"]
     assert pack_text([*packed, "--train-tokenizer", "--vocab-size", "420", "--block-tokens", "24"]) == 0
     assert main(arguments(model, tmp_path / "text", tmp_path / "text.arrow")) == 2, "a model of other modalities"
-    config = tiny_config("text")
-    assert config.modalities.text is not None
-    larger = replace(config.modalities.text, vocab_size=420)
-    write_folder(tmp_path / "writer", replace(config, modalities=replace(config.modalities, text=larger)))
+    write_folder(tmp_path / "writer", changed(tiny_config("text"), "text", vocab_size=420))
     assert main(arguments(tmp_path / "writer", tmp_path / "text", tmp_path / "text.arrow", "--layers", "0,3")) == 0
     assert max(read(tmp_path / "text.arrow")["tokens"].to_pylist()) == 24
 
@@ -253,10 +256,7 @@ def test_images_and_texts(model: Path, tmp_path: Path) -> None:
 def test_ids_of_another_tokenizer_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     packed = ["--input", str(write_stories(tmp_path / "books")), "--output", str(tmp_path / "text"), "--workers", "1"]
     assert pack_text([*packed, "--train-tokenizer", "--vocab-size", "420", "--block-tokens", "24"]) == 0
-    config = tiny_config("text")
-    assert config.modalities.text is not None
-    text = replace(config.modalities.text, vocab_size=420)
-    config = replace(config, modalities=replace(config.modalities, text=text))
+    config = changed(tiny_config("text"), "text", vocab_size=420)
     own = (tmp_path / "text" / "tokenizer.model").read_bytes()
     for data, code in ((own, 0), (own + b"\x00", 2)):
         write_folder(tmp_path / "model", config, tokenizer=("sentencepiece", "tokenizer.model", data))
@@ -274,10 +274,10 @@ def test_parts_of_unpooled_features_fit_into_memory(model: Path, shards: Path) -
     }
     sizes = {}
     for pool in ("mean", "none"):
-        options = extract.Options(**common, layers=(1, 3), pool=pool, part_tokens=None)  # type: ignore[arg-type]
+        options = Options(**common, layers=(1, 3), pool=pool, part_tokens=None)  # type: ignore[arg-type]
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(extract, "PART_BYTES", 4 * 16 * 2 * 500)
-            sizes[pool] = len(extract.Extraction(options).bounds) - 1
+            patched.setattr(extraction, "PART_BYTES", 4 * 16 * 2 * 500)
+            sizes[pool] = len(Extraction(options).bounds) - 1
     assert sizes["mean"] == 1
     assert sizes["none"] > 5
 

@@ -15,38 +15,29 @@ from safetensors.torch import load_file, save_file
 from d2v2ds import FeatureExtractor, load_model
 from d2v2ds.config.load import load_config
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.export_folder import (
-    Description,
-    Kind,
-    ModelFolder,
-    Part,
-    load_encoder,
-    new_folder,
-    write_config,
-    write_tensors,
-)
-from d2v2ds.interop.fairseq.files import OWN_LICENCE, main, read_official
+from d2v2ds.interop.export_folder import ModelFolder, load_trunk
+from d2v2ds.interop.fairseq.__main__ import main
 from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import read_pickled
-from d2v2ds.interop.preprocessing import published_preprocessing
+from d2v2ds.interop.fairseq.read import OWN_LICENCE, OfficialCheckpoint, read_official
 from d2v2ds.modalities.text.tokenizers import load_tokenizer
-from d2v2ds.model.init import initialise
-from d2v2ds.model.trunk import Data2Vec2, total_loss
-from d2v2ds.objectives.teacher_network import TargetNet
-from d2v2ds.verify.golden import Case, case_names
+from d2v2ds.objectives.data2vec2 import Data2Vec2Network
+from d2v2ds.objectives.teacher_network import TeacherNetwork
+from d2v2ds.verify.case import Case, case_names
+from d2v2ds.verify.networks import set_noise, total_loss
 from tests.inference.test_api import small_tokenizer
 from tests.interop.folders import tiny_config
 from tests.interop.folders import write_folder as write_tiny_folder
 from tests.interop.official_files import PUBLISHED, content_of, save
-from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, write_back
+from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, student_of, write_back
 from tests.oracles import official_image_text, official_step
 from tests.verify.test_verify_oracle_cases import CASES, case
 
 MICRO = Path(__file__).parents[1] / "golden" / "micro"
-REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "golden"
 GOLDEN = [(MICRO, name) for name in case_names(MICRO, None)]
-if REFERENCE.is_dir():  # the larger golden vectors do not travel with the project
-    GOLDEN += [(REFERENCE, name) for name in case_names(REFERENCE, None)]
+if "D2V2_REFERENCE" in os.environ:  # the larger golden vectors do not travel with the project
+    larger = Path(os.environ["D2V2_REFERENCE"]) / "golden"
+    GOLDEN += [(larger, name) for name in case_names(larger, None)]
 
 ALIBI = "modality_encoders.AUDIO.alibi_scale"
 
@@ -65,24 +56,31 @@ def audio() -> dict[str, Any]:
     return golden_content(MICRO, "audio_micro")
 
 
+def networks_of(checkpoint: OfficialCheckpoint) -> tuple[Data2Vec2Network, TeacherNetwork]:
+    """Student and teacher with the weights of an official file."""
+    name, trunk, own = checkpoint.modality, checkpoint.network.trunk, checkpoint.network.objective()
+    student = Data2Vec2Network(trunk, {name: own})
+    teacher = TeacherNetwork(trunk, {name: own.target}, {name: own.share_local_encoder}).eval()
+    student.load_state_dict({f"trunk.{key}": tensor for key, tensor in checkpoint.trunk.items()} | checkpoint.decoder)
+    assert checkpoint.teacher is not None
+    teacher.trunk.load_state_dict(checkpoint.teacher)
+    return student, teacher
+
+
 def check_case(folder: Path, name: str, tmp_path: Path) -> None:
     """Import gives the recorded loss, and export the same file."""
     content, golden = golden_content(folder, name), Case.read(folder, name)
     checkpoint = read_official(save(tmp_path / "official.pt", content))
-    assert checkpoint.model == golden.config
-    assert checkpoint.teacher is not None
-    student, teacher = Data2Vec2(checkpoint.model), TargetNet(checkpoint.model).eval()
-    student.load_state_dict(checkpoint.student)
-    teacher.load_state_dict(checkpoint.teacher)
-    noise = golden.tensors["mid/decoder_noise_full"]
-    student.decoders[golden.modality].mask_tokens.noise = lambda like, shape: noise.view(shape)
+    assert checkpoint.network == golden.network
+    student, teacher = networks_of(checkpoint)
+    set_noise(student, golden.modality, golden.tensors["mid/decoder_noise_full"])
     with torch.no_grad():
         out = student(golden.batch(), teacher)
     torch.testing.assert_close(total_loss(out), golden.tensors["loss/total"].to(torch.float32), rtol=2e-5, atol=0)
     torch.testing.assert_close(out["target"], golden.tensors["out/targets_full"], rtol=1e-4, atol=1e-4)
     back = write_back(tmp_path / "back.pt", checkpoint)
     assert_same_tensors(back["model"], content["model"])
-    assert read_official(tmp_path / "back.pt").model == golden.config
+    assert read_official(tmp_path / "back.pt").network == golden.network
 
 
 @pytest.mark.parametrize("folder, name", GOLDEN, ids=[name for _, name in GOLDEN])
@@ -121,9 +119,9 @@ def test_alibi_scale_of_older_files_gets_the_axis_it_lacks(audio: dict[str, Any]
     found = read_official(save(tmp_path / "old.pt", old))
     assert expected.teacher is not None
     assert found.teacher is not None
-    assert_same_tensors(found.student, expected.student)
+    assert_same_tensors(student_of(found), student_of(expected))
     assert_same_tensors(found.teacher, expected.teacher)
-    assert found.student["encoders.audio.alibi.scale"].shape == (1, 4)
+    assert found.trunk["encoders.audio.alibi.scale"].shape == (1, 4)
 
 
 def test_missing_teacher_is_a_warning(audio: dict[str, Any], tmp_path: Path) -> None:
@@ -164,7 +162,7 @@ def test_unknown_tensors_can_be_left_out_and_are_reported(audio: dict[str, Any],
         "left out, unknown to our network: blocks.0.gain",
         "left out, unknown to our network: 0.norm1.weight",
     ]
-    assert_same_tensors(checkpoint.student, expected.student)
+    assert_same_tensors(student_of(checkpoint), student_of(expected))
 
 
 def fine_tuned(content: dict[str, Any], prefix: str, head: dict[str, Any], cfg: Any) -> dict[str, Any]:
@@ -186,9 +184,10 @@ def test_fine_tuned_file_gives_encoder_and_head(case: str, prefix: str, head: di
     cfg = {"model": {"_name": "ctc", "w2v_args": {"model": content["cfg"].model, "task": {"a": 1}}, "lr": 0.1}}
     tuned = fine_tuned(content, prefix, head, OmegaConf.create(cfg))
     checkpoint = read_official(save(tmp_path / "tuned.pt", tuned))
-    assert (checkpoint.model, checkpoint.prefix, checkpoint.teacher) == (whole.model, prefix, None)
+    assert (checkpoint.network, checkpoint.prefix, checkpoint.teacher) == (whole.network, prefix, None)
     assert_same_tensors(checkpoint.head, head)
-    assert_same_tensors(checkpoint.student, {k: v for k, v in whole.student.items() if not k.startswith("decoders.")})
+    assert_same_tensors(checkpoint.trunk, whole.trunk)
+    assert (checkpoint.decoder, bool(whole.decoder)) == ({}, True)
     assert ["no decoder" in warning for warning in checkpoint.warnings] == [True]
     back = write_back(tmp_path / "back.pt", checkpoint)
     assert_same_tensors(back["model"], tuned["model"])
@@ -206,12 +205,12 @@ def test_options_that_only_training_looks_at_do_not_keep_a_fine_tuned_file_out(
 
 
 def test_configuration_under_args_and_interpolations_are_followed(audio: dict[str, Any], tmp_path: Path) -> None:
-    expected = read_official(save(tmp_path / "x.pt", audio)).model
+    expected = read_official(save(tmp_path / "x.pt", audio)).network
     section = OmegaConf.to_container(audio["cfg"])["model"]
     depth, section["depth"] = section["depth"], "${sizes.depth}"
     section["norm_eps"] = "???"  # not given
     content = {"model": audio["model"], "args": argparse.Namespace(model=section, sizes={"depth": depth})}
-    assert read_official(save(tmp_path / "x.pt", content)).model == expected
+    assert read_official(save(tmp_path / "x.pt", content)).network == expected
 
 
 def test_fields_of_the_network_are_kept_and_all_others_listed(audio: dict[str, Any], tmp_path: Path) -> None:
@@ -314,9 +313,10 @@ def test_command_imports_to_a_folder_and_exports_the_same_file(
     found = read_pickled(back)
     assert_same_tensors(found["model"], content["model"])
     assert found["cfg"]["model"] == OmegaConf.to_container(content["cfg"])["model"]
-    assert load_model(folder).config == read_official(file).model
-    assert load_encoder(ModelFolder(folder)).config == read_official(file).model
-    assert load_encoder(ModelFolder(folder), "teacher").config == read_official(file).model
+    network = read_official(file).network
+    assert load_model(folder).config == network.trunk
+    assert load_trunk(ModelFolder(folder)).config == network.trunk
+    assert load_trunk(ModelFolder(folder), "teacher").config == network.trunk
 
 
 def text_file(path: Path, vocabulary: int) -> Path:
@@ -369,39 +369,41 @@ def test_command_brings_a_fine_tuned_file_back_too(audio: dict[str, Any], tmp_pa
 def test_export_of_a_joint_network_needs_a_modality_and_gives_its_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = replace(load_config("multimodal_tiny").model, shared_depth=4)
-    student, teacher = Data2Vec2(model), TargetNet(model)
-    initialise(student, seed=1)
-    averages = {name: student.state_dict()[name] + 1 for name in teacher.state_dict()}
-    parts: dict[Part, dict[str, torch.Tensor]] = {"model": student.state_dict(), "teacher": averages}
-    with new_folder(tmp_path / "joint") as folder:
-        for part, state in parts.items():
-            write_tensors(folder, part, {name: Kind.of(tensor) for name, tensor in state.items()}, state.items())
-        write_config(folder, Description(model=model, preprocessing=published_preprocessing(model), origin={}), {})
+    config = load_config("multimodal_tiny")
+    trunk, objective = replace(config.model, shared_depth=4), config.objective
+    parts = write_tiny_folder(tmp_path / "joint", trunk, objective=objective, teacher=True)
     command = ["export", str(tmp_path / "joint"), "--out", str(tmp_path / "x.pt")]
     assert main(command) == 2
     assert "holds audio, image, text; an official file holds one, choose it: --modality" in capsys.readouterr().err
-    for modality in model.modalities.active():
+    for modality in trunk.modalities:
         assert main([*command, "--modality", modality]) == 0
         checkpoint = read_official(tmp_path / "x.pt")
-        assert checkpoint.model == one_modality(model, modality)
+        assert checkpoint.network == one_modality(trunk, objective, modality)
         assert checkpoint.teacher is not None
-        for part, found in (("model", checkpoint.student), ("teacher", checkpoint.teacher)):
-            kept = (f"encoders.{modality}.", f"decoders.{modality}.", "blocks.")
-            assert_same_tensors(found, {k: v for k, v in parts[part].items() if k.startswith(kept)})  # type: ignore[index]
+        found = {"model": checkpoint.trunk, "objective": checkpoint.decoder, "teacher": checkpoint.teacher}
+        kept = (f"encoders.{modality}.", f"decoders.{modality}.", "blocks.")
+        for part, tensors in parts.items():
+            assert_same_tensors(found[part], {k: v for k, v in tensors.items() if k.startswith(kept)})
 
 
-@pytest.mark.parametrize("part", ["model", "teacher"])
+@pytest.mark.parametrize(
+    "part, name",
+    [
+        ("model", "blocks.0.norm1.weight"),
+        ("objective", "decoders.audio.proj.bias"),
+        ("teacher", "blocks.0.norm1.weight"),
+    ],
+)
 def test_export_of_a_folder_that_does_not_fit_itself_is_refused(
-    part: str, audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: str, name: str, audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "folder"
     assert main(["import", str(save(tmp_path / "x.pt", audio)), "--out", str(folder)]) == 0
     tensors = load_file(folder / f"{part}.safetensors")
-    tensors["blocks.0.norm1.weight"] = torch.ones(7)
+    tensors[name] = torch.ones(7)
     save_file(tensors, folder / f"{part}.safetensors")
     assert main(["export", str(folder), "--out", str(tmp_path / "back.pt")]) == 2
-    assert "blocks.0.norm1.weight: expected (16,), found (7,)" in capsys.readouterr().err
+    assert f"{name}: expected (16,), found (7,)" in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()
 
 

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from d2v2ds.config.load import CONFIG_FOLDER, load_config
-from d2v2ds.interop.fairseq.files import OfficialCheckpoint, read_official, write_official
-from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError, model_config, official_section
+from d2v2ds.interop.fairseq.official_config import (
+    OfficialNetwork,
+    UnsupportedOptionError,
+    network_of,
+    official_section,
+)
 from d2v2ds.interop.fairseq.pickles import read_pickled
-from d2v2ds.model.trunk import ModalitiesConfig, ModelConfig
+from d2v2ds.interop.fairseq.read import OfficialCheckpoint, Tensors, read_official
+from d2v2ds.interop.fairseq.write import write_official
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.objectives.data2vec2 import Data2Vec2Config
 from tests.interop.official_files import PUBLISHED, content_of, layout_of, save
 
 SPECIFIED = {
-    # entries of `model` and of `_ema`; parameters of the same (spec sections 10 and 13)
+    # entries of `model` and of `_ema`; parameters of the same
     "audio_base": (192, 157, 93_783_308, 88_561_932),
     "audio_large": (336, 301, 315_184_144, 308_542_480),
     "image_base": (164, 150, 88_383_744, 85_797_888),
@@ -29,19 +36,29 @@ SPECIFIED = {
 }
 
 
-def one_modality(model: ModelConfig, modality: str) -> ModelConfig:
+def one_modality(trunk: TrunkConfig, objective: Data2Vec2Config, modality: str) -> OfficialNetwork:
     """What the official configuration can say of a network: one modality, without `cls_rows` and the attention path."""
-    own: Any = model.modalities.active()[modality]
-    own = replace(own, loss=replace(own.loss, cls_rows=None))
-    block = replace(model.block, attention_path="auto")
-    return replace(model, block=block, modalities=replace(ModalitiesConfig(), **{modality: own}))
+    own = objective.modalities[modality]
+    block = replace(trunk.block, attention_path="auto")
+    return OfficialNetwork(
+        trunk=replace(trunk, block=block, modalities={modality: trunk.modalities[modality]}),
+        share_local_encoder=own.share_local_encoder,
+        decoder=own.decoder,
+        target=own.target,
+        loss=replace(own.loss, cls_rows=None),
+    )
+
+
+def student_of(checkpoint: OfficialCheckpoint) -> Tensors:
+    """Trunk and decoder."""
+    return checkpoint.trunk | checkpoint.decoder
 
 
 def write_back(path: Path, checkpoint: OfficialCheckpoint) -> dict[str, Any]:
     """Write what was read, and what is then in the file."""
     write_official(
         path,
-        checkpoint.student,
+        student_of(checkpoint),
         checkpoint.teacher,
         checkpoint.section,
         head=checkpoint.head,
@@ -67,11 +84,12 @@ def test_full_size_is_what_the_specification_counts_and_survives_import_and_expo
     content = content_of(network, device="meta")
     checkpoint = read_official(save(tmp_path / "official.pt", content))
     assert checkpoint.teacher is not None
-    counts = [len(checkpoint.student), len(checkpoint.teacher)]
-    counts += [sum(t.numel() for t in tensors.values()) for tensors in (checkpoint.student, checkpoint.teacher)]
+    parts = (student_of(checkpoint), checkpoint.teacher)
+    counts = [len(tensors) for tensors in parts] + [sum(t.numel() for t in tensors.values()) for tensors in parts]
     assert tuple(counts) == SPECIFIED[name]
     assert checkpoint.modality == network.modality
-    assert checkpoint.model == one_modality(load_config(name).model, network.modality)
+    config = load_config(name)
+    assert checkpoint.network == one_modality(config.model, config.objective, network.modality)
     assert not checkpoint.warnings
     assert_same_tensors(write_back(tmp_path / "back.pt", checkpoint)["model"], content["model"])
 
@@ -86,29 +104,28 @@ def test_import_then_export_is_the_identity_bit_for_bit(name: str, tmp_path: Pat
     back = write_back(tmp_path / "back.pt", checkpoint)
     assert_same_tensors(back["model"], content["model"])
     again = read_official(tmp_path / "back.pt")
-    assert (again.model, again.section, again.ignored) == (checkpoint.model, checkpoint.section, [])
+    assert (again.network, again.section, again.ignored) == (checkpoint.network, checkpoint.section, [])
     for path in tmp_path.iterdir():
         path.unlink()  # pytest keeps the folders of the last runs
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))
 def test_official_section_of_our_configurations_gives_them_back(name: str) -> None:
-    model = load_config(name).model
-    for modality, own in model.modalities.active().items():
-        section = official_section(model, modality)
-        found = model_config(section, modality, getattr(own, "vocab_size", None))
-        assert found == one_modality(model, modality)
+    config = load_config(name)
+    for modality, own in config.model.modalities.items():
+        section = official_section(config.model, config.objective.modalities[modality], modality)
+        found = network_of(section, modality, getattr(own, "vocab_size", None))
+        assert found == one_modality(config.model, config.objective, modality)
 
 
 def test_a_network_that_has_no_official_form_is_refused_by_field() -> None:
-    model = load_config("audio_tiny").model
-    assert model.modalities.audio is not None
-    target = replace(model.modalities.audio.target, layer_norms=("layer", "instance"))
-    other = replace(model, modalities=ModalitiesConfig(audio=replace(model.modalities.audio, target=target)))
-    with pytest.raises(UnsupportedOptionError, match=r"modalities\.audio\.target\.layer_norms=\('layer', 'instance'\)"):
-        official_section(other, "audio")
+    config = load_config("audio_tiny")
+    own = config.objective.modalities["audio"]
+    other = replace(own, target=replace(own.target, layer_norms=("layer", "instance")))
+    with pytest.raises(UnsupportedOptionError, match=r"target\.layer_norms=\('layer', 'instance'\)"):
+        official_section(config.model, other, "audio")
     with pytest.raises(UnsupportedOptionError, match="modality=text: the model has audio"):
-        official_section(model, "text")
+        official_section(config.model, own, "text")
 
 
 def test_patches_of_another_width_keep_their_official_names(tmp_path: Path) -> None:
@@ -119,7 +136,7 @@ def test_patches_of_another_width_keep_their_official_names(tmp_path: Path) -> N
     assert "modality_encoders.IMAGE.local_encoder.0.proj.weight" in layout_of(network)[0]
     content = content_of(network)
     checkpoint = read_official(save(tmp_path / "official.pt", content))
-    assert "encoders.image.local.widen.weight" in checkpoint.student
+    assert "encoders.image.local.widen.weight" in checkpoint.trunk
     assert_same_tensors(write_back(tmp_path / "back.pt", checkpoint)["model"], content["model"])
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.export_folder import Kind, ModelFolder, load_encoder, new_folder, write_file, write_tensors
-from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk
+from d2v2ds.interop.export_write import new_folder, write_file, write_tensors
 from tests.interop.folders import drawn, tiny_config, write_folder
 
 
@@ -22,15 +22,19 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("piece_bytes", [1 << 30, 20_000])
 def test_tensors_come_back_as_they_were_written(tmp_path: Path, piece_bytes: int) -> None:
-    student = write_folder(tmp_path / "model", tiny_config(), piece_bytes=piece_bytes)
-    folder = ModelFolder(tmp_path / "model")
-    assert same(dict(folder.tensors("model")), student)
-    assert folder.layout("model") == {name: Kind.of(tensor) for name, tensor in student.items()}
+    parts = write_folder(tmp_path / "model", tiny_config(), piece_bytes=piece_bytes)
+    folder, trunk = ModelFolder(tmp_path / "model"), parts["model"]
+    assert parts.keys() == {"model", "objective"}
+    for part, tensors in parts.items():
+        assert same(dict(folder.tensors(part)), tensors)
+        assert folder.layout(part) == {name: Kind.of(tensor) for name, tensor in tensors.items()}
     assert folder.description.model == tiny_config()
+    assert folder.description.objective is not None
+    assert folder.description.objective["modalities"].keys() == tiny_config().modalities.keys()
     assert not folder.has("teacher")
     files = sorted((tmp_path / "model").glob("model*.safetensors"))
     assert (len(files) > 3) == (piece_bytes < 1 << 30)
-    assert same({name: tensor for file in files for name, tensor in load_file(file).items()}, student), "the library's"
+    assert same({name: tensor for file in files for name, tensor in load_file(file).items()}, trunk), "the library's"
     assert all(file.stat().st_size < piece_bytes + 40_000 for file in files)
 
 
@@ -52,18 +56,18 @@ def test_tensors_that_are_not_those_of_the_layout_are_refused(tmp_path: Path) ->
 
 def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    student = write_folder(path, tiny_config("audio"))
+    trunk = write_folder(path, tiny_config("audio"))["model"]
     with pytest.raises(OSError, match="full"), new_folder(path) as folder:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("disk full")
-    assert same(dict(ModelFolder(path).tensors("model")), student)
+    assert same(dict(ModelFolder(path).tensors("model")), trunk)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_export_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", tiny_config("audio"))
     write_folder(tmp_path / "model", tiny_config("text"))
-    assert list(ModelFolder(tmp_path / "model").description.model.modalities.active()) == ["text"]
+    assert list(ModelFolder(tmp_path / "model").description.model.modalities) == ["text"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(CheckpointError, match="expected no file, or the folder of an earlier export"):
@@ -94,7 +98,7 @@ def test_killed_while_an_export_is_replaced_the_earlier_one_is_not_lost(
 ) -> None:
     """The process ends at a rename; then another export fails before it is whole."""
     path = tmp_path / "model"
-    student = write_folder(path, tiny_config("audio"))
+    trunk = write_folder(path, tiny_config("audio"))["model"]
     process = os.fork()
     if process == 0:
         done = []
@@ -109,13 +113,13 @@ def test_killed_while_an_export_is_replaced_the_earlier_one_is_not_lost(
     assert path.exists() == (renames == 0)
     with pytest.raises(OSError, match="full"), new_folder(path):
         raise OSError("disk full")
-    assert same(dict(ModelFolder(path).tensors("model")), student)
+    assert same(dict(ModelFolder(path).tensors("model")), trunk)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_rename_that_fails_puts_the_earlier_export_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model"
-    student = write_folder(path, tiny_config("audio"))
+    trunk = write_folder(path, tiny_config("audio"))["model"]
     rename = Path.rename
 
     def failing(source: Path, target: Path) -> Path:
@@ -126,7 +130,7 @@ def test_a_rename_that_fails_puts_the_earlier_export_back(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="stale"):
         write_folder(path, tiny_config("text"))
-    assert same(dict(ModelFolder(path).tensors("model")), student)
+    assert same(dict(ModelFolder(path).tensors("model")), trunk)
 
 
 def test_links_and_relative_names_mean_the_folder_they_lead_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +156,10 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), 7):
         index.write_text(json.dumps({"weight_map": weight_map | {"blocks.0.norm1.weight": name}}))
         with pytest.raises(CheckpointError, match="expected the name of a file beside it"):
-            load_encoder(ModelFolder(path))
+            load_trunk(ModelFolder(path))
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="expected a weight_map"):
-        load_encoder(ModelFolder(path))
+        load_trunk(ModelFolder(path))
     config = json.loads((path / "config.json").read_text())
     config["preprocessing"]["text"]["file"] = "../../tokenizer.model"
     (path / "config.json").write_text(json.dumps(config))
@@ -166,72 +170,80 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         ModelFolder(path)
 
 
-def test_the_encoder_is_the_students_without_decoders(tmp_path: Path) -> None:
-    student = write_folder(tmp_path / "model", tiny_config())
-    model = load_encoder(ModelFolder(tmp_path / "model"))
-    assert same(model.state_dict(), {n: t for n, t in student.items() if not n.startswith("decoders.")})
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+def test_the_trunk_is_the_students_without_decoders(tmp_path: Path) -> None:
+    parts = write_folder(tmp_path / "model", tiny_config())
+    assert all(name.startswith("decoders.") for name in parts["objective"])
+    trunk = load_trunk(ModelFolder(tmp_path / "model"))
+    assert same(trunk.state_dict(), parts["model"])
+    assert not trunk.training
+    assert not any(parameter.requires_grad for parameter in trunk.parameters())
 
 
-def test_the_teachers_encoder_borrows_what_the_teacher_lacks(tmp_path: Path) -> None:
+def test_the_teachers_trunk_borrows_what_the_teacher_lacks(tmp_path: Path) -> None:
     config = tiny_config("audio")
-    student = write_folder(tmp_path / "model", config, teacher=True)
-    found = load_encoder(ModelFolder(tmp_path / "model"), "teacher").state_dict()
-    other = drawn(config, seed=4)
+    student = write_folder(tmp_path / "model", config, teacher=True)["model"]
+    found = load_trunk(ModelFolder(tmp_path / "model"), "teacher").state_dict()
+    other = drawn(config, seed=4)["model"]
     local = [name for name in found if ".local." in name]
     assert local
     assert all(torch.equal(found[name], (student if name in local else other)[name]) for name in found)
     write_folder(tmp_path / "alone", config)
     with pytest.raises(CheckpointError, match="has no teacher; export with --teacher"):
-        load_encoder(ModelFolder(tmp_path / "alone"), "teacher")
+        load_trunk(ModelFolder(tmp_path / "alone"), "teacher")
 
 
 def test_half_precision_weights_are_loaded_in_fp32(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    student = write_folder(path, tiny_config("audio"))
-    half = {name: tensor.half() for name, tensor in student.items()}
+    trunk = write_folder(path, tiny_config("audio"))["model"]
+    half = {name: tensor.half() for name, tensor in trunk.items()}
     save_file(half, path / "model.safetensors")
-    found = load_encoder(ModelFolder(path)).state_dict()
+    found = load_trunk(ModelFolder(path)).state_dict()
     assert all(torch.equal(found[name], half[name].float()) for name in found)
 
 
-def test_a_file_of_the_version_before_loads(tmp_path: Path) -> None:
-    student = write_folder(tmp_path / "model", tiny_config("audio"))
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    metadata = {"format": "d2v2ds-model-2", "weights": "student", "model": json.dumps(config["model"]), "step": "7"}
-    file = tmp_path / "old.safetensors"
-    save_file(student, file, metadata=metadata)
+def test_a_single_file_has_trunk_and_objective_apart(tmp_path: Path) -> None:
+    parts = write_folder(tmp_path / "model", tiny_config("audio"))
+    together = parts["model"] | {OBJECTIVE_PREFIX + name: tensor for name, tensor in parts["objective"].items()}
+    file = tmp_path / "model.safetensors"
+    description = ModelFolder(tmp_path / "model").description
+    write_file(file, description, {n: Kind.of(t) for n, t in together.items()}, together.items())
     folder = ModelFolder(file)
-    assert folder.description.origin["step"] == 7
-    assert folder.description.preprocessing["audio"]["sample_rate_hz"] == 16000
-    assert same(load_encoder(folder).state_dict(), {n: t for n, t in student.items() if not n.startswith("decoders.")})
-    save_file(student, file, metadata=metadata | {"format": "d2v2ds-model-1"})
-    with pytest.raises(CheckpointError, match="export it again with"):
+    for part in ("model", "objective"):
+        assert same(dict(folder.tensors(part)), parts[part])
+        assert all(torch.equal(folder.tensor(part, name), tensor) for name, tensor in parts[part].items())
+    assert (folder.has("objective"), folder.has("teacher"), folder.has("head")) == (True, False, False)
+    assert same(load_trunk(folder).state_dict(), parts["model"])
+
+
+@pytest.mark.parametrize("metadata", [{"format": "d2v2ds-model-2", "model": "{}"}, {"format": "pt"}, None])
+def test_a_file_without_our_description_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    file = tmp_path / "old.safetensors"
+    save_file(write_folder(tmp_path / "model", tiny_config("audio"))["model"], file, metadata=metadata)
+    with pytest.raises(CheckpointError, match="expected a file of d2v2ds.export, .* export it again with"):
         ModelFolder(file)
 
 
 def test_a_single_file_replaces_only_what_is_ours_and_is_whole_or_not_there(tmp_path: Path) -> None:
-    student = write_folder(tmp_path / "model", tiny_config("audio"))
-    description, layout = ModelFolder(tmp_path / "model").description, {n: Kind.of(t) for n, t in student.items()}
+    trunk = write_folder(tmp_path / "model", tiny_config("audio"))["model"]
+    description, layout = ModelFolder(tmp_path / "model").description, {n: Kind.of(t) for n, t in trunk.items()}
     file = tmp_path / "of" / "model.safetensors"
-    write_file(file, description, layout, student.items())
-    assert same(load_file(file), student), "the library's"
+    write_file(file, description, layout, trunk.items())
+    assert same(load_file(file), trunk), "the library's"
     assert ModelFolder(file).description == description
     with pytest.raises(ValueError, match="did not come"):
         write_file(file, description, layout, [])
-    assert same(dict(ModelFolder(file).tensors("model")), student)
+    assert same(dict(ModelFolder(file).tensors("model")), trunk)
     assert [entry.name for entry in file.parent.iterdir()] == ["model.safetensors"]
-    save_file(student, file, metadata={"d2v2ds": json.dumps(description.to_dict() | {"schema_version": 4})})
-    with pytest.raises(CheckpointError, match="schema version 4.*update d2v2ds"):
+    save_file(trunk, file, metadata={"d2v2ds": json.dumps(description.to_dict() | {"schema_version": 4})})
+    with pytest.raises(CheckpointError, match="expected schema version 1, found 4; export the run again"):
         ModelFolder(file)
     for other in (b"notes", b""):
         file.write_bytes(other)
         with pytest.raises(CheckpointError, match="expected no file, or the file of an earlier export"):
-            write_file(file, description, layout, student.items())
+            write_file(file, description, layout, trunk.items())
         assert file.read_bytes() == other
     with pytest.raises(CheckpointError, match="expected no file, or the file of an earlier export"):
-        write_file(tmp_path / "model", description, layout, student.items())
+        write_file(tmp_path / "model", description, layout, trunk.items())
 
 
 def _change(config: dict[str, object], key: str, value: object) -> str:
@@ -240,10 +252,10 @@ def _change(config: dict[str, object], key: str, value: object) -> str:
 
 def test_what_is_wrong_is_said_by_name(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    student = write_folder(path, tiny_config("audio"))
+    trunk = write_folder(path, tiny_config("audio"))["model"]
     config = json.loads((path / "config.json").read_text())
     for text, said in (
-        (_change(config, "schema_version", 4), "schema version 4.*update d2v2ds"),
+        (_change(config, "schema_version", 4), "expected schema version 1, found 4; export the run again"),
         (_change(config, "format", "bert"), "expected format d2v2ds-model, found 'bert'"),
         (_change(config, "model", {"block": 1}), "not the description of a model"),
         ("[1]", "expected format"),
@@ -254,18 +266,18 @@ def test_what_is_wrong_is_said_by_name(tmp_path: Path) -> None:
             ModelFolder(path)
     (path / "config.json").write_text(json.dumps(config))
     name = "blocks.0.norm1.weight"
-    save_file(student | {name: torch.ones(3), "extra": torch.ones(1)}, path / "model.safetensors")
+    save_file(trunk | {name: torch.ones(3), "extra": torch.ones(1)}, path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        load_encoder(ModelFolder(path))
+        load_trunk(ModelFolder(path))
     assert f"{name}: expected (16,), found (3,)" in str(caught.value)
     assert "extra: not a tensor of this network" in str(caught.value)
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[:-7])
     with pytest.raises(CheckpointError, match="model.safetensors: expected a whole safetensors file"):
-        load_encoder(ModelFolder(path))
+        load_trunk(ModelFolder(path))
     (path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="missing, expected"):
-        load_encoder(ModelFolder(path))
+        load_trunk(ModelFolder(path))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="the folder of a run; python -m d2v2ds.export"):
         ModelFolder(tmp_path / "run")
@@ -276,6 +288,5 @@ def test_what_is_wrong_is_said_by_name(tmp_path: Path) -> None:
 def test_reading_does_not_draw_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "model", tiny_config("audio"))
     before = torch.get_rng_state()
-    load_encoder(ModelFolder(tmp_path / "model"))
+    load_trunk(ModelFolder(tmp_path / "model"))
     assert torch.equal(before, torch.get_rng_state())
-    assert Data2Vec2(tiny_config("audio")).decoders, "only the loaded one has none"

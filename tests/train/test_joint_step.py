@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v2ds.distributed import comm, zero
+from d2v2ds.distributed import comm
 from d2v2ds.distributed.ds_config import load_ds_config
 from d2v2ds.distributed.engine import build_student_engine
 from d2v2ds.distributed.teacher import Teacher
@@ -15,6 +15,7 @@ from d2v2ds.objectives.data2vec2 import Data2Vec2
 from d2v2ds.train.schedule import LearningRateConfig
 from d2v2ds.train.step import Recipe, train_step
 from tests.distributed import toy
+from tests.distributed.engine_state import whole_masters
 from tests.model.tiny_joint import joint_batch, joint_trunk_config
 from tests.objectives.tiny import joint_objective_config
 from tests.ranks import run_distributed
@@ -60,9 +61,9 @@ def joint_step(stage: int) -> dict[str, Any]:
     ds_config = toy.ds_config(stage, "fp32", accumulation=4, **shipped_flags(stage)) | {"gradient_clipping": 0.0}
     engine = build_student_engine(model, optimizer, ds_config, [Block])
     objective.follow(Teacher(objective.build_teacher_network(), engine))
-    before = {name: full.clone() for name, full in zero.gather_master(engine) if full is not None}
+    before = whole_masters(engine)
     out = train_step(engine, objective, micro_batches(comm.rank()), step=0, recipe=recipe())
-    after = {name: full.clone() for name, full in zero.gather_master(engine) if full is not None}
+    after = whole_masters(engine)
     totals = {name: part.sums.reduce() for name, part in out.parts.items()}
     return {
         "gradient": {name: (before[name] - after[name]) / LR for name in before},

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from d2v2ds.verify.golden import Report, verify_case
+from d2v2ds.verify.check import verify_case
+from d2v2ds.verify.report import Report
 from tests.oracles.official_image_text import ABSENT, Case, write_case
 from tests.oracles.official_model import GIVEN, compute
 

@@ -28,7 +28,7 @@ from d2v2ds.interop.fairseq.official_config import (
     read_section,
 )
 from d2v2ds.interop.fairseq.pickles import plain, read_pickled
-from d2v2ds.modalities.settings import read_trunk, write_trunk
+from d2v2ds.modalities.settings import read_trunk
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, ModalityConfig
 from d2v2ds.objectives.ema import EmaConfig
@@ -51,7 +51,7 @@ MADE_BY = "d2v2ds"
 
 
 def _licence(modality: str, configuration: Any) -> str:
-    """What a file written by us says of itself, else what is known of the published ones."""
+    """Licence named in a file that d2v2ds wrote, else that of the published files."""
     made_by = configuration.get(MADE_BY) if isinstance(configuration, dict) else None
     if isinstance(made_by, dict) and isinstance(made_by.get("licence"), str):
         return str(made_by["licence"])
@@ -70,7 +70,7 @@ _MOST_NESTED = 12
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialCheckpoint:
-    """What an official file says."""
+    """Contents of an official file."""
 
     modality: str
     network: OfficialNetwork
@@ -94,7 +94,7 @@ class OfficialCheckpoint:
 
     @property
     def has_decoder(self) -> bool:
-        """Whether pretraining can go on from it."""
+        """True if pretraining can continue from the file."""
         return bool(self.decoder)
 
 
@@ -211,7 +211,7 @@ def _network(
     tokens = encoder.get("modality_encoders.TEXT.local_encoder.embed_tokens.weight")
     try:
         network, section, ignored = read_section(official, modality, None if tokens is None else len(tokens))
-        read_trunk(write_trunk(network.trunk), place)  # for the bounds of single fields
+        read_trunk(asdict(network.trunk), place)  # for the bounds of single fields
         TypeAdapter(ModalityConfig).validate_python(asdict(network.objective()))
         objective = Data2Vec2Config(ema=_ANY_EMA, modalities={modality: network.objective()})
         problems = network.trunk.check() + objective.check(network.trunk)
@@ -302,7 +302,7 @@ def _layout(state: Mapping[str, Tensor], *, bare_blocks: bool = False) -> dict[s
 
 
 def has_bare_blocks(section: Mapping[str, Any]) -> bool:
-    """Whether the names of the teacher begin with the number of a block."""
+    """True if the names of the teacher begin with the number of a block."""
     return bool(section.get("ema_encoder_only", True))
 
 

@@ -1,0 +1,147 @@
+"""Golden cases: which ones a folder has, and one case as read from disk."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from d2v2ds.batch import Batch, MaskSet
+from d2v2ds.errors import D2V2Error
+from d2v2ds.interop.fairseq.official_config import OfficialNetwork, UnsupportedOptionError, network_of
+
+Tensors = dict[str, Tensor]
+
+
+class ReadTensors(Tensors):
+    """Tensors of a case that remember which of them were read, so that none stays without comparison."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(tensors)
+        self.seen: set[str] = {"in/id"}  # it seeds the official sampler of masks; a case carries the masks themselves
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.seen.add(key)
+        if key not in self:
+            raise D2V2Error(f"expected {key} in the case, found none")
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a tensor, or the default if the case did not record it."""
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def unseen(self) -> list[str]:
+        """Return the names of tensors that nothing was compared with."""
+        return sorted(set(self) - self.seen)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case as read from disk."""
+
+    name: str
+    modality: str
+    network: OfficialNetwork
+    tensors: ReadTensors
+    grads: Tensors
+
+    @staticmethod
+    def read(folder: Path, name: str) -> "Case":
+        """Load NAME.json and its tensors.
+
+        Raises:
+            UnsupportedOptionError: the network computes something that ours does not, or drops at random.
+        """
+        meta = json.loads((folder / f"{name}.json").read_text())
+        modality = meta["modality"].lower()
+        network = network_of(meta["model"], modality, meta.get("vocab_size"))
+        if dropping := list(_dropping(asdict(network))):
+            raise UnsupportedOptionError(f"{', '.join(dropping)} (expected 0: what was dropped is not recorded)")
+        return Case(
+            name,
+            modality,
+            network,
+            ReadTensors(load_file(folder / f"{name}.safetensors")),
+            load_file(folder / f"{name}.grads.safetensors"),
+        )
+
+    def batch(self, mask: Tensor | None = None) -> Batch:
+        """Build the recorded input; with another mask (R, T) the visible tokens come in ascending order."""
+        source, padding = self.tensors["in/source"], self.tensors.get("in/padding_mask")
+        samples = source.shape[0]
+        if mask is None:
+            masked, keep = self.tensors["mask/mask"].bool(), self.tensors["mask/ids_keep"].long()
+        else:
+            masked = mask.bool()
+            visible = int(masked.shape[1] - masked[0].sum())  # the official code takes K of row 0
+            keep = masked.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
+        return Batch(
+            modality=self.modality,
+            source=source,
+            padding=None if padding is None else padding.bool(),
+            ids=torch.arange(samples),
+            masks=MaskSet(keep=keep.view(samples, -1, keep.shape[1]), masked=masked.view(samples, -1, masked.shape[1])),
+            num_masked=int(masked.sum()),
+        )
+
+
+_OFFICIAL_DROPOUTS = {
+    "attention_output_dropout": "encoder_dropout",
+    "mlp_dropout": "post_mlp_drop",
+    "layer_drop": "layerdrop",
+    "embedding_dropout": "dropout",
+}
+
+
+def _dropping(config: dict[str, Any]) -> Iterator[str]:
+    """Yield the options, by their official names, by which a training step drops something at random."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _dropping(value)
+        elif value and name.endswith(("dropout", "layer_drop")):
+            yield f"{_OFFICIAL_DROPOUTS.get(name, name)}={value}"
+
+
+_ONLY_OF_CASES = (".grads.safetensors", ".traj.json", ".traj.safetensors")
+
+
+def case_names(folder: Path, modality: str | None) -> list[str]:
+    """List the cases of a folder, those of one modality if it is given.
+
+    Any file that only a case has makes one: a case of which some files are gone must fail, not vanish. For the same
+    reason a case whose modality cannot be read belongs to every modality.
+    """
+    names = set()
+    for path in folder.glob("*"):
+        ending = next((ending for ending in _ONLY_OF_CASES if path.name.endswith(ending)), None)
+        if ending is not None:
+            names.add(path.name.removesuffix(ending))
+        elif path.suffix == ".json" and _is_case(folder, path.stem):
+            names.add(path.stem)
+    return sorted(name for name in names if modality is None or _modality_of(folder, name) in (modality, None))
+
+
+def has_trajectory(folder: Path, name: str) -> bool:
+    """Return True if a case recorded whole optimizer steps; one of the two files is enough."""
+    return any((folder / f"{name}.traj{ending}").exists() for ending in (".json", ".safetensors"))
+
+
+def _is_case(folder: Path, name: str) -> bool:
+    """Return True if NAME.json describes a case, or cannot be read and weights lie beside it."""
+    try:
+        values = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return (folder / f"{name}.safetensors").exists()
+    return isinstance(values, dict) and "modality" in values
+
+
+def _modality_of(folder: Path, name: str) -> str | None:
+    try:
+        return str(json.loads((folder / f"{name}.json").read_text())["modality"]).lower()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,31 @@
+"""Everything that is compared in one golden case."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from d2v2ds.errors import D2V2Error
+from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError
+from d2v2ds.verify.case import Case, has_trajectory
+from d2v2ds.verify.report import Report
+from d2v2ds.verify.step import check_step
+from d2v2ds.verify.trajectory import check_trajectory
+
+
+def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]:
+    """Run one case.
+
+    Returns:
+        The errors, and an empty string or why the case could not be compared.
+    """
+    report = Report(tolerance)
+    try:
+        case = Case.read(folder, name)
+        check_step(case, report)
+        if has_trajectory(folder, name):
+            check_trajectory(case, folder, report)
+    except UnsupportedOptionError as error:
+        return report, f"unsupported: {error}"
+    except (D2V2Error, SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+        return report, f"{type(error).__name__}: {error}"
+    return report, ""
