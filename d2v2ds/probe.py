@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(probe(run, Options(folders=(shards,) if test_shards is None else (shards, test_shards), **given)))
     except D2V2Error as error:
         logging.getLogger(__name__).error("%s", error)
-        return error.exit_code
+        return D2V2Error.exit_code
     return 0
 
 

@@ -19,14 +19,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-FINISHED, SAVED = 0, 75
+from d2v2ds.errors import (
+    CheckpointError,
+    CollapseError,
+    ConfigError,
+    DamagedDataError,
+    NonFiniteError,
+    PreemptedError,
+    SaveError,
+)
+
+FINISHED, SAVED = 0, PreemptedError.exit_code
 STOPS = {
-    2: "its configuration or data is wrong",
-    3: "its representations collapsed",
-    4: "too many steps were not finite",
-    5: "it has no usable checkpoint",
-    6: "too much of its data is damaged",
-    7: "its checkpoints could not be written",
+    ConfigError.exit_code: "its configuration or data is wrong",
+    CollapseError.exit_code: "its representations collapsed",
+    NonFiniteError.exit_code: "too many steps were not finite",
+    CheckpointError.exit_code: "it has no usable checkpoint",
+    DamagedDataError.exit_code: "too much of its data is damaged",
+    SaveError.exit_code: "its checkpoints could not be written",
 }
 """Exit codes of `d2v2ds.pretrain` that another start would only repeat."""
 SAME_CRASHES = 3

@@ -10,7 +10,8 @@ from PIL import Image
 from d2v2ds.config.load import load_config
 from d2v2ds.errors import ConfigError
 from d2v2ds.evals.probes import Score, gain
-from d2v2ds.probe import Task, main, verdict
+from d2v2ds.probe import main
+from d2v2ds.run.probe import Task, verdict
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 
@@ -84,7 +85,8 @@ def test_folders_that_no_probe_can_be_fitted_on_are_named(tmp_path: Path) -> Non
     assert pack_images(["--input", str(tmp_path / "pictures"), "--output", str(images), "--workers", "1"]) == 0
     assert pack_audio(["--input", str(tmp_path), "--output", str(sounds), "--workers", "1"]) == 0
     folders = [f"data.image.shards={images}", f"data.audio.shards={sounds}", "run.dir=x"]
-    config = load_config("multimodal_tiny", [*folders, "data.text=null", "model.modalities.text=null"])
+    no_text = [f"{section}.text=null" for section in ("data", "model.modalities", "objective.modalities")]
+    config = load_config("multimodal_tiny", [*folders, *no_text])
     with pytest.raises(ConfigError, match=r"images: expected rows of two classes or more of label, found only 'cats'"):
         Task.read(config, [images, images], "label", "speaker")
     with pytest.raises(ConfigError, match=r"sounds: holds audio, .*images holds image; both must be of one modality"):

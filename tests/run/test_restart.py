@@ -1,13 +1,15 @@
 """When a run that ended goes back into the queue, and when it must not."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from d2v2ds.pretrain import EXIT_CODES
+from d2v2ds import pretrain
+from d2v2ds.errors import D2V2Error
 from d2v2ds.run import restart
 from d2v2ds.run.restart import FINISHED, FRUITLESS_CRASHES, SAVED, STOPS, Attempt, decide, main, read_attempts
 
@@ -18,14 +20,24 @@ def attempt(code: int, checkpoint: str = "step00000004", job: int = 7, warned: s
     )
 
 
+def exit_codes(error: type[D2V2Error] = D2V2Error) -> set[int]:
+    """Of an exception and of everything below it."""
+    return {error.exit_code}.union(*(exit_codes(below) for below in error.__subclasses__()))
+
+
 def test_the_policy_knows_every_exit_code_of_a_run() -> None:
-    assert {code for _, code in EXIT_CODES} == {SAVED, *STOPS}
+    assert exit_codes() == {SAVED, *STOPS}
     assert decide([attempt(FINISHED)]).action == "stop"
     assert decide([attempt(SAVED)]).action == "requeue"
     for code, meaning in STOPS.items():
         verdict = decide([attempt(code)])
         assert verdict.action == "stop"
         assert meaning in verdict.reason
+
+
+def test_the_command_tells_every_exit_code() -> None:
+    _, told = (pretrain.__doc__ or "").split("Exit codes: ")
+    assert {int(code) for code in re.findall(r"(?:^|,\s)(\d+) ", told)} == {FINISHED, *exit_codes()}
 
 
 def test_a_run_that_saves_goes_on_for_ever() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from d2v2ds.run.restart import FINISHED, SAVED, STOPS
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 TEMPLATES = [path for path in SCRIPTS if path.name != "launch.sh"]
@@ -257,14 +259,14 @@ def test_a_task_of_an_array_packs_its_part(batch: Batch) -> None:
 # ------------------------------------------------------------------ ends
 
 
-@pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("code", [FINISHED, *STOPS])
 def test_a_run_that_says_that_it_is_over_is_left_alone(batch: Batch, code: int) -> None:
     batch.plan(run=f"exit {code}")
     assert batch.pretrain()[0] == code
     assert batch.requeues() == []
 
 
-@pytest.mark.parametrize("code", [75, 1, 137, 143, 233])
+@pytest.mark.parametrize("code", [SAVED, 1, 137, 143, 233])
 def test_a_run_that_saved_or_crashed_goes_back_into_the_queue(batch: Batch, code: int) -> None:
     batch.plan(run=f"exit {code}")
     assert batch.pretrain()[0] == code
