@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from d2v2ds.data.codecs.pixels import SWAPS_SIDES
-from d2v2ds.data.shards import EncodedImage
+from d2v2ds.modalities.image.shards import EncodedImage
 
 
 def photo(width: int, height: int, seed: int = 0) -> np.ndarray:
