@@ -1,4 +1,5 @@
-# make setup   create .venv            make check   format, lint, types, import table
+# make setup   create .venv            make check   format, lint, types, import table,
+#                                                   measures of the layout
 # make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder);
 #              MODALITY=image, text or joint for the others
 # make test    all tests but the slow ones
@@ -27,6 +28,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m tests.structure
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,7 +1,6 @@
-"""`Batch` and `MaskSet`: the contract between the data room and the model.
+"""`Batch` and `MaskSet`: input of the model, built by the data workers on the CPU.
 
-Data workers build them on the CPU; shapes are checked once, here; the model only reads them.
-Dimension letters are those of `d2v2ds.shapes`.
+Their shapes are checked here, once. Dimension letters are those of `d2v2ds.shapes`.
 """
 
 from collections.abc import Callable
@@ -16,9 +15,9 @@ class MaskSet:
     """M masks for each of B samples."""
 
     keep: Tensor
-    """(B, M, K) int64, positions of the visible tokens in the order the encoder sees them."""
+    """(B, M, K) int64, positions of the visible tokens in the order of the encoder's input."""
     masked: Tensor
-    """(B, M, T) bool, True = masked, i.e. scored by the loss."""
+    """(B, M, T) bool, True = masked, scored by the loss."""
 
     def __post_init__(self) -> None:
         if self.keep.dim() != 3 or self.masked.dim() != 3:
@@ -37,21 +36,21 @@ class MaskSet:
 
     @property
     def num_masks(self) -> int:
-        """M."""
+        """M, number of masks of each sample."""
         return self.masked.shape[1]
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, number of tokens."""
         return self.masked.shape[2]
 
     @property
     def num_visible(self) -> int:
-        """K."""
+        """K, number of visible tokens."""
         return self.keep.shape[2]
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Sample-major student rows: keep (R, K) and masked (R, T)."""
+        """Return sample-major student rows: keep (R, K) and masked (R, T)."""
         return self.keep.flatten(0, 1), self.masked.flatten(0, 1)
 
 
@@ -62,21 +61,20 @@ class Batch:
     modality: str
     """Name of the modality, the key of its encoder in the trunk."""
     source: Tensor
-    """(B, ...), last axis S; what the modality's encoder reads: audio (B, S) float32 waveforms, already normalised;
-    image (B, C, Y, X) uint8 pixels, or float32 already normalised; text (B, S) int64 token ids."""
+    """(B, ...), last axis S. Audio: (B, S) float32 waveforms, normalised. Image: (B, C, Y, X) uint8 pixels, or
+    normalised float32. Text: (B, S) int64 token ids."""
     padding: Tensor | None = None
-    """(B, S) bool, True = pad: samples or tokens. None where nothing is padded."""
+    """(B, S) bool, True = pad: samples or tokens. None if nothing is padded."""
     ids: Tensor
     """(B,) int64, row numbers of the samples in their dataset."""
     masks: MaskSet | None = None
-    """None for an objective that masks nothing."""
+    """Masks; None for an objective without masks."""
     num_masked: int = 0
-    """Masked positions over all rows, counted in the worker so that no device has to be asked."""
+    """Masked tokens over all rows, counted in the worker to avoid a device sync."""
     loss_weight: float = 1.0
-    """0.0 for a filler that only keeps a rank busy while others still have data, or that stands in for rows none of
-    which could be read."""
+    """0.0 for a filler, which a rank runs if it has no micro-batch left or could read none of its rows."""
     faults: tuple[str, ...] = ()
-    """One sentence for each row that was left out because it could not be read: file, row, expected, found."""
+    """One message for each row that could not be read: file, row, expected, found."""
 
     def __post_init__(self) -> None:
         if self.source.shape[0] != self.ids.shape[0]:
@@ -91,7 +89,7 @@ class Batch:
             )
 
     def required_masks(self) -> MaskSet:
-        """Masks of this batch.
+        """Return the masks of this batch.
 
         Raises:
             ValueError: the batch has none.
@@ -105,7 +103,7 @@ class Batch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """Return the same batch in page-locked memory; the DataLoader's pinning thread calls this."""
+        """Return the same batch in page-locked memory; the DataLoader calls this."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":

@@ -1,7 +1,7 @@
-"""Bounds of single fields of a configuration, stated beside the field: `Annotated[int, Bounds(ge=1)]`.
+"""Bounds of single configuration fields: `Annotated[int, Bounds(ge=1)]`.
 
-pydantic reads them when a YAML file is loaded and reports every broken one at once. This module imports no pydantic,
-so that the model room needs nothing but torch.
+pydantic checks them when it loads a YAML file. This module does not import pydantic, so that the model room needs only
+torch.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,6 @@ Positive = Annotated[float, Bounds(gt=0)]
 PositiveOrZero = Annotated[float, Bounds(ge=0)]
 """0 or more."""
 Rate = Annotated[float, Bounds(ge=0, lt=1)]
-"""A dropped fraction: 0 or more, below 1."""
+"""Dropped fraction: 0 or more, below 1."""
 Share = Annotated[float, Bounds(ge=0, le=1)]
-"""A fraction from 0 to 1."""
+"""Fraction from 0 to 1."""

@@ -1,7 +1,7 @@
 """The exception types of the project.
 
-A message says where, what was expected, what was found and what to do. The exit code of `d2v2ds.pretrain` is that of the
-error that ends it; `slurm/launch.sh` decides by it whether to start again.
+A message says where, what was expected, what was found and what to do. The exit code of `d2v2ds.pretrain` is that of
+the error that ends it; `slurm/launch.sh` decides by it whether to start again.
 `ValueError` stays the type for a caller's mistake in a pure function.
 """
 

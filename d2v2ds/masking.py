@@ -1,16 +1,14 @@
 """Masks: exact counts, drawn for many rows at once from counter-based random numbers.
 
-In: the settings of one modality, a token count T, and which samples of which epoch. Out: `masked`
-(B, M, T) bool, True = masked, and the visible positions `keep` (B, M, K). Needs numpy only, so that
-data workers and tools can draw masks without torch.
+In: the settings of one modality, a token count T, sample ids and the epoch. Out: `masked` (B, M, T) bool and the
+visible positions `keep` (B, M, K). Needs numpy only, so that workers and tools can draw masks without torch.
 
 Every number is a pure function of (seed, epoch, sample id, mask index, draw index). A mask therefore does
 not depend on the batch around it, on the number of workers or ranks, or on whether the run was resumed.
 
-Sources: arXiv 2212.07525, "Inverse block masking"; the block samplers follow what the reference computes
-(spec sections 6.2 to 6.4).
-Differs from fairseq: masks are drawn after cropping, for exactly the tokens that the model sees, so that
-every row has the same number of masked tokens (the reference crops masks of the whole utterance).
+Sources: arXiv 2212.07525, "Inverse block masking", and the official fairseq/data/data_utils.py.
+Differs from the official code: masks are drawn after cropping, for exactly the tokens that the model reads, so that
+every row has the same number of masked tokens (the official code crops masks of the whole utterance).
 """
 
 import math
@@ -28,10 +26,10 @@ MaskKind = Literal["block_1d", "block_2d", "random"]
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """How the tokens of one modality are masked."""
+    """Settings of one modality's masks."""
 
     masked_fraction: Annotated[float, Bounds(gt=0, lt=1)]
-    """Share of tokens masked (fraction, strictly between 0 and 1), also for inverse masks."""
+    """Fraction of tokens masked (strictly between 0 and 1), also for inverse masks."""
     num_masks: Count
     """M, masked versions of each sample in one step (count)."""
     kind: MaskKind = "block_1d"
@@ -39,33 +37,33 @@ class MaskConfig:
     block_length: Count = 1
     """Length of a block, or side of a square block (tokens); not used by `random`."""
     adjust: float = 0.0
-    """Added to the share that decides how many blocks are drawn (fraction). It changes how blocky the
-    mask is, never how many tokens it masks: blocks overlap, and what they miss is masked token by token."""
+    """Added to the fraction that sets the number of blocks. The number of masked tokens stays the same: single tokens
+    are added to the blocks, or removed, until the count is exact."""
     inverse: bool = False
     """Draw blocks of visible tokens and mask the rest; not used by `random`."""
 
     def check(self) -> list[str]:
         """Return a message if the fields together leave no blocks to draw."""
         if self.drawn_fraction + self.adjust < 0.0:
-            return [f"adjust {self.adjust} makes the share of drawn blocks negative ({self.drawn_fraction:g} + adjust)"]
+            return [f"adjust {self.adjust} makes the drawn fraction negative ({self.drawn_fraction:g} + adjust)"]
         return []
 
     @property
     def complemented(self) -> bool:
-        """True where the sampler chooses the visible tokens and the rest is masked."""
+        """True if the sampler chooses the visible tokens and masks the rest."""
         return self.inverse or self.kind == "random"
 
     @property
     def drawn_fraction(self) -> float:
-        """Share of tokens that the sampler chooses: masked ones, or visible ones if complemented."""
+        """Fraction of tokens that the sampler chooses: masked ones, or visible ones if complemented."""
         return 1 - self.masked_fraction if self.complemented else self.masked_fraction
 
 
 def masked_count(config: MaskConfig, num_tokens: int) -> int:
-    """Masked tokens in every row of T tokens.
+    """Return the number of masked tokens in every row of T tokens.
 
-    The product is truncated in floating point as the reference does: 0.8 of 196 masks 157, because the
-    kept share 1 - 0.8 is just below 0.2.
+    The product is truncated in floating point as in the official code: 0.8 of 196 masks 157, because the
+    kept fraction 1 - 0.8 is just below 0.2.
 
     Args:
         config: the mask settings.
@@ -98,7 +96,7 @@ def draw_masks(
         config: the mask settings.
         num_tokens: T, the tokens of every sample in this batch.
         seed: of the run.
-        epoch: in which these samples are seen.
+        epoch: of these samples.
         sample_ids: (B,) integers, row numbers in the dataset.
 
     Returns:
@@ -119,7 +117,7 @@ def draw_masks(
 
 
 def masks_from_uniforms(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Masks as a pure function of given random numbers; `kind` chooses the sampler.
+    """Compute masks from given random numbers; `kind` chooses the sampler.
 
     Args:
         config: the mask settings.
@@ -133,7 +131,7 @@ def masks_from_uniforms(config: MaskConfig, num_tokens: int, numbers: NDArray[np
 
 
 def block_mask_1d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Blocks along the sequence, then single tokens up to the exact count (spec 6.2).
+    """Choose blocks along the sequence, then single tokens up to the exact count.
 
     Arguments and result as `masks_from_uniforms`.
     """
@@ -144,7 +142,7 @@ def block_mask_1d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float
 
 
 def block_mask_2d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Square blocks on a square grid, then single cells up to the exact count (spec 6.3).
+    """Choose square blocks on a square grid, then single cells up to the exact count.
 
     Arguments and result as `masks_from_uniforms`; T = side * side, row by row.
     """
@@ -156,7 +154,7 @@ def block_mask_2d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float
 
 
 def random_mask(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Single tokens, every subset of the right size equally likely (spec 6.4).
+    """Choose single tokens; every subset of the right size is equally likely.
 
     Arguments and result as `masks_from_uniforms`.
     """
@@ -168,7 +166,7 @@ _SAMPLERS = {"block_1d": block_mask_1d, "block_2d": block_mask_2d, "random": ran
 
 
 def visible_positions(masked: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Positions of the visible tokens, ascending.
+    """Return the positions of the visible tokens, ascending.
 
     Args:
         masked: (B, M, T) bool with the same number of masked tokens in every row.
@@ -181,7 +179,7 @@ def visible_positions(masked: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def num_blocks(config: MaskConfig, num_tokens: int) -> int:
-    """Blocks drawn per row, before overlaps."""
+    """Number of blocks drawn for each row; they may overlap."""
     if config.kind == "random":
         return 0
     tokens_per_block = config.block_length**2 if config.kind == "block_2d" else config.block_length
@@ -189,15 +187,15 @@ def num_blocks(config: MaskConfig, num_tokens: int) -> int:
 
 
 def num_draws(config: MaskConfig, num_tokens: int) -> int:
-    """Random numbers per row: one per block centre, then one per token to adjust the count."""
+    """Number of random numbers for each row: one for each block centre, then one for each token to adjust the count."""
     return num_blocks(config, num_tokens) + num_tokens
 
 
 def blocks_1d(numbers: NDArray[np.float64], num_tokens: int, block_length: int) -> NDArray[np.bool_]:
-    """Union of blocks around uniform centres; a block that leaves the sequence is clamped onto its end.
+    """Return the union of blocks around uniform centres; positions outside the sequence are clamped onto its ends.
 
     Args:
-        numbers: (..., c) float64 in [0, 1), one per centre; centres may repeat.
+        numbers: (..., c) float64 in [0, 1), one for each centre; centres may repeat.
         num_tokens: T.
         block_length: tokens per block.
 
@@ -211,10 +209,10 @@ def blocks_1d(numbers: NDArray[np.float64], num_tokens: int, block_length: int) 
 
 
 def blocks_2d(numbers: NDArray[np.float64], side: int, block_length: int) -> NDArray[np.bool_]:
-    """Union of square blocks around uniform cells, clamped onto the border of a square grid.
+    """Return the union of square blocks around uniform cells, clamped onto the border of a square grid.
 
     Args:
-        numbers: (..., c) float64 in [0, 1), one per centre; centres may repeat.
+        numbers: (..., c) float64 in [0, 1), one for each centre; centres may repeat.
         side: cells per side of the grid.
         block_length: side of a block, in cells.
 
@@ -230,18 +228,18 @@ def blocks_2d(numbers: NDArray[np.float64], side: int, block_length: int) -> NDA
 
 
 def _mark(covered: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:
-    """(..., c, l) positions to (..., T) bool."""
+    """(..., c, l) positions -> (..., T) bool."""
     marked = np.zeros((*covered.shape[:-2], num_tokens), dtype=bool)
-    positions = covered.shape[-2] * covered.shape[-1]  # not -1: few tokens may have no block at all
+    positions = covered.shape[-2] * covered.shape[-1]  # -1 would fail if c is 0
     np.put_along_axis(marked, covered.reshape(*covered.shape[:-2], positions), True, axis=-1)
     return marked
 
 
 def _adjust_count(chosen: NDArray[np.bool_], count: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Unchoose, or choose in addition, uniformly random single tokens until exactly `count` are chosen.
+    """Add or remove uniformly random single tokens until exactly `count` are chosen.
 
-    Chosen tokens are moved below all others, so that the `count` smallest keys are a random subset of the
-    chosen where these are too many, and all of them with random others where they are too few.
+    Keys of chosen tokens are below all others. The `count` smallest keys are thus a random subset of the chosen
+    tokens if these are too many, and all of them with random others if they are too few.
     """
     keys = numbers - chosen  # (..., T), chosen in [-1, 0), others in [0, 1)
     smallest = np.argpartition(keys, count - 1, axis=-1)[..., :count]
@@ -260,14 +258,14 @@ def _grid(config: MaskConfig, num_tokens: int) -> tuple[int, int]:
 
 
 def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, num_draws: int) -> NDArray[np.float64]:
-    """Random numbers for masks, a pure function of the arguments and of each number's own place.
+    """Compute random numbers for masks, a pure function of the arguments and of each number's index.
 
     Args:
         seed: of the run.
-        epoch: in which the samples are seen.
+        epoch: of these samples.
         sample_ids: (B,) integers.
         num_masks: M.
-        num_draws: numbers per mask.
+        num_draws: numbers for each mask.
 
     Returns:
         (B, M, num_draws) float64 in [0, 1).

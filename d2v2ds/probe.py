@@ -32,28 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--baseline", action="store_true", help="score what needs no model, too (images and text)")
     parser.add_argument("--c", type=float, help="inverse strength of the L2 of logistic regression")
     parser.add_argument("--neighbours", type=int, help="of the kNN probe")
-    parser.add_argument("--checkpoint", help="tag of a checkpoint; the newest if not given")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--checkpoint", dest="tag", help="tag of a checkpoint; the newest if not given")
+    given = vars(parser.parse_args(arguments))
+    run, shards, test_shards = (given.pop(name) for name in ("run", "shards", "test_shards"))
     logging.basicConfig(format="%(levelname)s %(message)s")
     tune_cpu(processes=1)
-    folders = (options.shards,) if options.test_shards is None else (options.shards, options.test_shards)
     try:
-        print(
-            probe(
-                options.run,
-                Options(
-                    folders=folders,
-                    label=options.label,
-                    leave_out=options.leave_out,
-                    block=options.block,
-                    all_blocks=options.all_blocks,
-                    baseline=options.baseline,
-                    c=options.c,
-                    neighbours=options.neighbours,
-                    tag=options.checkpoint,
-                ),
-            )
-        )
+        print(probe(run, Options(folders=(shards,) if test_shards is None else (shards, test_shards), **given)))
     except D2V2Error as error:
         logging.getLogger(__name__).error("%s", error)
         return error.exit_code

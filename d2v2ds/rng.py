@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of what they are for: no generator, no state. Needs numpy only.
+"""Random numbers as pure functions of their indices: no generator, no state. Needs numpy only.
 
 Every number depends on (seed, epoch, sample id, index) alone, so draws do not change with the batch, the number of
 workers or ranks, or a resume.
@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 GAMMA = 0x9E37_79B9_7F4A_7C15
-"""The odd constant by which SplitMix64 advances its state."""
+"""Odd constant by which SplitMix64 advances its state."""
 
 
 class Stream(IntEnum):
-    """Keeps the random numbers of one purpose apart from those of every other."""
+    """Purpose of random numbers; each has its own stream."""
 
     MASK = 1
     CROP = 2
@@ -28,7 +28,7 @@ class Stream(IntEnum):
 def hash64(*parts: ArrayLike) -> NDArray[np.uint64]:
     """Hash integers, or arrays of integers that broadcast against each other, to 64 bits.
 
-    For all other parts given, different values of one part have different hashes.
+    With all other parts fixed, different values of one part have different hashes.
 
     Returns:
         uint64 array of the broadcast shape; (1,) if every part is one integer.
@@ -41,8 +41,8 @@ def hash64(*parts: ArrayLike) -> NDArray[np.uint64]:
 
 
 def mix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection in which every input bit
-    moves every output bit with probability close to one half."""
+    """Output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection in which every input bit flips every
+    output bit with probability close to one half."""
     words = words ^ (words >> np.uint64(30))
     words *= np.uint64(0xBF58_476D_1CE4_E5B9)
     words ^= words >> np.uint64(27)
@@ -52,12 +52,12 @@ def mix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def to_unit_interval(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """The upper 53 bits as float64 in [0, 1)."""
+    """Return the upper 53 bits as float64 in [0, 1)."""
     return (words >> np.uint64(11)) * np.float64(2.0**-53)
 
 
 def kept_layers(seed: int, step: int, count: int, drop_rate: float) -> list[bool] | None:
-    """Draw which layers a step keeps: the same on all ranks, or ZeRO-3 would wait for ever.
+    """Draw the layers that a step keeps, the same on all ranks: under ZeRO-3 ranks that differ block each other.
 
     Args:
         seed: of the run.
@@ -66,7 +66,7 @@ def kept_layers(seed: int, step: int, count: int, drop_rate: float) -> list[bool
         drop_rate: probability of skipping each.
 
     Returns:
-        One flag per layer; None, which keeps all, if the rate is 0.
+        One flag for each layer; None, which keeps all, if the rate is 0.
     """
     if drop_rate == 0.0:
         return None

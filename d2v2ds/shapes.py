@@ -1,4 +1,4 @@
-"""The dimension glossary of the project and the length arithmetic of the front ends. Pure functions.
+"""Dimension letters of the project and the length arithmetic of the front ends. Pure functions.
 
     B samples   M masks per sample   R = B*M student rows   S raw samples or characters
     T tokens after the local encoder K visible tokens       U masked tokens
@@ -15,7 +15,7 @@ ConvLayer = tuple[int, int, int]
 """One layer of the waveform front end: (channels, kernel, stride)."""
 
 PAD_ID = 1
-"""Token id of padding, in every vocabulary of this project (spec section 3.3)."""
+"""Token id of padding in every vocabulary of this project, as in fairseq's dictionaries."""
 
 AUDIO_CONV_LAYERS: tuple[ConvLayer, ...] = (
     (512, 10, 5),
@@ -26,31 +26,31 @@ AUDIO_CONV_LAYERS: tuple[ConvLayer, ...] = (
     (512, 2, 2),
     (512, 2, 2),
 )
-"""The published speech front end: total stride 320, receptive field 400 (spec section 3.1)."""
+"""Published speech front end (arXiv 2006.11477): total stride 320, receptive field 400."""
 
 AUDIO_NORM_EPS = 1e-5
-"""Added to the variance of a recording before its root divides the samples (spec section 14)."""
+"""Epsilon of the normalisation of recordings to zero mean and unit variance."""
 
 
 def resized_side(side: int) -> int:
-    """Pixels of the shorter side of an image before the square of `side` pixels in its middle is taken.
+    """Return the pixels of an image's shorter side before the middle square of `side` pixels is cropped.
 
-    From 224 pixels on 256/224 of the square, as published results are measured; smaller ones just hold the square.
+    From 224 pixels on, 256/224 of the square, as in published evaluations; below that, the square itself.
     """
     return round(side * 256 / 224) if side >= 224 else side
 
 
 def conv_output_length(num_samples: int, layers: Sequence[ConvLayer]) -> int:
-    """Tokens that an unpadded stack of strided convolutions makes of a waveform.
+    """Return the number of tokens that an unpadded stack of strided convolutions makes of a waveform.
 
-    The floor is taken layer by layer, which one division by the total stride does not reproduce.
+    Each layer rounds down, so one division by the total stride gives another number.
 
     Args:
         num_samples: length of the waveform, in samples.
         layers: (channels, kernel, stride) of each layer, in order.
 
     Returns:
-        The number of tokens T; 0 if the waveform is shorter than the receptive field.
+        T; 0 if the waveform is shorter than the receptive field.
     """
     length = num_samples
     for _, kernel, stride in layers:
@@ -59,7 +59,7 @@ def conv_output_length(num_samples: int, layers: Sequence[ConvLayer]) -> int:
 
 
 def shortest_input(num_tokens: int, layers: Sequence[ConvLayer]) -> int:
-    """Samples that so many neighbouring tokens of an unpadded stack see; of one token: its receptive field.
+    """Return the samples that neighbouring tokens of an unpadded stack depend on; for one token, its receptive field.
 
     Args:
         num_tokens: 1 or more.

@@ -12,7 +12,7 @@ from typing import Any
 
 from d2v2ds.data.schema import SKIPPED_NAME, Index
 from d2v2ds.errors import D2V2Error
-from preprocessing.driver.formats import format_of, open_shards
+from preprocessing.formats import format_of, open_shards
 
 EXIT_UNREADABLE = 2
 

@@ -23,14 +23,15 @@ from d2v2ds.data.codecs.flac import DECODER
 from d2v2ds.data.schema import Index
 from d2v2ds.modalities.audio.shards import AUDIO_LAYOUT, CODECS
 from preprocessing.audio.clips import find_clips, read_headers
-from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio.rows import rows_of
+from preprocessing.audio.shard_plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit, make_plan
 from preprocessing.audio.waveform import Decoder
-from preprocessing.driver.packing import common_parser, read_all, run
-from preprocessing.driver.parallel import Team
-from preprocessing.driver.plan import Plan
+from preprocessing.driver.command import common_parser, run
+from preprocessing.driver.packing import read_all
 from preprocessing.driver.progress import Measure
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan
+from preprocessing.driver.team.protocol import Team
 
 MEASURE = Measure(
     amount=SAMPLE_RATE_HZ * 3600, amount_unit="h", amount_decimals=2, speed=SAMPLE_RATE_HZ, speed_unit="x real time"
@@ -93,7 +94,7 @@ class AudioPacker:
         return f"{index.totals['hours']:.2f} h, codec {index.format['codec']}"
 
     def versions(self) -> dict[str, str]:
-        """What decodes and resamples."""
+        """Versions of the libraries that decode and resample."""
         return {
             "soundfile": soundfile.__version__,
             "libsndfile": soundfile.__libsndfile_version__,

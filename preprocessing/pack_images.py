@@ -21,16 +21,17 @@ from typing import Any
 import PIL
 from PIL import features
 
-from d2v2ds.data.codecs.pixels import ALPHA_OVER
+from d2v2ds.data.codecs.imagefile import ALPHA_OVER
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.image.shards import IMAGE_LAYOUT
+from preprocessing.driver.command import common_parser, run
 from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
-from preprocessing.driver.packing import common_parser, read_all, run
-from preprocessing.driver.parallel import Team
-from preprocessing.driver.plan import Plan, cut_shards, fingerprint
+from preprocessing.driver.packing import read_all
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan, cut_shards, fingerprint
+from preprocessing.driver.team.protocol import Team
 from preprocessing.image.find import (
     IMAGE_SUFFIXES,
     MISSING,
@@ -58,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shorter_side=options.shorter_side,
         quality=options.quality,
         max_pixels=options.max_pixels,
-        decode_check=options.decode_check,
         shard_bytes=options.shard_bytes,
         label_column=options.label_column,
         image_column=options.image_column,
@@ -104,7 +104,7 @@ class ImagePacker:
         }
 
     def rows(self, units: Sequence[ImageUnit], folder: Path, notes: Notes) -> Iterator[Row]:
-        """Every image checked, and perhaps re-encoded."""
+        """Every image, decoded once to see that it is whole, and perhaps re-encoded."""
         for unit in units:
             yield from rows_of(unit, self.settings, notes)
             notes.report(unit.files, unit.size)
@@ -120,7 +120,7 @@ class ImagePacker:
         return f"{index.totals['pixels'] / 1e6:,.1f} megapixels, {kept}"
 
     def versions(self) -> dict[str, str]:
-        """What decodes, checks and re-encodes."""
+        """What decodes and re-encodes."""
         jpeg = features.version("libjpeg_turbo") or features.version("jpg")
         return {"pillow": PIL.__version__, "libjpeg": str(jpeg)}
 
@@ -169,7 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--shorter-side", type=int, metavar="PIXELS", help="re-encode images whose shorter side is larger, to it")
     add("--quality", type=int, default=defaults.quality, help="JPEG quality of these (%(default)s)")
-    add("--decode-check", action="store_true", help="decode every image; else only their structure is checked")
     add("--max-pixels", type=int, default=defaults.max_pixels, metavar="N", help="skip larger images (%(default)s)")
     add("--label-column", default=defaults.label_column, metavar="NAME",
         help="of manifests, parquet tables and JSON in tar files (%(default)s)")  # fmt: skip

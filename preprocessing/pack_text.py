@@ -1,7 +1,7 @@
 """Pack text into Arrow shards of token blocks: ``python -m preprocessing.pack_text --input FILES --output DIR ...``.
 
 Documents are tokenized and end with ``</s>``; they are joined, across documents, and cut into pieces of
---block-tokens less one, each with ``<s>`` in front (spec section 14). Joining begins anew with every shard, so only
+--block-tokens less one, each with ``<s>`` in front. Joining begins anew with every shard, so only
 the last block of a shard may be shorter. The tokenizer is trained on the corpus (--train-tokenizer) or given
 (--tokenizer), and lies in the shard folder. --one-row-per-document makes rows for probes instead.
 
@@ -22,16 +22,16 @@ from typing import Any
 from d2v2ds.data.schema import Index
 from d2v2ds.modalities.text.shards import TEXT_LAYOUT
 from d2v2ds.modalities.text.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from preprocessing.driver.command import common_parser, parse_bytes, run
 from preprocessing.driver.output_file import replacing
-from preprocessing.driver.packing import common_parser, parse_bytes, run
-from preprocessing.driver.parallel import Team
-from preprocessing.driver.plan import Plan
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan
+from preprocessing.driver.team.protocol import Team
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.text.documents import DOCUMENT_KINDS, ERRORS, DocumentOptions, TextSpan
-from preprocessing.text.plan import TextSettings, make_plan, sample_texts
 from preprocessing.text.rows import block_rows, document_rows
+from preprocessing.text.shard_plan import TextSettings, make_plan, sample_texts
 from preprocessing.text.tokenization import (
     NORMALIZATIONS,
     read_tokenizer,

@@ -29,10 +29,11 @@ from d2v2ds.data.schema import (
 )
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.errors import D2V2Error, ShardError
-from preprocessing.driver.formats import format_of, open_shards
-from preprocessing.driver.parallel import EXIT_INTERRUPTED, LocalTeam
+from preprocessing.driver.exit_codes import EXIT_INTERRUPTED
 from preprocessing.driver.progress import Progress, Report
-from preprocessing.driver.reports import fault
+from preprocessing.driver.report_lines import fault
+from preprocessing.driver.team.local import LocalTeam
+from preprocessing.formats import format_of, open_shards
 
 EXIT_FAULTY = 1
 EXIT_UNREADABLE = 2
@@ -48,7 +49,7 @@ class ShardCheck:
 
     @property
     def entry(self) -> ShardEntry:
-        """What the index says of the shard."""
+        """Entry of the shard in the index."""
         return self.index.shards[self.number]
 
 
@@ -80,8 +81,10 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
 
     Raises:
         ShardError: if the folder has no readable index.
+        ConfigError: if nobody provides its format.
     """
     index = read_index(folder)
+    total = format_of(index.modality, folder).shards.layout.total
     jobs = [ShardCheck(folder=folder, number=number, index=index) for number in range(len(index.shards))]
     progress = Progress("verifying", index.rows, unit="rows")
     with LocalTeam(workers) as team:
@@ -89,7 +92,6 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
     progress.finish()
     beside = [found for entry in (index.rows_file, *index.files_beside) for found in _file_faults(folder, entry)]
     faults = [*beside, *faults]
-    total = format_of(index.modality, folder).shards.layout.total
     for name, declared, summed in (
         ("rows", index.rows, sum(entry.rows for entry in index.shards)),
         (total, index.totals.get(total), sum(entry.size for entry in index.shards)),

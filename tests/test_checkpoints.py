@@ -1,5 +1,6 @@
 """`python -m d2v2ds.checkpoints`: what it lists, finds damaged and removes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 from d2v2ds.checkpoints import main
-from d2v2ds.distributed.checkpoint.format import FORMAT_VERSION, Manifest, candidate_tags, crc32_of
+from d2v2ds.distributed.checkpoint.format import (
+    FORMAT_VERSION,
+    Manifest,
+    crc32_of,
+    finished_tags,
+    read_manifest,
+)
+from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after, superseded_tags
+from d2v2ds.errors import CheckpointError
 
 
 def checkpoint(folder: Path, step: int, loss: float | None = None) -> Path:
@@ -75,15 +84,34 @@ def test_verify_names_the_damaged_file(run: Path, capsys: pytest.CaptureFixture[
     assert main(["verify", str(run), "--tag", "step00000200"]) == 0
 
 
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1])
+def test_checkpoint_of_another_format_is_refused_in_one_sentence(run: Path, version: int) -> None:
+    path = run / "checkpoints" / "step00000400"
+    (path / "manifest.json").write_text(replace(read_manifest(path), format_version=version).to_json())
+    sentence = (
+        f"expected checkpoint format 1, found {version}; read it with the version of d2v2ds that wrote it, or start"
+    )
+    with pytest.raises(CheckpointError, match=f"manifest.json: {sentence} a new run$"):
+        read_manifest(path)
+
+
 def test_prune_keeps_newest_best_and_milestones(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run / "checkpoints"
     assert main(["prune", str(run), "--keep-last", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("would remove") == 2
-    assert len(candidate_tags(folder)) == 4
+    assert len(finished_tags(folder)) == 4
     assert main(["prune", str(run), "--keep-last", "1", "--keep-every", "300"]) == 0
-    assert candidate_tags(folder) == ["step00000400", "step00000300", "step00000200"]
+    assert finished_tags(folder) == ["step00000400", "step00000300", "step00000200"]
     assert main(["prune", str(run), "--keep-last", "1"]) == 0
-    assert candidate_tags(folder) == ["step00000400", "step00000200"]
+    assert finished_tags(folder) == ["step00000400", "step00000200"]
+
+
+def test_damaged_manifest_does_not_stop_pruning_or_a_return(run: Path) -> None:
+    folder = run / "checkpoints"
+    (folder / "step00000100" / "manifest.json").write_text("{")
+    abandon_after(folder, "step00000300")
+    assert finished_tags(folder) == ["step00000300", "step00000200", "step00000100"]
+    assert superseded_tags(folder, Keep(last=1, every_steps=300)) == ["step00000100"]
 
 
 def test_impossible_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

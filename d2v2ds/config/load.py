@@ -7,19 +7,16 @@ The settings of a modality are a dataclass of that modality. They are validated 
 only know that they are mappings by name (`config.modalities`).
 """
 
-import dataclasses
-import difflib
 import json
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from d2v2ds.config.modalities import fold, settings_by_modality, unfold
+from d2v2ds.config.faults import drop_unknown_keys, validated
+from d2v2ds.config.modalities import build_modalities, fold, unfold
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.known import known_modalities
@@ -62,42 +59,15 @@ def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[RunCo
     shipped = _read_yaml(name_or_path)
     for one in (values, shipped):
         fold(one)
-    problems += _drop_unknown_keys(values, RunConfig, "")
-    problems += settings_by_modality(values, shipped, _drop_unknown_keys, _message)
-    config, faults = _validated(values, shipped)
+    problems += drop_unknown_keys(values, RunConfig, "")
+    whole, faults = build_modalities(values, shipped)
     problems += faults
-    return config, problems + (config.check() if config is not None else [])
-
-
-def _validated(values: dict[str, Any], shipped: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """Validate; if some values are wrong, go on with the file's own in their place, so that more can be checked."""
-    try:
-        return TypeAdapter(RunConfig).validate_python(values), []
-    except ValidationError as error:
-        problems = [_message(fault) for fault in error.errors()]
-        if not restore_faulty_values(values, shipped, error):
-            return None, problems
-        try:
-            return TypeAdapter(RunConfig).validate_python(values), problems
-        except ValidationError:
-            return None, problems
-
-
-def restore_faulty_values(values: dict[str, Any], shipped: dict[str, Any], error: ValidationError) -> bool:
-    """Replace each faulty value by the file's own, or remove it; returns whether all could be found."""
-    for fault in error.errors():
-        inner: Any = values
-        own: Any = shipped
-        *path, leaf = fault["loc"]
-        for part in path:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-            own = own.get(part) if isinstance(own, dict) else None
-        if not isinstance(inner, dict):
-            return False
-        inner.pop(leaf, None)
-        if isinstance(own, dict) and leaf in own:
-            inner[leaf] = own[leaf]
-    return True
+    build_modalities(shipped, {})  # in case a section is replaced by the file's own
+    config, faults = validated(RunConfig, values, shipped)
+    problems += faults
+    if config is None or not whole:
+        return None, problems
+    return config, problems + config.check()
 
 
 def config_error(name: str, problems: Sequence[str]) -> ConfigError:
@@ -148,48 +118,6 @@ def _shards_of_the_only_modality(values: dict[str, Any], override: str) -> list[
             f"data.{next(iter(names), 'audio')}.shards=FOLDER"
         )
     return ["data", names[0], "shards"]
-
-
-def _dataclasses_in(annotation: Any) -> Iterator[type]:
-    """Dataclasses that an annotation may hold: itself, or members of a union."""
-    if dataclasses.is_dataclass(annotation):
-        yield typing.cast(type, annotation)
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for member in typing.get_args(annotation):
-            yield from _dataclasses_in(member)
-
-
-def _drop_unknown_keys(values: dict[str, Any], section: type, prefix: str) -> list[str]:
-    """Remove keys that no field has, which pydantic would ignore; return one message for each."""
-    hints = typing.get_type_hints(section)
-    problems = []
-    for key in list(values):
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            meant = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            problems.append(f"{prefix}{key}: unknown key; {meant}")
-            del values[key]
-        elif isinstance(values[key], dict):
-            for inner in _dataclasses_in(hints[key]):
-                problems += _drop_unknown_keys(values[key], inner, f"{prefix}{key}.")
-            for inner in _mapped_dataclasses(hints[key]):
-                for name, value in values[key].items():
-                    if isinstance(value, dict):
-                        problems += _drop_unknown_keys(value, inner, f"{prefix}{key}.{name}.")
-    return problems
-
-
-def _mapped_dataclasses(annotation: Any) -> Iterator[type]:
-    """Dataclasses that are the values of a mapping."""
-    if typing.get_origin(annotation) is Mapping:
-        yield from _dataclasses_in(typing.get_args(annotation)[1])
-
-
-def _message(fault: Mapping[str, Any], prefix: str = "") -> str:
-    where = prefix + ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "missing":
-        return f"{where}: required, not given"
-    return f"{where}: {fault['msg']}, found {fault['input']!r}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ LENGTHS = ("total_steps", "hours", "epochs", "tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """How long, where, and how often to look and save."""
+    """Length and folder of the run, and intervals of logging and saving."""
 
     dir: Path
     """Folder of the run: resolved configuration, checkpoints, metrics."""
@@ -62,8 +62,8 @@ class RunSection:
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             problems.append(
-                f"run: expected exactly one of {', '.join(LENGTHS)}, found {', '.join(given) or 'none'}; set the others "
-                "to null"
+                f"run: expected exactly one of {', '.join(LENGTHS)}, found {', '.join(given) or 'none'}; set the "
+                "others to null"
             )
         if self.keep_every_steps is not None and self.keep_every_steps % self.save_every_steps:
             problems.append(
@@ -77,7 +77,7 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """Where samples come from. In YAML every modality stands beside `num_workers`: `data.audio.shards`."""
+    """Training data. In YAML every modality stands beside `num_workers`: `data.audio.shards`."""
 
     num_workers: CountOrZero = 2
     """Loader processes on each rank; 0 loads in the training process."""
@@ -100,7 +100,7 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidSection:
-    """Which packed folders are held out, and how often they are looked at. In YAML: `valid.audio=FOLDER`."""
+    """Held-out packed folders, and how often the objective is evaluated on them. In YAML: `valid.audio=FOLDER`."""
 
     modalities: Mapping[str, Path] = field(default_factory=dict)
     """Held-out folder of each modality that is validated, by name."""
@@ -112,7 +112,7 @@ class ValidSection:
 
 @dataclass(frozen=True, kw_only=True)
 class InitSection:
-    """Where the first weights come from; drawn from the seed if nothing is given."""
+    """Initial weights; drawn from the seed if nothing is given."""
 
     weights: Path | None = None
     """Folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`. Its student and teacher are taken, optimizer and
@@ -124,14 +124,14 @@ class InitSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSection:
-    """Which DeepSpeed configuration, and what it cannot say."""
+    """The DeepSpeed configuration, and settings that it has no field for."""
 
     deepspeed: str = "zero3_bf16"
     """Name of a file in `ds_configs/` without its ending, or a path."""
     activation_checkpointing: bool = True
     """Recompute every transformer block in the backward pass instead of keeping its activations."""
     timeout_minutes: Annotated[float, Bounds(ge=0.01)] = 30.0
-    """How long a rank waits for the others before it gives up."""
+    """Minutes that a rank waits for the others before it gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class RunConfig:
     def check(self) -> list[str]:
         """Return one message for each contradiction within and between the sections."""
         if not_finite := list(_not_finite(self)):
-            return not_finite
+            return [problem.replace("data.modalities.", "data.", 1) for problem in not_finite]  # as in YAML
         of_run = self.run.check()
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
@@ -185,10 +185,8 @@ class RunConfig:
             has = [section for section, found in sections.items() if name in found]
             lacks = [section for section in sections if section not in has]
             if lacks:
-                problems.append(
-                    f"{' and '.join(f'{section}.{name}' for section in has)} configured, "
-                    f"{' and '.join(f'{section}.{name}' for section in lacks)} not; give all of them, or set all to null"
-                )
+                given, absent = (" and ".join(f"{section}.{name}" for section in part) for part in (has, lacks))
+                problems.append(f"{given} configured, {absent} not; give all of them, or set all to null")
         for name in self.valid.modalities.keys() - self.data.modalities.keys():
             problems.append(f"valid.{name} is given and data.{name} is not; validation needs the settings of its data")
         return problems
@@ -208,7 +206,8 @@ class RunConfig:
                 return round(amount / settings.global_batch)
         given = next(name for name in LENGTHS if getattr(self.run, name) is not None)
         raise ValueError(
-            f"run.{given}: no modality of the run ({', '.join(self.data.modalities)}) counts in it; give run.total_steps"
+            f"run.{given}: no modality of the run ({', '.join(self.data.modalities)}) counts in it; give "
+            "run.total_steps"
         )
 
 

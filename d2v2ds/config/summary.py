@@ -18,8 +18,7 @@ BYTES = ((2**30, "GiB"), (2**20, "MiB"))
 OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
 OFFLOADED = ("master", "optimizer", "gradients", "teacher_average")
-"""What `offload_optimizer` moves: DeepSpeed accumulates gradients where Adam is, the teacher averages where the master
-is."""
+"""Tensors that `offload_optimizer` moves to the host: gradients follow Adam, the average follows the master."""
 
 
 def _number(value: float) -> str:
@@ -27,7 +26,7 @@ def _number(value: float) -> str:
 
 
 def _sized(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """With the largest unit of which there is one, else with the smallest."""
+    """A number with the largest unit that it fills, else with the smallest."""
     of, unit = next((entry for entry in units if value >= entry[0]), units[-1])
     return f"{_number(value / of)} {unit}"
 
@@ -93,7 +92,7 @@ def _memory(config: RunConfig, student: nn.Module, teacher: int, world: int) -> 
 
 
 def _turns(num_micro: int, world: int) -> str:
-    """How the micro-batches of a step are dealt out to ranks."""
+    """Describe how the micro-batches of a step are distributed over ranks."""
     accumulation = math.ceil(num_micro / world)
     idle = accumulation * world - num_micro
     return f"{num_micro} micro-batches, accumulation {accumulation} on {world} rank(s)" + (
@@ -113,8 +112,8 @@ def _length(config: RunConfig, objective: Objective, world: int) -> list[str]:
             raise ValueError(f"objective.modalities.{name}.mask: {error}") from error
         flops += steps * samples * one
         lines.append(
-            f"{name}: {_number(amount)} {unit.label} per step, {_amount(amount * steps, unit)} in all; {tokens} tokens a "
-            f"sample, {described}; {_turns(data.num_micro, world)}"
+            f"{name}: {_number(amount)} {unit.label} per step, {_amount(amount * steps, unit)} in all; {tokens} tokens "
+            f"a sample, {described}; {_turns(data.num_micro, world)}"
         )
     lines.append(
         f"operations: {_sized(flops / steps, OPERATIONS)} per step, {flops:.3g} FLOP in all "
@@ -124,7 +123,7 @@ def _length(config: RunConfig, objective: Objective, world: int) -> list[str]:
 
 
 def batch_advice(name: str, config: RunConfig) -> list[str]:
-    """What else to change where the global batch is not the one that a shipped recipe was tuned with, as sentences.
+    """Recommend settings to change if the global batch differs from that of the shipped recipe.
 
     What happens per sample seen stays the same when warm-up and annealing, which are counted in steps, stretch with
     1 / r and the teacher's decays are raised to the power r (arXiv 2307.13813), r being the batch over the shipped one;

@@ -1,1 +1,1 @@
-"""From Arrow shards on disk to a `Batch` on the CPU."""
+"""Data from Arrow shards on disk to a `Batch` on the CPU."""

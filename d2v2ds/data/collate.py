@@ -1,10 +1,10 @@
-"""The rows of one micro-batch -> `Batch` with its masks.
+"""Rows of one micro-batch -> `Batch` with its masks.
 
-In: a `MicroBatch` (row numbers and a size). Out: their inputs, brought to one size by the modality's reader, and M
-masks for each, drawn for exactly the T tokens that the model makes of them. Runs in the data workers.
+In: a `MicroBatch` (row numbers and a size). Out: their inputs, which the modality's reader crops or pads to one size,
+and M masks for each, drawn for exactly the T tokens that the model makes of them. Runs in the data workers.
 
-A row that cannot be read is left out and reported in `Batch.faults`; how many are too many, the training decides. Which
-rows those are depends on the data alone, so every rank and any number of workers make the same batch.
+Rows that cannot be read are skipped and reported in `Batch.faults`; `train.guard` ends a run with too many. They depend
+on the data alone, so that the batch is the same on every rank and for any number of workers.
 """
 
 import math
@@ -22,9 +22,9 @@ from d2v2ds.errors import ShardError
 from d2v2ds.masking import draw_masks, masked_count, visible_positions
 
 STAND_IN_TRIES = 1000
-"""Rows that are tried in place of a micro-batch of which none could be read."""
+"""Most rows tried in place of a micro-batch without any readable row."""
 _STAND_IN_CANDIDATES = 10_000
-"""Rows of each dataset among which those of a fitting size are looked for."""
+"""Rows of each dataset that are searched for a fitting size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,14 @@ class Collator:
     def __call__(self, micro: MicroBatch) -> Batch:
         """
         Raises:
-            ShardError: no row can be read, and none in their place.
+            ShardError: no row can be read, and no other row either.
             ValueError: the input is too short for the model or for the mask settings.
         """
-        micro, examples, faults = self._read(micro)
+        faults: tuple[str, ...] = ()
+        try:
+            examples = self.reader.read(micro, self.seed)
+        except ShardError:
+            micro, examples, faults = self._read_others(micro)
         masks, num_masked = self._masks(micro)
         return Batch(
             modality=self.reader.modality,
@@ -54,7 +58,7 @@ class Collator:
         )
 
     def _masks(self, micro: MicroBatch) -> tuple[MaskSet | None, int]:
-        """Draw the masks that the objective asked for, and count the masked tokens."""
+        """Draw the objective's masks and count the masked tokens."""
         mask = self.reader.mask
         if mask is None:
             return None, 0
@@ -64,21 +68,17 @@ class Collator:
         masks = MaskSet(keep=torch.from_numpy(visible_positions(masked)), masked=torch.from_numpy(masked))
         return masks, len(micro.rows) * mask.num_masks * num_masked
 
-    def _read(self, micro: MicroBatch) -> tuple[MicroBatch, Examples, tuple[str, ...]]:
-        """The rows that can be read, their inputs, and why others cannot."""
-        try:
-            return micro, self.reader.read(micro, self.seed), ()
-        except ShardError:
-            pass  # some row cannot be read: find out which
+    def _read_others(self, micro: MicroBatch) -> tuple[MicroBatch, Examples, tuple[str, ...]]:
+        """Skip rows that cannot be read; return the others, their inputs, and a message for each skipped row."""
         found = [self._fault(micro, row) for row in micro.rows]
         good = micro.rows[[fault is None for fault in found]]
         faults = tuple(fault for fault in found if fault is not None)
-        reported = faults if micro.weight else ()  # the rows of a filler are another rank's, which reports them
+        reported = faults if micro.weight else ()  # the rows of a filler belong to another rank, which reports them
         micro = replace(micro, rows=good) if len(good) else self._stand_in(micro, faults)
         return micro, self.reader.read(micro, self.seed), reported
 
     def _fault(self, micro: MicroBatch, row: int) -> str | None:
-        """Why a row cannot be read, if it cannot."""
+        """Return the error of reading a row, None if there is none."""
         try:
             self.reader.read(replace(micro, rows=np.array([row])), self.seed)
         except ShardError as error:
@@ -86,10 +86,10 @@ class Collator:
         return None
 
     def _stand_in(self, micro: MicroBatch, faults: tuple[str, ...]) -> MicroBatch:
-        """One other row of weight 0, so that this rank runs the model like all others.
+        """Return another row with weight 0, so that this rank runs the model like all others.
 
         Raises:
-            ShardError: that cannot be read either, however many are tried.
+            ShardError: none of the tried rows can be read.
         """
         tried = 0
         for row, size in self._others(micro):
@@ -100,10 +100,10 @@ class Collator:
         raise ShardError(f"{faults[-1]}; {tried} other rows of the data were tried, none of them can be read")
 
     def _others(self, micro: MicroBatch) -> Iterator[tuple[int, int]]:
-        """Rows beginning after the last one of a micro-batch, then those of other datasets, and their sizes in a batch.
+        """Yield rows after the last one of a micro-batch, then those of other datasets, with their sizes in a batch.
 
-        The size stays that of the micro-batch, unless no row fits. Rows are spread over each dataset, because those
-        beside it may lie in the same damaged file.
+        The size stays that of the micro-batch unless no row fits. Rows are spread over each dataset, because
+        neighbouring ones may lie in the same damaged file.
         """
         config, datasets = self.reader.plan_config(), self.reader.datasets
         first, last = (int(number) for number in split_row_numbers(micro.rows[-1]))

@@ -1,8 +1,7 @@
-"""Several packed folders of one modality, read as one under the row numbers of `d2v2ds.data.mixture`.
+"""Several packed folders of one modality as one, with the row numbers of `d2v2ds.data.mixture`.
 
-In: opened shards, and how often the rows of each are seen. Out: `JoinedShards`, which finds the folder of a row for
-every reader, and the `Dataset`s of which a plan is made. The rows of the first folder keep their numbers, so a single
-folder reads as if there were no others.
+In: opened shards and their weights. Out: `JoinedShards`, which finds the folder of a row for every reader, and the
+`Dataset`s of a plan. The rows of the first folder keep their numbers.
 """
 
 import math
@@ -17,7 +16,7 @@ from d2v2ds.data.mixture import DATASET_BITS, Dataset, split_row_numbers
 from d2v2ds.errors import ShardError
 
 Folders = Path | tuple[Path, ...]
-"""One packed folder, or several."""
+"""One packed folder or several."""
 
 Part = TypeVar("Part", bound=Sized)
 _LOCAL_ROW = (1 << DATASET_BITS) - 1
@@ -30,10 +29,10 @@ class JoinedShards(Generic[Part]):
         """
         Args:
             parts: one or more, in the order of their numbers.
-            must_be_equal: entries of `Index.format` that all folders must have in common.
+            must_be_equal: entries of `Index.format` that must be equal in all folders.
 
         Raises:
-            ShardError: if a model could not read them alike.
+            ShardError: folders differ in such an entry or in modality.
         """
         self.parts = tuple(parts)
         for part in self.parts[1:]:
@@ -44,18 +43,18 @@ class JoinedShards(Generic[Part]):
 
     @property
     def first(self) -> Part:
-        """First folder; what must be equal can be asked of it."""
+        """First folder; it has the values that are equal in all."""
         return self.parts[0]
 
     def locate(self, index: int) -> tuple[Part, int]:
-        """Find the shards that hold a row, and its number in there."""
+        """Return the shards that hold a row, and its number in them."""
         dataset = index >> DATASET_BITS
         if not 0 <= dataset < len(self.parts):
             raise IndexError(f"row {index} lies in dataset {dataset} of {len(self.parts)}")
         return self.parts[dataset], index & _LOCAL_ROW
 
     def split(self, rows: NDArray[np.int64]) -> Iterator[tuple[Part, NDArray[np.int64], NDArray[np.int64] | slice]]:
-        """Divide rows by folder: shards, row numbers in there, and their positions among `rows`."""
+        """Divide rows by folder: shards, row numbers in them, and their positions among `rows`."""
         if len(self.parts) == 1:
             yield self.parts[0], rows, slice(None)
             return
@@ -79,8 +78,8 @@ class JoinedShards(Generic[Part]):
         """Describe the folders for a plan.
 
         Args:
-            weights: how often the rows of each folder are seen; None: all alike. A single folder has none.
-            sizes: sizes of the rows of one folder, as the plan counts them.
+            weights: how often the rows of each folder are drawn; None for equally often. Unused for a single folder.
+            sizes: returns the sizes of the rows of one folder, as the plan counts them.
         """
         shares = weights if weights is not None and len(self.parts) > 1 else (1.0,) * len(self.parts)
         return [
@@ -90,18 +89,18 @@ class JoinedShards(Generic[Part]):
 
 
 def only_sizes(datasets: Sequence[Dataset]) -> NDArray[np.int64]:
-    """(N,) sizes of the rows of the only dataset.
+    """Return (N,) sizes of the rows of the only dataset.
 
     Raises:
         ValueError: there are several, whose rows are not numbered from 0 to N - 1.
     """
     if len(datasets) != 1:
-        raise ValueError(f"expected one dataset, found {len(datasets)}: ask for `datasets` instead")
+        raise ValueError(f"expected one dataset, found {len(datasets)}: use `datasets` instead")
     return datasets[0].sizes
 
 
 def sizes_of(datasets: Sequence[Dataset], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n,) sizes of some rows."""
+    """Return (n,) sizes of some rows."""
     if len(datasets) == 1:
         return np.asarray(datasets[0].sizes[rows])
     numbers, local = split_row_numbers(rows)
@@ -113,17 +112,17 @@ def sizes_of(datasets: Sequence[Dataset], rows: NDArray[np.int64]) -> NDArray[np
 
 
 def folders_of(shards: Folders) -> tuple[Path, ...]:
-    """Folders that a setting names."""
+    """Return the folders of a setting as a tuple."""
     return (shards,) if isinstance(shards, Path) else tuple(shards)
 
 
 def folder_faults(where: str, shards: Folders, weights: tuple[float, ...] | None) -> list[str]:
-    """Return one message for each way in which folders and weights do not fit each other.
+    """Return one message for each contradiction between folders and weights.
 
     Args:
         where: section of the settings, such as `data.audio.`.
         shards: one folder or several.
-        weights: how often the rows of each are seen.
+        weights: how often the rows of each are drawn.
     """
     folders, faults = folders_of(shards), []
     if not folders:
@@ -151,5 +150,5 @@ def _check_same(first: Any, other: Any, must_be_equal: Sequence[str]) -> None:
 
 
 def _files_beside(shards: Any) -> dict[str, str]:
-    """Names and checksums."""
+    """Return names and checksums."""
     return {entry.file: entry.crc32 for entry in shards.index.files_beside}

@@ -1,25 +1,17 @@
-"""Shards -> one optimizer step's `Batch`es at a time, on the CPU, without end.
+"""Shards -> the `Batch`es of one optimizer step after another, on the CPU, without end.
 
-In: a `DataStream` for each modality (a reader and its `BatchPlan`), a position in each, and which rank of how many
-this is. Out: `StepData`, this rank's micro-batches of one global batch of every modality, together with the positions
-to store once they are used. Modalities come in one order on all ranks, so that all of them always run the same modules.
+In: a `DataStream` for each modality (a reader and its `BatchPlan`), a position in each, rank and number of ranks. Out:
+`StepData`, this rank's micro-batches of one global batch of every modality, and the positions to store once they are
+used. Modalities have the same order on all ranks, so that all ranks always run the same modules.
 
-The position travels with the data, so that workers which read ahead can never move it. What a batch contains
-is decided by the plan and by counter-based random numbers, so that the number of workers changes nothing.
+Each position is stored with its data, so workers that read ahead do not change it. Plan and counter-based random
+numbers alone decide the content of a batch, so the number of workers does not.
 """
 
 import atexit
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,23 +21,27 @@ from d2v2ds.batch import Batch
 from d2v2ds.data.collate import Collator
 from d2v2ds.data.order import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
 from d2v2ds.data.reader import Reader
-
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that a scheduler or a terminal sends to every process of a job. The training process answers them by
-saving; data workers must outlive them, or there would be no data for the step that is finished first."""
+from d2v2ds.data.workers import (
+    job_signals_blocked,
+    main_module_hidden,
+    prepare_worker,
+    start_server,
+    stop_workers,
+    worker_context,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How batches are read ahead."""
+    """Settings of reading ahead."""
 
     num_workers: int = 2
-    """Reading processes of each rank (count); 0 reads in the training process."""
+    """Data workers (processes) of each rank; 0 reads in the training process."""
     prefetch_factor: int = 4
-    """Micro-batches that each worker reads ahead (count)."""
+    """Micro-batches that each worker reads ahead."""
 
     def check(self) -> None:
-        """Raises ValueError for counts out of range."""
+        """Raise ValueError for counts out of range."""
         if self.num_workers < 0 or self.prefetch_factor < 1:
             raise ValueError(
                 f"num_workers must be at least 0 and prefetch_factor at least 1, found {self.num_workers} "
@@ -55,7 +51,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class DataStream:
-    """One modality's data: what is read, and in which order."""
+    """Reader and order of one modality's data."""
 
     reader: Reader
     plan: BatchPlan
@@ -66,10 +62,10 @@ class StepData:
     """One rank's share of one global batch of every modality."""
 
     state_after: dict[str, SamplerState]
-    """Position of each modality once this step is done: what its checkpoint stores."""
+    """Position of each modality after this step, for the checkpoint."""
     micro: list[Batch]
-    """Modality by modality, each in its plan's order; the same number and order of modalities on every rank, fillers
-    with `loss_weight` 0 included."""
+    """Modality by modality, each in its plan's order; the same number and order of modalities on every rank, with
+    fillers of `loss_weight` 0."""
 
 
 def build_loader(
@@ -85,14 +81,14 @@ def build_loader(
 
     Args:
         streams: by modality; the readers are sent to the workers. The seed of a plan also decides crops and masks.
-        state: where to begin, by modality.
+        state: first position, by modality.
         rank: this rank.
         world: number of ranks.
         config: workers and reading ahead.
         pin_memory: place batches in page-locked memory, for copies to a GPU.
 
     Returns:
-        An endless iterator; `close` it, or leave that to the end of the program.
+        An endless iterator; it closes at the end of the program at the latest.
 
     Raises:
         ValueError: impossible settings.
@@ -105,9 +101,9 @@ def build_loader(
     workers: dict[str, Any] = {}
     if config.num_workers > 0:
         workers = {
-            "multiprocessing_context": _worker_context(),
+            "multiprocessing_context": worker_context(__name__),
             "prefetch_factor": config.prefetch_factor,
-            "worker_init_fn": _prepare_worker,
+            "worker_init_fn": prepare_worker,
         }
     return StepLoader(
         DataLoader(
@@ -117,39 +113,26 @@ def build_loader(
             collate_fn=_unchanged,
             num_workers=config.num_workers,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else every start of a loader would draw from the model's generator
+            generator=torch.Generator(),  # else a new loader draws from the model's generator
             **workers,
         )
     )
 
 
 def start_worker_server() -> None:
-    """Let the process that workers are forked from begin its imports now, while the caller does something else."""
-    _worker_context()
-    with _job_signals_held():
-        forkserver.ensure_running()
-
-
-def _worker_context() -> multiprocessing.context.ForkServerContext:
-    """How workers are started.
-
-    Neither by fork nor by spawn: forking a process that has GPU, MPI or communication threads can deadlock the child,
-    and spawned workers would each import torch anew. The server imports it once, then forks clean.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+    """Start the process that workers are forked from, before the loader is built: its imports take seconds."""
+    start_server(__name__)
 
 
 class StepLoader(Iterator[StepData]):
-    """Gathers micro-batches into steps, and ends the workers."""
+    """Collects micro-batches into steps, and stops the workers."""
 
     def __init__(self, loader: DataLoader) -> None:
-        with _job_signals_held(), _main_module_hidden():
+        with job_signals_blocked(), main_module_hidden():
             running = [iter(loader)]
         self._running = running
-        self.close = weakref.finalize(self, _stop, running)
-        """Stop the workers. Called by itself at exit, or when the loader is no longer used."""
+        self.close = weakref.finalize(self, stop_workers, running)
+        """Stop the workers. Runs automatically at exit, or when the loader is garbage-collected."""
         atexit.register(self.close)  # before multiprocessing's own, which would wait for workers for ever
 
     def __next__(self) -> StepData:
@@ -165,16 +148,16 @@ class StepLoader(Iterator[StepData]):
 
 @dataclass(frozen=True)
 class _Request:
-    """What a worker is asked for."""
+    """Micro-batch for a worker to read."""
 
     modality: str
     micro: MicroBatch
     state_after: dict[str, SamplerState] | None
-    """Only with the last micro-batch of a step."""
+    """Set only for the last micro-batch of a step."""
 
 
 class _RankOrder(Sampler[_Request]):
-    """One rank's micro-batches in order, without end. Runs in the training process."""
+    """Micro-batches of one rank in order, without end. Runs in the training process."""
 
     def __init__(
         self, plans: Mapping[str, BatchPlan], state: Mapping[str, SamplerState], rank: int, world: int
@@ -194,7 +177,7 @@ class _RankOrder(Sampler[_Request]):
 
 
 class _MicroBatches(Dataset[tuple[Batch, dict[str, SamplerState] | None]]):
-    """Reads what it is asked for. Runs in the workers."""
+    """Reads and masks the micro-batches of requests. Runs in the workers."""
 
     def __init__(self, collators: Mapping[str, Collator]) -> None:
         self.collators = dict(collators)
@@ -203,53 +186,5 @@ class _MicroBatches(Dataset[tuple[Batch, dict[str, SamplerState] | None]]):
         return self.collators[request.modality](request.micro), request.state_after
 
 
-def _stop(running: list[Any]) -> None:
-    """End the workers at once, also where the traceback of an error keeps the iterator alive: they ignore the
-    signal by which Python would end them at exit."""
-    while running:
-        shut_down = getattr(running.pop(), "_shutdown_workers", None)  # absent where no worker was asked for
-        if shut_down is not None:
-            shut_down()
-
-
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def _prepare_worker(worker: int) -> None:
-    for number in JOB_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_training_process, daemon=True).start()
-
-
-def _end_with_training_process() -> None:
-    """The DataLoader's own watch looks at the parent, which here is the fork server, and that in turn waits for
-    its workers: a killed training process would leave all of them behind."""
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
-
-
-@contextmanager
-def _job_signals_held() -> Iterator[None]:
-    """Start processes that keep these signals blocked, the fork server among them; ours arrive afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    resource_tracker.ensure_running()  # inside, or a signal would end the tracker; it unblocks some of them here
-    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _main_module_hidden() -> Iterator[None]:
-    """Start processes that do not import the program's main module, as multiprocessing's would: what is sent to ours
-    comes from this package, and importing the trainer with DeepSpeed would cost each of them more than a second."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

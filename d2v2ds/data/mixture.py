@@ -1,14 +1,13 @@
-"""Which rows of which datasets make an epoch: a pure function of (seed, epoch). No files, no torch.
+"""Rows of an epoch, from one or several datasets: a pure function of (seed, epoch). No files, no torch.
 
-In: the sizes of the rows of one or several packed folders, and how often each folder is seen. Out: the places of an
-epoch, 0 to `num_rows(epoch) - 1`, and which row lies at each.
+In: the sizes of the rows of one or several packed folders, and a weight for each. Out: the row at each position of an
+epoch, 0 to `num_rows(epoch) - 1`.
 
-- An epoch sees every row of the folders with the largest weight once. Of a folder with half that weight it sees every
-  second row, the others in the next epoch: over 1 / share epochs each row is seen exactly once, in an order that is
-  drawn anew after each such round.
+- An epoch has every row of the folders with the largest weight once. Of a folder with half that weight it has half the
+  rows, and the next epoch the others: each round of 1 / share epochs has every row exactly once, in a new order.
 - A row's number is `dataset << DATASET_BITS | row in the dataset`, so that it stays the same when datasets grow.
-- A dataset may grow between two starts of a run. The epoch under way ends with the rows it began with, so that the
-  position stays what it was; the next one has all.
+- A dataset may grow between two starts of a run. The current epoch ends with the rows it began with, so that the
+  position keeps its meaning; the next epoch has all rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,18 +22,18 @@ from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.rng import Stream, hash64
 
 DATASET_BITS = 40
-"""A row's number inside its dataset is below 2 to this; the number of the dataset is above."""
+"""Low bits of a row's number, which hold the row inside its dataset; the high bits hold the dataset."""
 
 
 class Identity(Protocol):
-    """What tells a packed folder from another one and from its own earlier state."""
+    """Identity of a packed folder's content, which changes when the folder grows."""
 
     @property
     def num_shards(self) -> int:
-        """Shards of the folder."""
+        """Number of shards of the folder."""
 
     def digest(self, num_shards: int) -> str:
-        """Of its first shards: the same if and only if their rows are."""
+        """Return a hash of the rows of its first shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,26 +41,26 @@ class Dataset:
     """One packed folder."""
 
     sizes: NDArray[np.int64]
-    """(N,) of its rows; may be memory-mapped."""
+    """(N,) sizes of its rows; may be memory-mapped."""
     weight: float = 1.0
-    """How often its rows are seen, relative to those of the other datasets."""
+    """How often its rows are drawn, relative to those of the other datasets."""
     identity: Identity | None = None
-    """None for rows that lie in no folder: then their number alone tells them from others."""
+    """None for rows in memory; only their number is then compared with a checkpoint's."""
 
 
 def split_row_numbers(rows: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The dataset of each row, and its number in there."""
+    """Return the dataset of each row, and the row's number in it."""
     numbers = np.asarray(rows, dtype=np.int64)
     return numbers >> DATASET_BITS, numbers & ((1 << DATASET_BITS) - 1)
 
 
 class Mixture:
-    """The rows of all datasets, epoch by epoch."""
+    """Rows of all datasets, epoch by epoch."""
 
     def __init__(self, datasets: Sequence[Dataset], seed: int) -> None:
         """
         Args:
-            datasets: in an order that stays; more may follow later.
+            datasets: in a fixed order; later starts may append more.
             seed: of the run.
 
         Raises:
@@ -77,32 +76,24 @@ class Mixture:
         largest = max(dataset.weight for dataset in datasets)
         self._shares = [dataset.weight / largest for dataset in datasets]
         self.history: list[tuple[int, list[int]]] = [(0, [len(dataset.sizes) for dataset in datasets])]
-        """(first epoch, rows of each dataset), oldest first: which rows an epoch is made of."""
+        """(first epoch, rows of each dataset from it on), oldest first."""
 
     def num_rows(self, epoch: int) -> int:
-        """Rows that an epoch sees."""
-        return sum(last - first for first, last in self._intervals(epoch))
+        """Return the number of rows of an epoch."""
+        return sum(last - first for first, last in self._ranges(epoch))
 
-    def rows(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the rows at some places of an epoch.
-
-        Args:
-            epoch: which.
-            places: (n,) below `num_rows(epoch)`.
-
-        Returns:
-            (n,) int64.
-        """
-        counts, found, before = self._counts(epoch), np.empty(len(places), dtype=np.int64), 0
-        for dataset, (first, last) in enumerate(self._intervals(epoch)):
-            inside = (places >= before) & (places < before + last - first)
-            positions = places[inside] - before + first
-            found[inside] = (dataset << DATASET_BITS) | self._row_at(dataset, counts[dataset], positions)
+    def rows(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the (n,) int64 numbers of the rows at (n,) positions of an epoch, each below `num_rows(epoch)`."""
+        counts, found, before = self._counts(epoch), np.empty(len(positions), dtype=np.int64), 0
+        for dataset, (first, last) in enumerate(self._ranges(epoch)):
+            inside = (positions >= before) & (positions < before + last - first)
+            own = positions[inside] - before + first
+            found[inside] = (dataset << DATASET_BITS) | self._row_at(dataset, counts[dataset], own)
             before += last - first
         return found
 
     def sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,) sizes of some rows, read in file order: twice as fast from a cold disk."""
+        """Return (n,) sizes of some rows, read in file order, which is faster from a cold disk."""
         order = np.argsort(rows)
         numbers, local = split_row_numbers(rows[order])
         sizes = np.empty(len(rows), dtype=np.int64)
@@ -112,9 +103,9 @@ class Mixture:
         return sizes
 
     def _row_at(self, dataset: int, count: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows at positions of the endless sequence of a dataset's rows."""
+        """Return the rows at positions of a dataset's endless sequence of rows."""
         if self._shares[dataset] == 1.0:
-            return positions % count  # every epoch has all of them; the plan shuffles the whole epoch anyway
+            return positions % count  # every epoch has all rows, and the plan shuffles the whole epoch
         rounds = positions // count
         rows = np.empty(len(positions), dtype=np.int64)
         for number in np.unique(rounds):
@@ -123,22 +114,22 @@ class Mixture:
             rows[inside] = permute(positions[inside] % count, count, key)
         return rows
 
-    def _intervals(self, epoch: int) -> list[tuple[int, int]]:
-        """Of each dataset: which positions of the endless sequence of its rows an epoch sees."""
+    def _ranges(self, epoch: int) -> list[tuple[int, int]]:
+        """Return for each dataset the range of its endless sequence of rows that an epoch has."""
         return [
             (int(epoch * share * count), int((epoch + 1) * share * count))
             for share, count in zip(self._shares, self._counts(epoch), strict=True)
         ]
 
     def _counts(self, epoch: int) -> list[int]:
-        """Rows of each dataset in an epoch; 0 for those that came later."""
+        """Return the number of rows of each dataset in an epoch; 0 for datasets that were added later."""
         counts = next(counts for first, counts in reversed(self.history) if first <= epoch)
         return [*counts, *[0] * (len(self.datasets) - len(counts))]
 
-    # ---------------------------------------------------------------- what a checkpoint stores
+    # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What gives a position its meaning, as plain values."""
+        """Return the datasets that a position refers to, as plain values."""
         return {
             "datasets": [
                 {
@@ -153,15 +144,15 @@ class Mixture:
         }
 
     def load_state_dict(self, stored: Mapping[str, Any], *, next_epoch: int, allow_grown: bool) -> None:
-        """Go on with the epochs of a checkpoint.
+        """Continue the epochs of a checkpoint.
 
         Args:
-            stored: by `state_dict`.
-            next_epoch: the first one that has not begun.
-            allow_grown: whether rows may have been added since.
+            stored: from `state_dict`.
+            next_epoch: the first epoch that has not begun.
+            allow_grown: accept rows that were added since.
 
         Raises:
-            CheckpointError: other datasets, or grown ones without `allow_grown`; names what differs.
+            CheckpointError: the datasets differ, or have grown without `allow_grown`.
         """
         before, now = stored["datasets"], self.state_dict()["datasets"]
         faults, grown = [], [f"dataset {number} is new" for number in range(len(before), len(now))]
@@ -181,7 +172,7 @@ class Mixture:
         if grown and not allow_grown:
             raise CheckpointError(
                 f"the data has grown since the checkpoint: {'; '.join(grown)}; start with --allow-grown to finish the "
-                "epoch with the rows it began with and go on with all of them"
+                "epoch with the rows it began with and continue with all rows"
             )
         self.history = [(first, list(counts)) for first, counts in stored["history"]]
         if grown:

@@ -1,22 +1,21 @@
-"""Which rows make which optimizer step: a pure function of (seed, epoch), independent of ranks and workers.
+"""Rows of every optimizer step: a pure function of (seed, epoch), independent of ranks and workers.
 
 In: the size of every row of one or several datasets, a `PlanConfig` and a seed. Out: an endless sequence of global
-batches, each a fixed number of micro-batches, which `for_rank` deals out to any number of ranks. A size counts what the
-modality counts: audio samples, pixels along the side of an image, text tokens.
+batches, each a fixed number of micro-batches, which `for_rank` divides among any number of ranks. A size is in audio
+samples, pixels along the side of an image, or text tokens.
 
     rows --permute--> windows --cut_micro_batches--> micro-batches --shuffle--> stream --every num_micro--> steps
 
-- A pseudo-random permutation of the rows of an epoch (`mixture.py` says which) is cut into windows of at most 65,536
-  rows. Inside a window the rows are sorted by size, cut greedily into micro-batches, and those are shuffled.
+- A pseudo-random permutation of the rows of an epoch (see `mixture.py`) is cut into windows of at most 65,536 rows.
+  Inside a window the rows are sorted by size, cut greedily into micro-batches, and those are shuffled.
 - The micro-batches of all windows and epochs form one stream without gaps; a global batch is its next
   `num_micro` elements. Nothing is dropped: the last global batch of an epoch is completed from the
   beginning of the next one, and a dataset smaller than a global batch repeats inside it.
-- A position is (epoch, window, micro-batch in the window). Opening one costs one window, however many rows
-  the dataset has.
+- A position is (epoch, window, micro-batch in the window). Opening one computes one window, for any number of rows.
 
-Order within a window: spec section 14. A dataset of one window has exactly the reference's order.
-Differs from fairseq: a global batch is formed before it is split over ranks, and its size is stated as a whole, so
-that neither the batches nor their order change with the number of ranks.
+Order within a window: as in the official fairseq/data/data_utils.py.
+Differs from the official code: a global batch is formed before it is split over ranks, and its size is set as a whole,
+so that neither the batches nor their order change with the number of ranks.
 """
 
 import math
@@ -33,47 +32,47 @@ from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.rng import Stream, hash64
 
 WINDOW_ROWS = 65_536
-"""Most rows that are sorted by length together."""
+"""Most rows that are sorted by size together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """How rows are grouped; made from the settings of a modality, which state it in seconds, images or tokens."""
+    """Settings of grouping rows, made from a modality's settings in seconds, images or tokens."""
 
     micro_size: int
-    """Rows x largest size of one micro-batch stays within this; decides the memory needed."""
+    """Upper bound of rows x largest size of one micro-batch; sets the memory needed."""
     num_micro: int
     """Micro-batches in one global batch."""
     min_size: int
-    """Smaller rows are never drawn."""
+    """Smallest size of a row; smaller ones are never drawn."""
     max_size: int
-    """Larger rows count as this large."""
+    """Largest size of a row; larger ones count as this large."""
     crops: bool
     """True: the rows of a micro-batch are cropped to its smallest. False: they are padded to its largest."""
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches that each of `world` ranks runs per optimizer step, fillers included."""
+        """Return the micro-batches that each of `world` ranks runs in an optimizer step, fillers included."""
         return math.ceil(self.num_micro / world)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows of one forward pass on one rank."""
+    """Rows of one forward pass on one rank."""
 
     epoch: int
-    """Decides crops, augmentation and masks."""
+    """Epoch, on which crops, augmentation and masks depend."""
     rows: NDArray[np.int64]
     """(B,) row numbers in the dataset."""
     size: int
-    """S, the size that every row is brought to: of the smallest row if the plan crops, else of the largest, and at
-    most the configured maximum."""
+    """S, size of every row: that of the smallest row if the plan crops, else of the largest, and at most the configured
+    maximum."""
     weight: float = 1.0
-    """0.0 for a filler, which keeps a rank busy but must not count in the loss."""
+    """0.0 for a filler, which a rank runs but does not count in the loss."""
 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """A position in the stream: the next micro-batch to be seen."""
+    """Position in the stream: the next micro-batch."""
 
     epoch: int = 0
     window: int = 0
@@ -82,33 +81,32 @@ class SamplerState:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The micro-batches of one optimizer step over all ranks."""
+    """Micro-batches of one optimizer step over all ranks."""
 
     micro: tuple[MicroBatch, ...]
     state_after: SamplerState
-    """Where the stream stands once this batch is used; stored in the checkpoint of that step."""
+    """Position after this batch; the checkpoint of its step stores it."""
 
 
 @dataclass(frozen=True)
 class EpochEstimate:
-    """What one epoch amounts to; exact for a dataset of one window, else extrapolated from the first."""
+    """Amount of one epoch; exact for a dataset of one window, else extrapolated from the first."""
 
     steps: float
     """Optimizer steps per epoch."""
     size: float
-    """Sum of the sizes seen per epoch, after cropping or padding."""
+    """Sum of the sizes in an epoch, after cropping or padding."""
     size_per_step: float
-    """The same of one global batch."""
+    """Sum of the sizes in one global batch, on average."""
 
 
 class BatchPlan:
-    """The sequence of global batches over one dataset, or over a mixture of several."""
+    """Sequence of global batches over one dataset, or over a mixture of several."""
 
     def __init__(self, data: NDArray[np.int64] | Sequence[Dataset], *, config: PlanConfig, seed: int) -> None:
         """
         Args:
-            data: the datasets, or (N,) the sizes of the rows of the only one; may be memory-mapped, only windows of
-                them are read.
+            data: datasets, or (N,) sizes of the rows of a single one; may be memory-mapped, is read in windows.
             config: limits of batches and rows.
             seed: of the run.
 
@@ -120,11 +118,11 @@ class BatchPlan:
         self.mixture = Mixture([Dataset(sizes=data)] if isinstance(data, np.ndarray) else data, seed)
 
     def num_windows(self, epoch: int) -> int:
-        """Windows that an epoch is cut into."""
+        """Return the number of windows of an epoch."""
         return math.ceil(self.mixture.num_rows(epoch) / WINDOW_ROWS)
 
     def iter_from(self, state: SamplerState) -> Iterator[GlobalBatch]:
-        """All global batches from a position on, without end.
+        """Yield all global batches from a position on, without end.
 
         Raises:
             ShardError: no row of the dataset is large enough to be drawn.
@@ -137,11 +135,10 @@ class BatchPlan:
                 micro = []
 
     def _stream(self, state: SamplerState) -> Iterator[tuple[MicroBatch, SamplerState]]:
-        """Each micro-batch with the position of the next one."""
+        """Yield each micro-batch with the position of the next one."""
         empty_windows = 0
-        while empty_windows < 2 * self.num_windows(
-            state.epoch
-        ):  # an only row may lie in the first window, then in the last
+        # A single usable row may lie in the first window of one epoch and in the last window of the next.
+        while empty_windows < 2 * self.num_windows(state.epoch):
             batches = self.window(state.epoch, state.window)
             empty_windows = 0 if batches else empty_windows + 1
             following = self._next_window(state)
@@ -160,17 +157,17 @@ class BatchPlan:
         return SamplerState(state.epoch + 1, 0, 0)
 
     def window(self, epoch: int, window: int) -> list[MicroBatch]:
-        """The micro-batches of one window, in the order in which they are seen."""
+        """Return the micro-batches of one window, in order."""
         num_rows, num_windows = self.mixture.num_rows(epoch), self.num_windows(epoch)
         start, stop = (i * num_rows // num_windows for i in (window, window + 1))
-        places = permute(np.arange(start, stop), num_rows, hash64(self.seed, epoch, Stream.ORDER))
-        rows = self.mixture.rows(epoch, places)
+        positions = permute(np.arange(start, stop), num_rows, hash64(self.seed, epoch, Stream.ORDER))
+        rows = self.mixture.rows(epoch, positions)
         batches = cut_micro_batches(rows, self.mixture.sizes(rows), self.config)
         order = np.argsort(hash64(self.seed, epoch, Stream.SHUFFLE, window, np.arange(len(batches))))
         return [MicroBatch(epoch, *batches[i]) for i in order]
 
     def estimate_epoch(self) -> EpochEstimate:
-        """Steps and amount of one epoch, from its first window."""
+        """Estimate steps and amount of one epoch from its first window."""
         batches = self.window(0, 0)
         size = float(sum(len(b.rows) * b.size for b in batches))
         num_windows = self.num_windows(0)
@@ -182,24 +179,19 @@ class BatchPlan:
         )
 
     def state_dict(self, state: SamplerState) -> dict[str, Any]:
-        """A position, with everything that gives it its meaning, as a few plain values."""
+        """Return a position and the datasets and settings it refers to, as plain values."""
         return asdict(state) | self._settings() | self.mixture.state_dict()
 
     def load_state_dict(self, stored: Mapping[str, Any], allow_grown: bool = False) -> SamplerState:
-        """The position stored by `state_dict`.
+        """Return the position stored by `state_dict`.
 
         Args:
-            stored: what that returned.
-            allow_grown: whether datasets may have got more rows since. The epoch under way ends without them.
+            stored: from `state_dict`.
+            allow_grown: accept datasets with more rows; the current epoch ends without them.
 
         Raises:
-            CheckpointError: the stored position counts micro-batches of another dataset or another plan.
+            CheckpointError: the position refers to other datasets or settings.
         """
-        if "datasets" not in stored:
-            raise CheckpointError(
-                "data position of the checkpoint was stored by an earlier version, which counted rows otherwise; start "
-                "a new run from the weights"
-            )
         differing = [
             f"{name} was {stored.get(name)}, is {value}"
             for name, value in self._settings().items()
@@ -225,10 +217,10 @@ class BatchPlan:
 
 
 def for_rank(batch: GlobalBatch, rank: int, world: int) -> list[MicroBatch]:
-    """The micro-batches of one rank: every `world`-th, from its own number on.
+    """Return the micro-batches of one rank: every `world`-th, beginning at `rank`.
 
-    Where `world` does not divide their number, a rank without an own one at the end gets a filler of weight
-    0 (its first micro-batch again), so that all ranks run the same number of forward passes.
+    If `world` does not divide their number, ranks with fewer get a filler of weight 0 (their first micro-batch again),
+    so that all ranks run the same number of forward passes.
     """
     own = list(batch.micro[rank::world])
     if len(own) < math.ceil(len(batch.micro) / world):
@@ -242,12 +234,12 @@ def cut_micro_batches(
     """Group rows of similar size: sort by size, largest first, and cut greedily.
 
     Args:
-        rows: (n,) row numbers in random order, which decides between rows of equal size.
+        rows: (n,) row numbers in random order, which rows of equal size keep.
         sizes: (n,) their sizes.
-        config: limits; rows below `min_size` are left out.
+        config: limits; rows below `min_size` are skipped.
 
     Returns:
-        Groups of (row numbers, size that every row is brought to), largest first.
+        Groups of (row numbers, size of every row in the batch), largest first.
     """
     usable = sizes >= config.min_size
     counted = np.minimum(sizes[usable], config.max_size)

@@ -1,4 +1,4 @@
-"""A pseudo-random permutation of any number of rows, of which only the places asked for are computed."""
+"""Pseudo-random permutation of any number of rows, computed only at the given positions."""
 
 import math
 
@@ -11,10 +11,10 @@ _FEISTEL_ROUNDS = 6
 
 
 def permute(positions: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where a pseudo-random permutation of 0..size-1 sends given positions, in O(1) each.
+    """Apply a pseudo-random permutation of 0..size-1 to given positions, in O(1) each.
 
-    A Feistel network permutes the smallest square power of two that holds `size`; a value outside the range
-    is sent through it again until it falls inside, which keeps the whole a permutation (cycle walking).
+    A Feistel network permutes the smallest square power of two that holds `size`. It is applied again to values outside
+    the range until they fall inside, which keeps the result a permutation (cycle walking).
 
     Args:
         positions: (n,) integers below `size`.

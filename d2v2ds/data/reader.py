@@ -1,4 +1,4 @@
-"""`Reader`: packed folders of one modality as training and evaluation see them, and checks that all readers share."""
+"""`Reader`: protocol that turns packed folders of one modality into inputs, and checks that all readers share."""
 
 import math
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from d2v2ds.masking import MaskConfig, masked_count
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What a modality's amounts are counted in, and how metrics call them."""
+    """Unit of a modality's amounts, and its metrics."""
 
     name: str
-    """In the plural: seconds, images, tokens. Batch settings and throughput count in it."""
+    """Plural of the unit, as in batch settings and throughput: seconds, images, tokens."""
     label: str
-    """With what is counted: seconds of audio."""
+    """Unit with its noun, such as seconds of audio."""
     total_metric: str
-    """Metric of the amount seen since the run began, such as data/hours."""
+    """Metric of the amount read since the run began, such as data/hours."""
     total_size: float = 1.0
-    """Units in one of that metric."""
+    """Units in one of that metric, such as 3600 seconds."""
     total_help: str
     """Unit and reduction of that metric."""
     speed_metric: str
@@ -33,7 +33,7 @@ class Unit:
     speed_help: str
     """Unit and reduction of that metric."""
     larger: tuple[tuple[float, str], ...] = ()
-    """Larger units for people, largest first: how many of this one make one, and its name."""
+    """Larger units for messages, largest first: number of these units in one, and name."""
 
 
 class DataSettings(Protocol):
@@ -45,7 +45,7 @@ class DataSettings(Protocol):
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """How often the rows of each folder are seen, relative to the others."""
+        """Relative frequency with which the rows of each folder are drawn."""
 
     @property
     def loss_weight(self) -> float:
@@ -60,17 +60,17 @@ class DataSettings(Protocol):
         """Amount of one optimizer step over all ranks, in the modality's unit."""
 
     def largest_samples(self, network: Any) -> tuple[float, int]:
-        """Samples of one optimizer step if all have the greatest size, and that size."""
+        """Return the samples of one optimizer step if all have the largest size, and that size."""
 
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
 
 
 class TokenCounter(Protocol):
-    """What every reader asks of the network's settings."""
+    """Settings of a network, as every reader needs them."""
 
     def num_tokens(self, size: int) -> int:
-        """T that the network makes of an input of this size."""
+        """Return the number of tokens T of an input of this size."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,16 @@ class Reader(Protocol):
     modality: str
     """Name of the modality."""
     unit: Unit
-    """What throughput counts."""
+    """Unit of amounts and throughput."""
     mask: MaskConfig | None
-    """Masks to be drawn for every input; None for none."""
+    """Masks of every input; None for none."""
 
     @property
     def network(self) -> TokenCounter:
         """Settings of the network that reads the inputs."""
 
     def __len__(self) -> int:
-        """Rows of all folders."""
+        """Return the number of rows of all folders."""
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -109,33 +109,33 @@ class Reader(Protocol):
         """(N,) sizes of the rows of the only folder, as the plan counts them."""
 
     def plan_config(self) -> PlanConfig:
-        """How rows are grouped into batches."""
+        """Return the settings of grouping rows into batches."""
 
     def units(self, num_rows: int, size: int) -> float:
-        """Amount of `num_rows` inputs of this size, in `unit`."""
+        """Return the amount of `num_rows` inputs of this size, in `unit`."""
 
     def read(self, micro: MicroBatch, seed: int) -> Examples:
-        """Read the inputs of a micro-batch, cropped and augmented: a function of (seed, epoch, row) for each row.
+        """Read the inputs of a micro-batch, cropped and augmented; each is a function of (seed, epoch, row).
 
         Raises:
             ShardError: at least one row cannot be read.
         """
 
     def read_whole(self, row: int) -> Tensor:
-        """Read one input as evaluation sees it, without random crops or augmentation, and without batch dimension.
+        """Read one input without random crops, augmentation and batch dimension, for evaluation.
 
         Raises:
             ShardError: the row cannot be read.
         """
 
     def faults(self) -> list[str]:
-        """Return one message for each way in which folder, settings and network do not fit each other."""
+        """Return one message for each contradiction between folder, settings and network."""
 
     def misfits(self) -> list[str]:
-        """Return the part of `faults` that matters to evaluation too: why the network cannot read this folder."""
+        """Return the `faults` that keep the network from reading this folder, also in evaluation."""
 
     def remarks(self) -> list[str]:
-        """Return messages about what fits but may not be meant; they are logged at the start."""
+        """Return messages about settings that work but may be a mistake; the run logs them at the start."""
 
 
 def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float, largest_row: float) -> list[str]:
@@ -146,7 +146,7 @@ def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float,
         unit: of the three amounts, in the plural.
         global_batch: of one optimizer step.
         micro_batch: of one forward pass.
-        largest_row: the most that one row can be.
+        largest_row: of one row, at most.
     """
     faults = []
     if micro_batch < largest_row:
@@ -178,9 +178,9 @@ def mask_faults(mask: MaskConfig | None, num_tokens: int, where: str) -> list[st
     """Return a message if these masks cannot be drawn.
 
     Args:
-        mask: settings; None draws nothing.
+        mask: settings; None for no masks.
         num_tokens: T of the smallest input.
-        where: which input that is, for the message.
+        where: name of that input, for the message.
     """
     if mask is None:
         return []

@@ -1,4 +1,4 @@
-"""The shard contract: names, columns, dtypes and the JSON of a shard folder. pyarrow and numpy only, no torch.
+"""Format of a shard folder: names, columns, dtypes and JSON. pyarrow and numpy only, no torch.
 
 A folder holds ``audio-00000.arrow``, ``audio-00001.arrow``, ... (Arrow IPC files, one row per example; other
 modalities by their own names), ``rows.npy`` (one fixed-size record per row), ``skipped.tsv`` and, written last of all,
@@ -28,14 +28,14 @@ ROWS_NAME = "rows.npy"
 SKIPPED_NAME = "skipped.tsv"
 
 ROW_DTYPE = np.dtype([("shard", "<u4"), ("row", "<u4"), ("size", "<i8")])
-"""One record of ``rows.npy``: number of the shard, row inside it, size of the row (`Layout.size`)."""
+"""Record of ``rows.npy``: number of the shard, row inside it, size of the row (`Layout.size`)."""
 
 PAYLOAD_CRC32 = "crc32"
-"""The column with the CRC-32 (that of zlib and gzip) of the row's payload."""
+"""Column with the CRC-32 (as in zlib and gzip) of the row's payload."""
 TEXTS_CRC32 = "texts_crc32"
-"""The column with `Layout.texts_crc32` of the row, which only those check who read its texts."""
+"""Column with `Layout.texts_crc32` of the row, checked when its texts are read."""
 FIELDS_CRC32 = "fields_crc32"
-"""The column with `Layout.fields_crc32` of the row."""
+"""Column with `Layout.fields_crc32` of the row."""
 NUMBERS: dict[pa.DataType, str] = {
     pa.int8(): "<b",
     pa.int32(): "<i",
@@ -43,25 +43,25 @@ NUMBERS: dict[pa.DataType, str] = {
     pa.int64(): "<q",
     pa.float64(): "<d",
 }
-"""How numeric columns lie in memory, in the words of `struct` and of NumPy."""
+"""Formats of numeric columns, as `struct` and NumPy name them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the rows of one modality lie in a shard."""
+    """Columns of one modality's shards."""
 
     name: str
-    """Name of the modality, and first word of the shards' names."""
+    """Name of the modality, and prefix of the shards' names."""
     fields: tuple[pa.Field, ...]
-    """Columns, less the checksums."""
+    """Columns without the checksums."""
     payload: str
-    """The column with the bytes of the example."""
+    """Column with the bytes of the example."""
     size: tuple[str, ...]
-    """The columns whose product is the size of a row in ``rows.npy``."""
+    """Columns whose product is the size of a row in ``rows.npy``."""
     total: str
-    """Under which name of `Index.totals` the sum of all sizes stands."""
+    """Name in `Index.totals` of the sum of all sizes."""
     format: frozenset[str]
-    """What `Index.format` says."""
+    """Names in `Index.format`."""
 
     @cached_property
     def columns(self) -> tuple[pa.Field, ...]:
@@ -70,14 +70,14 @@ class Layout:
 
     @cached_property
     def numbers(self) -> dict[str, str]:
-        """The numeric columns that `fields_crc32` covers, in order, with the value of `NUMBERS`; they hold no nulls."""
+        """Numeric columns that `fields_crc32` covers, in order, with the value of `NUMBERS`; they hold no nulls."""
         kinds = {one.name: NUMBERS[one.type] for one in self.columns if one.type in NUMBERS}
         del kinds[FIELDS_CRC32]
         return kinds
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """The string columns, in order."""
+        """String columns, in order."""
         return tuple(one.name for one in self.columns if one.type == pa.large_string())
 
     @cached_property
@@ -86,9 +86,9 @@ class Layout:
         return struct.Struct("<II" + "".join(kind[1:] for kind in self.numbers.values()))
 
     def fields_crc32(self, shard: int, row: int, numbers: Iterable[Any]) -> int:
-        """The checksum of a row's place and numbers, the checksums of its payload and texts among them.
+        """Compute the checksum of a row's position and numbers, which include the checksums of its payload and texts.
 
-        So no damage to the structure of a file can pass off another row, or a part of one, as this row.
+        It shows if damage to the structure of a file gives another row, or a part of one, as this row.
 
         Args:
             shard: number of the shard.
@@ -98,7 +98,7 @@ class Layout:
         return crc32(self.packing.pack(shard, row, *numbers))
 
     def texts_crc32(self, texts: Iterable[bytes | None]) -> int:
-        """The checksum of a row's texts.
+        """Compute the checksum of a row's texts.
 
         Args:
             texts: values of `texts`, UTF-8; None for null.
@@ -116,7 +116,7 @@ _CHECKSUMS = tuple(column(name, pa.uint32()) for name in (PAYLOAD_CRC32, TEXTS_C
 
 
 def shard_schema(layout: Layout, format: Mapping[str, Any]) -> pa.Schema:
-    """Return the Arrow schema of a shard; its metadata describes a shard that has lost its index.
+    """Return the Arrow schema of a shard; its metadata identifies a shard without its index.
 
     Args:
         layout: of the modality.
@@ -131,7 +131,7 @@ def shard_schema(layout: Layout, format: Mapping[str, Any]) -> pa.Schema:
 
 
 def row_sizes(layout: Layout, batch: pa.RecordBatch) -> NDArray[np.int64]:
-    """(rows,) int64, the size of every row of a record batch as ``rows.npy`` has it."""
+    """Return (rows,) int64 sizes of the rows of a record batch, as in ``rows.npy``."""
     sizes = np.ones(batch.num_rows, dtype=np.int64)
     for name in layout.size:
         sizes *= batch.column(name).to_numpy()
@@ -139,13 +139,13 @@ def row_sizes(layout: Layout, batch: pa.RecordBatch) -> NDArray[np.int64]:
 
 
 def shard_name(modality: str, number: int) -> str:
-    """``audio-00017.arrow``; numbers above 99999 simply take more digits."""
+    """Return a name such as ``audio-00017.arrow``; numbers above 99999 have more digits."""
     return f"{modality}-{number:05d}.arrow"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """What the index knows of one shard."""
+    """Entry of the index for one shard."""
 
     file: str
     rows: int
@@ -153,12 +153,12 @@ class ShardEntry:
     """Sum of the rows' sizes: samples, pixels or tokens."""
     bytes: int
     crc32: str
-    """CRC-32 (that of zlib and gzip) of the whole file, eight hexadecimal digits."""
+    """CRC-32 (as in zlib and gzip) of the whole file, eight hexadecimal digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """What the index knows of a file beside the shards."""
+    """Entry of the index for a file that is not a shard."""
 
     file: str
     bytes: int
@@ -167,22 +167,22 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """The contents of ``index.json``."""
+    """Contents of ``index.json``."""
 
     schema_version: int = SCHEMA_VERSION
     modality: str
     format: Mapping[str, Any]
-    """What a reader must know of every row, by names of `Layout.format`; audio: codec and rate."""
+    """Properties that all rows share, by names of `Layout.format`, such as codec and rate of audio."""
     settings: Mapping[str, Any]
-    """The packer's options that change the bytes of the folder."""
+    """Options of the packer that change the bytes of the folder."""
     files: int
-    """Input files, the skipped ones included; members of archives count one by one."""
+    """Number of input files, skipped ones included; each member of an archive counts."""
     files_skipped: int
     plan_sha256: str
     """Fingerprint of the list of input files, their headers and annotations."""
     rows: int
     totals: Mapping[str, Any]
-    """Sums over all rows; `Layout.total` names that of the sizes."""
+    """Sums over all rows; `Layout.total` is the name of the sum of sizes."""
     rows_file: FileEntry
     files_beside: tuple[FileEntry, ...] = ()
     """Other files that belong to the folder, such as a tokenizer."""
@@ -192,20 +192,17 @@ class Index:
 
     @property
     def num_shards(self) -> int:
-        """Shards of the folder."""
+        """Number of shards."""
         return len(self.shards)
 
     def digest(self, num_shards: int) -> str:
-        """What tells the rows of the first so many shards from others: equal if and only if they are, but for chance.
-
-        A folder that grew begins with the shards that it had.
-        """
+        """Return a hash of the rows of the first `num_shards` shards, which a folder keeps when it grows."""
         entries = "".join(f"{entry.rows}:{entry.crc32}\n" for entry in self.shards[:num_shards])
         return hashlib.sha256(entries.encode()).hexdigest()
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write ``index.json`` so that it is either absent or whole, even after a power cut."""
+    """Write ``index.json`` atomically, also in case of a power cut."""
     write_json(folder / INDEX_NAME, asdict(index))
 
 
@@ -265,7 +262,7 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def file_crc32(path: Path) -> str:
-    """CRC-32 of a file, as `ShardEntry.crc32`."""
+    """Return the CRC-32 of a file, as in `ShardEntry.crc32`."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,8 +1,8 @@
-"""One mapped Arrow file of a shard folder, and the check of each of its rows. No torch.
+"""One memory-mapped Arrow file of a shard folder, with a check of each row. No torch.
 
-In: the path, what the index says of it, and the number of a row. Out: views of that row's bytes. A row is given out
-only if its checksums are right, which also holds where structure is damaged: a wrong offset or a batch in another
-batch's place gives bytes of another checksum. Every fault of a file, also one of its file system, is a `ShardError`.
+In: the path, its entry in the index, and the number of a row. Out: views of that row's bytes, after a check of their
+checksums. The check also finds damaged structure: a wrong offset or swapped batches give other checksums. Every fault
+of a file or of its file system raises `ShardError`.
 """
 
 import os
@@ -22,7 +22,7 @@ WHAT_TO_DO = "copy the file again from where the folder was packed, or pack the 
 
 
 class ShardFile:
-    """One Arrow file; its record batches are looked at when they are first needed.
+    """One Arrow file; opens each record batch on first use.
 
     Args:
         folder: of the file.
@@ -31,7 +31,7 @@ class ShardFile:
         number: of the shard.
 
     Raises:
-        ShardError: if the file is absent, cannot be read, or is not what the index says.
+        ShardError: the file is absent, cannot be read, or differs from its entry in the index.
     """
 
     def __init__(self, folder: Path, index: Index, layout: Layout, number: int) -> None:
@@ -60,14 +60,14 @@ class ShardFile:
         self._batches: dict[int, RowBatch] = {}
 
     def is_whole(self) -> bool:
-        """Whether the mapped file still has all its bytes: to touch what was cut off would kill the process."""
+        """Return True if the mapped file still has all its bytes; reading truncated ones would kill the process."""
         try:
             return os.fstat(self._source.fileno()).st_size == self._bytes
         except OSError:
             return False
 
     def locate(self, row: int) -> "tuple[RowBatch, int]":
-        """The record batch that holds a row of this file, and the row's number in there."""
+        """Return the record batch that holds a row of this file, and the row's number in it."""
         if row >= self._starts[-1]:
             raise ShardError(f"shard file {self.path}: expected row {row}, found {self._starts[-1]} rows")
         number = bisect_right(self._starts, row) - 1
@@ -77,30 +77,30 @@ class ShardFile:
         return batch, row - self._starts[number]
 
     def _open_batch(self, number: int) -> "RowBatch":
-        place = f"shard file {self.path}"
+        name = f"shard file {self.path}"
         try:
             batch = self._reader.get_batch(number)
-            return RowBatch(batch, self._layout, self._number, self._starts[number], place)
+            return RowBatch(batch, self._layout, self._number, self._starts[number], name)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise ShardError(f"{place} batch {number}: {error}; {WHAT_TO_DO}") from error
+            raise ShardError(f"{name} batch {number}: {error}; {WHAT_TO_DO}") from error
 
 
 class RowBatch:
-    """NumPy views of one record batch, so that a row costs no Arrow object and nothing behind a buffer is touched.
+    """NumPy views of one record batch: no Arrow object for each row, and no reads beyond a buffer.
 
     Args:
         batch: of the layout's columns.
         layout: of the modality.
         shard: number of the shard.
         first: number of the first row in its shard.
-        place: how messages name the file.
+        name: of the file, for messages.
 
     Raises:
-        ValueError: if a buffer is too short for the rows.
+        ValueError: a buffer is too short for the rows.
     """
 
-    def __init__(self, batch: pa.RecordBatch, layout: Layout, shard: int, first: int, place: str) -> None:
-        self._layout, self._shard, self._first, self._place = layout, shard, first, place
+    def __init__(self, batch: pa.RecordBatch, layout: Layout, shard: int, first: int, name: str) -> None:
+        self._layout, self._shard, self._first, self._name = layout, shard, first, name
         rows = batch.num_rows
         _, offsets, data = batch.column(layout.payload).buffers()
         self._offsets, self.data = _view(offsets, "<i8", rows + 1), _view(data, "u1")
@@ -110,18 +110,18 @@ class RowBatch:
             for name, kind in (*layout.numbers.items(), (FIELDS_CRC32, "<u4"))
         }
         *self._fields, self._fields_crc32 = [values.item for values in numbers.values()]
-        self._places = {name: place for place, name in enumerate(layout.numbers)}
+        self._columns = {name: number for number, name in enumerate(layout.numbers)}
         self._texts = {name: _Texts(batch.column(name), rows) for name in layout.texts}
 
     def where(self, row: int) -> str:
-        """How a message names a row."""
-        return f"{self._place} row {self._first + row}"
+        """Return the name of a row for messages."""
+        return f"{self._name} row {self._first + row}"
 
     def numbers(self, row: int) -> list[Any]:
-        """The numeric columns of a row, in the layout's order, checked.
+        """Return the checked numeric columns of a row, in the layout's order.
 
         Raises:
-            ShardError: if they do not have their checksum.
+            ShardError: their checksum is wrong.
         """
         values = [value(row) for value in self._fields]
         found = self._layout.fields_crc32(self._shard, self._first + row, values)
@@ -130,14 +130,14 @@ class RowBatch:
         return values
 
     def number(self, row: int, name: str) -> Any:
-        """One of `numbers`."""
-        return self.numbers(row)[self._places[name]]
+        """Return one of `numbers`."""
+        return self.numbers(row)[self._columns[name]]
 
     def bounds(self, row: int) -> tuple[int, int]:
-        """Where the payload of a row begins and ends in `data`, checked with all its bytes and numbers.
+        """Return start and stop of a row's payload in `data`, after a check of its bytes and numbers.
 
         Raises:
-            ShardError: if they do not have their checksums.
+            ShardError: a checksum is wrong.
         """
         expected = self.number(row, PAYLOAD_CRC32)
         start, stop = self._offsets.item(row), self._offsets.item(row + 1)
@@ -152,15 +152,15 @@ class RowBatch:
         return start, stop
 
     def payload(self, row: int) -> NDArray[np.uint8]:
-        """(bytes,) of one row, not copied, checked like `bounds`."""
+        """Return the (bytes,) of one row without a copy, checked like `bounds`."""
         start, stop = self.bounds(row)
         return self.data[start:stop]
 
     def texts(self, row: int) -> dict[str, str | None]:
-        """The string columns of a row by name, checked.
+        """Return the checked string columns of a row by name.
 
         Raises:
-            ShardError: if they do not have their checksum.
+            ShardError: their checksum is wrong.
         """
         expected = self.number(row, TEXTS_CRC32)
         encoded = {name: texts.encoded(row) for name, texts in self._texts.items()}
@@ -177,7 +177,7 @@ class RowBatch:
 
 
 class _Texts:
-    """A string column."""
+    """String column."""
 
     def __init__(self, column: pa.Array, rows: int) -> None:
         valid, offsets, data = column.buffers()
@@ -185,7 +185,7 @@ class _Texts:
         self._offsets, self._data = _view(offsets, "<i8", rows + 1), _view(data, "u1")
 
     def encoded(self, row: int) -> bytes | None:
-        """UTF-8 of a row; offsets that point outside give other bytes, so other checksums."""
+        """Return the UTF-8 of a row; offsets outside the buffer give other bytes, so another checksum."""
         if self._valid is not None and not self._valid.item(row >> 3) >> (row & 7) & 1:
             return None
         start, stop = self._offsets.item(row), self._offsets.item(row + 1)
@@ -193,7 +193,7 @@ class _Texts:
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Raise a `ShardError` if a file is missing, unreadable, or its size in bytes is not what the index says."""
+    """Raise `ShardError` if a file is missing, unreadable, or has another size in bytes than in the index."""
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -208,7 +208,7 @@ def check_size(path: Path, expected: int) -> None:
 
 
 def _view(buffer: pa.Buffer | None, kind: str, count: int = -1) -> NDArray[Any]:
-    """The first values of a buffer; raises ValueError if it has fewer."""
+    """Return the first values of a buffer; raise ValueError if it has fewer."""
     return np.frombuffer(b"" if buffer is None else buffer, dtype=kind, count=count)
 
 

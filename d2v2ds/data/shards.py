@@ -1,9 +1,9 @@
 """`Shards`: memory-mapped random access to the rows of a packed folder. No torch.
 
-Opening costs the same for ten rows and for a hundred million: ``index.json`` is read, ``rows.npy`` is mapped,
-and a shard is opened when one of its rows is first read. Every row is checked against its checksums (`shardfile.py`):
-its payload whenever it is read, its texts only when they are. A modality adds a subclass with its layout and its own
-way to read a row. The format is that of `d2v2ds.data.schema`; `preprocessing` writes it.
+Opening reads ``index.json`` and maps ``rows.npy``, so it takes the same time for any number of rows. A shard is opened
+when one of its rows is first read. Every read checks checksums (`shardfile.py`): those of the payload, or of the texts.
+A modality adds a subclass with its layout and a function that reads a row. `preprocessing` writes the format, which
+`d2v2ds.data.schema` defines.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ from d2v2ds.data.shardfile import RowBatch, ShardFile, check_size
 from d2v2ds.errors import ShardError
 
 MAX_OPEN_SHARDS = 256
-"""Mapped shards kept at a time; each holds one file descriptor (1024 are usual per process)."""
+"""Most shards mapped at a time; each needs one file descriptor, and 1024 is a usual limit of a process."""
 _HEADER_ALIGNMENT = 64
 """Alignment of the header of a NumPy array."""
 
@@ -29,10 +29,10 @@ class Shards:
     """Rows of a packed folder, by number.
 
     Args:
-        folder: a folder that a packer has finished.
+        folder: a finished packed folder.
 
     Raises:
-        ShardError: if the folder is unfinished, of another version or modality, or its files do not fit its index.
+        ShardError: the folder is unfinished, of another version or modality, or its files differ from its index.
 
     Instances can be pickled and survive a fork; each process maps the shards it uses.
     """
@@ -40,7 +40,7 @@ class Shards:
     layout: ClassVar[Layout]
     """Columns of the shards."""
     labels: ClassVar[type]
-    """Dataclass of what `read_labels` returns; its fields are string columns of the layout."""
+    """Dataclass that `read_labels` returns; its fields are string columns of the layout."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -51,7 +51,8 @@ class Shards:
             )
         if absent := sorted(self.layout.format - set(self.index.format)):
             raise ShardError(
-                f"{self.folder}: expected {', '.join(absent)} in 'format' of its index, found {sorted(self.index.format)}"
+                f"{self.folder}: expected {', '.join(absent)} in 'format' of its index, found "
+                f"{sorted(self.index.format)}"
             )
         self._map()
 
@@ -60,11 +61,11 @@ class Shards:
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(len(self),) int64, size of every row as its layout defines it; memory-mapped."""
+        """(len(self),) int64 size of every row, as its layout defines it; memory-mapped."""
         return self.records["size"]
 
     def read_labels(self, index: int) -> Any:
-        """Return id and annotations of row `index`, without touching its payload.
+        """Return id and annotations of row `index`, without reading its payload.
 
         Raises:
             ShardError: the row is damaged, or its file cannot be read.
@@ -85,23 +86,23 @@ class Shards:
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
     def texts(self, index: int, *columns: str) -> dict[str, Any]:
-        """String columns of row `index` by name."""
+        """Return string columns of row `index` by name."""
         batch, row = self.locate(index)
         texts = batch.texts(row)
         return {name: texts[name] for name in columns}
 
     def locate(self, index: int) -> tuple[RowBatch, int]:
-        """The record batch that holds row `index`, and the row's number inside it."""
+        """Return the record batch that holds row `index`, and the row's number in it."""
         if not 0 <= index < self.index.rows:
             raise IndexError(f"{self.folder}: row {index} of {self.index.rows}")
         number, row, _ = self.records[index].item()
         return self._shard(number, row, index).locate(row)
 
     def check_size(self, index: int, size: int) -> int:
-        """The size of row `index`, of which its shard says `size`.
+        """Return `size`, the size of row `index` in its shard.
 
         Raises:
-            ShardError: ``rows.npy``, from which batches are planned, has another one.
+            ShardError: it differs from that in ``rows.npy``, from which batches are planned.
         """
         expected = int(self.records["size"][index])
         if size != expected:
@@ -112,7 +113,7 @@ class Shards:
         return size
 
     def locate_all(self, rows: NDArray[np.int64]) -> Iterator[tuple[RowBatch, int, int]]:
-        """`locate` of many rows at once, several times as fast; with the size of each."""
+        """Locate many rows, faster than one by one; yield `locate` of each, and its size in ``rows.npy``."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.index.rows:
             raise IndexError(f"{self.folder}: rows {rows.min()} to {rows.max()} of {self.index.rows}")
         records = self.records[rows]
@@ -120,7 +121,7 @@ class Shards:
             yield *self._shard(number, row, index).locate(row), size
 
     def _map_records(self) -> NDArray[np.void]:
-        """Map ``rows.npy`` without reading it. Its header is not needed: the index says what it would."""
+        """Map ``rows.npy`` without reading it; the index replaces its header."""
         entry, num_rows = self.index.rows_file, self.index.rows
         path = self.folder / entry.file
         check_size(path, entry.bytes)
@@ -138,14 +139,14 @@ class Shards:
             raise ShardError(f"{path}: expected {entry.bytes} bytes, found: {error}; pack the folder again") from error
 
     def _shard(self, number: int, row: int, index: int) -> ShardFile:
-        """The file of a shard, and a check that row `index` of the folder is row `row` of it."""
+        """Return the file of a shard; check that row `index` of the folder is row `row` of it."""
         if number >= len(self.index.shards) or self._starts[number] + row != index:
             raise ShardError(
                 f"{self.folder / self.index.rows_file.file}: row {index} cannot be row {row} of shard {number}; run "
                 "python -m preprocessing.verify on the folder"
             )
         shard = self._open.get(number)
-        if shard is None or not shard.is_whole():  # a file that was put back is opened anew
+        if shard is None or not shard.is_whole():  # opens a replaced file again
             shard = self._open[number] = ShardFile(self.folder, self.index, self.layout, number)
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)

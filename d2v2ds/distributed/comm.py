@@ -126,7 +126,7 @@ def local_rank() -> int:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Device on which this rank computes."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -143,11 +143,6 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     sums = torch.tensor(list(values), dtype=torch.float64, device=device())  # (len(values),)
     torch_dist.all_reduce(sums)
     return [float(value) for value in sums.tolist()]
-
-
-def all_agree(claim: bool) -> bool:
-    """Whether the claim holds on every rank; the same answer everywhere."""
-    return all_reduce_sum([0.0 if claim else 1.0])[0] == 0.0
 
 
 def broadcast_object(value: T) -> T:

@@ -59,8 +59,8 @@ OLD_KEYS = {
 SECOND_COPY = "hpZ computes with a second copy of the weights, which neither the teacher nor a resume writes"
 STORED_INT8 = "frozen weights would lie in int8, which neither the teacher nor a checkpoint reads"
 UNSUPPORTED_KEYS = {
-    "zero_quantized_weights": "its kernels, which DeepSpeed compiles at the start, are not tested with a teacher",
-    "zero_quantized_gradients": "its kernels, compiled by DeepSpeed at the start, are not tested with skipped blocks",
+    "zero_quantized_weights": "DeepSpeed compiles its kernels at the start; they are not tested with a teacher",
+    "zero_quantized_gradients": "DeepSpeed compiles its kernels at the start; they are not tested with skipped blocks",
     "zero_quantized_nontrainable_weights": STORED_INT8,
 }
 """Switches of `zero_optimization` that must be off."""

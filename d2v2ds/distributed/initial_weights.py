@@ -14,7 +14,7 @@ Source = Callable[[str], Tensor | None]
 
 
 @torch.no_grad()
-def start_from(
+def set_initial_weights(
     engine: DeepSpeedEngine, teacher: Teacher | None, student_source: Source, teacher_source: Source
 ) -> None:
     """Overwrite the fp32 master of the student and the averages of the teacher. Collective.
@@ -36,7 +36,7 @@ def start_from(
         return
     teacher.reset()
     _fill(teacher.shards(), teacher_source)
-    teacher.restored(num_updates=0)
+    teacher.after_restore(num_updates=0)
 
 
 def _fill(shards: dict[str, zero.Shard], source: Source) -> None:

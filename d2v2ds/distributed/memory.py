@@ -1,4 +1,4 @@
-"""Memory of weights, optimizer and teacher on one rank: what it should be. Pure arithmetic; `dist.held` measures.
+"""Memory that weights, optimizer and teacher take on one rank, by arithmetic alone.
 
 Bytes for each trained element between two optimizer steps, with c bytes for a compute weight (bf16 2, fp32 4), g for
 an accumulated gradient, Adam's two moments, W ranks; a teacher element adds the last two columns:

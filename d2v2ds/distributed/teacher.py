@@ -27,7 +27,7 @@ In another project, with `Network`, its DeepSpeed JSON `config`, `batches` and a
             teacher.update(decay)
     weights = teacher.full_state_dict()  # on rank 0, for Network().load_state_dict
 
-A network that skips some of its blocks in some steps (layer drop) calls `optimizer_step(engine)` of `dist/engine.py` in
+A network that skips some of its blocks in some steps (layer drop) calls `optimizer_step` of `distributed/engine.py` in
 place of `engine.step()`, and updates when its outcome is `applied`: at stage 3 DeepSpeed would give a skipped block the
 gradient of an earlier step. At stage 0 it also skips a gradient that is not finite, which DeepSpeed applies.
 """
@@ -175,7 +175,7 @@ class Teacher:
                 shape=shard.shape,
                 offset=shard.offset,
                 numel=shard.numel,
-                lane=self._average[name],
+                padded=self._average[name],
                 trainable=shard.trainable,
                 replicated=shard.replicated,
             )
@@ -225,11 +225,11 @@ class Teacher:
             shard.data.copy_(saved[name]["data"])
         for name, buffer in self._module.named_buffers():
             buffer.copy_(state["buffers"][name])
-        self.restored(state["num_updates"])
+        self.after_restore(state["num_updates"])
 
     @torch.no_grad()
-    def restored(self, num_updates: int) -> None:
-        """Take up averages that were written into the `data` of `shards()`. Local."""
+    def after_restore(self, num_updates: int) -> None:
+        """Go on from averages that were written into the `data` of `shards()`. Local."""
         self.num_updates = num_updates
         self._seen_step = self._student.global_steps
         self._write_working_copy()
@@ -251,34 +251,29 @@ class Teacher:
                 whole[name] = average
         return whole
 
-    def held_tensors(self) -> dict[str, list[Tensor]]:
-        """The teacher's tensors on this rank by purpose, for `memory.held_bytes`."""
-        weights = [self._working, *(param.data for param in self._module.parameters())]
-        return {"teacher_average": [self._ema], "teacher_weights": weights}
-
     # ---------------------------------------------------------------- layout
 
     def _lay_out(self) -> None:
         """Put the shards into one flat buffer, in the order of the student's memory, so that neighbours stay so."""
-        device = next(iter(self._shards.values())).lane.device
+        device = next(iter(self._shards.values())).padded.device
         frozen = [shard for shard in self._shards.values() if not shard.trainable]
-        trained = sorted((s for s in self._shards.values() if s.trainable), key=lambda s: s.lane.data_ptr())
+        trained = sorted((s for s in self._shards.values() if s.trainable), key=lambda s: s.padded.data_ptr())
         starts: dict[str, int] = {}
         spans: list[_Span] = []
         total, end = 0, -1
         for shard in trained:
-            lane = shard.lane
+            padded = shard.padded
             starts[shard.name] = total
-            if spans and lane.data_ptr() == end:
+            if spans and padded.data_ptr() == end:
                 before = spans[-1].master
-                spans[-1] = _Span(before.as_strided((before.numel() + lane.numel(),), (1,)), spans[-1].start)
-            elif lane.numel():
-                spans.append(_Span(lane, total))
-            total += lane.numel()
-            end = lane.data_ptr() + lane.numel() * lane.element_size()
+                spans[-1] = _Span(before.as_strided((before.numel() + padded.numel(),), (1,)), spans[-1].start)
+            elif padded.numel():
+                spans.append(_Span(padded, total))
+            total += padded.numel()
+            end = padded.data_ptr() + padded.numel() * padded.element_size()
         for shard in frozen:
             starts[shard.name] = total
-            total += shard.lane.numel()
+            total += shard.padded.numel()
         self._ema = torch.zeros(total, dtype=torch.float32, device=device)
         self._spans = spans
         self._starts = starts
@@ -305,11 +300,11 @@ class Teacher:
             self._working = torch.zeros(self._ema.numel(), dtype=self._dtype, device=comm.device())
         params: dict[str, Any] = dict(self._module.named_parameters())
         for name, shard in self._shards.items():
-            lane = self._working.narrow(0, self._starts[name], shard.lane.numel())
+            weights = self._working.narrow(0, self._starts[name], shard.padded.numel())
             if self._stage == 3:
-                params[name].ds_tensor.data = lane
+                params[name].ds_tensor.data = weights
             elif self._stage == 0:
-                params[name].data = lane.view(shard.shape)
+                params[name].data = weights.view(shard.shape)
         own_layout = [(n, self._starts[n], s.offset, s.numel) for n, s in self._shards.items() if s.numel]
         self._layouts = comm.gather_objects(own_layout) if self._stage in (1, 2) else []
         self._lengths = comm.gather_objects(self._working.numel()) if self._stage in (1, 2) else []

@@ -12,7 +12,7 @@ Checked against DeepSpeed 0.19. `unsupported` names the kinds of engines that ar
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ class Shard:
     """First element held here, counted in the flattened whole parameter."""
     numel: int
     """Elements held here, padding not counted; may be 0."""
-    lane: Tensor
+    padded: Tensor
     """(numel + padding,) view of the buffer that holds them: fp32 master if trainable, else the compute copy."""
     trainable: bool
     """False for a parameter with requires_grad=False, which has no master."""
@@ -48,7 +48,7 @@ class Shard:
     @property
     def data(self) -> Tensor:
         """(numel,) view without padding; writing to it writes the parameter's master."""
-        return self.lane[: self.numel]
+        return self.padded[: self.numel]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,38 +117,38 @@ def parameter_shards(engine: DeepSpeedEngine) -> dict[str, Shard]:
     return {name: of_stage(engine, name, param) for name, param in engine.module.named_parameters()}
 
 
-def _whole(name: str, param: nn.Parameter) -> Shard:
+def _replicated_shard(name: str, param: nn.Parameter) -> Shard:
     data = param.detach()
     return Shard(
         name=name,
         shape=tuple(param.shape),
         offset=0,
         numel=data.numel(),
-        lane=data.view(-1),
+        padded=data.view(-1),
         trainable=param.requires_grad,
         replicated=True,
     )
 
 
 def _stage0_shard(engine: DeepSpeedEngine, name: str, param: nn.Parameter) -> Shard:
-    return _whole(name, param)
+    return _replicated_shard(name, param)
 
 
 def _stage12_shard(engine: DeepSpeedEngine, name: str, param: Any) -> Shard:
     if not param.requires_grad:
-        return _whole(name, param)
+        return _replicated_shard(name, param)
     mapping = param._hp_mapping
     if mapping is None:  # wholly in other ranks' parts of the flat group
         flat = engine.optimizer.single_partition_of_fp32_groups[0]
-        offset, lane = 0, flat.detach()[:0]
+        offset, padded = 0, flat.detach()[:0]
     else:
-        offset, lane = int(mapping.lp_fragment_address.start), mapping.hp_fragment.detach()
+        offset, padded = int(mapping.lp_fragment_address.start), mapping.hp_fragment.detach()
     return Shard(
         name=name,
         shape=tuple(param.shape),
         offset=offset,
-        numel=lane.numel(),
-        lane=lane,
+        numel=padded.numel(),
+        padded=padded,
         trainable=True,
         replicated=False,
     )
@@ -158,16 +158,16 @@ def _stage3_shard(engine: DeepSpeedEngine, name: str, param: Any) -> Shard:
     if param.requires_grad:
         group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(param)]
         # safe_get_local_fp32_param would copy an offloaded master to the device; we want the buffer itself.
-        lane = engine.optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, start, length)
+        padded = engine.optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, start, length)
     else:
-        lane = param.ds_tensor.detach()
+        padded = param.ds_tensor.detach()
     offset, numel = stage3_interval(int(param.ds_numel), comm.rank(), comm.world())
     return Shard(
         name=name,
         shape=tuple(param.ds_shape),
         offset=offset,
         numel=numel,
-        lane=lane,
+        padded=padded,
         trainable=param.requires_grad,
         replicated=False,
     )
@@ -323,26 +323,6 @@ def clear_gradient_shards(engine: DeepSpeedEngine) -> None:
                 flat.grad.zero_()
 
 
-def held_tensors(engine: DeepSpeedEngine) -> dict[str, list[Tensor]]:
-    """Tensors of weights and optimizer that live on this rank, by purpose; their storages may be shared."""
-    params: list[Any] = list(engine.module.parameters())
-    optimizer = engine.optimizer
-    state = [v for values in client_optimizer(engine).state.values() for v in values.values() if torch.is_tensor(v)]
-    held = {
-        "weights": [p.data for p in params],
-        "master": [group.flat for group in flat_groups(engine)],
-        "optimizer": state,
-        "gradients": [p.grad for p in params if p.grad is not None],
-        "reduce_bucket": [],
-    }
-    if stage(engine) == 3:
-        held["weights"] += [p.ds_tensor for p in params]
-        held["gradients"].append(optimizer.grad_partitions_flat_buffer)
-        held["gradients"] += [g.flat.grad for g in flat_groups(engine) if g.flat.grad is not None]
-        held["reduce_bucket"] = [b.buffer for b in optimizer.ipg_buckets.values() if torch.is_tensor(b.buffer)]
-    return held
-
-
 def gather_shard(shard: Shard, values: Tensor) -> Tensor | None:
     """The whole parameter on rank 0's CPU. Collective unless replicated.
 
@@ -360,9 +340,3 @@ def gather_shard(shard: Shard, values: Tensor) -> Tensor | None:
     if comm.world() > 1:
         torch_dist.reduce(full, dst=0)
     return full.reshape(shard.shape).cpu() if comm.rank() == 0 else None
-
-
-def gather_master(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor | None]]:
-    """Each parameter's whole master in turn, on rank 0's CPU; None elsewhere. Collective, one at a time."""
-    for name, shard in parameter_shards(engine).items():
-        yield name, gather_shard(shard, shard.data)

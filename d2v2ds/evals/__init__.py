@@ -1,1 +1,1 @@
-"""Features of a trained encoder and the probes that judge them."""
+"""Features of a trained encoder, and probes on them."""

@@ -1,4 +1,4 @@
-"""Mean-pooled features of whole inputs, nothing masked."""
+"""Mean-pooled features of whole, unmasked inputs."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from d2v2ds.model.trunk import Trunk
 COLUMNS = ("label", "speaker", "text")
 """Annotations that a shard row can have."""
 BATCH_ROWS = 32
-"""Inputs of one size that are encoded together."""
+"""Most inputs of one size in a batch."""
 
 
 def annotation(shards: Shards, name: str) -> list[str | None]:
-    """One annotation of every row, None where a row has none.
+    """Return one annotation of every row, None for rows without it.
 
     Args:
         shards: the dataset.
         name: `label`, `speaker` or `text`, or the manifest column that was packed as the label.
 
     Raises:
-        ShardError: if there is no such annotation, or no row has it.
+        ShardError: there is no such annotation, or no row has it.
     """
     packed_as = shards.index.settings.get("label_column")
     column = "label" if name == packed_as else name
@@ -45,16 +45,16 @@ def annotation(shards: Shards, name: str) -> list[str | None]:
 
 @torch.inference_mode()
 def pooled_features(model: Trunk, reader: Reader, rows: Sequence[int], *, progress: str) -> list[NDArray[np.float32]]:
-    """Mean over tokens of every layer; only inputs of equal size share a batch, so none is padded or cropped.
+    """Average every layer over tokens. Inputs of equal size share a batch, so none is padded or cropped.
 
     Args:
         model: in eval mode, on any device.
-        reader: the inputs.
-        rows: which of them.
+        reader: of the inputs.
+        rows: numbers of the inputs.
         progress: label of the progress bar.
 
     Returns:
-        For the input of the first block and for each block: (N, D), in the order of `rows`.
+        (N, D) for the input of the first block and for each block, in the order of `rows`.
     """
     device = next(model.parameters()).device
     by_size = sorted(range(len(rows)), key=lambda i: int(reader.sizes[rows[i]]))

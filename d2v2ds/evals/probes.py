@@ -1,4 +1,4 @@
-"""Linear probe and nearest neighbours on frozen features (scikit-learn, extra `eval`)."""
+"""Probes on frozen features: logistic regression and nearest neighbours (scikit-learn, extra `eval`)."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class ProbeConfig:
     """Settings of both probes."""
 
     c: float = 1.0
-    """Inverse strength of logistic regression's L2."""
+    """Inverse strength of logistic regression's L2 penalty."""
     neighbours: int = 5
     """Neighbours of the kNN probe, by cosine similarity."""
 
@@ -31,16 +31,16 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Score:
-    """How well both probes do, 0 to 1, mean over folds."""
+    """Accuracies of both probes, 0 to 1, mean over folds."""
 
     hits: dict[str, NDArray[np.bool_]]
-    """Of each fold, (n,) whether logistic regression has each of its tested rows right."""
+    """(n,) for each fold: True if logistic regression predicts a tested row correctly."""
     knn: float
     """Accuracy of nearest neighbours."""
 
     @property
     def folds(self) -> dict[str, float]:
-        """Logistic regression's accuracy on each tested part."""
+        """Accuracy of logistic regression on each fold."""
         return {name: float(hits.mean()) for name, hits in self.hits.items()}
 
     @property
@@ -49,19 +49,18 @@ class Score:
         return float(np.mean(list(self.folds.values())))
 
     def to_dict(self) -> dict[str, Any]:
-        """Accuracies as plain values."""
+        """Return the accuracies as plain values."""
         return {"logistic": self.logistic, "knn": self.knn, "folds": self.folds}
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What logistic regression on some features has over the same on others, in percentage points."""
+    """Difference of logistic regression's accuracy between two sets of features, in percentage points."""
 
     points: float
     standard_error: float
-    """Of the points if neither were better, that is, if it were a coin toss which of the two has a row right that they
-    disagree on (McNemar's test, each fold for itself). The luck of the run itself, of its seed and of which speakers
-    there are comes on top."""
+    """Standard error of `points` if both were equally good, from the rows on which the two disagree (McNemar's test in
+    each fold). It does not include the variance over seeds and over the choice of speakers."""
 
 
 def gain(features: Score, others: Score) -> Gain:
@@ -76,20 +75,20 @@ def gain(features: Score, others: Score) -> Gain:
 
 @dataclass(frozen=True)
 class Fold:
-    """Which rows are fitted and which are tested."""
+    """Fitted and tested rows."""
 
     name: str
     fitted: NDArray[np.bool_]
-    """(N,)"""
+    """(N,) True for rows to fit on."""
     tested: NDArray[np.bool_]
-    """(N,)"""
+    """(N,) True for rows to test on."""
 
 
 def leave_one_out(groups: Sequence[str]) -> list[Fold]:
-    """Fit on all groups but one, test on that one, in turn.
+    """Return one fold for each group: fit on all others, test on that one.
 
     Raises:
-        ValueError: with fewer than two groups.
+        ValueError: there are fewer than two groups.
     """
     group, names = np.asarray(groups), sorted(set(groups))
     if len(names) < 2:
@@ -98,17 +97,17 @@ def leave_one_out(groups: Sequence[str]) -> list[Fold]:
 
 
 def score(features: Matrix, labels: Sequence[str], folds: Sequence[Fold], config: ProbeConfig) -> Score:
-    """Logistic regression and nearest neighbours on features that are standardised by the fitted rows.
+    """Fit and test both probes on features that are standardised by the fitted rows.
 
     Args:
-        features: (N, D); a sparse matrix is taken as it is.
+        features: (N, D); a sparse matrix is not standardised.
         labels: N classes.
         folds: at least one.
         config: of the probes.
 
     Raises:
-        ConfigError: if too little is left to fit.
-        MissingExtraError: without scikit-learn.
+        ConfigError: too few rows or classes are left to fit.
+        MissingExtraError: scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression

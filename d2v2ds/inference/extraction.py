@@ -37,7 +37,7 @@ PLAN_NAME = "plan.json"
 
 
 class Extraction:
-    """One process's view of the work: the model, the folder, and how it is divided."""
+    """The work of one process: model, folder, and bounds of the parts."""
 
     def __init__(self, options: Options, device: str | None = None) -> None:
         """
@@ -94,7 +94,7 @@ class Extraction:
         return np.maximum(1, sizes // per_token).astype(np.int64)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the parts depend on; model and shards by their contents, for they may be moved or written anew."""
+        """Everything the parts depend on; model and shards by their contents, because they may be moved."""
         index = read_index(Path(self.options.shards))
         checksum = 0
         for _, parameter in sorted(self.extractor.model.named_parameters()):  # all: norms alone are equal at init

@@ -13,7 +13,7 @@ PART_TOKENS = 1 << 17
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is extracted; a part file is reused only under equal options."""
+    """Options of an extraction; a part file is reused only under equal options."""
 
     model: str
     shards: str

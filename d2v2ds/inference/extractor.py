@@ -134,14 +134,14 @@ class FeatureExtractor:
 
     @property
     def modalities(self) -> list[str]:
-        """What the model reads."""
+        """Names of the modalities that the model reads."""
         return list(self.folder.description.model.modalities)
 
     def __call__(self, inputs: Any, *, sample_rate: int | None = None, modality: str | None = None) -> Features:
         """
         Args:
             inputs: a list of inputs, or one. Recordings: paths, or samples (S,), (C, S), (S, C) as array or tensor.
-                Pictures: paths or PIL images. Texts: strings, or ids (S,) with <s> and </s>.
+                Pictures: paths of image files or PIL images. Texts: strings, or ids (S,) with <s> and </s>.
             sample_rate: of samples (Hz).
             modality: which encoder; needed where the model has several.
 
@@ -243,7 +243,7 @@ def batches_by_size(sizes: Sequence[int], most: int, num_tokens: Callable[[int],
 
 
 def _collate(sources: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor | None]:
-    """Stack sources, padded at the end of the last axis: (b, ..., S) and padding (b, S), None if all have one length."""
+    """Stack sources, padded at the end of the last axis: (b, ..., S) and padding (b, S) or None."""
     lengths = torch.tensor([source.shape[-1] for source in sources])
     if bool((lengths == lengths[0]).all()):
         return torch.stack(list(sources)), None

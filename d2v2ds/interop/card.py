@@ -53,7 +53,7 @@ def _example(name: str, modality: str) -> list[str]:
 
 
 def _facts(origin: dict[str, Any]) -> list[str]:
-    """One line for each thing that is known."""
+    """One line for each known fact."""
     lines = [f"- {key.replace('_', ' ')}: {_text(origin[key])}" for key in SHOWN if origin.get(key)]
     for modality, facts in origin.get("data", {}).items():
         lines.append(f"- trained on {modality}: " + ", ".join(f"{key} {_text(value)}" for key, value in facts.items()))

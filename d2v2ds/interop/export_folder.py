@@ -38,7 +38,7 @@ FORMAT = "d2v2ds-model"
 SCHEMA_VERSION = 1
 FILE_SUFFIX = ".safetensors"
 DESCRIPTION_KEY = "d2v2ds"
-"""Where the metadata of a single file hold what config.json holds of a folder."""
+"""Metadata key of a single file for what config.json holds in a folder."""
 CONFIG_NAME = "config.json"
 PIECE_BYTES = 5_000_000_000
 """Weights of more bytes are divided into several files."""
@@ -52,12 +52,12 @@ Preprocessing = dict[str, dict[str, Any]]
 """Modality -> what happens to its input before the network reads it; `Modality.describe_preprocessing` makes it."""
 
 METADATA = {"format": "pt"}
-"""What transformers expects in every file."""
+"""Metadata that transformers expects in every file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What config.json says of the weights."""
+    """Contents of config.json."""
 
     model: TrunkConfig
     objective: dict[str, Any] | None = None
@@ -87,12 +87,12 @@ class Kind:
 
     @property
     def num_bytes(self) -> int:
-        """Of its elements."""
+        """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @staticmethod
     def of(tensor: Tensor) -> "Kind":
-        """Those of a tensor."""
+        """Kind of a tensor."""
         return Kind(tuple(tensor.shape), tensor.dtype)
 
 
@@ -101,7 +101,7 @@ Layout = Mapping[str, Kind]
 
 
 def is_export(path: Path) -> bool:
-    """Whether the folder was written by us, of whatever version; many other programs write a config.json too."""
+    """Return True if d2v2ds wrote the folder; many other programs write a config.json too."""
     try:
         values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -110,7 +110,7 @@ def is_export(path: Path) -> bool:
 
 
 def is_exported_file(path: Path) -> bool:
-    """Whether the file was written by us."""
+    """Return True if d2v2ds wrote the file."""
     try:
         metadata = _metadata(path)
     except CheckpointError:
@@ -149,7 +149,7 @@ class ModelFolder:
             raise CheckpointError(f"{path}: not the description of a model: {error}") from error
 
     def has(self, part: Part) -> bool:
-        """Whether the part is there."""
+        """Return True if the part is there."""
         return bool(self._files(part)) and bool(self.layout(part))
 
     def layout(self, part: Part) -> dict[str, Kind]:
@@ -173,7 +173,7 @@ class ModelFolder:
                     yield name, handle.get_tensor(stored)
 
     def tensor(self, part: Part, name: str) -> Tensor:
-        """One tensor, as stored; its bytes are read when they are used.
+        """Read one tensor as stored; its bytes are read when they are used.
 
         Raises:
             KeyError: there is no such tensor.
@@ -253,8 +253,8 @@ def _of_this_version(where: Path, values: Any) -> dict[str, Any]:
         raise CheckpointError(f"{where}: expected format {FORMAT}, found {kind!r}; was it written by another tool?")
     if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{where}: expected schema version {SCHEMA_VERSION}, found {version}; export the run again with this version "
-            "of d2v2ds, or install the version that wrote it"
+            f"{where}: expected schema version {SCHEMA_VERSION}, found {version}; export the run again with this "
+            "version of d2v2ds, or install the version that wrote it"
         )
     return dict(values)
 

@@ -31,7 +31,7 @@ from d2v2ds.io.safetensors_header import make_header
 
 
 def write_file(path: Path, description: Description, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """One file that loads with `d2v2ds.load_model`, and with safetensors alone; whole or not there.
+    """Write one file that loads with `d2v2ds.load_model` and with safetensors alone; whole or not there.
 
     Args:
         path: to write; an earlier file of ours is replaced.

@@ -23,8 +23,8 @@ from d2v2ds.io.safetensors_header import DTYPES, make_header
 BLOCK_BYTES = 8 << 20
 
 
-class Writing:
-    """Files being written by a thread, each with its checksum computed by the caller's."""
+class TensorFileWriter:
+    """Writes files in a thread of its own while the caller's thread computes their checksums."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -32,13 +32,13 @@ class Writing:
         self.files: dict[str, dict[str, int]] = {}
         """Bytes and crc32 of each file begun, by name."""
 
-    def add(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def add_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Begin a file of contiguous CPU tensors, which must not change before `finish`."""
         header, places = make_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
         in_order = [tensors[name] for name in places]
-        self.add_parts(path, [memoryview(header), *(_bytes_of(tensor) for tensor in in_order if tensor.numel())])
+        self.add_bytes(path, [memoryview(header), *(_bytes_of(tensor) for tensor in in_order if tensor.numel())])
 
-    def add_parts(self, path: Path, parts: list[memoryview]) -> None:
+    def add_bytes(self, path: Path, parts: list[memoryview]) -> None:
         """Begin a file of any content."""
         self._jobs.append(self._thread.submit(_write_and_sync, path, parts))
         size = checksum = 0
@@ -62,8 +62,8 @@ class Writing:
         return self.files
 
 
-class TensorFile:
-    """One file that is read from its beginning to its end, once."""
+class TensorFileReader:
+    """Reads one file from its beginning to its end, once."""
 
     def __init__(self, path: Path, num_bytes: int, crc32: int) -> None:
         """Read the header.
@@ -83,7 +83,7 @@ class TensorFile:
                 self._head = prefix + file.read(min(struct.unpack("<Q", prefix)[0], num_bytes))
             entries = json.loads(self._head[8:])
             self.metadata: dict[str, str] = entries.pop("__metadata__", {})
-            """What was given to `Writing.add`."""
+            """The metadata given to `TensorFileWriter.add_tensors`."""
             self._entries = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"])
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error

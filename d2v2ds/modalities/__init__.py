@@ -1,1 +1,1 @@
-"""What is particular to speech, images and text."""
+"""Everything that belongs to one kind of input: speech, images, text. Nothing outside compares their names."""

@@ -55,14 +55,14 @@ class Inference(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HubInput:
-    """How transformers calls an input and its preprocessor."""
+    """Names of an input and its preprocessor in transformers."""
 
     argument: str
     """Argument of the model's forward."""
     example: str
     """Line of the model card that extracts features."""
     is_padded: bool = True
-    """Whether `attention_mask` marks padding of the source."""
+    """True if `attention_mask` marks padding of the source."""
     pad_id: int | None = None
     """Id that is padding where no `attention_mask` is given; None for inputs that are not ids."""
     modules: Callable[[dict[str, Any]], list[str]] = lambda preprocessing: []
@@ -73,14 +73,14 @@ class HubInput:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphInput:
-    """How the input of an ONNX graph looks."""
+    """Input of an ONNX graph."""
 
     axes: tuple[str, ...]
     """Names of its free axes."""
     padding: float | None
     """Value at padded places; None if nothing is ever padded."""
     sizes: Callable[[Any, Sequence[int]], list[int]]
-    """(network settings, numbers of tokens) -> sizes of inputs with about so many tokens, as far as the model allows."""
+    """(network settings, numbers of tokens) -> sizes of inputs with about so many tokens, if the model takes them."""
     draw: Callable[[Any, int, int, torch.Generator], Tensor]
     """(network settings, rows, size, generator) -> noise."""
 

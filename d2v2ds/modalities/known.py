@@ -1,4 +1,4 @@
-"""Which modalities there are: those that are shipped, and those of installed packages.
+"""Modalities by name: those shipped with d2v2ds, and those of installed packages.
 
 A package of another project adds one by an entry point, in its own pyproject.toml:
 

@@ -41,7 +41,7 @@ class Baseline:
 
 
 class Modality:
-    """What a kind of input answers for itself."""
+    """One kind of input."""
 
     name: ClassVar[str]
     """Key in the configuration, and first word of the shards' names."""
@@ -58,23 +58,27 @@ class Modality:
     reader: ClassVar[Callable[..., Reader]]
     """(joined shards, data settings, network settings, masks or None) -> reader."""
     unit: ClassVar[Unit]
-    """What amounts are counted in."""
+    """Unit of amounts."""
     probe: ClassVar[ProbeDefaults] = ProbeDefaults()
     """Settings of a probe where none are given."""
     baseline: ClassVar[Baseline | None] = None
     """Features without a model, as a yardstick for a probe."""
     hub: ClassVar[HubInput | None] = None
-    """How transformers calls the input; None: exports carry no files for transformers."""
+    """Name of the input in transformers; None: exports carry no files for transformers."""
     graph: ClassVar[GraphInput | None] = None
-    """How the input of an ONNX graph looks; None: no ONNX export."""
+    """Input of an ONNX graph; None: no ONNX export."""
 
     def run_length(self, run: Any) -> float | None:
         """Amount, in `unit`, that the section `run` asks for in a setting of this modality; None if it does not."""
         return None
 
     def whole_inputs(self, folder: Path, preprocessing: Mapping[str, Any]) -> DataSettings:
-        """Data settings that read a folder for evaluation, as a model with this preprocessing expects it."""
-        raise NotImplementedError
+        """Data settings that read a folder for evaluation, as a model with this preprocessing expects it.
+
+        Raises:
+            ConfigError: the modality has no such settings.
+        """
+        raise ConfigError(f"{self.name}: packed folders cannot be read for evaluation; the modality lacks whole_inputs")
 
     def describe_preprocessing(self, network: Any, data: Any | None, index: Index | None) -> dict[str, Any]:
         """Describe what happens to an input before the network reads it; travels with exported weights.

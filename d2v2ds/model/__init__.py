@@ -1,1 +1,1 @@
-"""The data2vec 2.0 networks in plain PyTorch: no files, no ranks, no DeepSpeed."""
+"""Networks of data2vec 2.0 in plain PyTorch: no files, no ranks, no DeepSpeed."""

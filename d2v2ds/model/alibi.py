@@ -1,8 +1,7 @@
-"""ALiBi: attention logits that fall with distance, with a learned scale (spec section 4).
+"""ALiBi: attention logits that fall with distance (arXiv 2108.12409), with a learned scale.
 
-The bias of two tokens is -slope_h * max(scale_h, 0) * |i - j| where i and j are their places in the
-*unmasked* sequence. It is computed from the positions of the visible tokens alone; a bias over all
-T x T pairs of every student row, as in the reference, is never built.
+The bias of two tokens is -slope_h * max(scale_h, 0) * |i - j|; i and j are their positions in the *unmasked* sequence.
+It is computed from the positions of the visible tokens alone. The official code computes it for all T x T pairs first.
 """
 
 import math
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """One slope per head (arXiv 2108.12409; spec section 4).
+    """Return one slope for each head (arXiv 2108.12409).
 
     For a power of two the slopes are 2^(-8 i / H), i = 1..H. Otherwise the slopes of the largest power
     of two below H come first, then every second slope of the list for twice that power.
@@ -25,7 +24,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None) -> Tensor | None:
-    """Write the bias out.
+    """Compute the bias of every pair of tokens.
 
     Args:
         positions: (R, N) int64.
@@ -37,8 +36,8 @@ def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None
     """
     bias = None
     if penalty is not None:
-        places = positions.float()
-        distance = (places[:, None, :] - places[:, :, None]).abs_()  # (R, N, N)
+        points = positions.float()
+        distance = (points[:, None, :] - points[:, :, None]).abs_()  # (R, N, N)
         bias = distance[:, None] * -penalty[None, :, None, None]  # (R, H, N, N)
     if padding is not None:
         if bias is None:
@@ -50,30 +49,30 @@ def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceBias:
-    """What attention adds to its logits: a distance penalty, padded keys, or both.
+    """Terms added to the attention logits: a distance penalty, padded keys, or both.
 
     `dense` serves the explicit and SDPA paths and is shared by every block; the rowwise path and FlexAttention
     compute the same values on the fly from `positions` and `penalty` and need no `dense`.
     """
 
     positions: Tensor
-    """(R, N) int64, place of each token in the unmasked sequence."""
+    """(R, N) int64, position of each token in the unmasked sequence."""
     penalty: Tensor | None
     """(H,) fp32, penalty per token of distance, >= 0; None without ALiBi."""
     padding: Tensor | None
-    """(R, N) bool, True = this key is padding; None where nothing is padded."""
+    """(R, N) bool, True = this key is padding; None if nothing is padded."""
     dense: Tensor | None
     """(R or 1, H or 1, N, N) fp32, already negative, -inf at padded keys."""
 
-    def written_out(self) -> Tensor | None:
-        """`dense`, computed now if nobody did before."""
+    def to_dense(self) -> Tensor | None:
+        """Return `dense`; compute it if it is None."""
         return self.dense if self.dense is not None else dense_bias(self.positions, self.penalty, self.padding)
 
 
 class Alibi(nn.Module):
-    """The learned scale of one modality's ALiBi; fp32 arithmetic whatever the parameter's dtype.
+    """Learned scale of one modality's ALiBi; computes in fp32 for any dtype of the parameter.
 
-    A scale below zero gives no bias and no gradient, as in the reference.
+    A scale below zero gives no bias and no gradient, as in the official code.
     """
 
     slopes: Tensor
@@ -83,7 +82,7 @@ class Alibi(nn.Module):
         Args:
             num_heads: H.
             learned: whether the scale is trained.
-            per_head: one scale per head rather than one for all.
+            per_head: one scale for each head instead of one for all.
             num_layers: number of blocks (prenet and shared) if every block has its own scale, else None.
         """
         super().__init__()
@@ -93,6 +92,6 @@ class Alibi(nn.Module):
         )  # (L or 1, H or 1)
 
     def forward(self) -> Tensor:
-        """(L or 1, H) fp32: penalty per token of distance, for every block or for all."""
+        """Return (L or 1, H) fp32: penalty per token of distance, of each block or of all."""
         slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=torch.float32, device=self.scale.device)
         return self.scale.float().clamp(min=0) * slopes

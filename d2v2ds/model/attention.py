@@ -1,6 +1,6 @@
-"""Self-attention with an additive distance bias, behind one function and four implementations.
+"""Self-attention with an additive distance bias: one function, four implementations.
 
-`explicit` writes the logits out and is the reference of the tests. `rowwise` is for training on a CPU. `sdpa` is
+`explicit` computes all logits; tests compare the others with it. `rowwise` is for training on a CPU. `sdpa` is
 PyTorch's fused attention with a float bias. `flex` is FlexAttention, which computes the bias inside the kernel.
 """
 
@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.cpu.attention import rowwise
 from d2v2ds.model.cpu.dropout import dropout
-from d2v2ds.model.cpu.linear import Linear
 
 AttentionPath = Literal["auto", "explicit", "rowwise", "sdpa", "flex"]
-"""How attention is computed. `auto`: SDPA on an accelerator and in inference, rowwise where a CPU trains."""
+"""Implementation of attention. `auto`: rowwise for training on a CPU, SDPA otherwise."""
 
 DENSE_PATHS = ("explicit", "sdpa")
-"""Paths that need the bias written out."""
+"""Paths that read `DistanceBias.dense`."""
 
 
 def resolve_path(path: AttentionPath, device: torch.device) -> AttentionPath:
-    """What `auto` means here and now."""
+    """Replace `auto` by the implementation it stands for on this device."""
     if path != "auto":
         return path
     return "rowwise" if device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
@@ -40,12 +39,12 @@ def attend(
     dropout_rate: float = 0.0,
     path: AttentionPath = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(Dh) + bias) v.
+    """Compute softmax(q k^T / sqrt(Dh) + bias) v.
 
     Args:
         q, k, v: (R, H, N, Dh).
         bias: distance penalty and padded keys, or None.
-        dropout_rate: dropped share of the probabilities; 0 outside training.
+        dropout_rate: dropped fraction of the probabilities; 0 outside training.
         path: implementation; `flex` cannot drop probabilities.
 
     Returns:
@@ -56,15 +55,15 @@ def attend(
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (R, H, N, N)
-    dense = None if bias is None else bias.written_out()
+    dense = None if bias is None else bias.to_dense()
     if dense is not None:
-        logits = logits + dense  # fp32 logits, whatever the dtype of q
+        logits = logits + dense  # fp32 for any dtype of q
     probs = logits.float().softmax(dim=-1).to(v.dtype)
     return dropout(probs, dropout_rate, training=True) @ v
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:
-    dense = None if bias is None else bias.written_out()
+    dense = None if bias is None else bias.to_dense()
     mask = None if dense is None else dense.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_rate)
 
@@ -110,15 +109,15 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, DistanceBias | None, float], 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (spec section 2)."""
+    """Multi-head self-attention."""
 
     def __init__(self, width: int, num_heads: int, *, attention_dropout: float, path: AttentionPath) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
         self.path = path
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: DistanceBias | None) -> Tensor:
         """(R, N, D) -> (R, N, D)."""

@@ -1,7 +1,7 @@
-"""The transformer block, identical in prenet, shared trunk and teacher (spec section 2).
+"""Transformer block of prenets, shared trunk and teacher.
 
-Post-norm, as in every published configuration. The reference also has a pre-norm branch whose residual
-stream restarts from the feed-forward output; no released recipe uses it and it is not offered here.
+It is post-norm, as in every published configuration. The official code (examples/data2vec/models/modalities/modules.py)
+also has a pre-norm branch that drops the residual stream; no published configuration uses it.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
 from d2v2ds.model.cpu.dropout import add_dropped, dropout
-from d2v2ds.model.cpu.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +20,9 @@ class BlockConfig:
     """Settings that all blocks of a model share."""
 
     width: Count
-    """D."""
+    """D, width of the model."""
     num_heads: Count
-    """H; divides the width."""
+    """H, number of heads; divides the width."""
     mlp_ratio: Positive = 4.0
     """Width of the feed-forward layer over D."""
     norm_eps: PositiveOrZero = 1e-5
@@ -31,11 +30,11 @@ class BlockConfig:
     attention_dropout: Rate = 0.1
     """Dropped fraction of attention probabilities."""
     attention_output_dropout: Rate = 0.1
-    """Dropped fraction after the attention projection (`encoder_dropout` of the reference)."""
+    """Dropped fraction after the attention projection (official name: `encoder_dropout`)."""
     activation_dropout: Rate = 0.0
     """Dropped fraction after GELU, and again after the second feed-forward layer."""
     mlp_dropout: Rate = 0.1
-    """Dropped fraction of the feed-forward output in the residual branch (`post_mlp_drop`)."""
+    """Dropped fraction of the feed-forward output in the residual branch (official name: `post_mlp_drop`)."""
     attention_path: AttentionPath = "auto"
     """Implementation of attention."""
 
@@ -56,8 +55,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.width, int(config.width * config.mlp_ratio))
-        self.fc2 = Linear(int(config.width * config.mlp_ratio), config.width)
+        self.fc1 = nn.Linear(config.width, int(config.width * config.mlp_ratio))
+        self.fc2 = nn.Linear(int(config.width * config.mlp_ratio), config.width)
         self.activation_dropout = config.activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,8 +89,8 @@ class Block(nn.Module):
             bias: added to the attention logits.
 
         Returns:
-            The block's output (R, N, D), and `ffn_target` (R, N, D): the feed-forward output before
-            residual, dropout and norm, of which the teacher makes its targets.
+            The block's output (R, N, D), and `ffn_target` (R, N, D): the feed-forward output before residual, dropout
+            and norm, from which the teacher's targets are made.
         """
         x = self.norm1(add_dropped(x, self.attn(x, bias), self.attention_output_dropout, self.training))
         ffn_target = self.mlp(x)

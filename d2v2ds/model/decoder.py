@@ -1,4 +1,4 @@
-"""The convolutional decoder that predicts masked tokens from visible ones (spec section 5)."""
+"""Convolutional decoder that predicts masked tokens from visible ones (arXiv 2212.07525, section 3)."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,31 @@ from torch import Tensor, nn
 
 from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
 from d2v2ds.model.cpu.dropout import dropout
-from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.positions import SameConv, SameConv2d
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """One modality's decoder."""
+    """Settings of one modality's decoder."""
 
     width: Count
     """Channels of its convolutions."""
     depth: Count
     """Number of convolutions."""
     kernel: Count
-    """Tokens seen by each convolution."""
+    """Kernel size of each convolution (tokens)."""
     groups: Count
     """Groups of each convolution."""
     input_dropout: Rate = 0.1
     """Dropped fraction of the encoder output."""
     residual: bool = True
-    """Add a layer's input to its output wherever their widths agree."""
+    """Add a layer's input to its output if their widths are equal."""
     mask_noise_std: PositiveOrZero = 0.01
-    """Standard deviation of the noise that stands for a masked token."""
+    """Standard deviation of the noise that replaces a masked token."""
     projection_layers: Count = 1
     """Linear layers from the convolutions back to the model's width, with GELU between them."""
     projection_ratio: Positive = 2.0
-    """Width of the hidden ones over that of the convolutions; not used by a single layer."""
+    """Width of the hidden layers over that of the convolutions; unused by a single layer."""
 
     def check(self, model_width: int) -> list[str]:
         """Return one message for each width that the groups do not divide."""
@@ -44,45 +43,42 @@ class DecoderConfig:
 
 
 class MaskTokens(nn.Module):
-    """Puts visible tokens back in their places and fresh Gaussian noise everywhere else.
-
-    There is no learned mask embedding and nothing else is added.
-    """
+    """Puts visible tokens at their positions and new Gaussian noise, no learned embedding, at all others."""
 
     def __init__(self, std: float) -> None:
         super().__init__()
         self.std = std
 
     def noise(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(R, T, D) noise; a method of its own so that a comparison can replace the draw."""
+        """Draw (R, T, D) noise; a separate method, so that tests can replace the draw."""
         return torch.randn(shape, dtype=like.dtype, device=like.device).mul_(self.std)
 
     def forward(self, visible: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
-        """(R, K, D) and the places (R, K) of its tokens -> (R, T, D)."""
+        """(R, K, D) and the positions (R, K) of its tokens -> (R, T, D)."""
         rows, _, width = visible.shape
         noise = self.noise(visible, (rows, num_tokens, width))
         return noise.scatter(1, keep[..., None].expand(-1, -1, width), visible)
 
 
 def _projection(config: DecoderConfig, model_width: int) -> nn.Module:
-    """One Linear, or several with GELU between: the first widens, those between keep that width, the last returns."""
+    """Build one Linear, or several with GELU between, whose hidden layers have the wider width."""
     if config.projection_layers == 1:
-        return Linear(config.width, model_width)
+        return nn.Linear(config.width, model_width)
     hidden = int(config.width * config.projection_ratio)
     widths = [config.width] + [hidden] * (config.projection_layers - 1) + [model_width]
     layers: list[nn.Module] = []
     for w_in, w_out in zip(widths[:-1], widths[1:], strict=True):
-        layers += [Linear(w_in, w_out), nn.GELU()]
+        layers += [nn.Linear(w_in, w_out), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Decoder(nn.Module):
-    """Convolutions over all token places, then a projection."""
+    """Convolutions over all T tokens, then a projection."""
 
     def __init__(self, config: DecoderConfig, model_width: int, *, grid_side: int | None = None) -> None:
         """
         Args:
-            config: of this modality.
+            config: settings.
             model_width: D.
             grid_side: tokens per side of a square grid; None for a sequence.
         """
@@ -102,11 +98,11 @@ class Decoder(nn.Module):
         """
         Args:
             visible: (R, K, D) encoder output.
-            keep: (R, K) places of the visible tokens.
+            keep: (R, K) positions of the visible tokens.
             num_tokens: T.
 
         Returns:
-            (R, T, D) predictions, at visible places too.
+            (R, T, D) predictions, also of visible tokens.
         """
         x = self.mask_tokens(dropout(visible, self.input_dropout, self.training), keep, num_tokens)
         if self.grid_side is not None:

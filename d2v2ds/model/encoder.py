@@ -1,7 +1,7 @@
-"""`ModalityEncoder`: everything between raw input and the shared blocks (spec sections 1 and 3).
+"""`ModalityEncoder`: all modules between raw input and the shared blocks (arXiv 2212.07525, section 3).
 
-The student calls `embed`, then `visible`; the teacher owns the same modules less the local encoder
-(or with it, see `share_local_encoder`) and calls `everything`, which is `visible` with nothing masked.
+The student calls `embed`, then `visible_tokens`. The teacher calls `all_tokens`; it has the same modules, and a local
+encoder only with `share_local_encoder=false`.
 """
 
 from collections.abc import Callable
@@ -21,18 +21,18 @@ from d2v2ds.model.cpu.dropout import dropout
 
 @dataclass(frozen=True, kw_only=True)
 class PrenetConfig:
-    """The modality's own transformer blocks."""
+    """Settings of the modality's own transformer blocks."""
 
     depth: int
     """Number of blocks; 0 leaves only the input norm."""
     dropout: float
     """Dropped fraction after the input norm."""
     has_norm: bool = True
-    """Text without own blocks has no input norm."""
+    """Normalise the input; False for text without own blocks."""
 
 
 class ExtraTokens(nn.Module):
-    """Learned tokens that stand before all others, such as CLS; they have no position."""
+    """Learned tokens in front of all others, such as CLS; they have no position."""
 
     def __init__(self, number: int, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ExtraTokens(nn.Module):
 
 
 class Prenet(nn.Module):
-    """Input norm and dropout; the blocks follow as a list so that the caller can checkpoint each."""
+    """Input norm, dropout and a list of blocks, which the caller runs so that it can checkpoint each."""
 
     def __init__(self, prenet: PrenetConfig, block: BlockConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Prenet(nn.Module):
         self.width = block.width
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, N, D) -> (R, N, D): what enters the first block."""
+        """(R, N, D) -> (R, N, D), input of the first block."""
         return dropout(self.norm(x), self.dropout, self.training)
 
 
@@ -72,8 +72,8 @@ def run_blocks(
         blocks: L blocks.
         x: (R, N, D).
         biases: one for each block.
-        checkpoint: forget activations inside each block and recompute them in the backward pass.
-        kept: layer drop; False skips the block. The same on all ranks, or ZeRO-3 waits for ever.
+        checkpoint: recompute the activations of each block in the backward pass.
+        kept: layer drop; False skips the block. Ranks that differ in it block each other under ZeRO-3.
 
     Returns:
         The last output (R, N, D) and the `ffn_target` (R, N, D) of every block that ran.
@@ -93,8 +93,7 @@ def run_blocks(
 class ModalityEncoder(nn.Module):
     """Local encoder, positions, ALiBi, extra tokens and prenet of one modality.
 
-    Parameters live in submodules that are *called*, never in this module itself, because ZeRO-3 gathers a
-    module's parameters when its forward begins.
+    All parameters belong to submodules that are *called*: ZeRO-3 gathers a module's parameters when its forward begins.
     """
 
     def __init__(
@@ -113,12 +112,12 @@ class ModalityEncoder(nn.Module):
         Args:
             local: source -> (B, T, D); None in a teacher that reads the student's local features.
             num_tokens: (B,) real samples -> (B,) real tokens, for padded inputs; None if padding counts tokens.
-            fixed_positions: (B, T, D) -> (B, T, D), added to the tokens before anything is masked; or None.
+            fixed_positions: (B, T, D) -> (B, T, D), adds positions before masking; or None.
             positions: (R, T, D) with masked tokens zeroed -> (R, T, D) to be added to the visible ones; or None.
             alibi: distance penalty, or None.
             num_extra_tokens: E, learned tokens in front.
             prenet: input norm and own blocks.
-            attention_path: of the blocks; decides whether the bias is written out.
+            attention_path: implementation of the blocks' attention; some need a dense bias.
         """
         super().__init__()
         if local is not None:
@@ -137,14 +136,14 @@ class ModalityEncoder(nn.Module):
         self.attention_path = attention_path
 
     def embed(self, batch: Batch) -> Tensor:
-        """Local features (B, T, D), once per sample and before cloning."""
+        """Compute local features (B, T, D), once per sample and before cloning."""
         return self.local(batch.source)
 
-    def visible(self, local: Tensor, batch: Batch, num_blocks: int) -> tuple[Tensor, list[DistanceBias | None]]:
-        """What the student's first block reads: extra tokens, then visible ones with their positions.
+    def visible_tokens(self, local: Tensor, batch: Batch, num_blocks: int) -> tuple[Tensor, list[DistanceBias | None]]:
+        """Compute the input of the student's first block: extra tokens, then visible ones with their positions.
 
-        Position convolutions see every row at full length with masked tokens set to zero, so that neighbours cannot
-        leak them; their output is then added to the visible tokens.
+        Position convolutions read every row at full length with masked tokens set to zero, so that these cannot leak
+        through their neighbours.
 
         Args:
             local: (B, T, D).
@@ -157,42 +156,42 @@ class ModalityEncoder(nn.Module):
         masks = batch.required_masks()
         keep, masked = masks.rows()  # (R, K), (R, T)
         samples, num_masks, num_visible = masks.keep.shape
-        x = self._placed(local)
+        x = self._add_fixed_positions(local)
         width = x.shape[-1]
         every = masks.keep.reshape(samples, -1, 1).expand(-1, -1, width)  # (B, M*K, D)
         tokens = x.gather(1, every).view(-1, num_visible, width)  # (R, K, D)
         if hasattr(self, "positions"):
             cloned = x.repeat_interleave(num_masks, 0)  # (R, T, D)
-            places = self.positions(cloned.masked_fill(masked[..., None], 0))  # (R, T, D)
-            tokens = tokens + places.gather(1, keep[..., None].expand(-1, -1, width))
+            positions = self.positions(cloned.masked_fill(masked[..., None], 0))  # (R, T, D)
+            tokens = tokens + positions.gather(1, keep[..., None].expand(-1, -1, width))
         padding = self.token_padding(batch.padding, local.shape[1])  # (B, T)
         if padding is not None:
             padding = padding.repeat_interleave(num_masks, 0).gather(1, keep)  # (R, K)
         return self._first_input(tokens), self.biases(keep, padding, num_blocks)
 
-    def everything(
+    def all_tokens(
         self, local: Tensor, padding: Tensor | None, num_blocks: int, *, zero_padding: bool = False
     ) -> tuple[Tensor, list[DistanceBias | None]]:
-        """What the first block of a teacher, or of inference, reads: all tokens, nothing masked, nothing cloned.
+        """Compute the input of the first block in a teacher or in inference: all tokens, no masks, no clones.
 
         Args:
             local: (B, T, D).
             padding: (B, S) bool, True = pad, or None.
             num_blocks: blocks that need a bias.
             zero_padding: hide padding from the position convolutions, so that real tokens do not depend on it;
-                False as in the reference's training.
+                False in training, as in the official code.
 
         Returns:
             (B, E + T, D) and one bias for each block.
         """
-        x = self._placed(local)
+        x = self._add_fixed_positions(local)
         token_padding = self.token_padding(padding, local.shape[1])  # (B, T)
         if hasattr(self, "positions"):
             x = x + self.positions(x, token_padding if zero_padding else None)  # (B, T, D)
         order = torch.arange(local.shape[1], device=local.device)[None]  # (1, T): one bias serves all samples
         return self._first_input(x), self.biases(order, token_padding, num_blocks)
 
-    def _placed(self, local: Tensor) -> Tensor:
+    def _add_fixed_positions(self, local: Tensor) -> Tensor:
         return self.fixed_positions(local) if hasattr(self, "fixed_positions") else local
 
     def _first_input(self, tokens: Tensor) -> Tensor:
@@ -206,7 +205,7 @@ class ModalityEncoder(nn.Module):
         return torch.arange(length, device=real.device) >= real[:, None]
 
     def biases(self, positions: Tensor, padding: Tensor | None, num_blocks: int) -> list[DistanceBias | None]:
-        """One bias for each block, prenet blocks first; a single object unless every block has its own scale.
+        """Return one bias for each block, prenet blocks first; the same object if all share one scale.
 
         Args:
             positions: (R or 1, N) int64.
@@ -214,14 +213,13 @@ class ModalityEncoder(nn.Module):
             num_blocks: prenet and shared blocks together.
         """
         if padding is not None:
-            # Masks may hit every real token of a short text (spec section 6.4). A row that sees nothing but padding
-            # attends to it: softmax over no key at all would make the whole step NaN, as it does in the reference.
+            # Masks may hide every real token of a short text. A row that sees only padding attends to it: softmax over
+            # no key would make the whole step NaN, as it does in the official code.
             padding = padding & ~padding.all(1, keepdim=True)
-            if not torch.compiler.is_exporting():  # an exported graph cannot branch on data, and masks nothing instead
+            if not torch.compiler.is_exporting():  # an exported graph cannot branch on data
                 padding = padding if padding.any() else None
-        if (
-            self.num_extra_tokens and padding is not None
-        ):  # never padding, and never beside ALiBi: positions are not read
+        # Extra tokens are never padding. Their positions are not read: no modality has them together with ALiBi.
+        if self.num_extra_tokens and padding is not None:
             in_front = (self.num_extra_tokens, 0)
             positions, padding = F.pad(positions, in_front), F.pad(padding, in_front)
         if not hasattr(self, "alibi"):

@@ -1,7 +1,7 @@
 """Floating-point operations of the algorithm, counted from shapes. Pure functions.
 
-A multiplication and its addition count as two. Only matrix products and convolutions count, and only over the
-tokens that the algorithm must look at: visible ones in the encoder, all in position convolutions and decoder.
+A multiplication and its addition count as two. Only matrix products and convolutions count, over the tokens that the
+algorithm needs: visible ones in the encoder, all in position convolutions and decoder.
 The backward pass counts as twice the forward pass; recomputation under activation checkpointing does not count.
 """
 
@@ -13,7 +13,7 @@ from d2v2ds.shapes import ConvLayer, conv_output_length
 
 
 def block_flops(block: BlockConfig, depth: int, rows: int, tokens: int) -> float:
-    """Operations of `depth` transformer blocks on R rows of N tokens, forward."""
+    """Count operations of `depth` transformer blocks on R rows of N tokens, forward."""
     width = block.width
     linear = 2 * width * (4 * width + 2 * block.mlp_ratio * width)  # qkv and output, then the feed-forward layers
     attention = 4 * tokens * width  # logits and weighted sum
@@ -21,17 +21,17 @@ def block_flops(block: BlockConfig, depth: int, rows: int, tokens: int) -> float
 
 
 def conv_flops(widths: Sequence[int], taps: int, groups: int, rows: int, tokens: int) -> float:
-    """Operations of a stack of length-preserving convolutions, given the channels before and after each."""
+    """Count operations of a stack of length-preserving convolutions, given the channels before and after each."""
     return sum(2.0 * rows * tokens * a * b * taps / groups for a, b in zip(widths[:-1], widths[1:], strict=True))
 
 
 def linear_flops(widths: Sequence[int], rows: int, tokens: int) -> float:
-    """Operations of a stack of linear layers, given the widths before and after each."""
+    """Count operations of a stack of linear layers, given the widths before and after each."""
     return conv_flops(widths, 1, 1, rows, tokens)
 
 
 def decoder_flops(config: DecoderConfig, width: int, dimensions: int, rows: int, tokens: int) -> float:
-    """Operations of a decoder.
+    """Count operations of a decoder.
 
     Args:
         config: settings of the decoder.
@@ -48,7 +48,7 @@ def decoder_flops(config: DecoderConfig, width: int, dimensions: int, rows: int,
 
 
 def waveform_encoder_flops(layers: Sequence[ConvLayer], width: int, num_samples: int, size: int) -> float:
-    """Operations of strided convolutions over B waveforms of `size` samples, and of the projection to D."""
+    """Count operations of strided convolutions over B waveforms of `size` samples, and of the projection to D."""
     total, channels_in = 0.0, 1
     for i, (channels, kernel, _) in enumerate(layers):
         tokens = conv_output_length(size, layers[: i + 1])
@@ -58,5 +58,5 @@ def waveform_encoder_flops(layers: Sequence[ConvLayer], width: int, num_samples:
 
 
 def position_conv_flops(width: int, depth: int, total_kernel: int, groups: int, rows: int, tokens: int) -> float:
-    """Operations of `ConvPositions` on R rows of T tokens."""
+    """Count operations of `ConvPositions` on R rows of T tokens."""
     return conv_flops([width] * (depth + 1), max(3, total_kernel // depth), groups, rows, tokens)

@@ -1,14 +1,14 @@
-"""Every initialisation rule in one place (spec section 11), applied in this order:
+"""Initial weights, as in the official code (examples/data2vec/models/data2vec2.py and modalities/):
 
 | module | weight | bias |
 |---|---|---|
 | front-end convolutions | Kaiming normal, fan-in, gain sqrt 2 | none |
-| patch convolution | Xavier uniform on (D, 3 * patch * patch) | the framework's uniform |
-| position and decoder convolutions | the framework's uniform | the framework's uniform |
+| patch convolution | Xavier uniform on (D, 3 * patch * patch) | torch's default |
+| position and decoder convolutions | torch's default | torch's default |
 | norms | 1 | 0 |
 | every Linear | N(0, 0.02) | 0 |
-| every embedding, tokens and places | N(0, 0.02), the row of padding 0 | |
-| then, speech: projection of the front end; speech and images: of the decoder | the framework's uniform | the same |
+| every embedding, tokens and positions | N(0, 0.02), the row of padding 0 | |
+| then, speech: projection of the front end; speech and images: of the decoder | torch's default | torch's default |
 | ALiBi scale | 1 | |
 | extra tokens | N(0, 1) | |
 """
@@ -29,10 +29,10 @@ _LINEAR_STD = 0.02
 
 
 def initialise(parts: Mapping[str, nn.Module], seed: int) -> None:
-    """Draw the parameters of some parts of a network; needs whole ones, so it runs before ZeRO-3.
+    """Draw the parameters of some modules of a network; call it before ZeRO-3 partitions them.
 
-    Each part has a random stream of its own, named after it, so that leaving one out does not change the others.
-    The state of torch's global generator is changed.
+    Each module has its own random stream, derived from its name, so that removing one does not change the others.
+    Changes the state of torch's global generator.
 
     Args:
         parts: modules on any device, by name.
@@ -47,27 +47,27 @@ def initialise(parts: Mapping[str, nn.Module], seed: int) -> None:
 
 
 def trunk_parts(trunk: Trunk) -> dict[str, nn.Module]:
-    """Parts of a trunk for `initialise`: the shared blocks and the encoder of each modality."""
+    """Return the modules of a trunk for `initialise`: the shared blocks and the encoder of each modality."""
     return {"blocks": trunk.blocks} | {f"encoders.{name}": module for name, module in trunk.encoders.items()}
 
 
 def redraw_projection(decoder: nn.Module) -> None:
-    """Draw the last layers of a decoder from the framework's uniform distribution."""
+    """Draw the projection of a decoder from torch's default distribution."""
     for module in decoder.proj.modules():  # type: ignore[union-attr]
         if isinstance(module, nn.Linear):
             module.reset_parameters()
 
 
 @contextmanager
-def undrawn() -> Iterator[None]:
-    """Modules built inside get no first weights but whatever lies in memory: for those that are overwritten at once."""
+def skip_init() -> Iterator[None]:
+    """Leave the weights of modules built inside uninitialised, for modules whose weights are overwritten anyway."""
     rules = {name: rule for name, rule in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
 
-    def leave(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def unchanged(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return tensor
 
     for name in rules:
-        setattr(nn.init, name, leave)
+        setattr(nn.init, name, unchanged)
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ def undrawn() -> Iterator[None]:
 
 
 def _draw(module: nn.Module) -> None:
-    """The rule of a module by its kind."""
+    """Apply the rule of a module's class."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=_LINEAR_STD)
         nn.init.zeros_(module.bias)
@@ -91,7 +91,7 @@ def _draw(module: nn.Module) -> None:
 
 
 def _redraw(module: nn.Module) -> None:
-    """The rule of a module by its place, which wins."""
+    """Apply the rule of a module's role, which replaces that of its class."""
     if isinstance(module, ConvLayerNorm):
         nn.init.kaiming_normal_(module.conv.weight)
     elif isinstance(module, WaveformEncoder):

@@ -1,6 +1,6 @@
-"""Local encoders: raw input to one feature vector per token, each seeing only its own surroundings.
+"""Local encoders: raw input to one feature vector per token, computed from its neighbourhood only.
 
-A waveform becomes one vector every 20 ms, an image one per patch, a text one per token (spec sections 3.1 to 3.3).
+Speech: one vector every 20 ms (arXiv 2006.11477). Images: one per patch. Text: one per token.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v2ds.model.cpu.dropout import dropout
-from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.positions import TokenConv
 from d2v2ds.shapes import PAD_ID, ConvLayer
 
@@ -32,7 +31,7 @@ class ConvLayerNorm(nn.Module):
 
 
 class ConvStack(nn.Module):
-    """The strided convolutions of the front end."""
+    """Strided convolutions of the speech front end."""
 
     def __init__(self, layers: Sequence[ConvLayer]) -> None:
         super().__init__()
@@ -57,7 +56,7 @@ class WaveformEncoder(nn.Module):
         channels = layers[-1][0]
         self.convs = ConvStack(layers)
         self.norm = nn.LayerNorm(channels, eps=_NORM_EPS)
-        self.project = Linear(channels, width)
+        self.project = nn.Linear(channels, width)
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, S) waveform -> (B, T, D)."""
@@ -66,35 +65,35 @@ class WaveformEncoder(nn.Module):
 
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
-"""Of ImageNet's channels on the scale 0 to 1 (spec section 14)."""
+"""Mean of ImageNet's channels on the scale 0 to 1."""
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def normalise_pixels(source: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, C, Y, X) uint8 pixels -> `dtype`, zero mean and unit variance by ImageNet's statistics.
 
-    Here and not in the data workers: bytes are a quarter of the memory that has to reach the device.
+    The device does this, not a data worker, because bytes are smaller to copy than floats.
     """
     mean = torch.tensor(IMAGE_MEAN, device=source.device)[:, None, None] * 255
     std = torch.tensor(IMAGE_STD, device=source.device)[:, None, None] * 255
-    pixels = source.to(torch.float32, memory_format=torch.contiguous_format)  # they come channels last
+    pixels = source.to(torch.float32, memory_format=torch.contiguous_format)  # from channels last
     return ((pixels - mean) / std).to(dtype)
 
 
 class PatchEncoder(nn.Module):
-    """One convolution whose kernel is its stride: a vector for every patch."""
+    """One convolution whose kernel equals its stride: a vector for every patch."""
 
     def __init__(self, patch_size: int, patch_width: int, width: int) -> None:
         """
         Args:
             patch_size: side of a patch in pixels.
-            patch_width: channels of the convolution; if they are not `width`, a Linear follows.
+            patch_width: channels of the convolution; if it differs from `width`, a Linear follows.
             width: D.
         """
         super().__init__()
         self.proj = nn.Conv2d(3, patch_width, patch_size, stride=patch_size)
         if patch_width != width:
-            self.widen = Linear(patch_width, width)
+            self.widen = nn.Linear(patch_width, width)
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, 3, Y, X), uint8 or normalised float -> (B, T, D), row by row."""
@@ -111,7 +110,7 @@ class TokenEncoder(nn.Module):
         """
         Args:
             vocab_size: V.
-            max_tokens: longest input; None leaves learned positions out.
+            max_tokens: longest input; None for no learned positions.
             width: D.
             rate: dropped fraction of the result.
         """
@@ -123,7 +122,7 @@ class TokenEncoder(nn.Module):
         self.rate = rate
 
     def forward(self, source: Tensor) -> Tensor:
-        """(B, S) int64 -> (B, T, D). The i-th token that is no padding has position 1 + i; padding has row 1."""
+        """(B, S) int64 -> (B, T, D). The i-th token that is not padding has position 1 + i; padding has row 1."""
         x = self.tokens(source)  # (B, T, D)
         if hasattr(self, "places"):
             real = source != PAD_ID

@@ -1,4 +1,4 @@
-"""`NetworkSettings`: what the trunk asks of the settings of one modality, and checks that all modalities share."""
+"""`NetworkSettings`: the trunk's protocol for the settings of one modality."""
 
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from d2v2ds.model.encoder import ModalityEncoder
 
 
 class NetworkSettings(Protocol):
-    """Settings of one modality's part of the network; they build it too.
+    """Settings of one modality's modules, and the functions that build them.
 
     A modality's settings are a frozen dataclass with these members, such as `modalities.audio.network.AudioNetwork`.
     """
@@ -24,17 +24,17 @@ class NetworkSettings(Protocol):
 
     @property
     def grid_side(self) -> int | None:
-        """Tokens per side where they form a square grid; None for a sequence."""
+        """Tokens per side of a square grid; None for a sequence."""
 
     @property
     def has_small_decoder_projection(self) -> bool:
-        """True if the last layer of a decoder starts from N(0, 0.02), False if from the framework's uniform draw."""
+        """True: the projection of a decoder starts from N(0, 0.02). False: from torch's default distribution."""
 
     def num_tokens(self, size: int) -> int:
-        """T that the local encoder makes of an input of this size."""
+        """Number of tokens T of an input of this size."""
 
     def build_encoder(self, block: BlockConfig, shared_depth: int, *, with_local: bool) -> ModalityEncoder:
-        """Build local encoder, positions and prenet; without local encoder for a teacher that shares the student's."""
+        """Build local encoder, positions and prenet; no local encoder for a teacher that shares the student's."""
 
     def build_decoder(self, decoder: DecoderConfig, width: int) -> Any:
         """Build the decoder that predicts masked tokens: (visible, keep, T) -> (R, T, D)."""

@@ -1,6 +1,6 @@
-"""Where a token is: convolutions over tokens for speech, a fixed table for images (spec sections 3.1 and 3.2).
+"""Positions of tokens: convolutions for speech (arXiv 2006.11477), a fixed table for images (arXiv 2111.06377).
 
-The convolutions of the decoders are the same and live here too.
+Decoders use the same convolutions.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class _StridedConv(torch.autograd.Function):
-    """A strided convolution without padding whose backward on a CPU is a few large matrix products.
+    """Strided convolution without padding whose backward on a CPU is a few large matrix products.
 
-    With channels last, taps [i s, i s + s) of every window are s C consecutive numbers, and those of the next window
-    follow at once: a matrix without a copy. oneDNN's own backward took three times as long in fp32.
+    With channels last, taps [i s, i s + s) of every window are s C consecutive numbers, and the next window's follow
+    directly: a matrix without a copy. This is faster than oneDNN's own backward in fp32.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class _StridedConv(torch.autograd.Function):
                 windows = _windows(x[row], first, len(drow), len(factors), stride)  # (T', s C)
                 if drow.dtype == dfactors.dtype:
                     dfactors.addmm_(windows.t(), drow)
-                else:  # rows are added up in fp32
+                else:  # sum over rows in fp32
                     dfactors.add_(windows.t() @ drow)
                 if dx is not None:
                     _windows(dx[row], first, len(drow), len(factors), stride).addmm_(drow, factors.t())
@@ -46,7 +46,7 @@ class _StridedConv(torch.autograd.Function):
 
 
 def _windows(x: Tensor, first: int, count: int, width: int, stride: int) -> Tensor:
-    """(count, width) of x (T, C): row t begins at token first + t stride, and rows do not overlap."""
+    """View x (T, C) as (count, width): row t begins at token first + t stride, and rows do not overlap."""
     channels = x.shape[1]
     return x.as_strided((count, width), (stride * channels, 1), x.storage_offset() + first * channels)
 
@@ -58,10 +58,10 @@ def _token_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
 
 
 class TokenConv(nn.Conv1d):
-    """`nn.Conv1d` over tokens with channels last, (R, T, C) -> (R, T', C'), without copying either side.
+    """`nn.Conv1d` over tokens with channels last, (R, T, C) -> (R, T', C'), without copies.
 
-    It runs as a 2-D convolution of height 1 in the channels-last memory format, which is how tokens already lie.
-    The norms that follow work on channels; with channels first, each layer would be transposed twice.
+    It runs as a 2-D convolution of height 1 in the channels-last memory format, which tokens already have: the norms
+    that follow work on channels, and with channels first each layer would be transposed twice.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class TokenConv(nn.Conv1d):
 
 
 class SameConv(nn.Module):
-    """Length-preserving grouped convolution, LayerNorm over channels without gain or bias, GELU."""
+    """Length-preserving grouped convolution, LayerNorm over channels without gain and bias, GELU."""
 
     def __init__(self, in_width: int, width: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -105,14 +105,14 @@ class SameConv2d(nn.Module):
 
 
 class ConvPositions(nn.Module):
-    """A stack of wide convolutions that tells a token its surroundings, without residuals."""
+    """Stack of convolutions over neighbouring tokens, without residuals; encodes relative positions."""
 
     def __init__(self, width: int, *, depth: int, total_kernel: int, groups: int) -> None:
         """
         Args:
             width: D.
             depth: number of layers.
-            total_kernel: the layers' kernel is max(3, total_kernel // depth).
+            total_kernel: each layer's kernel is max(3, total_kernel // depth).
             groups: of each convolution.
         """
         super().__init__()
@@ -123,8 +123,8 @@ class ConvPositions(nn.Module):
         """
         Args:
             x: (R, T, D) with masked tokens zeroed.
-            padding: (R, T) bool, True = these tokens are zero to every convolution, so that a row of a padded batch
-                comes out as if it were alone. None in training: the reference lets padding through (spec section 3.1).
+            padding: (R, T) bool, True = zero this token before every layer, so that padding does not change real
+                tokens. None in training: the official code does not zero padding.
 
         Returns:
             (R, T, D).
@@ -135,9 +135,9 @@ class ConvPositions(nn.Module):
 
 
 class GridPositions(nn.Module):
-    """A fixed table of 2-D sines and cosines, added to the patches of an image (spec section 3.2).
+    """Fixed table of 2-D sines and cosines, added to the patches of an image.
 
-    It is a parameter without gradient, because that is how the official checkpoints and parameter counts have it.
+    It is a parameter without gradient, as in official checkpoints and parameter counts.
     """
 
     def __init__(self, width: int, side: int) -> None:
@@ -152,7 +152,7 @@ class GridPositions(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Write the table."""
+        """Fill the table."""
         self.table.data.copy_(sin_cos_grid(self.table.shape[-1], self.side))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class GridPositions(nn.Module):
 
 
 def sin_cos_grid(width: int, side: int) -> Tensor:
-    """(side * side, width) fp32: the first half of the channels encodes the column, the second the row.
+    """Compute (side * side, width) fp32: the first half of the channels encodes the column, the second the row.
 
     Each half is [sin(p w_j), cos(p w_j)] with w_j = 10000^(-j / (width / 4)).
     """

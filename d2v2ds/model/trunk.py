@@ -1,7 +1,6 @@
 """`Trunk`: local encoders, positions, prenets and shared blocks (arXiv 2212.07525, section 3).
 
-Tokens in, layers out. Objectives, export, extraction, probes, the hub model and ONNX graphs use it as it is; it knows
-no loss, no decoder and no teacher.
+Objectives, export, extraction, probes, the hub model and ONNX graphs use it; it has no loss, decoder or teacher.
 """
 
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ class TrunkConfig:
     """Probability of skipping a shared block in training, drawn once for all ranks."""
 
     def depth(self, modality: str) -> int:
-        """Blocks that input of this modality passes, prenet included."""
+        """Number of blocks of this modality, prenet included."""
         return int(self.modalities[modality].prenet_depth) + self.shared_depth
 
     def check(self) -> list[str]:
@@ -45,7 +44,7 @@ class TrunkConfig:
 
 
 class Trunk(nn.Module):
-    """Encoders of every modality and the blocks that they share."""
+    """Encoders of all modalities and the blocks that they share."""
 
     def __init__(
         self,
@@ -57,8 +56,8 @@ class Trunk(nn.Module):
         """
         Args:
             config: settings.
-            with_local: by modality, False leaves its local encoder out; None keeps all.
-            activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+            with_local: by modality, False for no local encoder; None keeps all.
+            activation_checkpointing: recompute the activations of each block in the backward pass.
         """
         super().__init__()
         self.config = config
@@ -76,7 +75,7 @@ class Trunk(nn.Module):
         return self.encoders[modality]  # type: ignore[return-value]
 
     def embed(self, batch: Batch) -> Tensor:
-        """Local features (B, T, D), once per sample and before cloning."""
+        """Compute local features (B, T, D), once per sample and before cloning."""
         return self.encoder(batch.modality).embed(batch)
 
     def encode_visible(self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None) -> Tensor:
@@ -92,7 +91,7 @@ class Trunk(nn.Module):
         """
         encoder = self.encoder(batch.modality)
         prenet_depth = len(encoder.prenet.blocks)
-        x, biases = encoder.visible(local, batch, prenet_depth + len(self.blocks))
+        x, biases = encoder.visible_tokens(local, batch, prenet_depth + len(self.blocks))
         x, _ = run_blocks(encoder.prenet.blocks, x, biases[:prenet_depth], checkpoint=self.activation_checkpointing)
         x, _ = run_blocks(
             self.blocks, x, biases[prenet_depth:], checkpoint=self.activation_checkpointing, kept=kept_blocks
@@ -104,7 +103,7 @@ class Trunk(nn.Module):
 
         Args:
             batch: modality, source and padding; its masks are not read.
-            local: (B, T, D) local features to use if this trunk has no local encoder of its own.
+            local: (B, T, D) local features; unused if this trunk has its own local encoder.
 
         Returns:
             Feed-forward output of every shared block before residual and norm, each (B, T, D), in order.
@@ -113,19 +112,19 @@ class Trunk(nn.Module):
         if hasattr(encoder, "local"):
             local = encoder.embed(batch)
         prenet_depth = len(encoder.prenet.blocks)
-        x, biases = encoder.everything(local, batch.padding, prenet_depth + len(self.blocks))  # (B, E + T, D)
+        x, biases = encoder.all_tokens(local, batch.padding, prenet_depth + len(self.blocks))  # (B, E + T, D)
         x, _ = run_blocks(encoder.prenet.blocks, x, biases[:prenet_depth])
         _, outputs = run_blocks(self.blocks, x, biases[prenet_depth:])  # L x (B, E + T, D)
         return [output[:, encoder.num_extra_tokens :] for output in outputs]
 
     def depth(self, modality: str) -> int:
-        """Blocks that input of this modality passes, prenet included."""
+        """Number of blocks of this modality, prenet included."""
         return self.config.depth(modality)
 
     def layers(
         self, modality: str, source: Tensor, padding: Tensor | None = None, *, depth: int | None = None
     ) -> list[Tensor]:
-        """Features of unmasked input, for probes and inference; those of real tokens do not depend on padding.
+        """Compute features of unmasked input, for probes and inference; padding does not change those of real tokens.
 
         Args:
             modality: name.
@@ -134,12 +133,11 @@ class Trunk(nn.Module):
             depth: blocks to run; None runs all.
 
         Returns:
-            Input of the first block and output of every block that ran, prenet first, each (B, T, D): without
-            extra tokens.
+            Input of the first block and output of every block that ran, prenet first, each (B, T, D): no extra tokens.
         """
         encoder = self.encoder(modality)
         blocks = [*encoder.prenet.blocks, *self.blocks][:depth]
-        x, biases = encoder.everything(encoder.local(source), padding, len(blocks), zero_padding=True)
+        x, biases = encoder.all_tokens(encoder.local(source), padding, len(blocks), zero_padding=True)
         outputs = [x]
         for block, bias in zip(blocks, biases[: len(blocks)], strict=True):
             x, _ = block(x, bias)

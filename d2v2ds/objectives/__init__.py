@@ -1,4 +1,4 @@
-"""What a run optimises: losses, targets and the teacher's network, behind the protocol `Objective`.
+"""Objectives of a run: losses, targets and the teacher's network, behind the protocol `Objective`.
 
 `ObjectiveConfig` lists the objectives; its member is chosen by the `name` of the YAML section `objective`.
 """

@@ -1,6 +1,6 @@
 """data2vec 2.0 (arXiv 2212.07525): predict the teacher's features of masked tokens.
 
-`Data2Vec2Network.forward` is one training step up to the loss, in the paper's order: embed once per sample, make the
+`Data2Vec2Network.forward` is one training step up to the loss, in the paper's order: embed each sample once, make the
 teacher's targets, encode the visible tokens of every mask, decode, and score the masked tokens. `Data2Vec2` is the
 objective around it: masks, teacher update, metrics and health.
 """
@@ -35,15 +35,14 @@ class ModalityConfig:
     """Settings of the objective for one modality."""
 
     share_local_encoder: bool
-    """True: the teacher reads the student's local features (published for speech and text). False: it has a local
-    encoder of its own (published for images), which also keeps small speech runs from collapsing to a code of
-    position."""
+    """True: the teacher reads the student's local features (published for speech and text). False: it has its own local
+    encoder (published for images), which also keeps the targets of small speech runs from encoding only positions."""
     mask: MaskConfig
     """Masks over the tokens of an input."""
     decoder: DecoderConfig
     """Decoder that predicts the masked tokens."""
     target: TargetConfig
-    """How targets are made of the teacher's layers."""
+    """Targets from the teacher's layers."""
     loss: LossConfig = LossConfig()
     """Form and scale of the loss."""
 
@@ -70,7 +69,7 @@ class Data2Vec2Config:
         return problems
 
     def scaled(self, ratio: float) -> dict[str, float]:
-        """Settings that keep what happens per sample if the global batch grows by `ratio` (arXiv 2307.13813)."""
+        """Return the settings of a global batch `ratio` times as large, equivalent per sample (arXiv 2307.13813)."""
         return {
             "ema.start_decay": self.ema.start_decay**ratio,
             "ema.end_decay": self.ema.end_decay**ratio,
@@ -83,7 +82,7 @@ class Data2Vec2Config:
 
 
 class StudentOutput(TypedDict):
-    """What one forward returns; sums are over this rank's rows. A dict, because ZeRO-3 must find the tensors."""
+    """Output of one forward; sums are over this rank's rows. A dict, because ZeRO-3 must find the tensors."""
 
     losses: dict[str, Tensor]
     """Scalar fp32 sums by name."""
@@ -100,11 +99,11 @@ class StudentOutput(TypedDict):
     cls: Tensor
     """(R, D) encoder output at the last extra token, detached; (R, 0) without a CLS loss."""
     cls_wanted: Tensor
-    """(R, D) fp32 mean over tokens of each row's target; (R, 0) likewise."""
+    """(R, D) fp32 mean over tokens of each row's target; (R, 0) without a CLS loss."""
 
 
 class Data2Vec2Network(nn.Module):
-    """The student: a trunk and one decoder per modality."""
+    """Student: a trunk and one decoder for each modality."""
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class Data2Vec2Network(nn.Module):
         Args:
             trunk: settings of the trunk.
             modalities: settings of the objective by modality.
-            activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+            activation_checkpointing: recompute the activations of each block in the backward pass.
         """
         super().__init__()
         self.modalities = {name: modalities[name] for name in trunk.modalities}
@@ -144,8 +143,8 @@ class Data2Vec2Network(nn.Module):
         local = self.trunk.embed(batch)  # (B, T, D)
         if local.shape[1] != masked.shape[1]:
             raise ValueError(
-                f"masks are drawn for {masked.shape[1]} tokens, the local encoder makes {local.shape[1]} "
-                f"of source {tuple(batch.source.shape)}; data and model disagree on the number of tokens"
+                f"masks are drawn for {masked.shape[1]} tokens, the local encoder returns {local.shape[1]} "
+                f"for source {tuple(batch.source.shape)}; data and model disagree on the number of tokens"
             )
         target = teacher(batch, local.detach())  # (B, T, D)
         encoded = self.trunk.encode_visible(local, batch, kept_blocks)  # (R, E + K, D)
@@ -174,16 +173,13 @@ class Data2Vec2Network(nn.Module):
 
 
 def select_masked(x: Tensor, masked: Tensor, num_masked: int) -> Tensor:
-    """Select the masked tokens of (R, T, D), row-major: (U, D).
-
-    The count comes from the batch, so that an accelerator need not be asked for it.
-    """
+    """Select the masked tokens (U, D) of (R, T, D), row-major; U is known in advance, which avoids a device sync."""
     index = masked.flatten().nonzero_static(size=num_masked).squeeze(1)  # (U,)
     return x.flatten(0, 1).index_select(0, index)
 
 
 class Data2Vec2:
-    """The objective; an `Objective`."""
+    """`Objective` of data2vec 2.0: masks, networks, losses, metrics and health statistics."""
 
     units: Mapping[str, str] = UNITS
     run_units: Mapping[str, str] = RUN_UNITS
@@ -193,7 +189,7 @@ class Data2Vec2:
         Args:
             config: settings.
             trunk: settings of the trunk.
-            seed: of the run; decides which blocks a step drops.
+            seed: of the run; layer drop draws from it.
         """
         self.config, self.trunk, self._seed = config, trunk, seed
         self._teacher: AveragedNetwork | None = None
@@ -207,7 +203,7 @@ class Data2Vec2:
         return Data2Vec2Network(self.trunk, self.config.modalities, activation_checkpointing=activation_checkpointing)
 
     def initialise(self, network: nn.Module, seed: int) -> None:
-        """Draw the trunk, then each decoder from a random stream of its own."""
+        """Draw the trunk, then each decoder from its own random stream."""
         assert isinstance(network, Data2Vec2Network)
         initialise(trunk_parts(network.trunk), seed)
         for name, decoder in network.decoders.items():
@@ -225,12 +221,12 @@ class Data2Vec2:
         )
 
     def follow(self, teacher: AveragedNetwork | None) -> None:
-        """Take the sharded teacher."""
+        """Set the sharded teacher."""
         self._teacher = teacher
 
     @property
     def teacher(self) -> AveragedNetwork:
-        """The sharded teacher.
+        """Sharded teacher.
 
         Raises:
             RuntimeError: `follow` was not called.
@@ -240,7 +236,7 @@ class Data2Vec2:
         return self._teacher
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
-        """Run the student on one micro-batch; layer drop is drawn for each step, and off in validation."""
+        """Run the student on one micro-batch; each step draws layer drop, validation has none."""
         drop_rate = 0.0 if step is None else self.trunk.layer_drop
         kept_blocks = kept_layers(self._seed, step or 0, self.trunk.shared_depth, drop_rate)
         out: StudentOutput = network(batch, self.teacher, kept_blocks)
@@ -254,7 +250,7 @@ class Data2Vec2:
         )
 
     def flops(self, modality: str, num_samples: int, size: int) -> float:
-        """Operations of student and teacher; the student's encoder sees visible tokens only."""
+        """Count operations of student and teacher; the student's encoder reads visible tokens only."""
         own, tokens = self.config.modalities[modality], self.trunk.modalities[modality].num_tokens(size)
         visible = tokens - masked_count(own.mask, tokens)
         return step_flops(
@@ -269,13 +265,13 @@ class Data2Vec2:
         ).total
 
     def describe(self, modality: str, num_tokens: int) -> str:
-        """Masks, masked and visible tokens."""
+        """Describe masks, masked and visible tokens."""
         mask = self.config.modalities[modality].mask
         masked = masked_count(mask, num_tokens)
         return f"{mask.num_masks} masks of {masked} masked and {num_tokens - masked} visible tokens"
 
     def count(self, batch: Batch) -> int:
-        """Masked tokens."""
+        """Number of masked tokens."""
         return batch.num_masked
 
     def after_step(self, num_updates: int) -> None:
@@ -283,21 +279,21 @@ class Data2Vec2:
         self.teacher.update(ema_decay(num_updates, self.config.ema))
 
     def schedules(self, num_updates: int) -> dict[str, float]:
-        """Decay of the teacher."""
+        """Return the decay of the teacher."""
         return {"ema/decay": ema_decay(num_updates, self.config.ema)}
 
     def run_metrics(self) -> dict[str, float]:
-        """Distance of student and teacher. Collective."""
+        """Return the distance of student and teacher. Collective."""
         return {"ema/student_distance": self.teacher.student_distance()}
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
-        """Masked fraction, spread of predictions and targets, and the explained share of the targets' variance."""
+        """Return masked fraction, spread of predictions and targets, and the explained variance of the targets."""
         loss = self.config.modalities[modality].loss
         factor = None if loss.beta else loss.factor(self.trunk.block.width)
         return prediction_metrics(totals, factor)
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        """Local features, contextualised tokens, targets and predictions."""
+        """Yield local features, contextualised tokens, targets and predictions."""
         out: StudentOutput = losses.output
         keep, masked = batch.required_masks().rows()  # (R, K), (R, T)
         length = masked.shape[1]
@@ -308,7 +304,7 @@ class Data2Vec2:
         yield Vectors("pred", out["pred"], masked.nonzero()[:, 1], length)
 
     def held_out_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        """Targets and predictions at masked tokens."""
+        """Yield predictions and targets at masked tokens."""
         out: StudentOutput = losses.output
         _, masked = batch.required_masks().rows()
         positions, length = masked.nonzero()[:, 1], masked.shape[1]
@@ -316,5 +312,5 @@ class Data2Vec2:
         yield Vectors("target", out["wanted"], positions, length)
 
     def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
-        """Bounds below or above which a run has collapsed."""
+        """Return the bounds that a collapsed run crosses."""
         return health_limits(bounds)

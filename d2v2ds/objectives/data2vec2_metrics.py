@@ -1,4 +1,4 @@
-"""Metrics and health limits of data2vec 2.0: names, units, and how they follow from summed statistics."""
+"""Metrics and health limits of data2vec 2.0: names, units, and their computation from summed statistics."""
 
 from d2v2ds.objectives.loss import channel_variances, mean_channel_std
 from d2v2ds.objectives.protocol import HealthBounds, HealthLimit, Totals
@@ -12,9 +12,9 @@ UNITS = {
     "loss/cls": "CLS loss on the same scale, weight included",
     "mask/fraction": "masked tokens / tokens; global",
     "target/std": "standard deviation of the targets at masked tokens, mean over channels; over the interval and all "
-    "ranks (target_var of the reference)",
+    "ranks (official name: target_var)",
     "target/explained": "1 - loss / (loss scale x sum of the targets' channel variances): share predicted",
-    "pred/std": "standard deviation of the predictions; over the interval and all ranks (pred_var of the reference)",
+    "pred/std": "standard deviation of the predictions; over the interval and all ranks (official name: pred_var)",
     "local/std": "standard deviation of local features, mean over channels; mean over ranks",
     "context/std": "standard deviation of the last shared block's output; mean over ranks",
     "optim/grad_norm/decoder": "norm of the decoder's gradient before clipping; every log_every_steps-th step; global",
@@ -22,7 +22,7 @@ UNITS = {
 
 
 def prediction_metrics(totals: Totals, loss_factor: float | None) -> dict[str, float]:
-    """How much predictions and targets vary, and how much of the targets is predicted.
+    """Return the variation of predictions and targets, and the predicted share of the targets' variance.
 
     Args:
         totals: over all ranks; statistics `moments` (2, 2, D), of predictions and of targets, and `tokens`.
@@ -42,10 +42,10 @@ def prediction_metrics(totals: Totals, loss_factor: float | None) -> dict[str, f
 
 
 def health_limits(bounds: HealthBounds) -> list[HealthLimit]:
-    """Limits of the statistics that tell a collapse: instance norm keeps the variance of collapsed targets near one."""
-    low_rank = "the targets have become a code of few dimensions; raise the EMA decay, lower lr.peak"
+    """Return the limits of statistics that show a collapse; variance alone does not, because of instance norm."""
+    low_rank = "the targets use few dimensions; raise the EMA decay, lower lr.peak"
     position = (
-        "the targets have become a code of position; for small runs set share_local_encoder=false in the objective's "
+        "the targets encode little but the position; for small runs set share_local_encoder=false in the objective's "
         "settings of the modality"
     )
     return [

@@ -1,4 +1,4 @@
-"""Decay of the teacher as a function of the number of finished updates (arXiv 2212.07525, section 3). Pure functions."""
+"""Decay of the teacher as a pure function of the number of finished updates (arXiv 2212.07525, section 3)."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class EmaConfig:
 
 
 def ema_decay(num_updates: int, config: EmaConfig) -> float:
-    """The decay of the teacher update that follows optimizer update number `num_updates` (1 or more)."""
+    """Return the decay of the teacher update that follows optimizer update number `num_updates` (1 or more)."""
     if num_updates >= config.anneal_steps:
         return config.end_decay
     return config.end_decay - (config.end_decay - config.start_decay) * (1.0 - num_updates / config.anneal_steps)

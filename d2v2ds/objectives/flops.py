@@ -17,7 +17,7 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        """Teacher forward, student forward and backward."""
+        """Operations of teacher forward, student forward and student backward."""
         return 3.0 * self.student_forward + self.teacher_forward
 
 

@@ -1,4 +1,4 @@
-"""The regression loss and the variances logged beside it (spec section 8). Pure functions."""
+"""Regression loss (arXiv 2212.07525, section 3) and the variances logged with it. Pure functions."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ from d2v2ds.bounds import Count, PositiveOrZero
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The loss is a SUM over channels and masked tokens; its gradient is divided by the number of masked
-    tokens of all ranks. Learning rate, clipping and loss values only make sense on that scale."""
+    """Settings of the loss, a SUM over channels and masked tokens whose gradient is divided by the masked tokens of all
+    ranks. Learning rate, clipping and loss values depend on that scale."""
 
     scale: float | None = None
     """Factor on every element; None stands for 1 / sqrt(D)."""
     beta: PositiveOrZero = 0.0
-    """0: squared error. Above: smooth L1 that is quadratic below this difference."""
+    """0: squared error. Above 0: smooth L1, quadratic below this difference."""
     cls_weight: PositiveOrZero = 0.0
     """Weight of the error between the last extra token and the mean target; 0 switches it off."""
     cls_rows: Count | None = None
-    """Rows (samples x masks) over which `cls_weight` is meant to sum: the loss does not depend on the micro-batch
-    then. None sums over the rows of each micro-batch, as the reference does. Published: 256 (16 images x 16)."""
+    """Rows (samples x masks) over which `cls_weight` sums, for a loss that does not depend on the micro-batch.
+    None sums over the rows of each micro-batch, as the official code does. Published: 256 (16 images x 16)."""
 
     def factor(self, width: int) -> float:
         """Factor on every element for targets of D channels."""
@@ -31,7 +31,7 @@ class LossConfig:
     def check(self, num_extra_tokens: int) -> list[str]:
         """Return a message if a CLS loss has no token to predict from."""
         if self.cls_weight and not num_extra_tokens:
-            return [f"loss.cls_weight is {self.cls_weight}, and there are no extra tokens to predict from"]
+            return [f"loss.cls_weight is {self.cls_weight}, but there are no extra tokens to predict from"]
         return []
 
 
@@ -54,8 +54,7 @@ def regression_loss(pred: Tensor, target: Tensor, config: LossConfig) -> Tensor:
 
 
 def cls_loss(pred: Tensor, target: Tensor, num_masked: int, config: LossConfig) -> Tensor:
-    """The error of the CLS prediction, scaled so that division by the masked tokens leaves `cls_weight` times a sum
-    over rows (spec section 8).
+    """Compute the error of the CLS prediction; division by the masked tokens leaves `cls_weight` times a sum over rows.
 
     Args:
         pred: (R, D) encoder output at the last extra token.
@@ -71,20 +70,13 @@ def cls_loss(pred: Tensor, target: Tensor, num_masked: int, config: LossConfig) 
 
 
 def channel_moments(x: Tensor) -> Tensor:
-    """Sums from which variances over all rows and ranks follow by addition.
-
-    Args:
-        x: (U, D).
-
-    Returns:
-        (2, D) fp64: sum and sum of squares over U.
-    """
+    """Return (2, D) fp64, sum and sum of squares over U of x (U, D); sums of several rows and ranks add up."""
     x = x.detach().float()
     return torch.stack((x.sum(0), x.square().sum(0))).double()
 
 
 def mean_channel_std(moments: Tensor, count: int) -> float:
-    """Mean over channels of sqrt(unbiased variance + 1e-6), `pred_var` and `target_var` of the reference.
+    """Return the mean over channels of sqrt(unbiased variance + 1e-6), official names `pred_var` and `target_var`.
 
     Args:
         moments: (2, D), from `channel_moments`, summed over ranks.
@@ -94,6 +86,6 @@ def mean_channel_std(moments: Tensor, count: int) -> float:
 
 
 def channel_variances(moments: Tensor, count: int) -> Tensor:
-    """(D,) unbiased variances from `channel_moments` (2, D) of `count` vectors."""
+    """Return (D,) unbiased variances from `channel_moments` (2, D) of `count` vectors."""
     total, squares = moments
     return ((squares - total * total / count) / max(count - 1, 1)).clamp(min=0)

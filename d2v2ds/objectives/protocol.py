@@ -1,8 +1,8 @@
-"""`Objective`: what a run optimises. Step, loop, validation and checkpoints know nothing but this protocol.
+"""`Objective`: protocol between an algorithm and the rooms that run it: step, loop, validation and checkpoints.
 
-An objective owns a network around a trunk (decoders or heads, losses) and everything that belongs to its algorithm:
-which masks a micro-batch needs, what happens after an applied step, which metrics and health statistics it reports.
-It gets an engine and, if it asks for one, a teacher from outside; it imports neither DeepSpeed nor files.
+An objective builds a network around a trunk (decoders or heads, losses) and defines the masks of a micro-batch, the
+action after an applied step, metrics and health statistics. It receives an engine and, if it has one, a teacher; it
+imports neither DeepSpeed nor files.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,16 +17,16 @@ from d2v2ds.masking import MaskConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What one micro-batch gave."""
+    """Result of one micro-batch."""
 
     sums: dict[str, Tensor]
     """Losses summed over this rank's items, scalar fp32 with gradient, by name; the same names on every rank."""
     count: int
-    """Items that the sums cover, such as masked tokens; known without asking a device."""
+    """Items that the sums cover, such as masked tokens; known without a device sync."""
     statistics: dict[str, Tensor]
     """Further sums without gradient, fp64 of any shape; added over micro-batches, steps and ranks."""
     output: Any
-    """The objective's own output, for its health statistics; nobody else reads it."""
+    """Output that only the objective's own health statistics read."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Vectors:
-    """A set of vectors whose richness shows whether a run is healthy."""
+    """Vectors for health statistics."""
 
     name: str
-    """Metrics are named after it: `NAME/effective_rank` and so on."""
+    """Prefix of the metrics: `NAME/effective_rank` and so on."""
     vectors: Tensor
     """(U, D)."""
     positions: Tensor
@@ -52,22 +52,22 @@ class Vectors:
     length: int
     """T, tokens of the sequence."""
     reports_std: bool = False
-    """Whether the metrics have their standard deviation too."""
+    """Report the standard deviation too."""
 
 
 @dataclass(frozen=True)
 class HealthLimit:
-    """A bound that a health statistic crosses when a run collapses."""
+    """Bound that a health statistic crosses when a run collapses."""
 
     metric: str
     least: float | None
     most: float | None
     cause: str
-    """Likely cause, and what to change."""
+    """Likely cause, and the setting to change."""
 
 
 class HealthBounds(Protocol):
-    """Bounds that the configuration gives; `train.guard.HealthConfig` has them."""
+    """Bounds from the configuration, such as `train.guard.HealthConfig`."""
 
     @property
     def min_effective_rank(self) -> float: ...
@@ -80,40 +80,40 @@ class HealthBounds(Protocol):
 
 
 class AveragedNetwork(Protocol):
-    """A network whose weights follow the trained one's; `distributed.teacher.Teacher` is one."""
+    """Network whose weights average the trained one's, such as `distributed.teacher.Teacher`."""
 
     def __call__(self, *args: Any) -> Any:
-        """Output in eval mode and without gradient. Collective."""
+        """Run the network in eval mode and without gradient. Collective."""
 
     def update(self, decay: float) -> None:
-        """Move the weights: average = decay * average + (1 - decay) * trained."""
+        """Set average = decay * average + (1 - decay) * trained."""
 
     def student_distance(self) -> float:
-        """|trained - average| / |trained| over all ranks. Collective."""
+        """Return |trained - average| / |trained| over all ranks. Collective."""
 
 
 class Objective(Protocol):
-    """What a run optimises; one object per run and rank. It carries no weights: those are the engine's."""
+    """Algorithm of a run, one object on each rank. It has no weights: those belong to the engine."""
 
     units: Mapping[str, str]
-    """Metrics of this objective: name -> unit and reduction over ranks. Those of one modality come without its name."""
+    """Metrics of one modality: name without the modality -> unit and reduction over ranks."""
     run_units: Mapping[str, str]
-    """Metrics of the run as a whole, likewise."""
+    """Metrics of the run as a whole, in the same form."""
 
     def mask(self, modality: str) -> MaskConfig | None:
-        """Masks that a micro-batch of this modality needs; None for none."""
+        """Masks of this modality's micro-batches; None for none."""
 
     def build_network(self, *, activation_checkpointing: bool) -> nn.Module:
-        """Build the network that is trained, without drawing its weights in any order that matters."""
+        """Build the trained network; `initialise` draws its weights."""
 
     def initialise(self, network: nn.Module, seed: int) -> None:
-        """Draw all parameters of a network of `build_network`, whole and before it is partitioned."""
+        """Draw all parameters of a network of `build_network`, before ZeRO-3 partitions it."""
 
     def build_teacher_network(self) -> nn.Module | None:
-        """Build the network of the teacher, its parameters named like the trained ones; None if there is no teacher."""
+        """Build the teacher's network, with the parameter names of the trained one; None if there is no teacher."""
 
     def follow(self, teacher: AveragedNetwork | None) -> None:
-        """Take the sharded average of `build_teacher_network`."""
+        """Set the sharded average of `build_teacher_network`."""
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run one micro-batch.
@@ -125,35 +125,35 @@ class Objective(Protocol):
         """
 
     def flops(self, modality: str, num_samples: int, size: int) -> float:
-        """Algorithmic operations of one micro-batch of B inputs of this size: forward and backward, teacher included."""
+        """Count algorithmic operations of B inputs of this size: forward and backward, teacher included."""
 
     def describe(self, modality: str, num_tokens: int) -> str:
-        """Describe for a person what happens to an input of T tokens.
+        """Describe in words how an input of T tokens is masked.
 
         Raises:
             ValueError: the masks cannot be drawn for so many tokens.
         """
 
     def count(self, batch: Batch) -> int:
-        """Items of a micro-batch that the mean loss is taken over; the same number as `Losses.count`."""
+        """Return `Losses.count` of a micro-batch: the items that the mean loss is over."""
 
     def after_step(self, num_updates: int) -> None:
-        """Act after optimizer step number `num_updates`, if it was applied: update a teacher, or nothing."""
+        """Run after optimizer step number `num_updates`, if it was applied, for example to update a teacher."""
 
     def schedules(self, num_updates: int) -> dict[str, float]:
-        """Values of the objective's own schedules at optimizer step number `num_updates`, for the metrics."""
+        """Return the values of the objective's schedules at optimizer step number `num_updates`, for the metrics."""
 
     def run_metrics(self) -> dict[str, float]:
-        """Metrics of the run as a whole, measured for each record. Collective."""
+        """Measure the metrics of the run as a whole for one record. Collective."""
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
-        """Metrics of one modality beside `loss/NAME`, from sums over all ranks."""
+        """Compute the metrics of one modality, less `loss/NAME`, from sums over all ranks."""
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        """Sets of vectors that tell a healthy run from a collapsed one."""
+        """Yield the vectors whose statistics show a collapse."""
 
     def held_out_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        """Sets of vectors whose richness validation reports."""
+        """Yield the vectors whose effective rank validation reports."""
 
     def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
-        """Bounds of this objective's health statistics."""
+        """Return the limits of this objective's health statistics."""

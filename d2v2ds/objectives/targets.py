@@ -1,4 +1,4 @@
-"""Targets: the average of the teacher's top feed-forward outputs (spec section 7). Pure functions."""
+"""Targets: the average of the teacher's top feed-forward outputs (arXiv 2212.07525, section 3). Pure functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from d2v2ds.bounds import Count
 
 NormKind = Literal["instance", "layer", "batch"]
 """instance: each channel of a sample over its tokens; layer: each token over its channels;
-batch: each channel over all tokens of all samples. None has gain or bias."""
+batch: each channel over all tokens of all samples. All are without gain and bias."""
 
 _EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """How targets are made of the teacher's layers."""
+    """Settings of the targets."""
 
     num_layers: Count
     """Top shared blocks averaged; prenet blocks are never targets."""
@@ -36,7 +36,7 @@ class TargetConfig:
 
 
 def instance_norm(x: Tensor) -> Tensor:
-    """(B, T, D): zero mean and unit (biased) variance over T, padded tokens included."""
+    """Normalise (B, T, D) to zero mean and unit (biased) variance over T, padded tokens included."""
     if x.shape[1] < 2:
         raise ValueError(f"instance norm over tokens needs at least 2 of them, found {tuple(x.shape)} (B, T, D)")
     var, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
@@ -44,12 +44,12 @@ def instance_norm(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """(B, T, D): zero mean and unit variance over D."""
+    """Normalise (B, T, D) to zero mean and unit variance over D."""
     return F.layer_norm(x, x.shape[-1:], eps=_EPS)
 
 
 def batch_norm(x: Tensor) -> Tensor:
-    """(B, T, D): zero mean and unit (biased) variance over B and T."""
+    """Normalise (B, T, D) to zero mean and unit (biased) variance over B and T."""
     var, mean = torch.var_mean(x, dim=(0, 1), keepdim=True, correction=0)
     return (x - mean) * torch.rsqrt(var + _EPS)
 
@@ -66,7 +66,7 @@ def make_targets(layers: Sequence[Tensor], config: TargetConfig) -> Tensor:
 
     Args:
         layers: `ffn_target` (B, T, D) of every shared block, in order.
-        config: which layers, normalised how.
+        config: number of layers and norms.
 
     Returns:
         (B, T, D) fp32.

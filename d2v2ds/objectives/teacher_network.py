@@ -1,8 +1,7 @@
-"""The teacher's network: unmasked tokens in, targets out (arXiv 2212.07525, section 3, "Contextualized targets").
+"""Network of the teacher: unmasked tokens in, targets out (arXiv 2212.07525, section 3).
 
-Its parameter names are those of the student, by which `distributed.teacher` pairs the two. The published teacher has
-positions, distance penalty, extra tokens, prenet and shared blocks; a local encoder only with
-`share_local_encoder=false`; never a decoder. Text without own blocks leaves the shared blocks alone.
+`distributed.teacher` pairs its parameters with the student's by name. The published teacher has positions, distance
+penalty, extra tokens, prenet and shared blocks, but no decoder; a local encoder only with `share_local_encoder=false`.
 """
 
 from collections.abc import Mapping
@@ -23,8 +22,8 @@ class TeacherNetwork(nn.Module):
         """
         Args:
             trunk: settings of the student's trunk.
-            targets: how each modality's targets are made.
-            share_local_encoder: by modality, whether the teacher reads the student's local features.
+            targets: settings of the targets, by modality.
+            share_local_encoder: by modality, True if the teacher reads the student's local features.
         """
         super().__init__()
         self.targets = dict(targets)
@@ -34,7 +33,7 @@ class TeacherNetwork(nn.Module):
         """
         Args:
             batch: the student's micro-batch; its masks are not read.
-            local: (B, T, D) the student's local features, detached; unused with an own local encoder.
+            local: (B, T, D) the student's local features, detached; unused if the teacher has its own local encoder.
 
         Returns:
             (B, T, D) fp32 targets.

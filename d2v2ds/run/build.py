@@ -12,8 +12,9 @@ from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.engine import Engine, build_student_engine
 from d2v2ds.distributed.teacher import Teacher
+from d2v2ds.model.alibi import alibi_slopes
 from d2v2ds.model.block import Block
-from d2v2ds.model.init import undrawn
+from d2v2ds.model.init import skip_init
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.run.machine import matmul_peak_flops
 from d2v2ds.run.prepare import Streams
@@ -41,7 +42,7 @@ def build_engines(
         warm_start: weights to begin with in place of drawn ones.
     """
     is_overwritten = will_resume or (warm_start is not None and not warm_start.fresh())
-    with undrawn() if is_overwritten else nullcontext():
+    with skip_init() if is_overwritten else nullcontext():
         network = objective.build_network(activation_checkpointing=config.engine.activation_checkpointing)
         if not is_overwritten:
             objective.initialise(network, config.run.seed)
@@ -51,7 +52,7 @@ def build_engines(
     optimizer = EarlyEpsilonAdam([p for p in network.parameters() if p.requires_grad], lr=0.0, config=config.optim)
     engine = build_student_engine(network, optimizer, ds_config, gather_units=[Block])
     engine.train()
-    with undrawn():  # `Teacher` makes it a copy of the student
+    with skip_init():  # `Teacher` makes it a copy of the student
         teacher_network = objective.build_teacher_network()
     teacher = None
     if teacher_network is not None:
@@ -81,7 +82,7 @@ def loop_config(
         return objective.flops(batch.modality, batch.source.shape[0], batch.source.shape[-1])
 
     return LoopConfig(
-        num_heads=config.model.block.num_heads,
+        alibi_slopes=alibi_slopes(config.model.block.num_heads),
         readers={name: stream.reader for name, stream in streams.items()},
         grid_sides={name: settings.grid_side for name, settings in config.model.modalities.items()},
         total_steps=config.total_steps,

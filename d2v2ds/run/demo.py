@@ -11,7 +11,7 @@ from d2v2ds.train.figures import save_curves
 from d2v2ds.train.metrics import read_metrics
 
 JOINT_STEPS = 200
-"""Of the joint demonstration: a step sees all three modalities, so fewer of them take as long."""
+"""Steps of the joint demonstration: each sees all three modalities, so fewer take as long."""
 
 
 def demo(runs: Path, modality: str, data: Path | None, ranks: int, overrides: list[str]) -> None:

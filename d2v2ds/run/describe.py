@@ -1,4 +1,4 @@
-"""What a run logs about itself before its first step."""
+"""Log lines about a run before its first step."""
 
 import logging
 from pathlib import Path
@@ -71,8 +71,8 @@ def _describe_data(name: str, stream: DataStream, config: RunConfig) -> None:
     count, slots = plan.config.num_micro, accumulation * comm.world()
     if count < slots:
         warn_once(
-            f"{name}: {slots - count} of the {slots} forward passes of a step have no data, because {comm.world()} ranks "
-            f"do not divide its {count} micro-batches; take micro-batches of another size, or fewer ranks"
+            f"{name}: {slots - count} of the {slots} forward passes of a step have no data, because {comm.world()} "
+            f"ranks do not divide its {count} micro-batches; take micro-batches of another size, or fewer ranks"
         )
     for remark in reader.remarks():
         logger.info("%s", remark)

@@ -8,7 +8,7 @@ from torch import Tensor
 from d2v2ds.config.load import load_config
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.distributed.checkpoint.format import (
-    candidate_tags,
+    finished_tags,
     iterate_student,
     iterate_teacher,
     read_manifest,
@@ -46,7 +46,7 @@ def checkpoint_folder(run_dir: Path, tag: str | None = None) -> Path:
         CheckpointError: if there is none.
     """
     folder = run_dir / "checkpoints"
-    tags = candidate_tags(folder)
+    tags = finished_tags(folder)
     if not tags:
         raise CheckpointError(f"{run_dir}: expected a run with checkpoints, found none in {folder}")
     if tag is not None and tag not in tags:

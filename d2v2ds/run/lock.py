@@ -16,7 +16,7 @@ from typing import IO, Self
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
-"""How long to wait for a run that may be ending: one that saves, or that died with its node, whose locks expire on a
+"""Seconds to wait for a run that may be ending: one that saves, or that died with its node, whose locks expire on a
 network file system after a minute and a half."""
 
 

@@ -1,4 +1,4 @@
-"""What the machine can do, and what a CPU process should be told before it trains. Needs torch alone."""
+"""Matrix-product peak of a device, and settings of a process that trains on a CPU. Needs torch alone."""
 
 import ctypes
 import os

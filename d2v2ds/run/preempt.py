@@ -9,7 +9,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from d2v2ds.data.loader import JOB_SIGNALS
+from d2v2ds.data.workers import JOB_SIGNALS
 
 
 class StopRequest:

@@ -29,7 +29,7 @@ Streams = Mapping[str, DataStream]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its process group exists."""
+    """Everything that is ready before the process group exists."""
 
     config: RunConfig
     objective: Objective
@@ -60,8 +60,8 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
     ds_config = None
     data_problems = config.data.missing()
     if not data_problems:
-        streams, data_problems = open_streams(config)
-        held_out, held_out_problems = open_held_out(config)
+        streams, data_problems = open_streams(config, objective)
+        held_out, held_out_problems = open_held_out(config, objective)
         data_problems += held_out_problems
     if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
         problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
@@ -78,7 +78,7 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
     return Prepared(config, objective, streams, held_out, ds_config)
 
 
-def open_streams(config: RunConfig) -> tuple[dict[str, DataStream], list[str]]:
+def open_streams(config: RunConfig, objective: Objective) -> tuple[dict[str, DataStream], list[str]]:
     """Open the data of every modality, in the order of the step; returns problems too."""
     streams: dict[str, DataStream] = {}
     problems: list[str] = []
@@ -86,7 +86,7 @@ def open_streams(config: RunConfig) -> tuple[dict[str, DataStream], list[str]]:
         if name not in config.model.modalities or name not in config.objective.modalities:
             continue  # `RunConfig.check` reports this
         try:
-            reader = open_reader(name, settings, config.model.modalities[name], config.objective.modalities[name].mask)
+            reader = open_reader(name, settings, config.model.modalities[name], objective.mask(name))
             faults = reader.faults()
             if not faults:
                 plan = BatchPlan(reader.datasets, config=reader.plan_config(), seed=config.run.seed)
@@ -97,7 +97,7 @@ def open_streams(config: RunConfig) -> tuple[dict[str, DataStream], list[str]]:
     return streams, problems
 
 
-def open_held_out(config: RunConfig) -> tuple[dict[str, Reader], list[str]]:
+def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Reader], list[str]]:
     """Open the folders of the validation; returns problems too."""
     data, problems = config.data.modalities, []
     readers: dict[str, Reader] = {}
@@ -111,7 +111,7 @@ def open_held_out(config: RunConfig) -> tuple[dict[str, Reader], list[str]]:
                 name,
                 replace(data[name], shards=path, weights=None),
                 config.model.modalities[name],
-                config.objective.modalities[name].mask,
+                objective.mask(name),
             )
             problems += [f"valid.{name} {path}: {fault}" for fault in readers[name].faults()]
         except (ShardError, MissingExtraError) as error:

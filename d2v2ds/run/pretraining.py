@@ -1,4 +1,4 @@
-"""One pretraining run, from configuration to last checkpoint."""
+"""Run pretraining, from configuration to last checkpoint."""
 
 import logging
 import os

@@ -49,7 +49,7 @@ class Task:
 
     @property
     def modality(self) -> str:
-        """Of the inputs."""
+        """Modality of the inputs."""
         return self.parts[0][0].modality
 
     @staticmethod
@@ -80,7 +80,7 @@ class Task:
         return [np.concatenate(layers) for layers in zip(*found, strict=True)]
 
     def score(self, features: Any, probe: ProbeConfig) -> Score:
-        """Of one matrix of features."""
+        """Score one matrix of features."""
         return score(features, self.labels, self.folds, probe)
 
     def baseline(self) -> tuple[str, Any] | None:
@@ -126,7 +126,7 @@ def _leave_one_out_task(reader: Reader, folder: Path, label: str, leave_out: str
 
 
 def verdict(trained: Score, start: Score, block: int) -> str:
-    """One line."""
+    """Verdict in one line."""
     found = gain(trained, start)
     numbers = (
         f"block {block} gives {100 * trained.logistic:.1f} % against {100 * start.logistic:.1f} % at random init "
@@ -140,13 +140,13 @@ def verdict(trained: Score, start: Score, block: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is scored."""
+    """Options of a probe."""
 
     folders: tuple[Path, ...]
     label: str
     leave_out: str
     block: int | None
-    """Of the verdict; None: the middle one of speech, the last one else."""
+    """Block of the verdict; None: that of the modality, the middle or the last one."""
     all_blocks: bool
     baseline: bool
     c: float | None

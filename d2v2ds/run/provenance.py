@@ -1,4 +1,4 @@
-"""What a run was made of, written into its folder: time, command, ranks, code revision, library versions, machine."""
+"""Write into a run's folder what it was made of: time, command, ranks, revision, library versions, machine."""
 
 import json
 import platform
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def command() -> list[str]:
-    """How to start this run, as a user would type it: launchers start a file, and add a rank to what was typed."""
+    """Command that starts this run, as a user would type it: launchers start a file and add a rank."""
     words = iter(sys.argv[1:])
     typed = []
     for word in words:
@@ -52,7 +52,7 @@ def command() -> list[str]:
 
 
 def count_starts(run_dir: Path) -> int:
-    """How often the run was started before."""
+    """Number of starts so far."""
     file = run_dir / "starts.jsonl"
     return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
 

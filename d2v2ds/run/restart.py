@@ -5,8 +5,8 @@
 In: the exit code of the run and its newest checkpoint. Out: `requeue` or `stop` on stdout, the reason in one sentence
 on stderr, and a line in `<run>/attempts.jsonl`. Needs the standard library only, and a tenth of a second.
 
-A run that says by its exit code how it ended is believed. Anything else is a crash, and a crash is worth another
-start, since most are those of nodes, networks and disks; but not when starts come to nothing again and again.
+An exit code of the run decides. Anything else is a crash, and a crash is started again, because most are crashes of
+nodes, networks and disks; but not if repeated starts make no progress.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Attempt:
     job: int
     """SLURM's number; it stays the same when a job is requeued."""
     restart: int
-    """How often SLURM had started this job before."""
+    """Earlier starts of this job by SLURM."""
     code: int
     """Exit code of the step: the largest of its ranks'."""
     checkpoint: str
@@ -62,7 +62,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do with the job, and why in one sentence."""
+    """Action for the job, and the reason in one sentence."""
 
     action: Literal["requeue", "stop"]
     reason: str
@@ -112,7 +112,7 @@ def _name(code: int) -> str:
 
 
 def newest_checkpoint(run_dir: Path) -> str:
-    """What `latest` names, empty if there is none."""
+    """Checkpoint that `latest` names, empty if there is none."""
     file = run_dir / "checkpoints" / "latest"
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 

@@ -1,4 +1,4 @@
-"""`init.weights`: begin a pretraining run with the weights of an export, and say beforehand what does not fit.
+"""`init.weights`: begin a run with the weights of an export, and report beforehand what does not fit.
 
 In: the run's configuration and a folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`. The optimizer, the
 schedules and the position in the data are those of a new run.
@@ -16,7 +16,7 @@ from d2v2ds.config.load import to_dict
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.data.folders import folders_of
 from d2v2ds.distributed.engine import Engine
-from d2v2ds.distributed.initial_weights import start_from
+from d2v2ds.distributed.initial_weights import set_initial_weights
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.interop.export_folder import Kind, ModelFolder, Part
@@ -55,7 +55,7 @@ class WarmStart:
         """Kinds of the tensors that are taken, by part and by the network's names."""
 
     def faults(self) -> list[str]:
-        """Why these weights do not fit the run's model, as sentences."""
+        """Return one message for each reason why these weights do not fit the run's network."""
         where = f"init.weights {self.folder.path}"
         problems = [
             f"{where}: was made with {key} {theirs!r}, this run has {ours!r}"
@@ -81,7 +81,7 @@ class WarmStart:
         return problems
 
     def takes_local_encoder(self, modality: str) -> bool:
-        """Whether inputs of a modality must mean what they meant."""
+        """Return True if inputs of a modality must mean what they meant to the export."""
         return self._has(f"trunk.encoders.{modality}.local")
 
     def fresh(self) -> list[str]:
@@ -101,7 +101,7 @@ class WarmStart:
             found = sources["model"](name)
             return found if found is not None else sources["objective"](name)
 
-        start_from(student, teacher, student_source, sources["teacher"])
+        set_initial_weights(student, teacher, student_source, sources["teacher"])
         logger.info("weights of %s, a new optimizer", self.folder.path)
 
     def _kept(self, part: Part, layout: Mapping[str, Kind]) -> dict[str, Kind]:

@@ -1,8 +1,8 @@
-"""Which rank is late, and where: said while a step hangs, long before the collective gives up after half an hour.
+"""Log which rank is late, and in which line, while a step hangs: long before the collective times out.
 
-A thread of every rank looks at the clock. When a step takes many times the median, each rank leaves word on a small
-key-value store whether it computes or waits for the others, and in which line; rank 0 puts the words together. A rank
-that leaves none is stopped or gone. The threads never take part in collectives.
+A thread of every rank watches the clock. If a step takes many times the median, each rank writes to a small key-value
+store whether it computes or waits for the others, and in which line; rank 0 reads and logs all of them. A rank that
+writes nothing is stopped or gone. The threads never take part in collectives.
 """
 
 import json
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MEDIAN_STEPS = 50
 """Last steps of which the median is taken."""
 ANSWER_SECONDS = 5.0
-"""How long rank 0 waits for the words of the others."""
+"""Seconds that rank 0 waits for the other ranks' reports."""
 WAITING_FILES = ("torch/distributed/", "deepspeed/comm/")
 """A stack whose last lines lie in one of these waits for other ranks."""
 FRAMES_SAID = 6
@@ -108,16 +108,16 @@ class Watchdog:
         answered.set()
 
     def _words(self, step: int) -> list[dict[str, Any] | None]:
-        """What each rank left, in rank order."""
+        """Reports of all ranks, in rank order; None from a rank that wrote none."""
         keys = [f"{step}/{rank}" for rank in range(comm.world())]
         return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
 
 
 def describe(words: list[dict[str, Any] | None]) -> str:
-    """One message about all ranks: who is late, where, and who waits.
+    """Make one message about all ranks: which are late, where, and which wait.
 
     Args:
-        words: by rank, `_where` of each; None from a rank that left none.
+        words: by rank, `_where` of each; None from a rank that wrote none.
     """
     silent = [rank for rank, word in enumerate(words) if word is None]
     busy = [rank for rank, word in enumerate(words) if word is not None and not word["waits"]]
@@ -141,7 +141,7 @@ def describe(words: list[dict[str, Any] | None]) -> str:
 
 
 def _where() -> dict[str, Any]:
-    """Where the main thread of this process is, and whether any thread waits for other ranks."""
+    """Stack of this process's main thread, and whether any thread waits for other ranks."""
     stacks = {ident: traceback.extract_stack(frame) for ident, frame in sys._current_frames().items()}
     stacks.pop(threading.get_ident())
     waits = any(_is_waiting(stack) for stack in stacks.values())  # on a GPU, backward runs in threads of its own

@@ -1,1 +1,1 @@
-"""The pretraining step, the loop around it, schedules, metrics and guards."""
+"""Training step, loop, schedules, metrics and guards."""

@@ -1,6 +1,6 @@
-"""What a checkpoint holds beside the weights, and when one is written, taken up again, or gone back to.
+"""Saving, resuming and rolling back a run, and the state in its checkpoints beside the weights.
 
-Every random draw is a function of (seed, step), so the step stands for all generators; the data's position is a few
+No generator state is stored, because every random draw is a function of (seed, step). The data position is a few
 integers for each modality.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from d2v2ds.data.order import BatchPlan, SamplerState
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.checkpoint import load as checkpoint
-from d2v2ds.distributed.checkpoint.format import candidate_tags, lost_tags
+from d2v2ds.distributed.checkpoint.format import finished_tags, tags_without_manifest
 from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after
 from d2v2ds.distributed.checkpoint.save import SaveOutcome, Saver
 from d2v2ds.distributed.engine import Engine
@@ -31,37 +31,37 @@ logger = logging.getLogger(__name__)
 FREE_FIELDS = re.compile(
     r"(model\.block\.attention_path|objective\.ema\.\w+|objective\.modalities\.\w+\.(mask|loss)\.\w+):"
 )
-"""Settings that a resumed run may change: they do not change what the weights mean."""
+"""Settings that may differ in a resumed run: its weights are valid with any value."""
 MAX_FAILURES = 2
-"""Saves in a row that may fail; the last of them ends the run."""
+"""Failed saves in a row that end the run."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands; stored in every checkpoint."""
+    """Progress of a run; stored in every checkpoint."""
 
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
     seen: dict[str, float] = field(default_factory=dict)
-    """What all ranks have seen of each modality, in the unit of its reader."""
+    """Amount of data of each modality over all ranks, in the unit of its reader."""
     sampler: dict[str, SamplerState] = field(default_factory=dict)
-    """Position of the data of each modality."""
+    """Data position of each modality."""
 
 
 def has_checkpoints(run_dir: Path) -> bool:
-    """Whether a run has any, whole or not: then it must go on from one, or not at all. The same on every rank."""
+    """Return True if a run has checkpoints, whole or damaged, and so must resume. The same on every rank."""
     folder = run_dir / "checkpoints"
     # A shared file system may show ranks different lists.
-    return comm.broadcast_object(bool(candidate_tags(folder)) or bool(lost_tags(folder)))
+    return comm.broadcast_object(bool(finished_tags(folder)) or bool(tags_without_manifest(folder)))
 
 
 def reading_ahead(run_dir: Path) -> AbstractContextManager[None]:
-    """Meanwhile, bring the newest checkpoint of a run from the disk, for `Checkpoints.resume` to find it in memory."""
+    """Read the newest checkpoint of a run into the page cache in the background, for `Checkpoints.resume`."""
     return checkpoint.reading_ahead(run_dir / "checkpoints")
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every rank has one, and calls its methods in the same order."""
+    """Checkpoints of one run. Every rank has one, and calls its methods in the same order."""
 
     def __init__(
         self,
@@ -82,10 +82,10 @@ class Checkpoints:
             teacher: sharded average, if the objective has one.
             run_dir: folder of the run.
             plans: of the data, by modality.
-            guard, progress: stored in every checkpoint and changed in place when one is taken up.
-            settings: of the network as plain values; a checkpoint of others is refused.
-            keep: which checkpoints are not removed.
-            asynchronous: write while training goes on.
+            guard, progress: stored in every checkpoint, and changed in place when one is loaded.
+            settings: of the network, as plain values; a checkpoint with other settings raises `ConfigError`.
+            keep: checkpoints that are not removed.
+            asynchronous: write while training continues.
         """
         self.student, self.teacher = student, teacher
         self.folder, self._rollbacks_file = run_dir / "checkpoints", run_dir / "rollbacks.jsonl"
@@ -94,17 +94,17 @@ class Checkpoints:
         self._began = 0.0
         self._failures = 0
         self.stall_s = 0.0
-        """Seconds for which training has waited for checkpoints; the reader sets it back."""
+        """Seconds for which training has waited for checkpoints; the reader resets it."""
 
     # ---------------------------------------------------------------- saving
 
     def begin(self, validation_loss: float | None = None) -> None:
-        """Write a checkpoint of this step, in the background if the run says so.
+        """Write a checkpoint of this step, in the background if `asynchronous`.
 
         Raises:
-            SaveError: the second failure in a row; the checkpoints before are intact.
+            SaveError: the second failure in a row; earlier checkpoints are intact.
         """
-        asked = time.perf_counter()
+        started = time.perf_counter()
         self._settle(self._saver.finish())
         self._began = time.perf_counter()
         state = {
@@ -115,13 +115,13 @@ class Checkpoints:
             "settings": self.settings,
         }
         self._settle(self._saver.save(f"step{self.progress.step:08d}", state, {}, validation_loss))
-        self.stall_s += time.perf_counter() - asked
+        self.stall_s += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Wait until what was begun is on disk; if it failed, try once more with what the run has now.
+        """Wait until the current checkpoint is on disk; if that fails, write one of the current step.
 
         Raises:
-            SaveError: that failed too.
+            SaveError: the second one failed too.
         """
         self._settle(self._saver.finish())
         while self._failures:
@@ -130,18 +130,18 @@ class Checkpoints:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank is writing."""
+        """True while this rank is writing."""
         return self._saver.is_busy
 
     def advance(self, any_busy: bool) -> None:
-        """Call once a step, with whether any rank is busy.
+        """Check on a checkpoint in the background; call this once a step, with True if any rank is busy.
 
         Raises:
             SaveError: as `begin`.
         """
-        asked = time.perf_counter()
+        started = time.perf_counter()
         self._settle(self._saver.advance(any_busy))
-        self.stall_s += time.perf_counter() - asked
+        self.stall_s += time.perf_counter() - started
 
     def _settle(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:
@@ -151,22 +151,24 @@ class Checkpoints:
             logger.info("checkpoint %s in %.1f s", outcome.path, time.perf_counter() - self._began)
             return
         self._failures += 1
-        said = f"checkpoint {outcome.path} was NOT written, earlier ones are intact:\n{outcome.fault}"
+        fault = f"checkpoint {outcome.path} was NOT written, earlier ones are intact:\n{outcome.fault}"
         if self._failures >= MAX_FAILURES:
-            raise SaveError(f"{said}\nthis is failure {self._failures} in a row: make room, and start the same command")
-        logger.error("%s\nthe run goes on; a second failure will end it", said)
+            raise SaveError(
+                f"{fault}\nthis is failure {self._failures} in a row: free disk space, and start the same command"
+            )
+        logger.error("%s\nthe run continues; a second failure will end it", fault)
 
-    # ---------------------------------------------------------------- taking up
+    # ---------------------------------------------------------------- loading
 
     def resume(self, allow_grown: bool = False) -> None:
-        """Go on from the newest whole checkpoint; on another number of ranks too.
+        """Load the newest whole checkpoint, also one of another number of ranks.
 
         Args:
-            allow_grown: whether rows may have been added to the data since.
+            allow_grown: accept rows that were added to the data since.
 
         Raises:
-            CheckpointError: none is whole.
-            ConfigError: it is of another model, or of other data.
+            CheckpointError: no checkpoint is whole.
+            ConfigError: model or data differ from the checkpoint's.
         """
         restored = checkpoint.load(self.student, self.teacher, self.folder, reshard=True, accept=self._is_of_this_model)
         state = restored.client_state
@@ -174,7 +176,7 @@ class Checkpoints:
         self.guard.load_state_dict(state["guard"])
         stored = state["sampler"]
         if returns := self._rollbacks_to(self.progress.step):
-            stored = returns[-1]["sampler"]  # past the data that the run went back for
+            stored = returns[-1]["sampler"]  # after the data that caused the rollback
             self.guard.load_state_dict(returns[-1]["guard"])
         try:
             for name, plan in self.plans.items():
@@ -184,22 +186,22 @@ class Checkpoints:
         logger.info("resumed at step %d from %s", self.progress.step, restored.tag)
 
     def _is_of_this_model(self, state: Mapping[str, Any]) -> bool:
-        """True, or ConfigError. Asked before the weights are compared, whose names and shapes say less."""
+        """Return True or raise ConfigError, which names the settings that differ; runs before weights are compared."""
         differing = [
             field for field in differing_fields(state["settings"], self.settings) if not FREE_FIELDS.match(field)
         ]
         if differing:
             raise ConfigError(
-                f"{self.folder}: the checkpoint is of another model than this configuration ({'; '.join(differing)}); "
+                f"{self.folder}: the checkpoint has other settings than this configuration ({'; '.join(differing)}); "
                 "choose another run.dir"
             )
         return True
 
     def roll_back(self) -> None:
-        """Go back to the last checkpoint before the steps that were not finite, and on with the data after them.
+        """Load the last checkpoint before the steps that were not finite, and skip their data.
 
         Raises:
-            NonFiniteError: there is none, or the run went back to it too often.
+            NonFiniteError: there is none, or the run has loaded it too often.
             SaveError: as `begin`.
         """
         guard, step = self.guard, self.progress.step
@@ -214,7 +216,7 @@ class Checkpoints:
             )
         except CheckpointError as error:
             when = "and no checkpoint was saved before them"
-            if number := len(candidate_tags(self.folder)) + len(lost_tags(self.folder)):
+            if number := len(finished_tags(self.folder)) + len(tags_without_manifest(self.folder)):
                 when = (
                     f"and it can go back to none of the run's {number} checkpoint(s): each was saved after some of "
                     "them, or is damaged, as warnings above say"
@@ -229,19 +231,21 @@ class Checkpoints:
             "sampler": self._positions(),
             "guard": guard.state_dict(),
         }
-        if fault := comm.on_rank0(lambda: self._note_rollback(record, restored.tag)):
-            raise SaveError(f"{self._rollbacks_file} cannot be written: {fault}; make room, and start the same command")
+        if fault := comm.on_rank0(lambda: self._write_rollback(record, restored.tag)):
+            raise SaveError(
+                f"{self._rollbacks_file} cannot be written: {fault}; free disk space, and start the same command"
+            )
         logger.warning(
-            "went back from step %d to step %d (return %d of %d), and on with the data after it",
+            "went back from step %d to step %d (return %d of %d), and skips the data between",
             step, self.progress.step, returns, guard.config.max_rollbacks,
         )  # fmt: skip
 
     def _positions(self) -> dict[str, dict[str, int]]:
-        """Of the data, with what gives them their meaning."""
+        """Data positions and the batch plans they refer to."""
         return {name: plan.state_dict(self.progress.sampler[name]) for name, plan in self.plans.items()}
 
-    def _note_rollback(self, record: Mapping[str, Any], tag: str) -> None:
-        """For a run that is stopped before it saves again: it would run into the same data, from a later step."""
+    def _write_rollback(self, record: Mapping[str, Any], tag: str) -> None:
+        """Record a rollback, so that a run that stops before its next save does not read the same data again."""
         with self._rollbacks_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -249,7 +253,7 @@ class Checkpoints:
         abandon_after(self.folder, tag)
 
     def _rollbacks_to(self, step: int) -> list[dict[str, Any]]:
-        """Earlier returns to the checkpoint of a step, oldest first; the same on every rank."""
+        """Return the rollbacks to the checkpoint of a step, oldest first; the same on every rank."""
         lines: list[str] = []
         if comm.rank() == 0 and self._rollbacks_file.exists():
             lines = self._rollbacks_file.read_text(encoding="utf-8").splitlines()
@@ -258,7 +262,7 @@ class Checkpoints:
 
 
 def differing_fields(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """`field: value before -> value now` for each leaf in which two nested dicts differ."""
+    """Return `field: value before -> value now` for each leaf that differs between two nested dicts."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(before.keys() | now.keys())
         return [

@@ -1,4 +1,4 @@
-"""Pictures of a run for TensorBoard and for the report at its end. matplotlib is imported here only."""
+"""Figures of a run for TensorBoard and for the report at its end. Only this module imports matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from d2v2ds.errors import MissingExtraError
-from d2v2ds.model.alibi import alibi_slopes
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -22,11 +21,11 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 
 def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
-    """The M masks of one sample.
+    """Draw the M masks of one sample.
 
     Args:
         masked: (M, T) bool, True = masked.
-        grid_side: tokens per side where they form a square grid; each mask is then a square of its own.
+        grid_side: tokens per side of a square grid, drawn as one square for each mask; None for a sequence.
     """
     count, picture = masked.shape[0], masked.cpu().numpy()
     if grid_side is not None:
@@ -41,19 +40,18 @@ def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
     return figure
 
 
-def alibi_figure(scale: Tensor, num_heads: int) -> Any:
-    """The learned scale of every head, and the penalty per token that it makes with the head's slope.
+def alibi_figure(scale: Tensor, slopes: Sequence[float]) -> Any:
+    """Draw the learned scale of every head, and the penalty per token: scale times slope of the head.
 
     Args:
-        scale: (L or 1, H or 1) as trained.
-        num_heads: H.
+        scale: (L or 1, H or 1), learned.
+        slopes: slope of each of the H heads.
     """
     figure, axes = _figure(1, 2, (10, 3))
-    scale = scale.expand(-1, num_heads)
+    scale = scale.expand(-1, len(slopes))
     for row in scale.tolist():
         axes[0, 0].plot(range(1, len(row) + 1), row, "o-")
-    slopes = scale.new_tensor(alibi_slopes(num_heads))
-    for row in (scale.clamp(min=0) * slopes).tolist():
+    for row in (scale.clamp(min=0) * scale.new_tensor(slopes)).tolist():
         axes[0, 1].plot(range(1, len(row) + 1), row, "o-")
     axes[0, 0].set(xlabel="head", ylabel="scale", title="ALiBi scale (1 at the start)")
     axes[0, 1].set(xlabel="head", ylabel="penalty per token", title="slope x scale", yscale="symlog")
@@ -67,7 +65,7 @@ def save_curves(records: Sequence[dict[str, float]], names: Sequence[str], path:
         records: from `read_metrics`.
         names: metrics to draw; one without values gets an empty panel.
         path: file to write.
-        title: over the whole picture.
+        title: of the figure.
     """
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)

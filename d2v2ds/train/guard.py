@@ -16,38 +16,38 @@ _COUNTS = ("nonfinite_in_a_row", "nonfinite_total", "damaged_rows")
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """When to warn and when to stop."""
+    """Limits at which a run warns or stops."""
 
     max_nonfinite_steps: Count = 10
-    """Skipped steps in a row (loss or gradient not finite) after which the run goes back to its last good checkpoint,
-    and on with the data that follows."""
+    """Skipped steps in a row (loss or gradient not finite) after which the run loads its last good checkpoint and skips
+    their data."""
     max_rollbacks: CountOrZero = 3
-    """Returns to one and the same checkpoint; the next one ends the run instead."""
+    """Rollbacks to the same checkpoint; one more ends the run."""
     max_damaged_rows: CountOrZero = 100
-    """Rows that could not be read and were left out, counted over the whole run, that end it."""
+    """Skipped rows that could not be read, over the whole run; one more ends it."""
     min_effective_rank: PositiveOrZero = 8.0
-    """Floor of the targets' effective rank; healthy small runs have 50 to 58 of 192, collapsed ones 2 to 5."""
+    """Floor of the targets' effective rank; RESULTS.md lists values of healthy and collapsed runs."""
     max_position_share: PositiveOrZero = 0.2
-    """Ceiling of the fraction of the targets' variance that follows the position; healthy 0.01 to 0.04."""
+    """Ceiling of the fraction of the targets' variance that the position explains."""
     min_std: PositiveOrZero = 0.05
-    """Floor of the standard deviation of targets and predictions (the reference stops at 0.1 and 0.01)."""
+    """Floor of the standard deviation of targets and predictions (the official code stops at 0.1 and 0.01)."""
     warm_up_steps: CountOrZero = 100
-    """Optimizer steps before a collapse is looked for."""
+    """Optimizer steps before the first check for collapse."""
     stop_on_collapse: bool = False
     """Raise `CollapseError` instead of warning."""
     late_factor: Annotated[float, Bounds(ge=1)] = 10.0
-    """A step that takes this many times the median of the last ones is looked into: which rank is late, and where."""
+    """Multiple of the median step time after which the run reports which rank is late, and where."""
     late_seconds: Annotated[float, Bounds(ge=0.1)] = 60.0
-    """But never before so many seconds."""
+    """Least time of a late step (seconds)."""
 
 
 class Guard:
-    """Counts bad steps and names collapses. Every rank feeds it the same numbers, so every rank decides alike."""
+    """Counts bad steps and detects collapse. Every rank passes it the same numbers, so all ranks decide alike."""
 
     def __init__(self, config: HealthConfig, limits: Sequence[HealthLimit]) -> None:
         """
         Args:
-            config: when to warn and when to stop.
+            config: limits of the run.
             limits: bounds of the objective's health statistics.
         """
         self.config, self._limits = config, limits
@@ -59,7 +59,7 @@ class Guard:
         """Count a skipped step.
 
         Returns:
-            Whether the run should go back to its last good checkpoint.
+            True if the run should load its last good checkpoint.
         """
         if applied:
             self.nonfinite_in_a_row = 0
@@ -70,10 +70,10 @@ class Guard:
         return self.nonfinite_in_a_row >= self.config.max_nonfinite_steps
 
     def after_rollback(self, step: int, rollbacks: int) -> None:
-        """Begin to count anew at a checkpoint.
+        """Reset the count of skipped steps in a row.
 
         Args:
-            step: at which the run stood.
+            step: before the rollback.
             rollbacks: to this checkpoint, this one included.
 
         Raises:
@@ -86,14 +86,14 @@ class Guard:
         self.nonfinite_in_a_row = 0
 
     def nonfinite(self, step: int, when: str) -> str:
-        """What to say when a run ends for its steps that are not finite."""
+        """Return the message of a run that ends because of steps that are not finite."""
         return (
             f"step {step}: {self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite, {when}; "
             "lower lr.peak, set optim.clip_norm, or look at the inputs named in bad_batches.jsonl"
         )
 
     def after_reading(self, damaged: int) -> None:
-        """Count rows that were left out of the last step, on all ranks together.
+        """Count the rows that were skipped in the last step on all ranks.
 
         Raises:
             DamagedDataError: too many over the whole run.
@@ -101,23 +101,23 @@ class Guard:
         self.damaged_rows += damaged
         if self.damaged_rows > self.config.max_damaged_rows:
             raise DamagedDataError(
-                f"{self.damaged_rows} rows could not be read and were left out so far, health.max_damaged_rows allows "
+                f"{self.damaged_rows} rows could not be read and were skipped so far, health.max_damaged_rows allows "
                 f"{self.config.max_damaged_rows}; the warnings above name them: run python -m preprocessing.verify on "
                 "the folder, copy its shards again, and start the same command"
             )
 
     def check_health(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """Compare health statistics with their floors.
+        """Compare health statistics with their limits.
 
         Args:
             step: of the statistics.
             values: metrics by name.
 
         Returns:
-            One sentence for each crossed floor: value, floor, likely cause.
+            One message for each crossed limit: value, limit, likely cause.
 
         Raises:
-            CollapseError: if a floor is crossed and the run asks to stop there.
+            CollapseError: a limit is crossed and `stop_on_collapse` is set.
         """
         if step < self.config.warm_up_steps:
             return []
@@ -129,17 +129,17 @@ class Guard:
         return alarms
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run goes on counting from."""
+        """Return the counts, for a checkpoint."""
         return {name: getattr(self, name) for name in _COUNTS}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """The counterpart of `state_dict`."""
+        """Set the counts from `state_dict`."""
         for name in _COUNTS:
             setattr(self, name, state[name])
 
 
 def _crossed(limit: HealthLimit, values: Mapping[str, float]) -> list[str]:
-    """Return one message for each statistic that crosses a limit, of every modality; validation has no limits."""
+    """Return one message for each statistic of any modality that crosses a limit; validation has no limits."""
     found = []
     for name, value in values.items():
         prefix, matches, _ = name.rpartition(limit.metric)

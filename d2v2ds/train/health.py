@@ -1,8 +1,7 @@
-"""How rich a set of vectors is: what tells a collapse that loss and variance hide. Pure functions.
+"""Statistics of vectors that show a collapse. Pure functions.
 
-Instance norm keeps the variance of collapsed targets near one. Measured on small runs with the official
-implementation, healthy targets of width 192 have an effective rank of 50 to 58 and 1 to 4 % of their variance
-follows the position in the clip; collapsed ones have a rank of 2 to 5 and a share of 23 to 84 %.
+Loss and variance do not show it, because instance norm keeps the variance of collapsed targets near one. RESULTS.md
+lists values of healthy and collapsed runs.
 """
 
 import math
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 4096
-"""Vectors of one kind that are looked at; more change the statistics little and cost time."""
+"""Most vectors of one kind in the statistics; more change them little and take time."""
 NUM_STEPS = 8
-"""Optimizer steps whose vectors are looked at together: a single short clip has fewer tokens than channels."""
+"""Optimizer steps whose vectors are combined, because a single short clip has fewer tokens than channels."""
 POLYNOMIAL_DEGREE = 6
-"""Of the position that the position share fits."""
+"""Degree of the polynomial that the position share fits."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,15 @@ class Richness:
     std: float
     """Mean over channels of the standard deviation over vectors."""
     effective_rank: float
-    """exp of the entropy of the normalised eigenvalues of the covariance; between 1 and D."""
+    """Exponential of the entropy of the covariance's normalised eigenvalues; between 1 and D."""
     position_share: float
     """Fraction of the variance that a polynomial of degree 6 in position / length explains."""
     exact_position_share: float
-    """Fraction of the variance that lies between exact positions, corrected for what chance puts there."""
+    """Fraction of the variance between exact positions, corrected for chance."""
 
 
 def effective_rank(x: Tensor) -> float:
-    """exp(entropy) of the normalised eigenvalues of the covariance of x (U, D)."""
+    """Return exp(entropy) of the normalised eigenvalues of the covariance of x (U, D)."""
     centred = x.double() - x.double().mean(0)
     smaller = centred.T @ centred if x.shape[1] <= x.shape[0] else centred @ centred.T
     values = torch.linalg.eigvalsh(smaller).clamp(min=0)
@@ -46,27 +45,28 @@ def effective_rank(x: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def position_share(x: Tensor, places: Tensor) -> float:
-    """Fraction of the variance of x that its place in the sequence explains, by least squares.
+def position_share(x: Tensor, relative_positions: Tensor) -> float:
+    """Return the fraction of the variance of x that a polynomial in its position explains, by least squares.
 
     Args:
         x: (U, D).
-        places: (U,) position over length, 0 to 1.
+        relative_positions: (U,) position over length, 0 to 1.
     """
     centred = x.double() - x.double().mean(0)
     total = centred.square().sum()
     if total <= 0:
         return 0.0
-    powers = torch.stack([(2 * places.double() - 1) ** k for k in range(POLYNOMIAL_DEGREE + 1)], dim=1)  # (U, 7)
+    scaled = 2 * relative_positions.double() - 1  # (U,)
+    powers = torch.stack([scaled**k for k in range(POLYNOMIAL_DEGREE + 1)], dim=1)  # (U, 7)
     basis, _ = torch.linalg.qr(powers)
     return float((basis.T @ centred).square().sum() / total)
 
 
 def exact_position_share(x: Tensor, positions: Tensor) -> float:
-    """Fraction of the variance of x between positions, each with a mean of its own.
+    """Return the fraction of the variance of x between the means of its positions.
 
-    Text with learned positions predicts them, which no polynomial shows. With few vectors at each position chance
-    alone puts variance between them; that is taken off (omega squared of an analysis of variance).
+    It also shows learned positions, as in text, which no polynomial fits. The variance expected by chance is subtracted
+    (omega squared of an analysis of variance).
 
     Args:
         x: (U, D).
@@ -84,40 +84,40 @@ def exact_position_share(x: Tensor, positions: Tensor) -> float:
 
 
 class Sample:
-    """Vectors of one kind, collected over a few micro-batches, and their places in the sequence."""
+    """Vectors of one kind, collected over a few micro-batches, and their positions in the sequence."""
 
     def __init__(self, *, reports_std: bool = False) -> None:
         """
         Args:
-            reports_std: whether the metrics have the standard deviation of these vectors.
+            reports_std: report the standard deviation of these vectors in the metrics.
         """
         self.reports_std = reports_std
         self._vectors: list[Tensor] = []
         self._positions: list[Tensor] = []
-        self._places: list[Tensor] = []
+        self._relative_positions: list[Tensor] = []
 
     def add(self, vectors: Tensor, positions: Tensor, length: int) -> None:
         """
         Args:
             vectors: (U, D); at most `MAX_ROWS / NUM_STEPS` evenly spread ones are kept.
-            positions: (U,) int64 place of each in its sequence.
+            positions: (U,) int64 position of each in its sequence.
             length: T, tokens of the sequence.
         """
         stride = -(-vectors.shape[0] * NUM_STEPS // MAX_ROWS)
         while math.gcd(stride, length) > 1:
-            stride += 1  # or only some positions would ever be seen
+            stride += 1  # otherwise only some positions would be sampled
         self._vectors.append(vectors[::stride].detach().float().cpu())
         self._positions.append(positions[::stride].cpu())
-        self._places.append(positions[::stride].cpu() / length)
+        self._relative_positions.append(positions[::stride].cpu() / length)
 
     def richness(self) -> Richness:
-        """Statistics of all that was added; NaN if that is nothing (every step was skipped)."""
+        """Compute the statistics; NaN if no vectors were added because every step was skipped."""
         if not self._vectors:
             return Richness(math.nan, math.nan, math.nan, math.nan)
-        x, places = torch.cat(self._vectors), torch.cat(self._places)
+        x = torch.cat(self._vectors)
         return Richness(
             std=float(x.std(0, correction=0).mean()),
             effective_rank=effective_rank(x),
-            position_share=position_share(x, places),
+            position_share=position_share(x, torch.cat(self._relative_positions)),
             exact_position_share=exact_position_share(x, torch.cat(self._positions)),
         )

@@ -1,13 +1,13 @@
-"""The loop around the step: data, metrics, health, checkpoints, progress.
+"""Training loop: steps, metrics, health checks, validation and checkpoints.
 
-A record of metrics is written every `log_every_steps` and at every checkpoint, and averages begin anew after
-each; so a resumed run writes the very records of a run that never stopped.
+The loop writes a record of metrics every `log_every_steps` and at every checkpoint. Averages restart after each record,
+so that a resumed run writes the same records as a run that never stopped.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from signal import Signals
 from typing import Any, Protocol
@@ -24,8 +24,8 @@ from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
-from d2v2ds.train.interval import Interval, ModalityInterval
-from d2v2ds.train.metrics import Metrics, gradient_metric, peak_memory_gib
+from d2v2ds.train.metrics import MODALITY_UNITS, Metrics, gradient_metric, peak_memory_gib
+from d2v2ds.train.record_sums import ModalityRecordSums, RecordSums
 from d2v2ds.train.step import Recipe, StepOutput, train_step
 from d2v2ds.train.validate import Validation
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How often things happen (optimizer steps), and what turns steps into numbers."""
+    """Intervals in optimizer steps, and properties of the data and the device for metrics and figures."""
 
     total_steps: int
     log_every_steps: int
@@ -46,37 +46,37 @@ class LoopConfig:
     readers: Mapping[str, Reader]
     """Data of each modality by name, in the order of the micro-batches."""
     grid_sides: Mapping[str, int | None]
-    """Tokens per side of each modality whose tokens form a square grid, for pictures of masks."""
+    """Tokens per side of each modality whose tokens form a square grid, for figures of masks."""
     measure_peak: Callable[[], float]
     """Measures the matrix-product peak of this rank's device; called once, with the first record, on all ranks."""
-    num_heads: int
-    """H, for pictures of the distance penalty."""
+    alibi_slopes: Sequence[float]
+    """Slope of every head, for figures of the distance penalty."""
     flops_of: Callable[[Batch], float]
-    """Algorithmic operations of one micro-batch."""
+    """Counts the algorithmic operations of one micro-batch."""
 
 
 @dataclass(frozen=True)
 class _Fetched:
-    """The data of one step, or why there is none."""
+    """Data of one step, or the error of reading it."""
 
     data: StepData | None
     fault: str
     wait_s: float
 
     def step_data(self) -> StepData:
-        """The data; all ranks have agreed that they have some, but where the run was to end before it."""
+        """Return the data; raise DamagedDataError if there is none."""
         if self.data is None:
             raise DamagedDataError(self.fault)
         return self.data
 
 
 def _fetch(data: Iterator[StepData]) -> _Fetched:
-    """The next step's data. A rank that raised alone would leave the others waiting for it."""
-    asked = time.perf_counter()
+    """Read the next step's data; return errors, because a rank that raises alone leaves the others waiting."""
+    started = time.perf_counter()
     try:
-        return _Fetched(next(data), "", time.perf_counter() - asked)
+        return _Fetched(next(data), "", time.perf_counter() - started)
     except ShardError as error:
-        return _Fetched(None, str(error), time.perf_counter() - asked)
+        return _Fetched(None, str(error), time.perf_counter() - started)
 
 
 class Trainer:
@@ -99,14 +99,14 @@ class Trainer:
         """
         Args:
             engine: around the network of the objective.
-            objective: what the run optimises.
-            recipe: numbers of the step.
+            objective: losses, metrics and the action after a step.
+            recipe: settings of the step.
             config: intervals.
-            guard: non-finite and collapse checks.
-            checkpoints: with the progress at which to begin, which is advanced in place.
-            stop: notes signals that reach this rank.
-            watchdog: is told of every step.
-            validation: on held-out data, if the run has any.
+            guard: checks for steps that are not finite, damaged rows and collapse.
+            checkpoints: with the progress at the start, which the loop advances in place.
+            stop: records signals that reach this rank.
+            watchdog: receives a call after every step.
+            validation: on held-out data, None if the run has none.
             metrics: writer on rank 0, None elsewhere.
         """
         self.engine, self.objective = engine, objective
@@ -122,35 +122,35 @@ class Trainer:
         """Train up to `total_steps`.
 
         Raises:
-            PreemptedError: a signal asked for it, and everything is saved.
-            NonFiniteError: too many steps in a row were skipped, and going back did not help; or all there were.
-            CollapseError: a health floor was crossed and the run asked to stop there.
+            PreemptedError: a signal stopped the run, and everything is saved.
+            NonFiniteError: too many steps in a row were skipped, also after rollbacks; or every step of the run was.
+            CollapseError: a health limit was crossed and `stop_on_collapse` is set.
             DamagedDataError: too many rows could not be read.
             SaveError: two checkpoints in a row could not be written.
         """
         config, progress = self.config, self.progress
-        interval, began, first = self._new_interval(), time.perf_counter(), progress.step
-        following = _fetch(data)
-        if progress.step < config.total_steps and self._ask_all_ranks(None, following):
+        sums, began, first = self._new_sums(), time.perf_counter(), progress.step
+        fetched = _fetch(data)
+        if progress.step < config.total_steps and self._exchange(None, fetched):
             raise PreemptedError(f"stopped by {self._signals()} before the first step, nothing was lost")
         while progress.step < config.total_steps:
-            step_data, wait_s = following.step_data(), following.wait_s
+            step_data, wait_s = fetched.step_data(), fetched.wait_s
             self._part_norms.ask(self._has_part_norms(progress.step + 1))
             out = train_step(self.engine, self.objective, step_data.micro, step=progress.step, recipe=self.recipe)
             progress.step += 1
             progress.sampler = step_data.state_after
-            interval.add(out, step_data.micro, wait_s, config.readers, config.flops_of)
+            sums.add(out, step_data.micro, wait_s, config.readers, config.flops_of)
             if out.applied:
                 self._collect(out)
             else:
-                self._note_bad_batch(out, step_data)
+                self._write_bad_batch(out, step_data)
             self.watchdog.step_done(progress.step)
-            following = _fetch(data)
-            is_stopping = self._ask_all_ranks(step_data, following)
+            fetched = _fetch(data)
+            is_stopping = self._exchange(step_data, fetched)
             if self.guard.after_step(progress.step, out.applied):
                 self._roll_back()
                 self.watchdog.touch(progress.step)
-                interval, began, first = self._new_interval(), time.perf_counter(), progress.step
+                sums, began, first = self._new_sums(), time.perf_counter(), progress.step
                 continue
             is_last = progress.step == config.total_steps
             is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping
@@ -158,60 +158,60 @@ class Trainer:
                 progress.step % config.validate_every_steps == 0 or is_last
             )
             if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving or is_validating:
-                values = self._record(out, step_data, interval, is_validating)
+                values = self._record(out, step_data, sums, is_validating)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
-                self._say(values, elapsed * (config.total_steps - progress.step))
-                interval = self._new_interval()
+                self._log_record(values, elapsed * (config.total_steps - progress.step))
+                sums = self._new_sums()
             if is_saving:
                 if self.metrics is not None:
                     self.metrics.flush()
                 self.checkpoints.begin(values.get("valid/loss/total"))
                 self.samples = self._no_samples()  # a resumed run begins without them
                 self.watchdog.touch(progress.step)
-                interval.started = time.perf_counter()
+                sums.started = time.perf_counter()
             if is_stopping and not is_last:
                 self.checkpoints.finish()
                 raise PreemptedError(
                     f"step {progress.step}: stopped by {self._signals()}, everything is saved; "
-                    "start the same command to go on"
+                    "start the same command to continue"
                 )
         self.checkpoints.finish()
         if progress.step > 0 and self.guard.nonfinite_total == progress.step:
             raise NonFiniteError(self.guard.nonfinite(progress.step, "all that the run had"))
 
-    def _ask_all_ranks(self, data: StepData | None, following: "_Fetched") -> bool:
-        """Exchange what each rank knows alone, once a step; returns whether one of them was asked to stop.
+    def _exchange(self, data: StepData | None, fetched: "_Fetched") -> bool:
+        """Exchange signals, checkpoint state and damaged rows of all ranks once a step; return True if one must stop.
 
         Args:
-            data: of the step that is done.
-            following: of the next one.
+            data: of the finished step.
+            fetched: for the next step.
 
         Raises:
-            DamagedDataError: too many rows could not be read, or on some rank none at all.
+            DamagedDataError: too many rows could not be read, or none on some rank.
             SaveError: as `Checkpoints.advance`.
         """
         faults = [] if data is None else [fault for batch in data.micro for fault in batch.faults]
         is_needed = self.progress.step < self.config.total_steps
-        no_data = bool(following.fault) and is_needed
+        no_data = bool(fetched.fault) and is_needed
         own = [self.stop.received is not None, self.checkpoints.is_busy, len(faults), no_data]
-        asked, busy, damaged, unreadable = comm.all_reduce_sum(own)
+        signalled, busy, damaged, unreadable = comm.all_reduce_sum(own)
         for fault in faults:
-            logger.warning("step %d: a row was left out: %s", self.progress.step, fault)
+            logger.warning("step %d: skipped a row: %s", self.progress.step, fault)
         self.guard.after_reading(int(damaged))
         if unreadable:
             raise DamagedDataError(
-                following.fault or f"step {self.progress.step}: no data can be read on {unreadable:.0f} other ranks"
+                fetched.fault or f"step {self.progress.step}: no data can be read on {unreadable:.0f} other ranks"
             )
         self.checkpoints.advance(any_busy=busy > 0)
-        return asked > 0
+        return signalled > 0
 
     def _signals(self) -> str:
-        """Who was asked to stop, and how."""
+        """List the signals that ranks received. Collective."""
         received = comm.gather_objects(None if self.stop.received is None else self.stop.received.name)
         return ", ".join(f"{name} to rank {rank}" for rank, name in enumerate(received) if name is not None)
 
-    def _note_bad_batch(self, out: StepOutput, data: StepData) -> None:
-        """Write down which samples a skipped step saw, and where its loss was not finite."""
+    def _write_bad_batch(self, out: StepOutput, data: StepData) -> None:
+        """Write the samples of a skipped step, and the ranks on which its loss was not finite. Collective."""
         own = [{"modality": batch.modality, "ids": batch.ids.tolist()} for batch in data.micro if batch.loss_weight]
         finite = {
             name: all(math.isfinite(float(v)) for v in part.sums.losses.values()) for name, part in out.parts.items()
@@ -222,7 +222,7 @@ class Trainer:
             self.metrics.note_bad_batch({"step": self.progress.step, "epoch_after": epochs, "ranks": ranks})
 
     def _roll_back(self) -> None:
-        """Go on from the last good checkpoint; its later records are taken back."""
+        """Load the last good checkpoint and remove the records after it."""
         if self.metrics is not None:
             self.metrics.flush()
         self.checkpoints.roll_back()
@@ -230,23 +230,24 @@ class Trainer:
             self.metrics.rewind(self.progress.step)
         self.samples = self._no_samples()
 
-    def _new_interval(self) -> Interval:
-        return Interval({name: ModalityInterval() for name in self.config.readers})
+    def _new_sums(self) -> RecordSums:
+        return RecordSums({name: ModalityRecordSums() for name in self.config.readers})
 
     def _name(self, modality: str, metric: str) -> str:
-        """What a metric of one modality is called in this run."""
+        """Return the name of a modality's metric in this run."""
         return metric if len(self.config.readers) == 1 else f"{modality}/{metric}"
 
     def _gradient_metric(self, parameter: str) -> str:
-        """The norm in which the gradient of a parameter counts."""
-        modality, metric = gradient_metric(parameter)
+        """Return the gradient norm that includes a parameter."""
+        units = {**MODALITY_UNITS, **self.objective.units, **self.objective.run_units}
+        modality, metric = gradient_metric(parameter, self.config.readers, units)
         return metric if modality is None else self._name(modality, metric)
 
-    def _record(self, out: StepOutput, data: StepData, interval: Interval, is_validating: bool) -> dict[str, float]:
-        """Reduce, check and write one record; returns it on every rank."""
+    def _record(self, out: StepOutput, data: StepData, sums: RecordSums, is_validating: bool) -> dict[str, float]:
+        """Reduce, check and write one record; return it on every rank."""
         progress = self.progress
-        seconds = time.perf_counter() - interval.started
-        values = self._reduce_run(out, interval, seconds) | self._reduce_modalities(data, interval, seconds)
+        seconds = time.perf_counter() - sums.started
+        values = self._reduce_run(out, sums, seconds) | self._reduce_modalities(data, sums, seconds)
         values |= self.objective.run_metrics()
         if out.applied and self._has_part_norms(progress.step):
             values |= self._part_norms.take(out.grad_norm)
@@ -260,11 +261,11 @@ class Trainer:
         self.guard.check_health(progress.step, values)
         return values
 
-    def _reduce_modalities(self, data: StepData, interval: Interval, seconds: float) -> dict[str, float]:
-        """Losses, metrics of the objective and amounts of data of every modality. Collective."""
+    def _reduce_modalities(self, data: StepData, sums: RecordSums, seconds: float) -> dict[str, float]:
+        """Compute losses, metrics of the objective and amounts of data of every modality. Collective."""
         values: dict[str, float] = {}
         total = 0.0
-        for name, part in interval.parts.items():
+        for name, part in sums.parts.items():
             unit, totals = self.config.readers[name].unit, part.sums.reduce()
             (units,) = comm.all_reduce_sum([part.units])
             if totals is not None:
@@ -277,12 +278,12 @@ class Trainer:
             values[unit.total_metric] = self.progress.seen[name] / unit.total_size
             values[unit.speed_metric] = units / seconds
             values[self._name(name, "data/epoch")] = float(data.state_after[name].epoch)
-        if len(interval.parts) > 1 and interval.applied:
+        if len(sums.parts) > 1 and sums.applied:
             values["loss/total"] = total
         return values
 
     def _validate(self) -> dict[str, float]:
-        """Metrics on held-out data, and the weighted sum of their losses."""
+        """Compute metrics on held-out data, and the weighted sum of their losses."""
         assert self.validation is not None
         found = self.validation()
         self.watchdog.touch(self.progress.step)
@@ -291,20 +292,16 @@ class Trainer:
         logger.info("step %d  validation loss %.4f", self.progress.step, values["valid/loss/total"])
         return values
 
-    def _reduce_run(self, out: StepOutput, interval: Interval, seconds: float) -> dict[str, float]:
-        """What belongs to the run as a whole."""
-        flops_per_s = interval.flops / seconds
+    def _reduce_run(self, out: StepOutput, sums: RecordSums, seconds: float) -> dict[str, float]:
+        """Compute the metrics of the run as a whole. Collective."""
+        flops_per_s = sums.flops / seconds
         if self._peak_flops is None:
-            comm.barrier()  # all at once: ranks on a CPU share its cores in the steps, too
+            comm.barrier()  # measure on all ranks at once, because ranks on a CPU also share its cores in the steps
             self._peak_flops = self.config.measure_peak()
         flops, mfu, samples = comm.all_reduce_sum(
-            [flops_per_s, flops_per_s / max(self._peak_flops, 1.0), float(interval.samples)]
+            [flops_per_s, flops_per_s / max(self._peak_flops, 1.0), float(sums.samples)]
         )
-        own = (
-            1000 * seconds / interval.steps,
-            1000 * interval.data_wait_s / interval.steps,
-            peak_memory_gib(comm.device()),
-        )
+        own = (1000 * seconds / sums.steps, 1000 * sums.data_wait_s / sums.steps, peak_memory_gib(comm.device()))
         step_ms, wait_ms, memory = (max(column) for column in zip(*comm.gather_objects(own), strict=True))
         values = {
             "optim/lr": out.lr,
@@ -322,19 +319,19 @@ class Trainer:
         }
         self.checkpoints.stall_s = 0.0
         values |= self.objective.schedules(self.progress.step)
-        if interval.applied:
-            values["optim/grad_norm"] = interval.grad_norm / interval.applied
+        if sums.applied:
+            values["optim/grad_norm"] = sums.grad_norm / sums.applied
         return values
 
     def _is_health_step(self) -> bool:
         return self.progress.step == 1 or self.progress.step % self.config.health_every_steps == 0
 
     def _has_part_norms(self, step: int) -> bool:
-        """Whether the norms of the gradient's parts are taken in the step that makes so many."""
+        """Return True if step number `step` measures the gradient norms of the network's parts."""
         return step == 1 or step % self.config.log_every_steps == 0
 
     def _collect(self, out: StepOutput) -> None:
-        """Keep some vectors of the last steps before health is looked at."""
+        """Keep some vectors of the last steps before each health check."""
         ahead = -self.progress.step % self.config.health_every_steps
         if self.progress.step > 1 and ahead >= NUM_STEPS:
             return
@@ -344,7 +341,7 @@ class Trainer:
                 sample.add(kind.vectors, kind.positions, kind.length)
 
     def _health(self) -> dict[str, float]:
-        """Richness of each set of vectors of each modality, averaged over ranks; collecting begins anew. Collective."""
+        """Compute the health statistics of all collected vectors, averaged over ranks, and drop these. Collective."""
         values: dict[str, float] = {}
         for modality, samples in self.samples.items():
             for name, sample in samples.items():
@@ -360,7 +357,7 @@ class Trainer:
         return {name: mean for name, mean in averages.items() if math.isfinite(mean)}
 
     def _figures(self, out: StepOutput) -> None:
-        """Masks of one sample and the ALiBi scale, to TensorBoard. Collective."""
+        """Write figures of one sample's masks and of the ALiBi scale to TensorBoard. Collective."""
         shards = zero.parameter_shards(self.engine)
         scales = {name: zero.gather_shard(s, s.data) for name, s in shards.items() if name.endswith("alibi.scale")}
         if self.metrics is None:
@@ -374,14 +371,14 @@ class Trainer:
                 if scale is not None:
                     self.metrics.figure(
                         name.removeprefix("trunk.").replace(".", "/"),
-                        alibi_figure(scale.cpu(), self.config.num_heads),
+                        alibi_figure(scale.cpu(), self.config.alibi_slopes),
                         self.progress.step,
                     )
         except MissingExtraError as error:
             if self.progress.step == 1:
                 logger.info("no figures in TensorBoard: %s", error)
 
-    def _say(self, values: dict[str, Any], seconds_left: float) -> None:
+    def _log_record(self, values: dict[str, Any], seconds_left: float) -> None:
         """Log one line about a record."""
         progress, readers = self.progress, self.config.readers
         prefixes = {name: "" if len(readers) == 1 else f"{name} " for name in readers}
@@ -404,7 +401,7 @@ class Trainer:
         )
 
     def _mean_loss(self, modality: str, values: Mapping[str, float]) -> float:
-        """Sum of a modality's mean losses; NaN if every step was skipped."""
+        """Return the sum of a modality's mean losses; NaN if every step was skipped."""
         prefix = self._name(modality, "loss/")
         found = [value for name, value in values.items() if name.startswith(prefix) and name != "loss/total"]
         return sum(found) if found else math.nan
@@ -414,13 +411,13 @@ class Trainer:
 
 
 class StopFlag(Protocol):
-    """A signal that reached this rank; `run.preempt.StopRequest` is one."""
+    """Signal that reached this rank, such as `run.preempt.StopRequest`."""
 
     received: Signals | None
 
 
 class StepClock(Protocol):
-    """Watches how long steps take; `run.watchdog.Watchdog` is one."""
+    """Watches how long steps take, such as `run.watchdog.Watchdog`."""
 
     def step_done(self, step: int) -> None: ...
 
@@ -428,6 +425,6 @@ class StepClock(Protocol):
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

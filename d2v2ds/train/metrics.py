@@ -1,15 +1,14 @@
-"""Metrics of a run: their names and units, how each is reduced over ranks, and where they are written.
+"""Metrics of a run: names, units, reduction over ranks, and writers.
 
-Rank 0 writes the same names to TensorBoard (`<run>/tensorboard`) and to `<run>/metrics.jsonl`, one line per
-record with its `step`. A run of several modalities writes those names that belong to one of them as
-`audio/loss/regression` and so on. On resume, lines after the checkpoint's step are dropped, so the file equals that of
-a run that never stopped.
+Rank 0 writes the same names to TensorBoard (`<run>/tensorboard`) and to `<run>/metrics.jsonl`, one line per record
+with its `step`. A run of several modalities puts the modality in front, as in `audio/loss/regression`. On resume, lines
+after the checkpoint's step are removed, so that the file equals that of a run that never stopped.
 """
 
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,15 @@ RUN_UNITS = {
     "valid/loss/total": "weighted sum of all mean losses on held-out data; `best` has the lowest",
     "optim/lr": "learning rate; same on all ranks",
     "optim/grad_norm": "global L2 norm before clipping; mean over the interval",
-    "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps-th step; global",
+    "optim/grad_norm/blocks": "norm of the shared blocks' gradient before clipping; every log_every_steps; global",
     "optim/skipped_steps": "steps with a gradient that is not finite, since the run began",
     "perf/restarts": "earlier starts of this run; same on all ranks",
-    "data/damaged_rows": "rows that could not be read and were left out, since the run began; sum over ranks",
+    "data/damaged_rows": "rows that could not be read and were skipped, since the run began; sum over ranks",
     "perf/samples_per_s": "inputs per second of wall time, masks not counted; sum over ranks",
     "perf/step_ms": "wall milliseconds per optimizer step; max over ranks",
-    "perf/data_wait_ms": "milliseconds per step in which a rank waited for data; max over ranks",
+    "perf/data_wait_ms": "milliseconds per step that a rank waited for data; max over ranks",
     "perf/data_wait_fraction": "the same as a fraction of the step",
-    "perf/checkpoint_stall_ms": "milliseconds of the interval in which rank 0's training waited for checkpoints",
+    "perf/checkpoint_stall_ms": "milliseconds since the last record that rank 0's training waited for checkpoints",
     "perf/tflops": "algorithmic 10^12 operations per second and rank, visible tokens only; mean over ranks",
     "perf/mfu": "the same over the matrix-product peak measured at start; mean over ranks",
     "perf/memory_gib": "peak memory of a rank (device, or resident on a CPU), GiB; max over ranks",
@@ -40,13 +39,13 @@ RUN_UNITS = {
 
 MODALITY_UNITS = {
     "data/epoch": "passes over the data; same on all ranks",
-    "optim/grad_norm/local": "norm of the local encoder's gradient before clipping; every log_every_steps-th step; global",
+    "optim/grad_norm/local": "norm of the local encoder's gradient before clipping; every log_every_steps; global",
     "optim/grad_norm/positions": "norm of the position convolutions' gradient; likewise",
     "optim/grad_norm/alibi": "norm of the learned ALiBi scales' gradient; likewise",
     "optim/grad_norm/prenet": "norm of the gradient of the modality's own blocks and their norms; likewise",
-    "optim/grad_norm/other": "norm of everything else's gradient, such as the CLS token; likewise",
+    "optim/grad_norm/other": "norm of all other gradients, such as the CLS token's; likewise",
 }
-"""Scalars of one modality that every objective has, with unit and reduction."""
+"""Scalars of one modality in every objective, with unit and reduction."""
 
 HEALTH_UNITS = {
     "effective_rank": "exp of the eigenvalue entropy of the vectors, 1 to D; mean over ranks",
@@ -54,15 +53,17 @@ HEALTH_UNITS = {
     "exact_position_share": "fraction of variance between exact positions, corrected for chance; mean over ranks",
     "std": "standard deviation of the vectors, mean over channels; mean over ranks",
 }
-"""Statistics of each set of vectors that an objective names: NAME/effective_rank and so on."""
+"""Statistics of each set of `Vectors` of an objective: NAME/effective_rank and so on."""
 
 
-def gradient_metric(parameter: str) -> tuple[str | None, str]:
+def gradient_metric(parameter: str, modalities: Container[str], units: Container[str]) -> tuple[str | None, str]:
     """Find the norm in which the gradient of a parameter counts.
 
     Args:
-        parameter: name in an objective's network: `trunk.encoders.M.PART...`, `trunk.blocks...`, or `OWNED.M...` for
-            what the objective has for each modality, such as decoders.
+        parameter: name in an objective's network: `trunk.blocks...`, `trunk.encoders.M.PART...`, `PARTs.M...` for what
+            the objective has for each modality M, such as decoders, or `PART...` for what it has for all of them.
+        modalities: names of the run's modalities.
+        units: norms that have a unit; a part without one counts as other.
 
     Returns:
         The modality, None for all, and the metric.
@@ -70,14 +71,13 @@ def gradient_metric(parameter: str) -> tuple[str | None, str]:
     room, *rest = parameter.removeprefix("trunk.").split(".")
     if room == "blocks":
         return None, "optim/grad_norm/blocks"
-    if room == "encoders":
-        metric = f"optim/grad_norm/{rest[1]}"
-        return rest[0], metric if metric in MODALITY_UNITS else "optim/grad_norm/other"
-    return rest[0], f"optim/grad_norm/{room.removesuffix('s')}"
+    modality = rest[0] if rest and rest[0] in modalities else None
+    metric = f"optim/grad_norm/{rest[1] if room == 'encoders' else room.removesuffix('s')}"
+    return modality, metric if metric in units else "optim/grad_norm/other"
 
 
 class MetricNames:
-    """Which scalars a run may write: those of every run, of its objective and of its modalities' units."""
+    """Scalars that a run may write: those of every run, of its objective and of its modalities' units."""
 
     def __init__(self, run_units: Mapping[str, str], modality_units: Mapping[str, str]) -> None:
         """
@@ -89,7 +89,7 @@ class MetricNames:
         self.modality = MODALITY_UNITS | dict(modality_units)
 
     def is_known(self, name: str) -> bool:
-        """Whether a scalar has a unit; `valid/NAME` has that of NAME, `MODALITY/NAME` too."""
+        """Return True if a scalar has a unit; `valid/NAME` and `MODALITY/NAME` have that of NAME."""
         if name in self.run:
             return True
         candidates = [name.removeprefix("valid/"), name.partition("/")[2].removeprefix("valid/")]
@@ -102,7 +102,7 @@ class MetricNames:
 class Metrics:
     """Writes records. Only rank 0 has one.
 
-    Training goes on if metrics cannot be written (full disk, folder not writable, file removed): the writer warns
+    Training continues if metrics cannot be written (full disk, folder not writable, file removed): the writer warns
     once and tries again at each record.
     """
 
@@ -111,7 +111,7 @@ class Metrics:
         Args:
             run_dir: folder of the run.
             names: scalars that have a unit.
-            resume_step: step of the checkpoint the run goes on from, 0 for a new run.
+            resume_step: step of the checkpoint that the run resumes from, 0 for a new run.
         """
         self._names = names
         self.path, self.bad_batches_path = run_dir / "metrics.jsonl", run_dir / "bad_batches.jsonl"
@@ -123,7 +123,7 @@ class Metrics:
         self.rewind(resume_step)
 
     def rewind(self, step: int) -> None:
-        """Take back the records after a step."""
+        """Remove the records after a step."""
         self._attempt("metrics.jsonl", lambda: _drop_lines_after(self.path, step))
         if self._writer is not None:
             self._attempt("TensorBoard", self._writer.close)
@@ -134,12 +134,12 @@ class Metrics:
         """Append one record.
 
         Raises:
-            KeyError: for a name without a unit.
+            KeyError: a name has no unit.
         """
         unknown = sorted(name for name in values if not self._names.is_known(name))
         if unknown:
             raise KeyError(
-                f"metrics without a unit: {', '.join(unknown)}; add them to the tables of train/metrics.py or of the objective"
+                f"metrics without a unit: {', '.join(unknown)}; add them to train/metrics.py or to the objective"
             )
         self._append(self.path, {"step": step, **values})
 
@@ -150,7 +150,7 @@ class Metrics:
         self._to_tensorboard(scalars)
 
     def note_bad_batch(self, record: Mapping[str, Any]) -> None:
-        """Append which samples a skipped step saw to `bad_batches.jsonl`."""
+        """Append the samples of a skipped step to `bad_batches.jsonl`."""
         self._append(self.bad_batches_path, record)
 
     def figure(self, name: str, figure: Any, step: int) -> None:
@@ -158,7 +158,7 @@ class Metrics:
         self._to_tensorboard(lambda writer: writer.add_figure(name, figure, step))
 
     def flush(self) -> None:
-        """Put everything on disk; called before a checkpoint."""
+        """Flush TensorBoard's file; called before a checkpoint."""
         self._to_tensorboard(lambda writer: writer.flush())
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class Metrics:
             self._attempt("TensorBoard", self._writer.close)
 
     def _append(self, path: Path, record: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns. The file is opened each time: someone may have taken it away."""
+        """Append one line and sync it. Opens the file each time, because it may have been removed."""
         line = json.dumps(record) + "\n"
 
         def append() -> None:
@@ -188,33 +188,33 @@ class Metrics:
             write(self._writer)
 
         if not self._attempt("TensorBoard", attempt):
-            self._writer = None  # its thread has died of the error; the next record starts another
+            self._writer = None  # the error has ended its thread; the next record starts another
 
     def _attempt(self, what: str, action: Callable[[], object]) -> bool:
-        """Whether it could be written; if not, says so once until it works again."""
+        """Run `action`; return False if it failed. Warns at the first failure, and when writing works again."""
         try:
             action()
         except OSError as error:
             if what not in self._warned:
-                logger.warning("%s cannot be written, the run goes on without: %s", what, error)
+                logger.warning("%s cannot be written, the run continues without: %s", what, error)
             self._warned.add(what)
             return False
         if what in self._warned:
-            logger.warning("%s can be written again; the records between are lost", what)
+            logger.warning("%s can be written again; the records in between are lost", what)
             self._warned.discard(what)
         return True
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Records of a `metrics.jsonl`, in order; a torn last line is left out with a warning."""
+    """Read the records of a `metrics.jsonl`, in order; skip incomplete lines with a warning."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line:
-            continue  # between a torn line and the next
+            continue  # between an incomplete line and the next
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            logger.warning("%s line %d is not a whole record (cut off by a crash?), left out", path, number)
+            logger.warning("%s line %d is not a whole record (cut off by a crash?), skipped", path, number)
     return records
 
 
@@ -228,7 +228,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: allocated on a CUDA device, resident on a CPU."""
+    """Return the peak memory of this process: allocated on a CUDA device, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

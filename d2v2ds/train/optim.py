@@ -1,4 +1,4 @@
-"""Adam as the reference computes it (spec section 12): decoupled decay on every parameter, norms and biases
+"""Adam as the official code computes it (fairseq/optim/adam.py): decoupled decay on every parameter, norms and biases
 included, and epsilon added to sqrt(v) *before* bias correction."""
 
 from collections.abc import Callable, Iterable
@@ -13,35 +13,35 @@ from d2v2ds.bounds import Positive, PositiveOrZero, Rate
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer of the student."""
+    """Settings of the optimizer."""
 
     betas: tuple[Rate, Rate]
     """Decay of the first and second moment."""
     eps: Positive
     """Added to sqrt(v) before bias correction."""
     weight_decay: PositiveOrZero
-    """Decoupled, times the learning rate, on everything: the exclusions of the published files are inert."""
+    """Decoupled, times the learning rate, on all parameters: the exclusions in the published files have no effect."""
     clip_norm: PositiveOrZero = 0.0
-    """Global gradient norm that is clipped to; 0 switches clipping off."""
+    """Maximum global gradient norm; 0 switches clipping off."""
 
 
 class EarlyEpsilonAdam(torch.optim.AdamW):
-    """`torch.optim.AdamW` with the reference's place for epsilon.
+    """`torch.optim.AdamW` with the official code's use of epsilon.
 
-    torch divides by sqrt(v) / sqrt(1 - b2^t) + eps, the reference by (sqrt(v) + eps) / sqrt(1 - b2^t). An
-    epsilon that shrinks as 1 / sqrt(1 - b2^t) makes the two identical, so torch's fused kernels serve.
+    torch divides by sqrt(v) / sqrt(1 - b2^t) + eps, the official code by (sqrt(v) + eps) / sqrt(1 - b2^t). An epsilon
+    of eps / sqrt(1 - b2^t) makes the two equal, so torch's fused kernels can be used.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, config: OptimConfig) -> None:
         super().__init__(
             params, lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
-        self.reference_eps = config.eps
+        self.unscaled_eps = config.eps
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            group["eps"] = self.reference_eps / (1.0 - group["betas"][1] ** self._next_step(group)) ** 0.5
+            group["eps"] = self.unscaled_eps / (1.0 - group["betas"][1] ** self._next_step(group)) ** 0.5
         return super().step(closure)
 
     def _next_step(self, group: dict[str, Any]) -> int:

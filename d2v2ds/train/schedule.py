@@ -19,7 +19,7 @@ class LearningRateConfig:
 
 
 def learning_rate(num_updates: int, config: LearningRateConfig, total_steps: int) -> float:
-    """The rate used by the next update; the very first update has the minimum, i.e. usually 0.
+    """Return the learning rate of the next update; the first update has the minimum, usually 0.
 
     Args:
         num_updates: finished optimizer updates.

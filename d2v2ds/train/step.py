@@ -1,9 +1,9 @@
-"""One optimizer step of any objective, free of logging and saving.
+"""One optimizer step of any objective, without logging and saving.
 
 The gradient is that of the summed loss of all ranks and micro-batches divided by their global number of items, such as
-masked tokens; with several modalities it is the weighted sum of one such mean for each. Dropout and mask noise depend on
-the place of a micro-batch in the global batch of its modality, not on the rank that computes it, so a run continues with
-the same numbers on another number of ranks.
+masked tokens; with several modalities it is the weighted sum of one such mean for each. Dropout and mask noise depend
+on the index of a micro-batch in the global batch of its modality, not on its rank, so that a run continues with the
+same random numbers on another number of ranks.
 """
 
 import zlib
@@ -23,7 +23,7 @@ from d2v2ds.train.sums import Sums
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of a step that belong to no objective."""
+    """Settings of a step that do not belong to the objective."""
 
     lr: LearningRateConfig
     total_steps: int
@@ -34,10 +34,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ModalityStep:
-    """What one optimizer step did with the micro-batches of one modality."""
+    """Result of one optimizer step for the micro-batches of one modality."""
 
     sums: Sums
-    """Sums over this rank's micro-batches, fillers left out."""
+    """Sums over this rank's micro-batches without fillers."""
     batch: Batch
     """Last micro-batch on this rank."""
     losses: Losses
@@ -46,36 +46,36 @@ class ModalityStep:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one optimizer step did."""
+    """Result of one optimizer step."""
 
     parts: dict[str, ModalityStep]
-    """By modality."""
+    """Results by modality."""
     applied: bool
     """False if the step was skipped because the gradient was not finite."""
     grad_norm: float
     lr: float
 
 
-def step_seed(seed: int, step: int, modality: str, place: int) -> int:
-    """Derive a seed for one micro-batch of one step; `place` counts within the modality's global batch."""
-    entropy = (seed, step, zlib.crc32(modality.encode()), place)
+def step_seed(seed: int, step: int, modality: str, index: int) -> int:
+    """Derive a seed for one micro-batch of one step; `index` is that in the modality's global batch."""
+    entropy = (seed, step, zlib.crc32(modality.encode()), index)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def total_loss(losses: Losses) -> torch.Tensor:
-    """Scalar: sum of all losses of a micro-batch."""
+    """Return the sum of all losses of a micro-batch."""
     return torch.stack(list(losses.sums.values())).sum()
 
 
 def train_step(
     engine: Engine, objective: Objective, micro_batches: Sequence[Batch], *, step: int, recipe: Recipe
 ) -> StepOutput:
-    """Forward, backward, update, then what the objective does after it.
+    """Run forward, backward and update, then `Objective.after_step`.
 
     Args:
         engine: around the network of the objective.
         objective: computes the losses.
-        micro_batches: this rank's part of the global batch, modality by modality; of each as many on every rank.
+        micro_batches: this rank's part of the global batch, modality by modality; every rank has as many of each.
         step: number of finished steps, 0 at the start.
         recipe: schedule, weights and seed.
     """
@@ -83,14 +83,14 @@ def train_step(
     set_lr(engine, lr)
     counts = _global_counts(objective, micro_batches, list(recipe.loss_weights))
     sums = {name: Sums() for name in counts}
-    places = dict.fromkeys(counts, comm.rank())
+    indices = dict.fromkeys(counts, comm.rank())
     parts, outcome = {}, None
     for batch in micro_batches:
         name = batch.modality
-        torch.manual_seed(step_seed(recipe.seed, step, name, places[name]))
-        places[name] += comm.world()
+        torch.manual_seed(step_seed(recipe.seed, step, name, indices[name]))
+        indices[name] += comm.world()
         losses = objective.losses(engine, batch.to(comm.device(), non_blocking=True), step)
-        # No item counts if every row of the step was damaged and all ranks run on stand-ins: the step learns nothing.
+        # The count is 0 if every row of the step was damaged and all ranks run other rows with weight 0.
         factor = recipe.loss_weights[name] * gradient_sum_factor(engine) / max(counts[name], 1)
         engine.backward(total_loss(losses) * (batch.loss_weight * factor))
         outcome = optimizer_step(engine)
@@ -103,7 +103,7 @@ def train_step(
 
 
 def _global_counts(objective: Objective, micro_batches: Sequence[Batch], modalities: Sequence[str]) -> dict[str, int]:
-    """Items of all ranks by modality. Collective."""
+    """Count the items of all ranks by modality. Collective."""
     mine = [
         sum(objective.count(b) for b in micro_batches if b.loss_weight and b.modality == name) for name in modalities
     ]

@@ -1,7 +1,4 @@
-"""`Sums`: losses and statistics added up over micro-batches, steps and ranks.
-
-Step, metrics and validation share this one accumulator.
-"""
+"""`Sums`: losses and statistics summed over micro-batches, steps and ranks, for training and validation."""
 
 from collections.abc import Mapping
 
@@ -24,7 +21,7 @@ class Sums:
         """fp64 sums by name."""
 
     def add(self, losses: Losses, weight: float) -> None:
-        """Add one micro-batch; with weight 0, a filler, only its names."""
+        """Add one micro-batch; a filler with weight 0 adds only its names."""
         self._add({name: loss.detach() * weight for name, loss in losses.sums.items()}, losses.count * weight)
         self._add_statistics({name: value * weight for name, value in losses.statistics.items()})
 
@@ -44,7 +41,7 @@ class Sums:
             self.statistics[name] = value if before is None else before.to(value.device) + value
 
     def reduce(self) -> Totals | None:
-        """Sum over ranks; None if no item was counted on any. Collective."""
+        """Sum over ranks; return None if no rank has counted an item. Collective."""
         names, shapes = sorted(self.losses), {name: self.statistics[name].shape for name in sorted(self.statistics)}
         own = [self.count, *(float(self.losses[name]) for name in names)]
         for name in shapes:

@@ -1,8 +1,8 @@
-"""Loss of the trained network on held-out data: deterministic, and without any update.
+"""Loss of the network on held-out data, deterministic and without updates.
 
-The same rows, crops, masks and noise every time and on any number of ranks, no dropout and no layer drop, so that two
-numbers differ only where the weights do. Validation changes no state of the training: all draws of a training step are
-functions of its own number.
+Rows, crops, masks and noise are the same every time and on any number of ranks, without dropout and layer drop, so that
+results differ only if the weights do. Validation does not change training: the random draws of a training step depend
+only on its number.
 """
 
 import logging
@@ -25,7 +25,7 @@ from d2v2ds.train.sums import Sums
 logger = logging.getLogger(__name__)
 
 SEED = 0
-"""Seed of crops, masks and noise. Not the run's: runs of several seeds are compared on the same inputs."""
+"""Seed of crops, masks and noise; not the run's, so that runs of several seeds are compared on the same inputs."""
 
 
 class Validation:
@@ -46,7 +46,7 @@ class Validation:
             objective: computes the losses.
             readers: of the held-out folders, by modality.
             loss_weights: of the modalities in `valid/loss/total`.
-            micro_batches: of each modality that are looked at, over all ranks; fewer if a folder has fewer.
+            micro_batches: number of each modality over all ranks; fewer if a folder has fewer.
 
         Raises:
             ShardError: a folder has no row that is large enough.
@@ -57,7 +57,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, dict[str, float]]:
-        """Metrics by modality, named `valid/...`; the same on every rank.
+        """Compute metrics by modality, named `valid/...`; the same on every rank.
 
         Raises:
             ShardError: a row cannot be read.
@@ -68,38 +68,38 @@ class Validation:
         return found
 
     def total(self, found: Mapping[str, Mapping[str, float]]) -> float:
-        """Weighted sum of all losses; the best checkpoint has the lowest."""
+        """Return the weighted sum of all losses; the best checkpoint has the lowest."""
         losses = {name: (v for metric, v in values.items() if "/loss/" in metric) for name, values in found.items()}
         return sum(self._weights[name] * sum(values) for name, values in losses.items())
 
     def _modality(self, name: str) -> dict[str, float]:
-        sums, samples, place = Sums(), dict[str, Sample](), comm.rank()
+        sums, samples, index = Sums(), dict[str, Sample](), comm.rank()
         for micro in for_rank(self._micro[name], comm.rank(), comm.world()):
             batch = self._collators[name](micro)
             for fault in batch.faults:
-                logger.warning("validation: a row was left out: %s", fault)
-            losses = self._losses(batch, place)
+                logger.warning("validation: skipped a row: %s", fault)
+            losses = self._losses(batch, index)
             sums.add(losses, 1.0 if batch.loss_weight else 0.0)
             if batch.loss_weight:
                 for kind in self._objective.held_out_vectors(batch, losses):
                     samples.setdefault(kind.name, Sample()).add(kind.vectors, kind.positions, kind.length)
-            place += comm.world()
+            index += comm.world()
         return {f"valid/{metric}": value for metric, value in self._metrics(name, sums, samples).items()}
 
-    def _losses(self, batch: Batch, place: int) -> Losses:
-        torch.manual_seed(step_seed(SEED, 0, batch.modality, place))
+    def _losses(self, batch: Batch, index: int) -> Losses:
+        torch.manual_seed(step_seed(SEED, 0, batch.modality, index))
         losses = self._objective.losses(self._engine, batch.to(comm.device()), None)
         return replace(losses, sums={name: loss.double() for name, loss in losses.sums.items()})
 
     def _metrics(self, name: str, sums: Sums, samples: Mapping[str, Sample]) -> dict[str, float]:
-        """Losses, metrics of the objective and effective ranks over all ranks. Collective."""
+        """Compute losses, metrics of the objective and effective ranks over all ranks. Collective."""
         totals = sums.reduce()
         if totals is None:
             return {}
         values = {f"loss/{loss}": total / totals.count for loss, total in totals.sums.items()}
         values |= self._objective.metrics(name, totals)
-        everywhere = sorted({kind for kinds in comm.gather_objects(list(samples)) for kind in kinds})
-        for kind in everywhere:  # a rank that had nothing but fillers has no vectors
+        all_kinds = sorted({kind for kinds in comm.gather_objects(list(samples)) for kind in kinds})
+        for kind in all_kinds:  # a rank with only fillers has no vectors
             own = samples[kind].richness().effective_rank if kind in samples else 0.0
             rank, ranks = comm.all_reduce_sum([own, float(kind in samples)])
             values[f"{kind}/effective_rank"] = rank / ranks
@@ -107,7 +107,7 @@ class Validation:
 
 
 def _first_micro_batches(reader: Reader, count: int) -> GlobalBatch:
-    """The first micro-batches of a fixed order of the folder, each row at most once."""
+    """Return the first micro-batches of a fixed order of the folder, each row at most once."""
     plan = BatchPlan(reader.datasets, config=replace(reader.plan_config(), num_micro=1), seed=SEED)
     batches: list[MicroBatch] = []
     for batch in plan.iter_from(SamplerState()):

@@ -47,13 +47,13 @@ class Clip:
 
     @property
     def in_manifest(self) -> bool:
-        """Whether a manifest names it; else it was found in a folder."""
+        """True if a manifest names the file, False if it was found in a folder."""
         return self.place != self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What opening a file told. `fault` says why it cannot be packed."""
+    """Findings from opening a file. `fault` says why it cannot be packed."""
 
     bytes: int = 0
     num_frames: int = 0

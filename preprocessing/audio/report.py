@@ -1,4 +1,4 @@
-"""What `verify` and `inspect` do with audio: check every row against its audio; durations, levels, log-mel pictures."""
+"""`verify` and `inspect` for audio: check every row against its audio; durations, levels, log-mel pictures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from d2v2ds.data.schema import Index
 from d2v2ds.errors import MissingExtraError, ShardError
 from d2v2ds.modalities.audio.shards import SAMPLE_DTYPE, SAMPLE_SCALE, AudioRow, AudioShards, decode_flac
 from preprocessing.audio.waveform import Samples, mean_and_variance
-from preprocessing.driver.reports import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
+from preprocessing.driver.report_lines import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
 
 _NUM_PICTURES = 4
 _PICTURE_SECONDS = 8.0

@@ -1,4 +1,4 @@
-"""From planned recordings to rows: decode, cut or join, encode, annotate."""
+"""Turn planned recordings into rows: decode, cut or join, encode, annotate."""
 
 import io
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ import numpy as np
 import soundfile
 
 from d2v2ds.modalities.audio.shards import SAMPLE_DTYPE
-from preprocessing.audio.plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit
+from preprocessing.audio.shard_plan import SAMPLE_RATE_HZ, AudioSettings, AudioUnit
 from preprocessing.audio.waveform import BadAudioError, Decoder, Samples, cut_points, mean_and_variance
-from preprocessing.driver.plan import Skipped
 from preprocessing.driver.protocol import Buffer, Notes, Row
+from preprocessing.driver.shard_plan import Skipped
 
 
 def rows_of(unit: AudioUnit, decoder: Decoder, settings: AudioSettings, notes: Notes) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""From an audio file to stored samples: decode, mix to mono, resample, cut at quiet points, count. NumPy only.
+"""Turn an audio file into stored samples: decode, mix to mono, resample, cut at quiet points, count. NumPy only.
 
 Stored samples are int16. A mono 16-bit file of the right rate is decoded straight to them, FLAC the fast way
 (`d2v2ds/data/codecs/flac.py`); anything else passes through float32 block by block, so that besides the int16 result
@@ -153,7 +153,7 @@ def mean_and_variance(samples: Samples) -> tuple[float, float]:
 
 
 def cut_points(samples: Samples, max_samples: int, min_samples: int, sample_rate_hz: int) -> list[int]:
-    """Where to cut a recording so that no piece is longer than `max_samples`, each time at the quietest point.
+    """Points at which a recording is cut: the quietest ones that leave no piece longer than `max_samples`.
 
     A piece ends in the second half of the allowed length, in the middle of the 100 ms with the least energy (the
     latest of equals, on a grid of 10 ms), and never so late that less than `min_samples` would be left over.

@@ -1,17 +1,19 @@
-"""What each corpus consists of: archives, where they lie, where their checksums come from, and its licence.
+"""Files of each corpus: archives, their addresses, checksums and licences.
 
 In: names of parts, a published list of checksums, or a user's list of URLs. Out: `Source`s to fetch.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote
 
 from d2v2ds.errors import ConfigError
-from preprocessing.download.fetch import DIGEST_CHARACTERS, Checksum, Source
-from preprocessing.driver.input_files import listed
+from preprocessing.download.fetch import ALGORITHMS, DownloadError, Source
+
+_LONGEST_NAME_BYTES = 200
+"""File systems allow 255, suffixes of unfinished files included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,47 +22,40 @@ class Corpus:
 
     base_url: str
     suffix: str
-    """Of the archives, behind the part's name."""
+    """Suffix of the archives, after the part's name."""
     parts: tuple[str, ...]
     licence: str
     md5_list: str | None = None
     """File beside the archives with their MD5 sums, as ``md5sum`` writes it."""
     md5: Mapping[str, str] = field(default_factory=dict)
-    """By part, where the publisher gives the sums elsewhere."""
+    """MD5 sums by part, where the publisher gives them elsewhere."""
 
 
-LIBRISPEECH = Corpus(
-    base_url="https://www.openslr.org/resources/12",
-    suffix=".tar.gz",
-    parts=(
-        "dev-clean",
-        "dev-other",
-        "test-clean",
-        "test-other",
-        "train-clean-100",
-        "train-clean-360",
-        "train-other-500",
-        "intro-disclaimers",
-        "original-mp3",
-        "original-books",
-        "raw-metadata",
+CORPORA = {
+    "librispeech": Corpus(
+        base_url="https://www.openslr.org/resources/12",
+        suffix=".tar.gz",
+        parts=(
+            *("dev-clean", "dev-other", "test-clean", "test-other"),
+            *("train-clean-100", "train-clean-360", "train-other-500"),
+            *("intro-disclaimers", "original-mp3", "original-books", "raw-metadata"),
+        ),
+        licence="LibriSpeech: CC BY 4.0, Panayotov, Chen, Povey and Khudanpur, ICASSP 2015",
+        md5_list="md5sum.txt",
     ),
-    licence="LibriSpeech: CC BY 4.0, Panayotov, Chen, Povey and Khudanpur, ICASSP 2015",
-    md5_list="md5sum.txt",
-)
-
-LIBRILIGHT = Corpus(
-    base_url="https://dl.fbaipublicfiles.com/librilight/data",
-    suffix=".tar",
-    parts=("small", "medium", "large"),
-    licence="Libri-light: LibriVox recordings, in the public domain in the USA; Kahn et al., ICASSP 2020",
-    # From data_preparation/README.md of facebookresearch/libri-light, where the authors publish the archives.
-    md5={
-        "small": "c49207eb86a8e8ac895561c37232041e",
-        "medium": "c75e7ac62471bfbf2db77528d62a9b74",
-        "large": "4dfbac018f50b99797ece101fc9f0c30",
-    },
-)
+    "librilight": Corpus(
+        base_url="https://dl.fbaipublicfiles.com/librilight/data",
+        suffix=".tar",
+        parts=("small", "medium", "large"),
+        licence="Libri-light: LibriVox recordings, in the public domain in the USA; Kahn et al., ICASSP 2020",
+        # From data_preparation/README.md of facebookresearch/libri-light, where the authors publish the archives.
+        md5={
+            "small": "c49207eb86a8e8ac895561c37232041e",
+            "medium": "c75e7ac62471bfbf2db77528d62a9b74",
+            "large": "4dfbac018f50b99797ece101fc9f0c30",
+        },
+    ),
+}
 
 IMAGENET = """\
 ImageNet is not fetched by programs: its terms ask every user to register and to agree in person.
@@ -76,89 +71,77 @@ ImageNet is not fetched by programs: its terms ask every user to register and to
 
 
 def archives_of(corpus: Corpus, parts: Sequence[str], base_url: str | None) -> list[Source]:
-    """The archives of the parts, with the checksums that are known without a list.
-
-    Args:
-        corpus: the table above.
-        parts: each one once.
-        base_url: of a mirror; None for the publisher.
+    """Return the archives of the parts; `base_url` is the address of a mirror, None for the publisher.
 
     Raises:
-        ConfigError: if a part is unknown or given twice, or the mirror's address cannot be used.
+        ConfigError: if a part is unknown, or the mirror's address cannot be used.
     """
-    if unknown := [part for part in parts if part not in corpus.parts]:
-        raise ConfigError(f"--parts: expected some of {', '.join(corpus.parts)}; found {', '.join(map(repr, unknown))}")
-    if len(set(parts)) < len(parts):
-        raise ConfigError(f"--parts: expected each part once, found {', '.join(parts)}")
-    md5 = {part: Checksum("md5", value) for part, value in corpus.md5.items()}
-    return [beside(corpus, base_url, f"{part}{corpus.suffix}", md5.get(part)) for part in parts]
+    if unknown := set(parts) - set(corpus.parts):
+        raise ConfigError(f"--parts: expected some of {', '.join(corpus.parts)}; found {', '.join(sorted(unknown))}")
+    return [beside(corpus, base_url, f"{part}{corpus.suffix}", corpus.md5.get(part, "")) for part in parts]
 
 
-def beside(corpus: Corpus, base_url: str | None, name: str, checksum: Checksum | None = None) -> Source:
-    """A file where the archives lie; raises a `ConfigError` if the address cannot be used."""
-    source = Source(url=f"{(base_url or corpus.base_url).rstrip('/')}/{name}", name=name, checksum=checksum)
-    source.check("--base-url")
-    return source
+def beside(corpus: Corpus, base_url: str | None, name: str, checksum: str = "") -> Source:
+    """Return a file of the folder that holds the archives."""
+    url = f"{(base_url or corpus.base_url).rstrip('/')}/{name}"
+    return _checked(Source(url=url, name=name, checksum=checksum), "--base-url")
 
 
-def read_md5_list(path: Path) -> dict[str, Checksum]:
-    """File names and sums of a list that ``md5sum`` wrote; other lines are not looked at."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    matches = [re.fullmatch(r"([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S+)\s*", line) for line in lines]
-    return {match[2]: Checksum("md5", match[1].lower()) for match in matches if match}
+def with_published_md5(sources: Sequence[Source], md5_list: Path) -> list[Source]:
+    """Return the sources with their checksums from a list that ``md5sum`` wrote.
+
+    Raises:
+        DownloadError: if the list lacks one.
+    """
+    text = md5_list.read_text(encoding="utf-8", errors="replace")
+    md5 = {name: value.lower() for value, name in re.findall(r"(?m)^([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S+)\s*$", text)}
+    if missing := [source.name for source in sources if source.name not in md5]:
+        raise DownloadError(
+            f"{md5_list}: expected an MD5 sum of {', '.join(missing)}, found those of {', '.join(md5) or 'no file'}; "
+            "remove it to fetch it again, or take another --base-url"
+        )
+    return [replace(source, checksum=md5[source.name]) for source in sources]
 
 
 def read_url_list(path: Path) -> list[Source]:
-    """The files of a list: a line holds a URL, and behind tabs perhaps a checksum and a file name.
+    """Return the files of a list: a line holds a URL and, after tabs, optionally a checksum and a file name.
 
-    A checksum is hexadecimal, SHA-256 or MD5 by its length. The name is the last part of the URL's path unless given.
-    Empty lines and lines that begin with ``#`` say nothing.
+    The default name is the last part of the URL's path. Empty lines and lines that begin with ``#`` are skipped.
 
     Raises:
-        ConfigError: if the list cannot be read, a line is malformed, or two lines have one file name.
+        ConfigError: if the list cannot be read, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--list {path}: expected UTF-8 text with a URL a line: {error}") from error
-    sources: dict[str, Source] = {}
-    first: dict[str, int] = {}
-    doubled = []
+        raise ConfigError(f"--list {path}: expected UTF-8 text with one URL a line: {error}") from error
+    sources = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        source = _source_of(line, f"{path} line {number}")
-        if source.name in sources:
-            doubled.append(f"{source.name!r}: lines {first[source.name]} and {number}")
-        first.setdefault(source.name, number)
-        sources[source.name] = source
-    if doubled:
-        raise ConfigError(
-            f"{path}: {len(doubled)} file names occur more than once; give names in the third column:\n"
-            f"{listed(doubled, len(doubled))}"
-        )
+        place = f"{path} line {number}"
+        fields = [one.strip() for one in line.split("\t")]
+        if len(fields) > 3:
+            raise ConfigError(
+                f"{place}: expected a URL, a checksum and a name between tabs, found {len(fields)} fields"
+            )
+        url, checksum, name = (*fields, "", "")[:3]
+        name = name or unquote(re.split("[?#]", url)[0].rpartition("/")[2])
+        sources.append(_checked(Source(url=url, name=name, checksum=checksum.lower()), place))
     if not sources:
-        raise ConfigError(f"--list {path}: expected a URL a line, found none")
-    return list(sources.values())
+        raise ConfigError(f"--list {path}: expected one URL a line, found none")
+    return sources
 
 
-def _source_of(line: str, place: str) -> Source:
-    fields = [one.strip() for one in line.split("\t")]
-    if len(fields) > 3:
-        raise ConfigError(f"{place}: expected a URL, a checksum and a name between tabs, found {len(fields)} fields")
-    url, checksum, name = (*fields, "", "")[:3]
-    source = Source(url=url, name=name or _last_part(url), checksum=_checksum_of(checksum, place) if checksum else None)
-    source.check(place)
+def _checked(source: Source, place: str) -> Source:
+    """Return the source; raise a `ConfigError` that begins with `place` if one of its fields cannot be used."""
+    if not re.fullmatch(r"https?://[^/\s]+/[!-~]*", source.url):
+        raise ConfigError(f"{place}: expected an http or https URL, percent-encoded, found {source.url!r}")
+    if source.checksum and not (len(source.checksum) in ALGORITHMS and re.fullmatch("[0-9a-f]+", source.checksum)):
+        kinds = ", ".join(f"{length} ({algorithm})" for length, algorithm in ALGORITHMS.items())
+        raise ConfigError(f"{place}: expected a checksum of {kinds} hexadecimal characters, found {source.checksum!r}")
+    name = source.name
+    if not re.fullmatch(r"[^./\\][^/\\]*", name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME_BYTES:
+        limits = f"at most {_LONGEST_NAME_BYTES} bytes, no folders, no leading dot"
+        raise ConfigError(f"{place}: expected a file name ({limits}), found {name!r}")
     return source
-
-
-def _last_part(url: str) -> str:
-    """The file name that a URL suggests; whether it can be used is checked later."""
-    return unquote(url.split("#")[0].split("?")[0].rpartition("/")[2])
-
-
-def _checksum_of(text: str, place: str) -> Checksum:
-    for algorithm, characters in DIGEST_CHARACTERS.items():
-        if re.fullmatch(rf"[0-9a-fA-F]{{{characters}}}", text):
-            return Checksum(algorithm, text.lower())
-    raise ConfigError(f"{place}: expected 64 (SHA-256) or 32 (MD5) hexadecimal characters, found {text!r}")

@@ -1,383 +1,224 @@
-"""One file over http, resumed where it was cut, checked as a whole, and only then given its name.
+"""Fetch one file with the program `curl`, resume it by byte range, and give it its name once its checksum is right.
 
-In: a `Source` (URL, file name, perhaps its checksum) and a folder. Out: ``FOLDER/NAME``. On the way, in
-``FOLDER/.download/``: ``NAME.part`` holds the bytes so far, ``NAME.json`` a `Record` of the file they belong to, and
-``NAME.bad`` bytes that failed the check. The record stays, so that a finished file is known again without reading it.
+In: a `Source` and a folder. Out: ``FOLDER/NAME``. The work folder ``FOLDER/.download`` holds for each file
+``NAME.part`` (the bytes so far), ``NAME.headers`` (what the server said of them), ``NAME.bad`` (a file that failed its
+check) and ``NAME.done`` (the file is complete, and which one it is).
 
-Bytes are added only to bytes of the same file: a resumed request asks for the old version (``If-Range``), and an answer
-of another version, length or place begins anew. Without the old version's mark (ETag, Last-Modified) a file is resumed
-only if its checksum is known, which the whole file must match at the end.
+curl writes to a pipe and this process writes the file: when this process is killed, curl ends with it.
 """
 
-import dataclasses
-import errno
 import hashlib
-import http.client
-import json
 import os
-import random
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from d2v2ds.data.schema import move_into_place, write_json
-from d2v2ds.errors import ConfigError
-from preprocessing.download.web import (
-    NETWORK_ERRORS,
-    DownloadError,
-    PassingError,
-    RangeRefusedError,
-    check_url,
-    open_url,
-    said,
-)
+from d2v2ds.data.schema import move_into_place
+from d2v2ds.errors import ConfigError, D2V2Error
 
 WORK_NAME = ".download"
-"""Beside the fetched files; hidden, so that the packers do not look into it."""
-DIGEST_CHARACTERS = {"md5": 32, "sha256": 64}
-_BLOCK_BYTES = 256 << 10
-_LONGEST_NAME_BYTES = 200
-"""What is left of a file system's 255 for the suffixes of unfinished files."""
+"""Folder beside the fetched files; hidden, so that the packers skip it."""
+ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
+"""Checksum algorithms by their number of hexadecimal characters."""
+SILENCE_S = 60
+"""Longest time to connect, and longest time without a byte."""
+ATTEMPTS = 8
+"""Number of attempts in a row without a new byte."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+"""Pause before the second attempt, doubled before each later one up to the longest."""
+_BLOCK_BYTES = 1 << 20
+_RANGE_REFUSED = 33
+"""curl's exit code if the server ignores the requested range or sends another one."""
+_TRANSIENT = frozenset({5, 6, 7, 16, 18, 28, 35, 52, 55, 56, 92})
+"""curl's exit codes for what a later attempt may not meet: name lookup, connection, silence, broken transfers."""
+_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses that a later attempt may not meet."""
 
 
-@dataclass(frozen=True)
-class Checksum:
-    """What a file's bytes must give."""
-
-    algorithm: str
-    """A key of `DIGEST_CHARACTERS`."""
-    value: str
-    """Hexadecimal, lower case."""
-
-    def __str__(self) -> str:
-        return f"{self.algorithm} {self.value}"
+class DownloadError(D2V2Error):
+    """A file could not be fetched, checked or written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A file to be fetched."""
+    """A file on a server."""
 
     url: str
     name: str
-    """Under which it is stored."""
-    checksum: Checksum | None = None
-
-    def check(self, place: str) -> None:
-        """Raise a `ConfigError` if the URL or the name cannot be used; `place` is where a message should point."""
-        check_url(self.url, place)
-        if not self.name or self.name.startswith(".") or not self.name.isprintable() or set(self.name) & set("/\\"):
-            raise ConfigError(
-                f"{place}: expected a file name without folders and without a leading dot, found {self.name!r}"
-            )
-        if len(os.fsencode(self.name)) > _LONGEST_NAME_BYTES:
-            raise ConfigError(f"{place}: expected a name of at most {_LONGEST_NAME_BYTES} bytes, found {self.name!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long and how often a server is asked."""
-
-    timeout_s: float = 60.0
-    """Without a single byte."""
-    attempts: int = 8
-    """In a row that bring nothing new."""
-    first_wait_s: float = 1.0
-    """Before the second attempt; doubled with every further one."""
-    longest_wait_s: float = 60.0
-    longest_asked_s: float = 600.0
-    """Of a wait that the server asks for."""
-
-    def wait_s(self, failures: int, asked_s: float) -> float:
-        """Seconds before the next attempt: a random part of the doubled wait, so that many do not come at once."""
-        wait = min(self.first_wait_s * 2.0 ** max(0, failures - 1), self.longest_wait_s) * random.uniform(0.5, 1.0)
-        return max(wait, min(asked_s, self.longest_asked_s))
-
-
-@dataclass(kw_only=True)
-class Record:
-    """What is known of a file that is being fetched, or was."""
-
-    url: str
-    bytes: int | None = None
-    """Of the whole file, if the server says it."""
-    etag: str | None = None
-    last_modified: str | None = None
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)
-    """By algorithm, once the whole file was checked."""
-    unpacked: bool = False
+    """File name to store it under."""
+    checksum: str = ""
+    """Expected checksum in lower-case hexadecimal, whose length tells the algorithm; empty if unknown."""
 
     @property
-    def version(self) -> str | None:
-        """What ``If-Range`` may name: an ETag that promises equal bytes, else the date."""
-        return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
+    def algorithm(self) -> str:
+        """Checksum algorithm; SHA-256 if no checksum is known."""
+        return ALGORITHMS[len(self.checksum)] if self.checksum else "sha256"
+
+
+def say(line: str) -> None:
+    """Print a line for the user, in place of the progress line of a terminal."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(line, flush=True)
 
 
 class Transfer:
-    """One file on its way from its source into a folder.
+    """Transfer of one source into a folder with an existing work folder."""
 
-    Args:
-        source: checked by `Source.check`.
-        folder: exists.
-        patience: with the server.
-        report: told of every block that arrives, in bytes.
-        say: told in words what is being waited for.
-        stop: set from another thread, ends the transfer at its next block or wait.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        folder: Path,
-        patience: Patience,
-        report: Callable[[int], None],
-        say: Callable[[str], None],
-        stop: threading.Event,
-    ) -> None:
+    def __init__(self, source: Source, folder: Path) -> None:
         self.source = source
         self.path = folder / source.name
-        work = folder / WORK_NAME
-        self.part, self.bad = work / f"{source.name}.part", work / f"{source.name}.bad"
-        self._record_path = work / f"{source.name}.json"
-        self._patience = patience
-        self._report = report
-        self._say = say
-        self._stop = stop
-        self._announced: int | None = None
-        self.record = self._read_record()
+        self.work = folder / WORK_NAME
+        self.report: Callable[[int], None] = lambda size: None
+        """Called with the number of bytes of every block."""
+        self._part, self._headers = (self.work / f"{source.name}.{suffix}" for suffix in ("part", "headers"))
 
-    @property
-    def is_checked(self) -> bool:
-        """The record is of the very file that the source means, and that was whole; where it is now is not asked."""
-        known = self.source.checksum
-        if known is None:
-            return bool(self.record.digests) and self.record.url == self.source.url
-        return self.record.digests.get(known.algorithm) == known.value
+    def is_done(self, place: Path) -> bool:
+        """Return whether `place`, the file or a folder made from it, is complete and belongs to this source."""
+        record = self.work / f"{place.name}.done"
+        return place.exists() and record.exists() and record.read_text() == (self.source.checksum or self.source.url)
 
-    @property
-    def is_finished(self) -> bool:
-        """The whole, checked file is in its place."""
-        return self.is_checked and self.path.is_file() and self.path.stat().st_size == self.record.bytes
+    def record(self, place: Path) -> None:
+        """Note that `place` belongs to this source; to be called just before it appears complete, by a rename."""
+        (self.work / f"{place.name}.done").write_text(self.source.checksum or self.source.url)
 
-    @property
-    def bytes_there(self) -> int:
-        """Bytes of the unfinished file."""
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def size(self) -> int | None:
-        """Ask the server how long the file is; None if it does not say. Without a checksum it must be as long then."""
-        try:
-            with open_url(self.source.url, "HEAD", {}, self._patience.timeout_s) as response:
-                length = response.headers.get("Content-Length", "")
-        except DownloadError:
-            return None  # fetching says what is wrong
-        self._announced = int(length) if length.isascii() and length.isdigit() else None
-        return self._announced
+    def remaining_bytes(self) -> int:
+        """Ask the server for the size of the file and return how much of it is missing; 0 if it does not answer."""
+        answer = subprocess.run(
+            self._command("--head", "--max-time", str(SILENCE_S)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        size = _fields(answer.stdout).get("content-length", "") if answer.returncode == 0 else ""
+        return max(int(size) - self._present(), 0) if size.isdecimal() and not self.path.exists() else 0
 
     def fetch(self) -> None:
-        """Bring the whole, checked file into its place; at once if it is there.
+        """Fetch the file, check it and move it into place; return at once if it is there.
 
         Raises:
-            ConfigError: if another file is there.
-            DownloadError: if the server does not give it, it is wrong twice, or the disk refuses it.
+            ConfigError: if another file has its name.
+            DownloadError: if the server does not send it, or it has another checksum than expected.
         """
-        with _saying_what_the_disk_says(self.part):
-            if self.is_finished or self._adopt():
-                return
-            if self.record.url != self.source.url and self.source.checksum is None:
-                self._forget()  # nothing says that both addresses hold the same file
-            self._fetch_bytes()
-            if self._finish():
-                self._fetch_bytes()  # from zero: a cut may have been mended wrongly
-                if fault := self._finish():
-                    raise DownloadError(
-                        f"{self.source.url}: for the second time {fault}; the file is kept as {self.bad}"
-                    )
+        source = self.source
+        if self.is_done(self.path):
+            return
+        if self.path.exists():
+            if not source.checksum or self._digest(self.path) != source.checksum:
+                raise ConfigError(f"{self.path}: found another file than that of {source.url}: move it away")
+            self.record(self.path)
+            return
+        for is_last in (False, True):
+            is_resumed = self._fetch_bytes()
+            found = self._digest(self._part)
+            if found == (source.checksum or found):
+                break
+            bad = self._part.replace(self._part.with_suffix(".bad"))
+            problem = f"{source.url}: expected {source.algorithm} {source.checksum}, found {found}"
+            if is_last or not is_resumed:
+                raise DownloadError(f"{problem}: the server has another file, kept as {bad}; check the checksum")
+            say(f"{problem}, in a resumed file; fetching it again from its first byte")
+        verdict = "as expected" if source.checksum else "not checked, for no checksum was given"
+        say(f"{source.name}: {source.algorithm} {found}, {verdict}")
+        self.record(self.path)
+        move_into_place(self._part, self.path)
 
-    def save(self, **changes: Any) -> None:
-        """Change the record, on the disk too."""
-        self.record = dataclasses.replace(self.record, **changes)
-        write_json(self._record_path, dataclasses.asdict(self.record))
-
-    def _finish(self) -> str | None:
-        """Check the part and give it its name; if it is wrong, set it aside and return what was expected and found."""
-        self._say(f"{self.path.name}: has arrived, checking")
-        found, size = self._checksum_of(self.part), self.bytes_there
-        if self.source.checksum:
-            wrong = found != self.source.checksum
-            fault = f"expected {self.source.checksum}, found {found}: the server holds another file"
-        else:
-            wrong = self._announced not in (None, size)
-            fault = f"expected {self._announced} bytes, as the server said before, found {size}: give its checksum"
-        if wrong:
-            self.part.replace(self.bad)
-            self._forget()
-            return fault
-        self.save(digests={found.algorithm: found.value})
-        move_into_place(self.part, self.path)
-        return None
-
-    def _adopt(self) -> bool:
-        """Take a file that is already in place, if its checksum says that it is the right one."""
-        if not self.path.exists():
-            return False
-        expected = self.source.checksum
-        if expected is None or self._checksum_of(self.path) != expected:
-            raise ConfigError(
-                f"{self.path}: expected nothing or {expected or 'the file'} of {self.source.url}, found another file; "
-                "move it away or take another --to"
-            )
-        self.record = Record(url=self.source.url)
-        self.save(bytes=self.path.stat().st_size, digests={expected.algorithm: expected.value})
-        return True
-
-    def _fetch_bytes(self) -> None:
-        """Make attempts until the part is as long as the server says, as long as they bring something new."""
-        failures, furthest = 0, self.bytes_there
-        while not self._is_whole():
-            self._heed_stop()
-            problem = PassingError(f"{self.source.url}: the server sent less than was asked for")
-            try:
-                self._attempt()
-            except PassingError as error:
-                problem = error
-            if self._is_whole():
-                return
-            # Only new ground counts: a server that starts over and cuts at the same place is not asked for ever.
-            there = self.bytes_there
-            failures = 0 if there > furthest else failures + 1
-            furthest = max(furthest, there)
-            if failures >= self._patience.attempts:
+    def _fetch_bytes(self) -> bool:
+        """Request bytes until the partial file is complete; return whether it holds bytes of an earlier request."""
+        furthest, failures = self._present(), 0
+        while True:
+            start = self._resume_position()
+            problem = self._request(start)
+            if problem is None:
+                return start > 0
+            present = self._present()
+            failures = 0 if present > furthest else failures + 1
+            furthest = max(furthest, present)  # a server that starts over and breaks off again makes no progress
+            if failures >= ATTEMPTS:
                 raise DownloadError(
-                    f"{problem}; gave up after {failures} attempts without progress, {there:,} bytes are kept: the "
-                    "same command goes on from there"
+                    f"{problem}; gave up after {failures} attempts without progress, {present:,} bytes are kept: run "
+                    "the same command again to continue"
                 )
-            wait_s = self._patience.wait_s(failures, problem.retry_after_s)
-            self._say(f"{problem}; again in {wait_s:.0f} s")
-            self._stop.wait(wait_s)
+            wait_s = min(FIRST_WAIT_S * 2 ** max(failures - 1, 0), LONGEST_WAIT_S)
+            say(f"{problem}; next attempt in {wait_s:.0f} s")
+            time.sleep(wait_s)
 
-    def _is_whole(self) -> bool:
-        return self.part.exists() and self.record.bytes == self.bytes_there
+    def _resume_position(self) -> int:
+        """Return the first byte to request: the last one present, so that a complete file has a byte to ask for."""
+        return max(self._present() - 1, 0) if self.source.checksum or self._version() else 0
 
-    def _attempt(self) -> None:
-        """One request: the rest of the part if it can be resumed, else the file from its beginning."""
-        start, version = self._where_to_resume()
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        if start and version:
-            headers["If-Range"] = version
-        try:
-            with open_url(self.source.url, "GET", headers, self._patience.timeout_s) as response:
-                is_rest = response.status == 206
-                self._copy(response, self._check_range(response, start, version) if is_rest else self._begin(response))
-        except RangeRefusedError:
-            self._forget()
-            raise
+    def _request(self, start: int) -> str | None:
+        """Write the bytes from `start` on into the partial file.
 
-    def _where_to_resume(self) -> tuple[int, str | None]:
-        """The first byte that is wanted, and the version of the file that the bytes before it are of."""
-        start = self.bytes_there
-        version = self.record.version if self.record.url == self.source.url else None
-        too_long = self.record.bytes is not None and start > self.record.bytes
-        if start and (too_long or not (version or self.source.checksum)):
-            self._forget()
-            return 0, None
-        return start, version
+        Returns:
+            None if that was all of them, else why another attempt is needed.
 
-    def _begin(self, response: http.client.HTTPResponse) -> int | None:
-        """Forget what was there, and note what the server says of the file that now comes; returns its length."""
-        length = response.length
-        if length is None and not response.chunked and self.source.checksum is None:
-            raise DownloadError(
-                f"{self.source.url}: the server does not say how long the file is, so a cut one looks whole; give its "
-                "checksum"
-            )
-        self._forget()
-        self.record = Record(url=self.source.url)
-        self.save(bytes=length, etag=response.headers.get("ETag"), last_modified=response.headers.get("Last-Modified"))
-        return length
-
-    def _check_range(self, response: http.client.HTTPResponse, start: int, version: str | None) -> int:
-        """Is this the rest of the same file? Returns how many bytes of it will come, and begins anew if it is not."""
-        said_range = response.headers.get("Content-Range", "")
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said_range, re.ASCII)
-        first, last, total = (int(number) for number in match.groups()) if match else (-1, -1, -1)
-        known = self.record.bytes
-        same = not version or all(
-            response.headers.get(header, ours) == ours
-            for header, ours in (("ETag", self.record.etag), ("Last-Modified", self.record.last_modified))
-            if ours
-        )
-        in_place = first == start > 0 and start <= last < total and known in (None, total)
-        if not in_place or not same or response.length not in (None, last - first + 1):
-            self._forget()
-            raise PassingError(
-                f"{self.source.url}: expected bytes {start}- of {known} of version {version}, found Content-Range "
-                f"{said_range!r}, ETag {response.headers.get('ETag')}, Last-Modified "
-                f"{response.headers.get('Last-Modified')}, Content-Length {response.length}"
-            )
-        if known is None:
-            self.save(bytes=total)
-        return last - first + 1
-
-    def _copy(self, response: http.client.HTTPResponse, expected: int | None) -> None:
-        """Append what arrives to the part; `expected` bytes, or until the end if the length is not known."""
-        received = 0
-        with self.part.open("ab", buffering=0) as part:
-            while expected is None or received < expected:
-                self._heed_stop()
-                wanted = _BLOCK_BYTES if expected is None else min(_BLOCK_BYTES, expected - received)
-                try:
-                    block = response.read1(wanted)
-                except NETWORK_ERRORS as error:
-                    raise PassingError(f"{self.source.url}: cut after {received:,} bytes: {said(error)}") from error
-                if not block:
-                    break
-                view = memoryview(block)
-                while view:
-                    view = view[part.write(view) :]
-                received += len(block)
-                self._report(len(block))
+        Raises:
+            DownloadError: if no attempt can succeed.
+        """
+        options = ["--dump-header", str(self._headers)]
+        if start:
+            options = ["--continue-at", str(start)]
+            if not self.source.checksum:  # then only the version tells whether the bytes are of the same file
+                options += ["--header", f"If-Range: {self._version()}"]
+        self.report(start - self._present())
+        with (
+            self._part.open("r+b" if start else "wb") as part,
+            subprocess.Popen(self._command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as curl,
+        ):
+            assert curl.stdout is not None and curl.stderr is not None
+            part.seek(start)
+            while block := os.read(curl.stdout.fileno(), _BLOCK_BYTES):
+                part.write(block)
+                self.report(len(block))
+            part.flush()
             os.fsync(part.fileno())
-        if expected is None:
-            self.save(bytes=self.bytes_there)
-        elif received < expected:
-            raise PassingError(f"{self.source.url}: cut after {received:,} of {expected:,} bytes")
+            messages = curl.stderr.read().decode(errors="replace")
+        return self._problem(curl.returncode, messages)
 
-    def _heed_stop(self) -> None:
-        if self._stop.is_set():
-            raise DownloadError(f"{self.source.url}: stopped")
+    def _problem(self, code: int, messages: str) -> str | None:
+        """Judge the exit code of curl and its messages; return and raise like `_request`."""
+        said = re.search(r"curl: \(\d+\).*", messages)
+        problem = f"{self.source.url}: {said[0] if said else f'curl ended with exit code {code}'}"
+        found = re.search(r"returned error: (\d{3})", problem)
+        status = int(found[1]) if found else 0
+        if code == _RANGE_REFUSED or status == 416:
+            self.report(-self._present())
+            self._part.unlink()
+            return f"{problem}; the server cannot continue the partial file, which is removed"
+        if code == 0:
+            return None
+        if code in _TRANSIENT or status in _BUSY:
+            return problem
+        raise DownloadError(f"{problem}: check the address and run the same command again")
 
-    def _checksum_of(self, path: Path) -> Checksum:
-        """By the algorithm of the source's checksum, or by SHA-256 if it has none."""
-        algorithm = self.source.checksum.algorithm if self.source.checksum else "sha256"
+    def _command(self, *options: str) -> list[str]:
+        schemes = "=https" if self.source.url.startswith("https:") else "=http,https"  # never from https to http
+        return [
+            *("curl", "--silent", "--show-error", "--fail", "--globoff", "--location", "--max-redirs", "10"),
+            *("--proto", schemes, "--proto-redir", schemes, "--connect-timeout", str(SILENCE_S)),
+            *("--speed-limit", "1", "--speed-time", str(SILENCE_S), *options, "--url", self.source.url),
+        ]
+
+    def _version(self) -> str:
+        """Return the server's strong ETag of the partial file, else its date; empty if there is neither."""
+        fields = _fields(self._headers.read_bytes()) if self._headers.exists() else {}
+        etag = fields.get("etag", "")
+        return etag if etag.startswith('"') else fields.get("last-modified", "")
+
+    def _present(self) -> int:
+        return self._part.stat().st_size if self._part.exists() else 0
+
+    def _digest(self, path: Path) -> str:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
-        return Checksum(algorithm, digest.hexdigest())
-
-    def _forget(self) -> None:
-        """Begin anew: no bytes, no version."""
-        self.part.unlink(missing_ok=True)
-        self._record_path.unlink(missing_ok=True)
-        self.record = Record(url=self.source.url)
-
-    def _read_record(self) -> Record:
-        try:
-            return Record(**json.loads(self._record_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # none yet, or not ours: begin anew
-            return Record(url=self.source.url)
+            new = partial(hashlib.new, self.source.algorithm, usedforsecurity=False)
+            return hashlib.file_digest(file, new).hexdigest()
 
 
-@contextmanager
-def _saying_what_the_disk_says(path: Path) -> Iterator[None]:
-    """Turn errors of the file system (those of the network are others by now) into a `DownloadError`."""
-    try:
-        yield
-    except OSError as error:
-        advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "repair this"
-        raise DownloadError(
-            f"{error.filename or path}: {error.strerror}; what has arrived is kept: {advice} and run the same command "
-            "again to go on"
-        ) from error
+def _fields(headers: bytes) -> dict[str, str]:
+    """Return the header fields of the last answer; those of redirects and proxies come before it."""
+    last = re.split(r"\r?\n\r?\n", headers.decode("latin-1").strip())[-1]
+    lines = (line.partition(":") for line in last.splitlines())
+    return {name.lower(): value.strip() for name, _, value in lines}

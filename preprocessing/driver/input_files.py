@@ -1,4 +1,4 @@
-"""What all searches for input share: walking folders, TSV manifests, unique ids, and how messages name places."""
+"""Search for input files: folders, TSV manifests, unique ids, and names of places for messages."""
 
 import os
 from collections import Counter
@@ -17,9 +17,9 @@ class ManifestLine:
     """One file named by a TSV manifest."""
 
     path: str
-    """As the manifest writes it, relative to the manifest."""
+    """Path relative to the manifest, as the manifest writes it."""
     place: str
-    """Where a message should point."""
+    """Place for a message: manifest, line and path."""
     values: dict[str, str | None]
     """The optional columns by name; None where the column is absent or empty."""
 
@@ -38,7 +38,7 @@ def listed(places: Iterable[str], total: int) -> str:
 
 
 def unreadable(path: str, error: OSError) -> str:
-    """Why a file of an input cannot be read, as a reason or behind the file's name."""
+    """Return why an input file cannot be read, to stand behind its name."""
     if not isinstance(error, FileNotFoundError):
         return f"unreadable: {error.strerror}"
     if os.path.islink(path):  # noqa: PTH114
@@ -120,7 +120,7 @@ def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> list[t
 
 
 def source_name(root: Path, path: str) -> str:
-    """How a file below an input folder is named in the shards."""
+    """Return the name of an input file in the shards: its path below the input folder."""
     return utf8(os.path.relpath(path, root).replace(os.sep, "/"))
 
 

@@ -27,7 +27,7 @@ _spare_buffers: list[memoryview] = []
 def take_buffer() -> memoryview:
     """`BUFFER_BYTES` of page-aligned memory, not cleared.
 
-    Buffers are kept for the next shard: the page faults of fresh memory cost a tenth of the packing time.
+    Buffers are kept for the next shard: page faults of fresh memory slow packing down.
     """
     return _spare_buffers.pop() if _spare_buffers else memoryview(mmap.mmap(-1, BUFFER_BYTES))
 
@@ -74,7 +74,7 @@ class ChecksumFile(io.RawIOBase):
 
     @property
     def crc32(self) -> str:
-        """As `d2v2ds.data.schema.ShardEntry.crc32`; whole after `sync`."""
+        """Checksum in the form of `d2v2ds.data.schema.ShardEntry.crc32`; complete after `sync`."""
         return f"{self._crc:08x}"
 
     def sync(self) -> None:

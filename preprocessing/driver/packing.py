@@ -3,23 +3,14 @@
 The inputs are scanned, a plan is made, each shard is packed by one process, and the leader writes the index at the
 end. Killed and started again with the same command, a packing keeps finished shards and ends with the same bytes.
 Several commands may pack a part of the shards each at the same time (`--part`); one without a part then finds all of
-them finished and writes the index. What a modality adds is its `Packer`; ``pack_MODALITY.py`` holds that and the
-command line.
-
-Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
-than --max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run
-again.
+them finished and writes the index. What a modality adds is its `Packer`.
 """
 
-import argparse
 import datetime
 import json
 import platform
-import re
 import secrets
-import shlex
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +22,6 @@ import pyarrow as pa
 from d2v2ds import __version__
 from d2v2ds.data.schema import (
     INDEX_NAME,
-    SKIPPED_NAME,
     FileEntry,
     Index,
     file_crc32,
@@ -40,12 +30,12 @@ from d2v2ds.data.schema import (
     write_index,
     write_json,
 )
-from d2v2ds.errors import ConfigError, D2V2Error
-from preprocessing.driver.input_files import said_ignored, utf8
-from preprocessing.driver.parallel import EXIT_INTERRUPTED, Team, choose_team, exit_code
-from preprocessing.driver.plan import Plan
+from d2v2ds.errors import ConfigError
+from preprocessing.driver.input_files import utf8
 from preprocessing.driver.progress import Progress, Report
 from preprocessing.driver.protocol import Packer
+from preprocessing.driver.shard_plan import Plan
+from preprocessing.driver.team.protocol import Team
 from preprocessing.driver.writer import (
     PACKING_NAME,
     ShardJob,
@@ -59,112 +49,7 @@ from preprocessing.driver.writer import (
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
-DEFAULT_SHARD_BYTES = 256 << 20
-EXIT_TOO_MANY_SKIPPED = 3
 _PLAN_NAME = "plan.json"
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def common_parser(
-    name: str,
-    description: str | None,
-    input_metavar: str,
-    input_help: str,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> argparse.ArgumentParser:
-    """The options that every packer has; the modality adds its own.
-
-    Args:
-        name: of the command, behind ``pack_``.
-        description: for ``--help``.
-        input_metavar: how ``--help`` calls an input.
-        input_help: what an input may be.
-        shard_bytes: default size of a shard.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m preprocessing.pack_{name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(program=parser.prog)
-    add = parser.add_argument
-    add("--input", nargs="+", type=Path, required=True, metavar=input_metavar, help=input_help)
-    add("--output", type=Path, required=True, metavar="DIR", help="new shard folder, or one to go on with")
-    add("--workers", type=int, metavar="N", help="local processes (default: one per core)")
-    add("--mpi", action="store_true", help="use MPI even if no launcher is detected")
-    add(
-        "--shard-bytes",
-        type=parse_bytes,
-        default=shard_bytes,
-        metavar="BYTES",
-        help=f"about this size ({shard_bytes >> 20}M)",
-    )
-    add(
-        "--part",
-        type=parse_part,
-        metavar="I/N",
-        help="pack every N-th shard from shard I on and write no index, beside N - 1 commands that pack the others; "
-        "the same command without --part, after all of them, writes it",
-    )
-    add("--max-skipped", type=float, default=0.01, metavar="SHARE", help="exit 3 above this share (%(default)s)")
-    return parser
-
-
-def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | None) -> int:
-    """Pack as the command line says; returns the exit code.
-
-    Args:
-        packer: of the modality, with its settings.
-        options: of `common_parser`.
-        arguments: what was parsed, None for those of the process; they are noted in the index.
-    """
-    leads = True
-    try:
-        packer.settings.check()
-        team = choose_team(options.workers, options.mpi)
-        leads = team.is_leader
-        with team:
-            plan = packer.scan(team, options.input)
-            ignored = said_ignored(plan.ignored)
-            if leads and ignored:  # before hours of packing, and again at the end
-                print(ignored, file=sys.stderr)
-            index = pack(
-                team,
-                plan,
-                options.output,
-                packer,
-                f"{options.program} {shlex.join(arguments or sys.argv[1:])}",
-                options.part,
-            )
-    except D2V2Error as error:
-        if leads:
-            print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
-    except OSError as error:
-        print(f"error: {error}; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return exit_code(error)
-    except KeyboardInterrupt:
-        print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    if index is None:
-        if leads:
-            print(f"{options.output}: part {'/'.join(map(str, options.part))} is packed; no index yet")
-        return 0
-    share = index.files_skipped / max(1, index.files)
-    reasons = f"reasons are in {options.output / SKIPPED_NAME}"
-    fault = None
-    if not index.rows:
-        fault = f"no rows came out of {index.files:,} files; {reasons}"
-    elif share > options.max_skipped:
-        fault = (
-            f"{share:.2%} of the files were skipped, --max-skipped allows {options.max_skipped:.2%}; {reasons}. "
-            "The folder is complete and usable."
-        )
-    if leads:
-        print("; ".join(filter(None, [summary(options.output, index, packer), ignored])))
-        if fault:
-            print(f"error: {fault}", file=sys.stderr)
-    return EXIT_TOO_MANY_SKIPPED if fault else 0
 
 
 def pack(
@@ -233,31 +118,6 @@ def read_all(
     if team.is_leader:
         progress.finish()
     return [found for part in parts for found in part]
-
-
-def summary(output: Path, index: Index, packer: Packer) -> str:
-    """One line that says what a finished folder holds."""
-    size = sum(entry.bytes for entry in index.shards) / (1 << 20)
-    return (
-        f"{output}: {index.rows:,} rows, {packer.describe(index)}, {len(index.shards)} shards, {size:,.1f} MiB; "
-        f"{index.files_skipped:,} of {index.files:,} files skipped"
-    )
-
-
-def parse_bytes(text: str) -> int:
-    """Parse ``268435456``, ``256M`` or ``256MiB``."""
-    match = re.fullmatch(r"(\d+)\s*([KMG]?)(iB)?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected bytes such as 64M, 256MiB or 1G, found {text!r}")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """Parse ``I/N``, a number from 0 to N - 1 and how many parts there are."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, such as 0/10, found {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def _prepare(

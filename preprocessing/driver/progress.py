@@ -8,14 +8,15 @@ from typing import TextIO
 
 _TERMINAL_PERIOD_S = 0.5
 _LOG_PERIOD_S = 10.0
+_REPORT_PERIOD_S = 0.5
 
 Report = Callable[[int, int], None]
-"""Told of progress: (files, size) since the last call; size in samples, bytes or what the modality counts."""
+"""Callback with (files, size) since its last call; size is in samples, bytes or another unit of the modality."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How a size is said."""
+    """Units in which a size and a speed are printed."""
 
     amount: float
     """Size of one of `amount_unit`."""
@@ -96,3 +97,30 @@ class Progress:
     def _print(self, end: str) -> None:
         text = f"\r\033[K{self.line()}" if self._rewrite else self.line()
         print(text, end=end, file=self._stream, flush=True)
+
+
+class Throttle:
+    """Adds up reports and passes them on a few times a second.
+
+    Args:
+        send: receives the sums.
+    """
+
+    def __init__(self, send: Report) -> None:
+        self._send = send
+        self._files = self._size = 0
+        self._sent = time.monotonic()
+
+    def add(self, files: int, size: int) -> None:
+        """Count finished work, and send the sums if it is time."""
+        self._files += files
+        self._size += size
+        if time.monotonic() - self._sent >= _REPORT_PERIOD_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the sums now."""
+        if self._files:
+            self._send(self._files, self._size)
+            self._files = self._size = 0
+        self._sent = time.monotonic()

@@ -1,20 +1,22 @@
-"""What the driver (`packing.py`) asks of a modality. A class of this kind per modality, in ``pack_MODALITY.py``.
+"""Interfaces between the driver and a modality: `Packer`, and for `verify` and `inspect` `FolderReport`.
 
-The driver calls, in this order: `check`, `scan` (every process; finds the input and makes the plan), `make_beside`
-(the leader; files that belong to the folder, such as a tokenizer), `rows` (one process per shard), `totals`.
-Instances travel to other processes by pickle: they hold settings, not open files.
+A packer is a class in ``pack_MODALITY.py``. `packing.py` calls, in this order: `check`, `scan` (every process; finds
+the input and makes the plan), `make_beside` (the leader; files that belong to the folder, such as a tokenizer), `rows`
+(one process per shard), `totals`. Packers travel to other processes by pickle: they hold settings, not open files.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from d2v2ds.data.schema import Index, Layout
-from preprocessing.driver.parallel import Team
-from preprocessing.driver.plan import Plan, Skipped
 from preprocessing.driver.progress import Measure, Report
+from preprocessing.driver.shard_plan import Plan, Skipped
+from preprocessing.driver.team.protocol import Team
 
 Buffer = Any
 """Bytes, a memoryview or a contiguous array: whatever `memoryview` takes."""
@@ -32,10 +34,10 @@ class Row:
 
 @dataclass(slots=True)
 class Notes:
-    """What comes out of packing a shard beside its rows."""
+    """Results of packing a shard beside its rows."""
 
     report: Report
-    """To be told of (files, planned size) as they are done with."""
+    """Call it with (files, planned size) when they are packed."""
     skipped: list[Skipped] = field(default_factory=list)
     """Files that turned out bad."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -72,7 +74,7 @@ class Packer(Protocol):
 
     @property
     def measure(self) -> Measure:
-        """How progress says `Unit.size`."""
+        """Units in which progress prints `Unit.size`."""
         ...
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:
@@ -103,9 +105,33 @@ class Packer(Protocol):
         ...
 
     def describe(self, index: Index) -> str:
-        """How much a folder holds, in the words of the modality, for the last line of a packing."""
+        """Return the amount in a folder, such as its hours, for the last line of a packing."""
         ...
 
     def versions(self) -> dict[str, str]:
         """Libraries that decide the bytes, beside numpy and pyarrow."""
+        ...
+
+
+class FolderReport(Protocol):
+    """Functions of ``MODALITY/report.py``, which `verify` and `inspect` call."""
+
+    @property
+    def batch_faults(self) -> Callable[[pa.RecordBatch, Index, str, int], Iterator[str]]:
+        """Yield the faults of a record batch: (batch, index, name of the shard, number of its first row)."""
+        ...
+
+    @property
+    def headline(self) -> Callable[[Index], str]:
+        """Return what all rows have in common, in a few words."""
+        ...
+
+    @property
+    def lines(self) -> Callable[[Any], list[str]]:
+        """Return lines about the rows of opened shards; each begins with a word padded to 10 columns."""
+        ...
+
+    @property
+    def plot(self) -> Callable[[Any, Path], None]:
+        """Draw the figure of opened shards to a PNG file."""
         ...

@@ -32,9 +32,9 @@ from d2v2ds.data.schema import (
 from d2v2ds.io.crc import crc32
 from preprocessing.driver.input_files import utf8
 from preprocessing.driver.output_file import BUFFER_BYTES, ChecksumFile, give_buffer, replacing, take_buffer
-from preprocessing.driver.plan import Skipped
 from preprocessing.driver.progress import Report
 from preprocessing.driver.protocol import Notes, Packer, Row
+from preprocessing.driver.shard_plan import Skipped
 
 BATCH_BYTES = BUFFER_BYTES
 """Payload bytes after which a record batch ends; a longer row has a batch of its own."""
@@ -84,7 +84,7 @@ def pack_shard(job: ShardJob, report: Report) -> ShardResult:
 
 
 def finished_shard(folder: Path, modality: str, number: int) -> ShardResult | None:
-    """What the sidecar says of a shard, or None if the shard still has to be packed."""
+    """Return the result that the sidecar of a shard stores, or None if the shard is not packed yet."""
     try:
         values = json.loads(_sidecar_path(folder, shard_name(modality, number)).read_text(encoding="utf-8"))
         entry = ShardEntry(**values["entry"])
@@ -96,7 +96,7 @@ def finished_shard(folder: Path, modality: str, number: int) -> ShardResult | No
 
 
 def _sidecar_path(folder: Path, shard: str) -> Path:
-    """Where a finished shard is noted until the index is written."""
+    """Path of the sidecar, which marks a shard as finished until the index is written."""
     return folder / PACKING_NAME / f"{shard}.json"
 
 
@@ -119,7 +119,7 @@ class ShardWriter:
         self._checksums: list[int] = []
         self._values: list[Mapping[str, Any]] = []
         self.sizes: list[int] = []
-        """Of all rows written so far, as ``rows.npy`` has them."""
+        """Sizes of all rows written so far, as in ``rows.npy``."""
 
     def add(self, row: Row) -> None:
         """Copy one row's payload into the batch; it may be overwritten afterwards, the values may not."""

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from d2v2ds.data.codecs.pixels import to_rgb, upright
+from d2v2ds.data.codecs.imagefile import DecodeError, to_rgb, upright
+from d2v2ds.data.codecs.pixels import examine, opened
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import MissingExtraError
 from d2v2ds.modalities.image.shards import ImageShards
-from preprocessing.driver.reports import distinct_line, fault, percentiles, sampled_labels, spread
-from preprocessing.image.check import BadImageError, examine, opened
+from preprocessing.driver.report_lines import distinct_line, fault, percentiles, sampled_labels, spread
 
 _SHEET = (4, 8)
 """Rows and columns of the contact sheet."""
@@ -29,8 +29,8 @@ def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> 
     for row, image in enumerate(batch.column("image")):
         where = f"{name} row {first + row}"
         try:
-            facts = examine(image.as_py(), limit, decode=True)
-        except BadImageError as error:
+            facts = examine(image.as_py(), limit)
+        except DecodeError as error:
             yield fault(where, "image", f"a whole {stated[row][0]} file", error)
             continue
         found = (facts.format, facts.width, facts.height, facts.orientation)
@@ -63,7 +63,7 @@ def thumbnail(shards: ImageShards, row: int) -> Image.Image:
     """A row as it is displayed, at most 160 pixels wide and high.
 
     Raises:
-        BadImageError: if it does not decode.
+        DecodeError: if it does not decode.
     """
     stored = shards.read_image(row)
     with opened(bytes(stored.data)) as image:
@@ -95,7 +95,7 @@ def plot(shards: ImageShards, path: Path) -> None:
         try:
             axis.imshow(np.asarray(thumbnail(shards, row)))
             title = shards.read_labels(row).label or ""
-        except BadImageError as error:
+        except DecodeError as error:
             title = str(error)
         axis.set_title(title[:20], fontsize=8)
     figure.savefig(path, dpi=100)

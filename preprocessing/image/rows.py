@@ -1,4 +1,4 @@
-"""From units of images to rows: read the encoded bytes, check them, re-encode what is too large, annotate."""
+"""From units of images to rows: read the encoded bytes, decode them, re-encode what is too large, annotate."""
 
 import io
 import os
@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from d2v2ds.data.codecs.pixels import to_rgb, upright
+from d2v2ds.data.codecs.imagefile import DecodeError, to_rgb, upright
+from d2v2ds.data.codecs.pixels import ImageFacts, examine, facts_of, opened
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.input_files import unreadable, utf8
-from preprocessing.driver.plan import Skipped
 from preprocessing.driver.protocol import Notes, Row
-from preprocessing.image.check import BadImageError, ImageFacts, examine, opened
+from preprocessing.driver.shard_plan import Skipped
 from preprocessing.image.find import (
     LABEL_SUFFIXES,
     FileRun,
@@ -47,8 +47,6 @@ class ImageSettings:
     """JPEG quality of re-encoded images, 1 to 100."""
     max_pixels: int = PILLOW_MAX_PIXELS
     """Larger images are skipped."""
-    decode_check: bool = False
-    """Decode every image, also where its structure tells that it is whole."""
     shard_bytes: int = 256 << 20
     """Planned size of a shard, before re-encoding."""
     label_column: str = "label"
@@ -92,12 +90,9 @@ def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[
     for number, found in enumerate(READERS[type(unit)](unit, settings)):
         try:
             if found.fault is not None:
-                raise BadImageError(found.fault)
-            facts = examine(found.data, settings.max_pixels, settings.decode_check)
-            data = found.data
-            if settings.shorter_side is not None and min(facts.width, facts.height) > settings.shorter_side:
-                data, facts = reencode(data, facts, settings.shorter_side, settings.quality)
-        except BadImageError as error:
+                raise DecodeError(found.fault)
+            data, facts = reencode(found.data, settings) or (found.data, examine(found.data, settings.max_pixels))
+        except DecodeError as error:
             notes.skipped.append(Skipped(order=unit.order + number, source=found.source, reason=str(error)))
             continue
         notes.counts["bytes"] += len(data)
@@ -115,20 +110,26 @@ def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[
         )
 
 
-def reencode(data: bytes, facts: ImageFacts, shorter_side: int, quality: int) -> tuple[bytes, ImageFacts]:
-    """A smaller JPEG of the same picture: upright, RGB, Lanczos filter.
+def reencode(data: bytes, settings: ImageSettings) -> tuple[bytes, ImageFacts] | None:
+    """A smaller JPEG of the same picture: upright, RGB, Lanczos filter. None if the image is kept as it is.
 
     Raises:
-        BadImageError: if the image does not decode.
+        DecodeError: it does not decode.
     """
-    short = min(facts.width, facts.height)
-    width, height = (round(side * shorter_side / short) for side in (facts.width, facts.height))
-    with opened(data) as image:
-        stored_width, stored_height = (-(-side * _DRAFT_FACTOR * shorter_side // short) for side in image.size)
+    side = settings.shorter_side
+    if side is None:
+        return None
+    with opened(data, settings.max_pixels) as image:
+        short = min(image.size)
+        if short <= side:
+            return None
+        facts = facts_of(image)
+        width, height = (round(length * side / short) for length in (facts.width, facts.height))
+        stored_width, stored_height = (-(-length * _DRAFT_FACTOR * side // short) for length in image.size)
         image.draft(image.mode, (stored_width, stored_height))
         smaller = upright(to_rgb(image), facts.orientation).resize((width, height), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
-        smaller.save(stream, format="JPEG", quality=quality)
+        smaller.save(stream, format="JPEG", quality=settings.quality)
     return stream.getvalue(), ImageFacts("jpeg", width, height, 1)
 
 

@@ -39,7 +39,7 @@ _PATCH_SIDES = (24, 97)
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What the pictures of one split are made of."""
+    """Material of the pictures of one split."""
 
     digits: NDArray[np.uint8]
     """(N, 8, 8), ink = 255."""

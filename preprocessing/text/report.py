@@ -1,4 +1,4 @@
-"""What `verify` and `inspect` do with text: check every row's ids; fill of rows, frequent tokens, decoded samples."""
+"""Report on text for `verify` (ids of every row) and `inspect` (fill of rows, frequent tokens, decoded samples)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from d2v2ds.data.schema import Index
 from d2v2ds.errors import MissingExtraError
 from d2v2ds.modalities.text.shards import TOKEN_DTYPES, TextShards
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
-from preprocessing.driver.reports import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
+from preprocessing.driver.report_lines import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
 
 _TOP_TOKENS = 12
 _SAMPLES = 3
@@ -20,7 +20,7 @@ _SAMPLE_CHARS = 160
 
 
 def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> Iterator[str]:
-    """Rows of another length than stated, longer than a block, without ``<s>``, or with ids outside the vocabulary."""
+    """Yield faults: rows of another length than stated, longer than a block, without ``<s>``, with ids out of range."""
     dtype, vocab_size, bos = TOKEN_DTYPES[index.format["token_dtype"]], index.format["vocab_size"], _bos(index)
     _, offsets, data = batch.column("tokens").buffers()
     bounds = np.frombuffer(offsets, dtype=np.int64, count=batch.num_rows + 1)
@@ -28,7 +28,7 @@ def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> 
     for row in np.flatnonzero(np.diff(bounds) != stated * dtype.itemsize).tolist():
         found = int(bounds[row + 1] - bounds[row])
         yield fault(f"{name} row {first + row}", "tokens", f"{stated[row]} of {dtype.itemsize} bytes", f"{found} bytes")
-        return  # what lies where is not known any more
+        return  # the offsets of later rows are unknown
     for row in np.flatnonzero((stated < 1) | (stated > index.format["block_tokens"])).tolist():
         expected = f"1 to {index.format['block_tokens']}"
         yield fault(f"{name} row {first + row}", "num_tokens", expected, stated[row])
@@ -73,7 +73,7 @@ def lines(shards: TextShards) -> list[str]:
 
 
 def token_counts(shards: TextShards) -> NDArray[np.int64]:
-    """(V,) how often each id occurs in (at most) some ten thousand rows."""
+    """(V,) counts of each id in up to `MAX_ROWS` rows."""
     counts = np.zeros(shards.vocab_size, dtype=np.int64)
     for row in spread(len(shards), MAX_ROWS):
         counts += np.bincount(shards.read_tokens(row), minlength=shards.vocab_size)

@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v2ds.modalities.text.tokenizers import BOS, EOS, Tokenizer
-from preprocessing.driver.plan import Skipped
 from preprocessing.driver.protocol import Notes, Row
-from preprocessing.text.documents import TextSpan, read_documents
-from preprocessing.text.plan import TextSettings
+from preprocessing.driver.shard_plan import Skipped
+from preprocessing.text.documents import TextSpan
+from preprocessing.text.read import read_documents
+from preprocessing.text.shard_plan import TextSettings
 from preprocessing.text.tokenization import token_dtype
 
 
 def block_rows(units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSettings, notes: Notes) -> Iterator[Row]:
-    """The blocks of one shard: all its documents joined, cut, and ``<s>`` in front; the last may be shorter."""
+    """Yield the blocks of one shard: its documents joined, cut, each with ``<s>`` in front; the last may be shorter."""
     blocks = Blocks(settings.block_tokens, token_dtype(tokenizer.vocab_size))
     for span in units:
         documents = 0
@@ -28,14 +29,14 @@ def block_rows(units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSe
             documents += len(batch.texts) - batch.begins_inside
             notes.counts["bytes"] += _text_bytes(batch.texts)
             yield from blocks.add(with_ends(*tokenizer.encode(batch.texts), open_end=batch.ends_inside))
-        _note(span, documents, notes)
+        _count(span, documents, notes)
     yield from blocks.finish()
 
 
 def document_rows(
     units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSettings, notes: Notes
 ) -> Iterator[Row]:
-    """One row per document: ``<s>``, its tokens as far as they fit, ``</s>``."""
+    """Yield one row per document: ``<s>``, its tokens as far as they fit, ``</s>``."""
     dtype = token_dtype(tokenizer.vocab_size)
     most = settings.block_tokens - 2
     for span in units:
@@ -46,7 +47,7 @@ def document_rows(
             stops = np.cumsum(lengths)
             for number, (stop, length) in enumerate(zip(stops.tolist(), lengths.tolist(), strict=True)):
                 if number == 0 and batch.begins_inside:
-                    continue  # its row has been made of its first piece, which is far longer than a row
+                    continue  # its row was made from its first piece, which is far longer than a row
                 start = stop - length
                 kept = min(length, most)
                 tokens = np.empty(kept + 2, dtype=dtype)
@@ -62,11 +63,11 @@ def document_rows(
                     },
                 )
                 documents += 1
-        _note(span, documents, notes)
+        _count(span, documents, notes)
 
 
-def _note(span: TextSpan, documents: int, notes: Notes) -> None:
-    """Count a span; a whole file without a document is a skipped one."""
+def _count(span: TextSpan, documents: int, notes: Notes) -> None:
+    """Count the documents of a span; a whole file without a document counts as skipped."""
     notes.counts["documents"] += documents
     is_whole = span.start == 0 and span.stop in (None, span.file.bytes)
     if is_whole and not documents:
@@ -81,17 +82,17 @@ def _text_bytes(texts: Sequence[str]) -> int:
 
 
 def with_ends(ids: NDArray[Any], lengths: NDArray[np.int64], open_end: bool) -> NDArray[Any]:
-    """Put ``</s>`` behind every document.
+    """Return the ids with ``</s>`` behind every document.
 
     Args:
         ids: (n,) of all documents, one after the other.
         lengths: (d,) ids of each.
-        open_end: the last document goes on elsewhere and gets none.
+        open_end: the last document continues in the next batch and gets no ``</s>``.
 
     Returns:
         (n + d,) or (n + d - 1,).
     """
-    ends = np.cumsum(lengths + 1) - 1  # where the </s> of each document comes to lie
+    ends = np.cumsum(lengths + 1) - 1  # positions of </s>
     joined = np.full(len(ids) + len(lengths), EOS, dtype=ids.dtype)
     is_text = np.ones(len(joined), dtype=bool)
     is_text[ends] = False
@@ -100,7 +101,7 @@ def with_ends(ids: NDArray[Any], lengths: NDArray[np.int64], open_end: bool) -> 
 
 
 class Blocks:
-    """Cuts a stream of ids into rows; keeps what does not fill one.
+    """Cuts a stream of ids into rows and keeps the rest for the next call.
 
     Args:
         block_tokens: S, length of a row, ``<s>`` included.
@@ -116,10 +117,10 @@ class Blocks:
         self._sources: list[str] = []
         self._added = 0
         self.source = ""
-        """Where ids that are added from now on come from."""
+        """Input file of the ids that are added next."""
 
     def add(self, ids: NDArray[Any]) -> Iterator[Row]:
-        """The rows that are filled by (n,) more ids."""
+        """Yield the rows that (n,) more ids fill."""
         if not self._sources or self._sources[-1] != self.source:
             self._begins.append(self._added)
             self._sources.append(self.source)
@@ -134,7 +135,7 @@ class Blocks:
             yield self._row(row)
 
     def finish(self) -> Iterator[Row]:
-        """The last row, if ids are left."""
+        """Yield the last row, if ids are left."""
         if len(self._rest):
             yield self._row(np.concatenate([np.full(1, BOS, dtype=self._dtype), self._rest]))
 

@@ -30,7 +30,7 @@ from d2v2ds.modalities.text.tokenizers import (
     sentencepiece_library,
     tokenizers_library,
 )
-from preprocessing.text.documents import piece_end
+from preprocessing.text.read import piece_end
 
 Normalization = Literal["nmt_nfkc", "identity"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("nmt_nfkc", "identity")

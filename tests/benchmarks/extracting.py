@@ -3,7 +3,7 @@
     python -m tests.benchmarks.extracting [--configs audio_base image_base text_base] [--inputs 48] [--dtype bfloat16]
 
 Synthetic inputs and random weights: clips of 5 to 15 s, photographs of 500 x 375, blocks of 512 tokens. A bare forward
-runs `Data2Vec2.layers` up to the same layer on inputs of one size that are in memory already (10 s, 224 pixels, 512
+runs `Trunk.layers` up to the same layer on inputs of one size that are in memory already (10 s, 224 pixels, 512
 tokens), with each of several batch sizes; the best counts. One process, all cores, pooled features of two layers.
 """
 
@@ -22,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from d2v2ds.config.load import load_config
-from d2v2ds.data.shards import open_shards
-from d2v2ds.extract import DTYPES, PART_TOKENS, Extraction, Options
-from d2v2ds.model.trunk import Data2Vec2
+from d2v2ds.inference.extraction import Extraction
+from d2v2ds.inference.extraction_options import DTYPES, PART_TOKENS, Options
+from d2v2ds.modalities.known import open_shards
+from d2v2ds.model.trunk import Trunk
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 from preprocessing.pack_text import main as pack_text
@@ -55,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(folder: Path, name: str, count: int, dtype: str, repeats: int) -> tuple[str, str, float, float, int, float]:
     """One model: amounts a second of both, the best batch size, the ratio; both sides by turns."""
     config = load_config(name).model
-    modality, settings = next(iter(config.modalities.active().items()))
+    modality, settings = next(iter(config.modalities.items()))
     unit, pack, size, source = INPUTS[modality]
     shards = pack(folder, count)
     write_folder(folder / "model", config)
-    depth = config.shared_depth + settings.prenet_depth
+    depth = config.depth(modality)
     extraction = Extraction(
         Options(
             model=str(folder / "model"), shards=str(shards), layers=(depth // 2, depth), pool="mean", weights="student",
@@ -68,7 +69,7 @@ def measure(folder: Path, name: str, count: int, dtype: str, repeats: int) -> tu
     )  # fmt: skip
     amount = float(np.asarray(open_shards(shards).sizes[:], dtype=np.float64).sum())
     amount = {"audio": amount / RATE, "image": float(count), "text": amount}[modality]
-    model = extraction.extractor.model
+    trunk = extraction.extractor.model
 
     def every_part() -> None:
         for number in range(len(extraction.bounds) - 1):
@@ -77,16 +78,16 @@ def measure(folder: Path, name: str, count: int, dtype: str, repeats: int) -> tu
     own, alone = [], []
     for _ in range(repeats):
         own.append(timed(every_part))
-        alone += [(bare(model, modality, source(b, settings), depth) / b, b) for b in BATCH_SIZES]
+        alone += [(bare(trunk, modality, source(b, settings), depth) / b, b) for b in BATCH_SIZES]
     seconds, batch = min(alone)
     rates = amount / min(own), size / seconds
     return name, unit, *rates, batch, rates[0] / rates[1]
 
 
-def bare(model: Data2Vec2, modality: str, source: Tensor, depth: int) -> float:
+def bare(trunk: Trunk, modality: str, source: Tensor, depth: int) -> float:
     """Seconds of one forward; the faster of two."""
     with torch.inference_mode():
-        return min(timed(lambda: model.layers(modality, source, depth=depth)) for _ in range(2))
+        return min(timed(lambda: trunk.layers(modality, source, depth=depth)) for _ in range(2))
 
 
 def timed(call: Callable[[], Any]) -> float:

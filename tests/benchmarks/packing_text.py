@@ -22,8 +22,10 @@ from pathlib import Path
 
 from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
 from preprocessing.pack_text import main as pack
-from preprocessing.text.documents import DocumentOptions, find_text_files, read_documents
-from preprocessing.text.plan import TextSettings, make_plan
+from preprocessing.text.documents import DocumentOptions
+from preprocessing.text.find import find_text_files
+from preprocessing.text.read import read_documents
+from preprocessing.text.shard_plan import TextSettings, make_plan
 from preprocessing.text.tokenization import train_sentencepiece
 from tests.benchmarks.packing import timed
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from d2v2ds.data.order import WINDOW_ROWS, BatchPlan, PlanConfig, SamplerState
 from d2v2ds.data.schema import INDEX_NAME, ROW_DTYPE, ROWS_NAME, FileEntry, Index, ShardEntry, write_index
-from d2v2ds.data.shards import AudioShards
+from d2v2ds.modalities.audio.shards import AudioShards
 
 RATE = 16000
 

@@ -20,11 +20,12 @@ import soundfile
 import torch
 
 from d2v2ds.data.collate import Collator
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
 from d2v2ds.data.order import BatchPlan, MicroBatch, SamplerState
-from d2v2ds.data.shards import AudioShards
 from d2v2ds.masking import MaskConfig, draw_masks, visible_positions
 from d2v2ds.modalities.audio.reader import AudioDataConfig, AudioReader
+from d2v2ds.modalities.audio.shards import AudioShards
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
 from preprocessing.audio.rows import encode_flac
 from preprocessing.pack_audio import main as pack_audio
@@ -74,10 +75,8 @@ def generate(folder: Path, codec: str, num_clips: int) -> Path:
     return output
 
 
-class Model:
-    """What the reader must know of the model."""
-
-    input_size = None
+class Network:
+    """Settings of the network that a reader asks for."""
 
     def num_tokens(self, size: int) -> int:
         return conv_output_length(size, AUDIO_CONV_LAYERS)
@@ -87,7 +86,6 @@ def settings(shards: AudioShards) -> AudioDataConfig:
     """Batches of six crops."""
     return AudioDataConfig(
         shards=shards.folder,
-        mask=MASK,
         global_batch_seconds=60.0,
         micro_batch_seconds=60.0,
         min_seconds=2.0,
@@ -98,7 +96,7 @@ def settings(shards: AudioShards) -> AudioDataConfig:
 def measure(shards: AudioShards, repeats: int, num_steps: int) -> list[tuple[str, str, str]]:
     """Rows of the table for one folder."""
     codec = shards.index.format["codec"]
-    reader = AudioReader(shards, settings(shards), Model())
+    reader = AudioReader(JoinedShards([shards]), settings(shards), Network(), MASK)
     plan = BatchPlan(reader.sizes, config=reader.plan_config(), seed=0)
     micro = plan.window(0, 0)
     seconds = sum(len(m.rows) * m.size for m in micro) / RATE

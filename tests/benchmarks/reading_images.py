@@ -25,10 +25,11 @@ from PIL import Image
 
 from d2v2ds.data.codecs.pixels import SCALES
 from d2v2ds.data.collate import Collator
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import MicroBatch
-from d2v2ds.data.shards import ImageShards
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader, ImageSource, augmentation_numbers, draw_crops
+from d2v2ds.modalities.image.shards import ImageShards
 from tests.data.fake_images import FakeImages, encode, photo
 
 SIDE, PATCH, MICRO_BATCH = 224, 16, 16
@@ -40,10 +41,10 @@ OURS, BARE, FULL = "shard to batch", "bare decode + crop", "without draft"
 Corners = tuple[int, int, int, int]
 
 
-class ModelSide:
-    """What the reader asks of a model of 16 x 16 patches."""
+class Network:
+    """Settings of a network of 16 x 16 patches that a reader asks for."""
 
-    input_size = SIDE
+    image_size = SIDE
 
     def num_tokens(self, size: int) -> int:
         return (size // PATCH) ** 2
@@ -67,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(name: str, source: ImageSource, num_images: int, repeats: int) -> None:
     """Print the table of one set of images."""
-    config = ImageDataConfig(shards=Path(), mask=MASK, global_batch_images=1, micro_batch_images=1)
-    reader = ImageReader(source, config, ModelSide())
+    config = ImageDataConfig(shards=Path(), global_batch_images=1, micro_batch_images=1)
+    reader = ImageReader(JoinedShards([source]), config, Network(), MASK)
     collator = Collator(reader=reader, seed=0)
     ways: dict[str, Callable[[MicroBatch, list[Corners], list[bool]], object]] = {
         OURS: lambda micro, boxes, flips: reader.read(micro, 0),

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import MicroBatch
-from d2v2ds.data.shards import TextShards
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.text.reader import TextDataConfig, TextReader
+from d2v2ds.modalities.text.shards import TextShards
 from tests.preprocessing.tiny_text import pack_tiny
 
 VOCAB_SIZE = 50265
@@ -30,12 +31,11 @@ GOAL = 50.0
 
 
 @dataclass
-class AnyModel:
-    """What the reader asks of a model."""
+class Network:
+    """Settings of the network that a reader asks for."""
 
     vocab_size: int
     max_tokens: int
-    input_size: None = None
 
     def num_tokens(self, size: int) -> int:
         return size
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokens_per_batch = options.batch * length
         config = TextDataConfig(
             shards=folder,
-            mask=MaskConfig(masked_fraction=0.5, num_masks=1, kind="random"),
             global_batch_tokens=tokens_per_batch,
             micro_batch_tokens=tokens_per_batch,
         )
-        reader = TextReader(shards, config, AnyModel(shards.vocab_size, length))
+        mask = MaskConfig(masked_fraction=0.5, num_masks=1, kind="random")
+        reader = TextReader(JoinedShards([shards]), config, Network(shards.vocab_size, length), mask)
         order = np.random.default_rng(0).permutation(np.flatnonzero(shards.sizes == length))
         order = order[: len(order) // options.batch * options.batch].reshape(-1, options.batch)
         tokens = order.size * length

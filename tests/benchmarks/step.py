@@ -7,8 +7,7 @@
 
 Needs torch and numpy. The peak is that of a large matrix product of the same precision in the same run; operations
 are those of the algorithm alone (visible tokens in the encoder, no recomputation), so the share is what the user
-gets out of the machine. `share` is of torch's product, `of best` of the fastest one known on this machine (for fp32
-on a CPU oneDNN's, where torch uses MKL). No optimizer, no DeepSpeed.
+gets out of the machine. No optimizer, no DeepSpeed.
 """
 
 import argparse
@@ -28,7 +27,6 @@ from d2v2ds.modalities.audio.network import AudioConfig
 from d2v2ds.modalities.image.network import ImageConfig
 from d2v2ds.modalities.text.network import TextConfig
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.cpu.linear import Linear
 from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.flops import step_flops
 from d2v2ds.model.init import initialise
@@ -204,16 +202,6 @@ def benchmark(
     return elapsed, flops, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def best_product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest large product we know of: torch's own, or oneDNN's where fp32 runs on a CPU."""
-    best = matmul_peak_flops(device, dtype)
-    if device.type == "cpu" and dtype == torch.float32:
-        layer, x = Linear(2048, 2048), torch.randn(2048, 2048)
-        with torch.no_grad():
-            best = max(best, 2 * 2048**3 / min(measure(lambda: layer(x), device, 1) for _ in range(8)))
-    return best
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print one line per precision, attention path and compile setting."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -234,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.config}, batch {options.batch}{length}, torch {torch.__version__}, {device}", end="")
     print(f", {torch.get_num_threads()} threads" if device.type == "cpu" else f", {torch.cuda.get_device_name(device)}")
     print(f"{'precision':9} {'attention':9} {'compile':7} {'s/step':>8} {'inputs/s':>8} {'TFLOP/s':>8} {'peak':>8} "
-          f"{'share':>6} {'of best':>7} {'GiB':>6}")  # fmt: skip
+          f"{'share':>6} {'GiB':>6}")  # fmt: skip
     for precision in options.dtypes.split(","):
         dtype = DTYPES[precision]
         for path in options.paths.split(","):
@@ -255,12 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
                     repeats=options.repeats,
                 )
                 peak = max(peak, matmul_peak_flops(device, dtype))
-                best = max(peak, best_product_flops(device, dtype))
                 rate = flops / elapsed
                 print(
                     f"{precision:9} {path:9} {'on' if compiled else 'off':7} {elapsed:8.3f} "
                     f"{options.batch / elapsed:8.2f} {rate / 1e12:8.5f} {peak / 1e12:8.3f} {rate / peak:6.1%} "
-                    f"{rate / best:7.1%} {memory / 2**30:6.1f}",
+                    f"{memory / 2**30:6.1f}",
                     flush=True,
                 )
     return 0

@@ -32,7 +32,6 @@ from d2v2ds.data.order import MicroBatch
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.distributed.engine import gradient_sum_factor, optimizer_step, set_lr
-from d2v2ds.distributed.held import held_bytes
 from d2v2ds.distributed.memory import expected_bytes
 from d2v2ds.distributed.zero import full_shape
 from d2v2ds.modalities.audio.reader import AudioReader
@@ -40,6 +39,7 @@ from d2v2ds.model.trunk import total_loss
 from d2v2ds.pretrain import build_engines
 from d2v2ds.run.machine import tune_cpu
 from d2v2ds.train.metrics import peak_memory_gib
+from tests.distributed.engine_state import bytes_in_use
 
 
 def memory_in_use() -> int:
@@ -145,7 +145,7 @@ def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[st
         ds_config,
         kept_whole=sum(size for size in sizes if size <= threshold),
     )
-    held = held_bytes(student, teacher)
+    held = bytes_in_use(student, teacher)
     result = {
         "name": name,
         "loss": losses[-1],

@@ -1,11 +1,13 @@
 """Configurations: everything wrong is said at once, nothing unknown is dropped in silence."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from d2v2ds.config.load import CONFIG_FOLDER, load_config, main, to_yaml
+from d2v2ds.config.__main__ import main
+from d2v2ds.config.load import CONFIG_FOLDER, load_config, read_config, to_yaml
 from d2v2ds.errors import ConfigError
 
 NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
@@ -29,7 +31,7 @@ def test_all_problems_are_reported_together() -> None:
                 "lr.peak=fast",
                 "model.block.wdith=7",
                 "nonsense",
-                "data.audio.mask=3",
+                "objective.modalities.audio.mask=3",
             ],
         )
     text = str(caught.value)
@@ -39,7 +41,7 @@ def test_all_problems_are_reported_together() -> None:
         "model.block.wdith: unknown key; did you mean model.block.width?",
         "lr.peak: Input should be a valid number",
         "'nonsense': expected section.field=value",
-        "data.audio.mask: ",
+        "objective.modalities.audio.mask: ",
     ):
         assert part in text
 
@@ -50,11 +52,11 @@ def test_contradictions_name_both_values() -> None:
             "audio_base",
             [
                 "model.block.num_heads=7",
-                "model.modalities.audio.target.num_layers=13",
+                "objective.modalities.audio.target.num_layers=13",
                 "data.audio.micro_batch_seconds=10",
-                "data.audio.mask.masked_fraction=1.5",
+                "objective.modalities.audio.mask.adjust=-0.6",
                 "lr.warmup_steps=500000",
-                "ema.end_decay=1.2",
+                "objective.modalities.audio.decoder.groups=7",
             ],
         )
     text = str(caught.value)
@@ -62,16 +64,16 @@ def test_contradictions_name_both_values() -> None:
         "width 768 is not divisible by num_heads 7",
         "num_layers is 13, expected 1 to shared_depth (12)",
         "data.audio.micro_batch_seconds 10 cannot hold one row of 20 seconds",
-        "masked_fraction must lie strictly between 0 and 1, found 1.5",
+        "objective: modalities.audio: adjust -0.6 makes the share of drawn blocks negative (0.5 + adjust)",
         "lr.warmup_steps 500000 is more than the 400000 steps of the run",
-        "ema.end_decay is 1.2",
+        "modalities.audio: decoder: width 384 is not divisible by groups 7",
     ):
         assert part in text
 
 
 def test_overrides_win_over_yaml_and_numbers_may_be_written_like_1e_4() -> None:
-    config = load_config("audio_tiny", ["lr.peak=1e-4", "run.seed=7", "model.modalities.audio.loss.scale=2"])
-    assert (config.lr.peak, config.run.seed, config.model.modalities.audio.loss.scale) == (1e-4, 7, 2.0)
+    config = load_config("audio_tiny", ["lr.peak=1e-4", "run.seed=7", "objective.modalities.audio.loss.scale=2"])
+    assert (config.lr.peak, config.run.seed, config.objective.modalities["audio"].loss.scale) == (1e-4, 7, 2.0)
 
 
 def test_missing_file_lists_the_shipped_names() -> None:
@@ -129,9 +131,9 @@ def test_published_values(name: str) -> None:
     """The table of the published configurations, once more and independent of the YAML."""
     config = load_config(name)
     modality = name.split("_")[0]
-    block, model = config.model.block, config.model.modalities.active()[modality]
-    mask, decoder, loss, target = config.data.active()[modality].mask, model.decoder, model.loss, model.target
-    optim, lr, ema = config.optim, config.lr, config.ema
+    block, model, own = config.model.block, config.model.modalities[modality], config.objective.modalities[modality]
+    mask, decoder, loss, target = own.mask, own.decoder, own.loss, own.target
+    optim, lr, ema = config.optim, config.lr, config.objective.ema
     assert PUBLISHED[name] == (
         block.width, block.num_heads, model.prenet_depth, config.model.shared_depth, block.norm_eps, mask.num_masks,
         mask.masked_fraction, mask.adjust, mask.block_length, target.num_layers, target.layer_norms, target.final_norms,
@@ -146,7 +148,7 @@ def test_published_values(name: str) -> None:
         decoder.width, decoder.groups, decoder.kernel, decoder.depth, decoder.input_dropout, decoder.residual,
         decoder.projection_layers,
     )  # fmt: skip
-    assert (model.share_local_encoder, mask.inverse) == ((False, True) if modality == "image" else (True, False))
+    assert (own.share_local_encoder, mask.inverse) == ((False, True) if modality == "image" else (True, False))
 
 
 def test_steps_follow_from_the_length_and_the_global_batch() -> None:
@@ -159,15 +161,22 @@ def test_steps_follow_from_the_length_and_the_global_batch() -> None:
     ("overrides", "message"),
     [
         (["run.total_steps=5"], "found total_steps, hours; set the others to null"),
-        (["run.hours=null"], "exactly one of total_steps, hours, epochs and tokens, found none"),
+        (["run.hours=null"], "exactly one of total_steps, hours, epochs, tokens, found none"),
         (
             ["run.hours=null", "run.tokens=5"],
-            "run.tokens needs data.text, which is not configured; give run.total_steps",
+            r"run.tokens: no modality of the run \(audio\) counts in it; give run.total_steps",
         ),
-        (["run.hours=null", "run.epochs=5"], "run.epoch_images is None, expected 1 or more"),
-        (["run.hours=-2"], "run.hours is -2.0, expected more than 0"),
+        (["run.hours=null", "run.epochs=5"], "run.epochs is given, and run.epoch_images is not; give both"),
         (["data.image.global_batch_images=4"], "data.image.shards: required, not given"),
-        (["model.modalities.audio=null"], "data.audio is configured and model.modalities.audio is not"),
+        (
+            ["model.modalities.audio=null"],
+            "data.audio and objective.modalities.audio configured, model.modalities.audio not; give all of them",
+        ),
+        (
+            ["objective.modalities.audio=null"],
+            "data.audio and model.modalities.audio configured, objective.modalities.audio not; give all of them",
+        ),
+        (["model.modalities.sound.width=3"], "model.modalities.sound: unknown modality, expected one of audio, image"),
     ],
 )
 def test_length_and_modalities_must_fit(overrides: list[str], message: str) -> None:
@@ -175,15 +184,57 @@ def test_length_and_modalities_must_fit(overrides: list[str], message: str) -> N
         load_config("audio_base", overrides)
 
 
-@pytest.mark.parametrize("setting", ["data.audio.micro_batch_seconds", "run.hours", "lr.peak", "health.min_std"])
+@pytest.mark.parametrize("setting", ["data.audio.global_batch_seconds", "run.hours", "lr.peak", "health.min_std"])
 @pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
 def test_numbers_must_be_finite(setting: str, number: str) -> None:
-    with pytest.raises(ConfigError, match=rf"1 problem.*\n  - {setting} is -?(nan|inf), expected a finite number"):
+    """Those that break a bound too are reported for it."""
+    name = re.escape(setting)
+    message = rf"{name}( is inf, expected a finite number|: Input should be .*, found (nan|-inf))"
+    with pytest.raises(ConfigError, match=rf"1 problem.*\n  - {message}$"):
         load_config("audio_base", [f"{setting}={number}"])
 
 
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
+def test_numbers_without_bounds_must_be_finite_too(number: str) -> None:
+    setting = "objective.modalities.audio.mask.adjust"
+    with pytest.raises(ConfigError, match=rf"1 problem.*\n  - {setting} is -?(nan|inf), expected a finite number$"):
+        load_config("audio_base", [f"{setting}={number}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("model=3", "model: Input should be a dictionary"),
+        ("data=3", "data: Input should be a dictionary"),
+        ("objective=null", "objective: Input should be a dictionary"),
+        ("model.modalities.audio=3", "model.modalities.audio: expected settings of audio, found 3"),
+        ("optim.betas=[0.9, 1]", "optim.betas.1: Input should be less than 1, found 1"),
+        ("data.audio.min_seconds=-1", "data.audio.min_seconds: Input should be greater than 0, found -1"),
+        ("data.audio.shards=3", "data.audio.shards: Input "),
+    ],
+)
+def test_the_rest_is_checked_beside_a_faulty_value(override: str, problem: str) -> None:
+    """The fault does not hide others, and makes none up: the other overrides of its section are kept."""
+    others = ["data.audio.shards=/speech", "lr.pek=1", "data.audio.micro_batch_seconds=10"]
+    config, problems = read_config("audio_base", [*others, override])
+    assert [line for line in problems if line.startswith(problem)]
+    assert "lr.pek: unknown key; did you mean lr.peak?" in problems
+    if override.startswith(("optim", "data.audio.m")):
+        assert config is not None
+        assert config.data.missing() == []
+        assert any("data.audio.micro_batch_seconds 10 cannot hold" in line for line in problems)
+        assert len(problems) == 3
+
+
+def test_a_section_of_which_fields_are_missing_is_no_reason_for_other_messages() -> None:
+    config, problems = read_config("audio_base", ["data.text.global_batch_tokens=4"])
+    assert config is None
+    assert problems == ["data.text.shards: required, not given", "data.text.micro_batch_tokens: required, not given"]
+
+
 def test_a_micro_batch_that_divides_the_global_one_only_in_print_is_taken() -> None:
-    assert load_config("audio_base", ["data.audio.micro_batch_seconds=33.3333333"]).data.audio.num_micro == 15  # type: ignore[union-attr]
+    config = load_config("audio_base", ["data.audio.micro_batch_seconds=33.3333333"])
+    assert config.data.modalities["audio"].num_micro == 15
 
 
 @pytest.mark.parametrize(
@@ -191,20 +242,17 @@ def test_a_micro_batch_that_divides_the_global_one_only_in_print_is_taken() -> N
     [
         ("image_base", ["model.modalities.image.patch_size=15"], "image_size 224 is not divisible by patch_size 15"),
         ("image_base", ["model.modalities.image.num_extra_tokens=0"], "there are no extra tokens to predict from"),
-        ("image_base", ["model.modalities.image.loss.cls_rows=0"], "loss.cls_rows is 0, expected 1 or more"),
-        ("image_base", ["model.modalities.image.patch_width=0"], "patch_width is 0"),
         (
             "image_base",
             ["data.image.micro_batch_images=300"],
             "global_batch_images 256 is less than micro_batch_images",
         ),
-        ("text_base", ["model.modalities.text.vocab_size=5"], "vocab_size is 5, expected 6 or more"),
-        ("text_base", ["model.modalities.text.embedding_dropout=1"], "embedding_dropout is 1.0"),
-        ("text_base", ["model.modalities.text.decoder.projection_layers=0"], "projection_layers is 0"),
-        ("text_base", ["model.modalities.text.loss.beta=-1"], "loss.beta is -1.0, expected 0 or more"),
+        ("audio_base", ["model.modalities.audio.conv_layers=[]"], "conv_layers: expected one or more of"),
     ],
 )
-def test_image_and_text_settings_are_checked(name: str, overrides: list[str], message: str) -> None:
+def test_settings_of_one_modality_that_do_not_fit_each_other_are_named(
+    name: str, overrides: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(name, overrides)
 
@@ -215,7 +263,7 @@ def test_summary_says_what_a_run_amounts_to(capsys: pytest.CaptureFixture[str]) 
     assert "student 309,268,480 (trained 309,067,776), of these decoder 5,967,872" in said[0]
     assert "memory of one of 16 rank(s) with zero3_bf16 (stage 3): 536.1 MiB" in said[1]
     assert "375,300 optimizer steps" in said[2]
-    assert "196 tokens a sample, 147 masked and 49 visible" in said[3]
+    assert "196 tokens a sample, 16 masks of 147 masked and 49 visible tokens" in said[3]
     assert "TFLOP per step" in said[4]
 
 
@@ -224,7 +272,7 @@ def test_overrides_may_stand_behind_options_and_bad_arguments_are_sentences(caps
     said = capsys.readouterr().out
     assert "of gradients and the activations come on top" in said
     assert "of it master, optimizer, gradients and teacher_average" in said and "in the memory of the host" in said
-    assert main(["image_tiny", "data.image.mask.masked_fraction=0.9999"]) == 2
+    assert main(["image_tiny", "objective.modalities.image.mask.masked_fraction=0.9999"]) == 2
     assert "leaves nothing visible" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["image_tiny", "--world", "0"])

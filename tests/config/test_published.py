@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.config.load import CONFIG_FOLDER, RunConfig, load_config
 from d2v2ds.config.summary import batch_advice, summary
 from d2v2ds.masking import draw_masks, visible_positions
-from d2v2ds.model.init import initialise
-from d2v2ds.model.trunk import Data2Vec2, ModelConfig, total_loss
-from d2v2ds.objectives.teacher_network import TargetNet
+from d2v2ds.objectives.data2vec2 import Data2Vec2
 from d2v2ds.train.optim import EarlyEpsilonAdam
 
 NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
@@ -31,11 +28,12 @@ def test_the_whole_zoo_is_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_configuration_builds_at_full_size_and_says_what_it_amounts_to(name: str) -> None:
     config = load_config(name)
+    objective = config.objective.build(config.model, seed=1)
     with torch.device("meta"):
-        student, teacher = Data2Vec2(config.model), TargetNet(config.model)
+        student, teacher = objective.build_network(activation_checkpointing=False), objective.build_teacher_network()
     assert set(dict(teacher.named_parameters())) <= set(dict(student.named_parameters()))
     lines = summary(config, world=8)
-    assert len(lines) == 4 + len(config.data.active())
+    assert len(lines) == 4 + len(config.data.modalities)
     assert f"student {sum(p.numel() for p in student.parameters()):,}" in lines[0]
 
 
@@ -65,9 +63,9 @@ def test_another_batch_comes_with_the_settings_that_go_with_it() -> None:
     config = load_config("audio_base", quarter + found)
     assert config.lr.peak == pytest.approx(7.5e-4 / 2)
     assert config.lr.warmup_steps == 4 * 8000
-    assert config.ema.anneal_steps == 4 * 75_000
-    assert config.ema.start_decay**4 == pytest.approx(0.999)
-    assert config.ema.end_decay**4 == pytest.approx(0.99999)
+    assert config.objective.ema.anneal_steps == 4 * 75_000
+    assert config.objective.ema.start_decay**4 == pytest.approx(0.999)
+    assert config.objective.ema.end_decay**4 == pytest.approx(0.99999)
     assert batch_advice("audio_base", config) == [], "all of it was followed"
     assert "lr.peak" not in batch_advice("audio_base", load_config("audio_base", [*quarter, "lr.peak=1e-4"]))[1]
 
@@ -87,26 +85,28 @@ def test_advice_has_no_numbers_where_there_are_none(tmp_path: Path) -> None:
     own.write_text((CONFIG_FOLDER / "audio_base.yaml").read_text().replace("seconds: 500", "seconds: 125"))
     assert batch_advice(str(own), load_config(str(own))) == []
     frozen = batch_advice("audio_large", load_config("audio_large", ["data.audio.global_batch_seconds=480"]))
-    assert "ema.end_decay" not in frozen[-1], "1 stays 1"
+    assert "objective.ema.end_decay" not in frozen[-1], "1 stays 1"
 
 
-def shallow(config: ModelConfig) -> ModelConfig:
-    """The same network with few blocks."""
-
-    def reduced(modality: Any) -> Any:
-        target = replace(modality.target, num_layers=min(modality.target.num_layers, DEPTH))
-        return replace(modality, target=target, prenet_depth=min(modality.prenet_depth, 1))
-
-    active = {name: reduced(modality) for name, modality in config.modalities.active().items()}
-    return replace(config, shared_depth=DEPTH, modalities=replace(config.modalities, **active))
+def shallow(config: RunConfig) -> Data2Vec2:
+    """The same objective around few blocks."""
+    encoders = {
+        name: replace(encoder, prenet_depth=min(encoder.prenet_depth, 1))
+        for name, encoder in config.model.modalities.items()
+    }
+    targets = {
+        name: replace(own, target=replace(own.target, num_layers=min(own.target.num_layers, DEPTH)))
+        for name, own in config.objective.modalities.items()
+    }
+    trunk = replace(config.model, shared_depth=DEPTH, modalities=encoders)
+    return replace(config.objective, modalities=targets).build(trunk, seed=1)
 
 
 def batch_of(config: RunConfig, modality: str) -> Batch:
     """One short input with the configuration's own masks, fewer of them."""
-    model = config.model.modalities.active()[modality]
-    size = SHORT[modality] or model.input_size
-    assert size is not None
-    mask = replace(config.data.active()[modality].mask, num_masks=NUM_MASKS)
+    model = config.model.modalities[modality]
+    size = SHORT[modality] or model.image_size
+    mask = replace(config.objective.modalities[modality].mask, num_masks=NUM_MASKS)
     masked = draw_masks(mask, model.num_tokens(size), seed=0, epoch=0, sample_ids=[0])
     torch.manual_seed(0)
     source = {
@@ -126,17 +126,17 @@ def batch_of(config: RunConfig, modality: str) -> Batch:
 @pytest.mark.parametrize("name", NAMES)
 def test_configuration_takes_a_step(name: str) -> None:
     config = load_config(name)
-    model = shallow(config.model)
-    student, teacher = Data2Vec2(model), TargetNet(model).eval()
-    initialise(student, seed=1)
+    objective = shallow(config)
+    student, teacher = objective.build_network(activation_checkpointing=False), objective.build_teacher_network().eval()
+    objective.initialise(student, seed=1)
     teacher.load_state_dict({key: student.state_dict()[key] for key in teacher.state_dict()})
     trained = {key: p for key, p in student.named_parameters() if p.requires_grad}
     optimizer = EarlyEpsilonAdam(list(trained.values()), lr=config.lr.peak, config=config.optim)
     before = {key: p.detach().clone() for key, p in trained.items()}
-    for modality in config.data.active():
+    for modality in config.data.modalities:
         batch = batch_of(config, modality)
         out = student(batch, torch.no_grad()(teacher.__call__))
-        loss = total_loss(out) / batch.num_masked
+        loss = torch.stack(list(out["losses"].values())).sum() / batch.num_masked
         assert torch.isfinite(loss)
         loss.backward()
     optimizer.step()

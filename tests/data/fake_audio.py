@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.reader import AudioDataConfig, AudioReader
 from d2v2ds.shapes import conv_output_length
@@ -41,22 +42,20 @@ class FakeAudio:
         return float(unit.mean()), float(unit.var())
 
 
-class FakeModel:
-    """What a reader must know of the model."""
-
-    input_size = None
+class FakeNetwork:
+    """Settings of the network that a reader asks for."""
 
     def num_tokens(self, size: int) -> int:
         return conv_output_length(size, CONV_LAYERS)
 
 
-def fake_config(mask: MaskConfig, **changes: Any) -> AudioDataConfig:
+def fake_config(**changes: Any) -> AudioDataConfig:
     """Settings for `FakeAudio`."""
     limits: dict[str, Any] = {"min_seconds": 0.5, "max_seconds": 2.0, "sample_rate_hz": RATE}
     batches = {"global_batch_seconds": 20.0, "micro_batch_seconds": 4.0}
-    return AudioDataConfig(shards=Path("fake"), mask=mask, **(limits | batches | changes))
+    return AudioDataConfig(shards=Path("fake"), **(limits | batches | changes))
 
 
-def fake_reader(source: FakeAudio, mask: MaskConfig, **changes: Any) -> AudioReader:
+def fake_reader(source: FakeAudio, mask: MaskConfig | None, **changes: Any) -> AudioReader:
     """A reader of it."""
-    return AudioReader(source, fake_config(mask, **changes), FakeModel())
+    return AudioReader(JoinedShards([source]), fake_config(**changes), FakeNetwork(), mask)

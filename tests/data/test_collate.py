@@ -82,6 +82,27 @@ def test_a_crop_too_short_for_the_masks_is_refused(source, collate):
         collate(MicroBatch(0, np.array([1]), 19))
 
 
+@pytest.mark.parametrize("rows", [[3, 9, 11], [9]])
+def test_a_reader_without_masks_gives_the_same_batch_without_them(source, collate, rows):
+    micro = make_micro(source, rows)
+    batch, masked = Collator(reader=fake_reader(source, None), seed=7)(micro), collate(micro)
+    assert batch.masks is None and batch.num_masked == 0
+    assert torch.equal(batch.source, masked.source) and torch.equal(batch.ids, masked.ids)
+    moved = batch.to(torch.device("cpu"))
+    assert moved.masks is None and torch.equal(moved.source, batch.source)
+    assert masked.required_masks() is masked.masks
+    with pytest.raises(ValueError, match="Batch of audio: expected masks, found none; the objective must ask for them"):
+        batch.required_masks()
+
+
+def test_without_masks_any_length_that_the_model_reads_will_do(source):
+    reader = fake_reader(source, None)
+    assert reader.faults() == []
+    tokens = {mask: fake_reader(source, mask, min_seconds=0.03).faults() for mask in (None, MASK)}
+    assert tokens[None] == []
+    assert "audio mask, for clips of data.audio.min_seconds 0.03: 2 tokens" in tokens[MASK][0]
+
+
 # ---- rows that cannot be read ----
 
 

@@ -12,13 +12,15 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from d2v2ds.data.schema import LAYOUTS
 from d2v2ds.data.shardfile import RowBatch
-from d2v2ds.data.shards import AudioShards, ImageShards, TextShards, open_shards
 from d2v2ds.errors import ShardError
+from d2v2ds.modalities.audio.shards import AudioShards
+from d2v2ds.modalities.image.shards import ImageShards
+from d2v2ds.modalities.text.shards import TEXT_LAYOUT, TextShards
 from preprocessing.driver import writer
 from preprocessing.driver.packing import pack
-from preprocessing.driver.parallel import LocalTeam
+from preprocessing.driver.team.local import LocalTeam
+from preprocessing.formats import open_shards
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 from tests.preprocessing.pictures import encoded, picture
@@ -155,10 +157,8 @@ def test_a_file_cut_off_while_mapped_is_an_error_and_is_read_again_once_it_is_wh
     program = """
 import os, sys
 from pathlib import Path
-from d2v2ds.data.schema import LAYOUTS
-from d2v2ds.data.shardfile import RowBatch
-from d2v2ds.data.shards import AudioShards
 from d2v2ds.errors import ShardError
+from d2v2ds.modalities.audio.shards import AudioShards
 
 folder = Path(sys.argv[1])
 shards, path = AudioShards(folder), folder / "audio-00000.arrow"
@@ -208,7 +208,7 @@ def _swapped(folder: Path) -> tuple[RowBatch, int]:
     reader = pa.ipc.open_file(str(folder / "text-00000.arrow"))
     batch = pa.Table.from_batches([reader.get_batch(n) for n in range(reader.num_record_batches)]).combine_chunks()
     rows = batch.take([0, 3, 2, 1, 4, 5]).to_batches()[0]
-    return RowBatch(rows, LAYOUTS["text"], 0, 0, "text-00000.arrow"), 1
+    return RowBatch(rows, TEXT_LAYOUT, 0, 0, "text-00000.arrow"), 1
 
 
 @pytest.mark.parametrize("bounds", [(-8, 10), (20, 10), (0, 1 << 40)])

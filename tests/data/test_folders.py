@@ -5,55 +5,53 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from d2v2ds.data.joined import JoinedShards, sizes_of
-from d2v2ds.data.readers import open_reader
 
 from d2v2ds.batch import Batch
 from d2v2ds.config.load import load_config
-from d2v2ds.data.collate import Reader
+from d2v2ds.data.folders import JoinedShards, sizes_of
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
 from d2v2ds.data.mixture import DATASET_BITS
 from d2v2ds.data.order import BatchPlan, MicroBatch, SamplerState
-from d2v2ds.data.shards import open_shards
+from d2v2ds.data.reader import Reader
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.reader import AudioDataConfig, AudioReader
 from d2v2ds.modalities.image.reader import ImageDataConfig
+from d2v2ds.modalities.known import open_reader, open_shards
 from d2v2ds.modalities.text.reader import TextDataConfig
 from d2v2ds.shapes import PAD_ID
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
-from tests.modalities.test_text import Model as TextModel
+from tests.modalities.text.test_reader import Network as TextNetwork
 from tests.preprocessing.pictures import encoded, picture
 from tests.preprocessing.tiny_text import pack_tiny, tokens_of
 
 SECOND = 1 << DATASET_BITS
 MASK = MaskConfig(masked_fraction=0.5, num_masks=2, kind="random")
-TEXT = TextDataConfig(shards=Path("text"), mask=MASK, global_batch_tokens=256, micro_batch_tokens=128)
+TEXT = TextDataConfig(shards=Path("text"), global_batch_tokens=256, micro_batch_tokens=128)
 AUDIO = AudioDataConfig(
-    shards=Path("audio"), mask=MASK, global_batch_seconds=4.0, micro_batch_seconds=2.0, min_seconds=0.2, max_seconds=1.0
+    shards=Path("audio"), global_batch_seconds=4.0, micro_batch_seconds=2.0, min_seconds=0.2, max_seconds=1.0
 )
 LENGTHS = [[64, 40, 64, 30, 64, 64], [64, 64, 50, 16, 64, 64, 64, 20]]
 
 
-class AudioModel:
-    input_size = None
-
+class AudioNetwork:
     def num_tokens(self, size: int) -> int:
         return size // 320
 
 
-class ImageModel:
-    input_size = 16
+class ImageNetwork:
+    image_size = 16
 
     def num_tokens(self, size: int) -> int:
         return (size // 4) ** 2
@@ -90,8 +88,54 @@ def batches(reader: Reader, steps: int, num_workers: int = 0) -> list[Batch]:
         return [batch for step in islice(loader, steps) for batch in step.micro]
 
 
+@dataclass(frozen=True)
+class Part:
+    """As much of opened shards as joining asks for."""
+
+    rows: int
+    index: ClassVar[Any] = SimpleNamespace(modality="any", files_beside=())
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+PARTS = Part(5), Part(6), Part(7)
+
+
+def test_rows_are_located_by_folder_and_number() -> None:
+    joined = JoinedShards(PARTS)
+    assert len(joined) == 5 + 6 + 7 and joined.first is PARTS[0]
+    located = [joined.locate(index) for index in (0, 4, SECOND, 2 * SECOND + 3)]
+    assert located == [(PARTS[0], 0), (PARTS[0], 4), (PARTS[1], 0), (PARTS[2], 3)]
+    assert joined.name(SECOND + 7) == "rows in memory row 7"
+    for index, dataset in ((3 * SECOND, 3), (-1, -1)):
+        with pytest.raises(IndexError, match=f"row {index} lies in dataset {dataset} of 3"):
+            joined.locate(index)
+
+
+@pytest.mark.parametrize("rows", [[], [4], [SECOND + 1, SECOND], [2 * SECOND, 3, SECOND + 5, 0, 2 * SECOND + 1, 3]])
+def test_rows_are_divided_by_folder_and_can_be_put_back(rows: list[int]) -> None:
+    """Every row is in one division, where `locate` finds it; divisions come in the order of the folders."""
+    joined = JoinedShards(PARTS)
+    found: dict[int, tuple[Part, int]] = {}
+    order = []
+    for part, local, places in joined.split(np.array(rows, dtype=np.int64)):
+        order.append(part)
+        taken = np.arange(len(rows))[places].tolist()
+        assert len(local) == len(taken) > 0 and not found.keys() & set(taken)
+        found |= {place: (part, row) for place, row in zip(taken, local.tolist(), strict=True)}
+    assert [found[place] for place in range(len(rows))] == [joined.locate(row) for row in rows]
+    assert order == [part for part in PARTS if part in {part for part, _ in found.values()}]
+
+
+def test_rows_of_a_single_folder_are_passed_on_as_they_are() -> None:
+    rows = np.array([3, 1, 1])
+    ((part, local, places),) = JoinedShards(PARTS[:1]).split(rows)
+    assert part is PARTS[0] and local is rows and places == slice(None)
+
+
 def test_texts_of_two_folders_are_read_under_their_numbers(tmp_path: Path) -> None:
-    reader = open_reader("text", replace(TEXT, shards=pack_texts(tmp_path)), TextModel())
+    reader = open_reader("text", replace(TEXT, shards=pack_texts(tmp_path)), TextNetwork(), MASK)
     assert len(reader) == 14 and [len(dataset.sizes) for dataset in reader.datasets] == [6, 8]
     rows = np.array([SECOND + 3, 0, SECOND + 6, 1])
     np.testing.assert_array_equal(sizes_of(reader.datasets, rows), [16, 64, 64, 40])
@@ -106,8 +150,8 @@ def test_texts_of_two_folders_are_read_under_their_numbers(tmp_path: Path) -> No
 
 def test_recordings_are_cropped_by_their_number_and_codecs_may_differ(tmp_path: Path) -> None:
     folders = pack_recordings(tmp_path / "a"), pack_recordings(tmp_path / "b", "--codec", "flac", seed=1)
-    reader = open_reader("audio", replace(AUDIO, shards=folders), AudioModel())
-    alone = open_reader("audio", replace(AUDIO, shards=folders[1]), AudioModel())
+    reader = open_reader("audio", replace(AUDIO, shards=folders), AudioNetwork(), MASK)
+    alone = open_reader("audio", replace(AUDIO, shards=folders[1]), AudioNetwork(), MASK)
     assert torch.equal(reader.read_whole(SECOND + 2), alone.read_whole(2))
     joined = reader.read(MicroBatch(0, np.array([2, SECOND + 2]), 3200), seed=0).source
     whole = [reader.read_whole(row) for row in (2, SECOND + 2)]
@@ -125,9 +169,9 @@ def test_images_of_two_folders(tmp_path: Path) -> None:
             (tmp_path / name / f"{number}.png").write_bytes(encoded(image, "PNG"))
         folders.append(tmp_path / f"{name}-out")
         assert pack_images(["--input", str(tmp_path / name), "--output", str(folders[-1]), "--workers", "1"]) == 0
-    config = ImageDataConfig(shards=tuple(folders), mask=MASK, global_batch_images=4, micro_batch_images=2)
-    reader = open_reader("image", config, ImageModel())
-    alone = open_reader("image", replace(config, shards=folders[1]), ImageModel())
+    config = ImageDataConfig(shards=tuple(folders), global_batch_images=4, micro_batch_images=2)
+    reader = open_reader("image", config, ImageNetwork(), MASK)
+    alone = open_reader("image", replace(config, shards=folders[1]), ImageNetwork(), MASK)
     assert torch.equal(reader.read_whole(SECOND + 1), alone.read_whole(1))
     assert [dataset.sizes.tolist() for dataset in reader.datasets] == [[16] * 3] * 2
     assert {row >> DATASET_BITS for batch in batches(reader, 3) for row in batch.ids.tolist()} == {0, 1}
@@ -136,7 +180,7 @@ def test_images_of_two_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_weights_say_how_often_rows_are_seen(num_workers: int, tmp_path: Path) -> None:
     config = replace(TEXT, shards=pack_texts(tmp_path), weights=(0.5, 1.0))
-    reader = open_reader("text", config, TextModel())
+    reader = open_reader("text", config, TextNetwork(), MASK)
     plan = BatchPlan(reader.datasets, config=reader.plan_config(), seed=3)
     assert plan.mixture.num_rows(0) == 3 + 8
     seen = batches(reader, 40, num_workers)
@@ -151,7 +195,7 @@ def test_weights_say_how_often_rows_are_seen(num_workers: int, tmp_path: Path) -
 
 def test_identities_are_those_of_the_folders_and_of_their_first_shards(tmp_path: Path) -> None:
     folders = pack_texts(tmp_path)
-    reader = open_reader("text", replace(TEXT, shards=folders), TextModel())
+    reader = open_reader("text", replace(TEXT, shards=folders), TextNetwork(), MASK)
     pack_tiny(tmp_path / "grown", [*LENGTHS[0], *LENGTHS[0]], shard_bytes=400)
     pack_tiny(tmp_path / "other", [64, 40, 64, 31, 64, 64], shard_bytes=400)
     one, two = (dataset.identity for dataset in reader.datasets)
@@ -170,14 +214,14 @@ def test_identities_are_those_of_the_folders_and_of_their_first_shards(tmp_path:
 
 def test_a_single_folder_is_read_as_before(tmp_path: Path) -> None:
     folder = pack_texts(tmp_path)[0]
-    readers = [open_reader("text", replace(TEXT, shards=shards), TextModel()) for shards in (folder, (folder,))]
+    readers = [open_reader("text", replace(TEXT, shards=shards), TextNetwork(), MASK) for shards in (folder, (folder,))]
     before = BatchPlan(readers[0].sizes, config=readers[0].plan_config(), seed=3)
     for reader in readers:
-        assert not isinstance(reader.shards, JoinedShards) and reader.datasets[0].weight == 1.0  # type: ignore[attr-defined]
+        assert len(reader.datasets) == 1 and reader.datasets[0].weight == 1.0
         plan = BatchPlan(reader.datasets, config=reader.plan_config(), seed=3)
         for one, other in zip(plan.window(0, 0), before.window(0, 0), strict=True):
             np.testing.assert_array_equal(one.rows, other.rows)
-    weighted = open_reader("text", replace(TEXT, shards=folder, weights=(1.0, 2.0)), TextModel())
+    weighted = open_reader("text", replace(TEXT, shards=folder, weights=(1.0, 2.0)), TextNetwork(), MASK)
     assert weighted.datasets[0].weight == 1.0, "validation reads a folder of its own with the settings of training"
 
 
@@ -185,7 +229,7 @@ def test_a_damaged_row_of_the_second_folder_is_left_out(tmp_path: Path) -> None:
     folders = pack_texts(tmp_path)
     for path in folders[1].glob("*.arrow"):
         path.unlink()
-    reader = pickle.loads(pickle.dumps(open_reader("text", replace(TEXT, shards=folders), TextModel())))  # noqa: S301
+    reader = pickle.loads(pickle.dumps(open_reader("text", replace(TEXT, shards=folders), TextNetwork(), MASK)))  # noqa: S301
     seen = batches(reader, 6, num_workers=1)
     assert {row >> DATASET_BITS for batch in seen for row in batch.ids.tolist()} == {0}
     assert all(str(folders[1]) in fault for batch in seen for fault in batch.faults)
@@ -197,7 +241,7 @@ def test_folders_that_do_not_fit_each_other_are_named_with_their_values(tmp_path
     pack_tiny(tmp_path / "large", [64], vocab_size=2000)
     message = rf"{first} and {tmp_path / 'large'} cannot be read as one dataset: vocab_size is 1000 .*, 2000 in"
     with pytest.raises(ShardError, match=message):
-        open_reader("text", replace(TEXT, shards=(first, tmp_path / "large")), TextModel())
+        open_reader("text", replace(TEXT, shards=(first, tmp_path / "large")), TextNetwork(), MASK)
     other = open_shards(tmp_path / "b")
     entry = other.index.files_beside[0]
     changed = replace(other.index, files_beside=(replace(entry, crc32="00000000"),))
@@ -206,18 +250,18 @@ def test_folders_that_do_not_fit_each_other_are_named_with_their_values(tmp_path
         JoinedShards([open_shards(first), other])  # type: ignore[list-item]
     sound = pack_recordings(tmp_path / "sound")
     with pytest.raises(ShardError, match=f"{sound}: expected text, found a folder of audio"):
-        open_reader("text", replace(TEXT, shards=(first, sound)), TextModel())
+        open_reader("text", replace(TEXT, shards=(first, sound)), TextNetwork(), MASK)
     with pytest.raises(ShardError, match="modality is 'text' in the first, 'audio' in the second"):
         JoinedShards([open_shards(first), open_shards(sound)])  # type: ignore[list-item]
 
 
 def test_every_folder_is_looked_at_for_faults(tmp_path: Path) -> None:
     long, short = pack_recordings(tmp_path / "long"), pack_recordings(tmp_path / "short", count=2)
-    reader = open_reader("audio", replace(AUDIO, shards=(long, short), min_seconds=0.4), AudioModel())
+    reader = open_reader("audio", replace(AUDIO, shards=(long, short), min_seconds=0.4), AudioNetwork(), MASK)
     assert isinstance(reader, AudioReader)
     (fault,) = reader.faults()
     assert fault.startswith(f"data.audio.shards: the longest clip of {short} has 0.31 s")
-    assert open_reader("audio", replace(AUDIO, shards=(long, short)), AudioModel()).faults() == []
+    assert open_reader("audio", replace(AUDIO, shards=(long, short)), AudioNetwork(), MASK).faults() == []
 
 
 @pytest.mark.parametrize(
@@ -239,8 +283,9 @@ def test_weights_and_folders_are_checked(config: Any, shards: Sequence[str], wei
 
 
 def test_a_configuration_names_one_folder_or_several() -> None:
-    one = load_config("audio_tiny", ["data.audio.shards=a"]).data.audio
-    two = load_config("audio_tiny", ["data.audio.shards=[a, b]", "data.audio.weights=[1, 0.5]"]).data.audio
-    assert one is not None and two is not None
+    one, two = (
+        load_config("audio_tiny", overrides).data.modalities["audio"]
+        for overrides in (["data.audio.shards=a"], ["data.audio.shards=[a, b]", "data.audio.weights=[1, 0.5]"])
+    )
     assert (one.shards, one.weights) == (Path("a"), None)
     assert (two.shards, two.weights) == ((Path("a"), Path("b")), (1.0, 0.5))

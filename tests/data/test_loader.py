@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.loader import DataStream, LoaderConfig, build_loader
 from d2v2ds.data.order import BatchPlan, SamplerState
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.reader import AudioReader
-from tests.data.fake_audio import FakeAudio, FakeModel, fake_config, fake_reader
+from tests.data.fake_audio import FakeAudio, FakeNetwork, fake_config, fake_reader
 
 MASK = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=3, num_masks=2)
 NUM_ROWS = 40
@@ -170,7 +171,7 @@ def run_script(tmp_path, body, timeout_s=60):
         import os, signal, sys, time
         from itertools import islice
         from pathlib import Path
-        from d2v2ds.data.loader import JOB_SIGNALS
+        from d2v2ds.data.workers import JOB_SIGNALS
         from tests.data.test_loader import DamagedAudio, descendants, open_loader
 
         def main():
@@ -297,7 +298,7 @@ def joint_streams():
     streams = {}
     for name, kind, seconds in (("audio", AudioReader, 20.0), ("other", OtherReader, 8.0)):
         source = FakeAudio(NUM_ROWS, seed=len(name))
-        reader = kind(source, fake_config(MASK, global_batch_seconds=seconds), FakeModel())
+        reader = kind(JoinedShards([source]), fake_config(global_batch_seconds=seconds), FakeNetwork(), MASK)
         streams[name] = DataStream(reader, BatchPlan(reader.sizes, config=reader.plan_config(), seed=5))
     return streams
 

@@ -18,7 +18,7 @@ from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.checkpoint import load as checkpoint
 from d2v2ds.distributed.checkpoint import save as saver
 from d2v2ds.distributed.checkpoint.format import (
-    candidate_tags,
+    finished_tags,
     iterate_student,
     iterate_teacher,
     named_tag,
@@ -32,6 +32,7 @@ from d2v2ds.errors import CheckpointError
 from d2v2ds.io import durable
 from d2v2ds.io import tensor_file as tensorfile
 from tests.distributed import toy
+from tests.distributed.engine_state import whole_masters
 from tests.ranks import RankError, run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -82,7 +83,7 @@ def resume(stage: int, dtype: str, folder: Path) -> dict[str, Any]:
     engine, teacher = start(stage, dtype)
     train(engine, teacher, 0, 3)
     saver.save(engine, teacher, folder, "step3", {"position": 3}, rank_state())
-    averages, masters = teacher.full_state_dict(), dict(zero.gather_master(engine))
+    averages, masters = teacher.full_state_dict(), whole_masters(engine)
     unbroken = train(engine, teacher, 3, 6)
     end = everything(engine, teacher)
     engine.destroy()
@@ -98,8 +99,8 @@ def resume(stage: int, dtype: str, folder: Path) -> dict[str, Any]:
     same = [torch.equal(a, b) for a, b in zip(end, everything(engine, teacher), strict=True)]
     engine.destroy()
     return {
-        "losses_equal": comm.all_agree(unbroken == resumed and len(set(resumed)) > 1),
-        "state_equal": comm.all_agree(all(same)),
+        "losses_equal": all(comm.gather_objects(unbroken == resumed and len(set(resumed)) > 1)),
+        "state_equal": all(comm.gather_objects(all(same))),
         "tensors": len(same),
         "client": restored.client_state,
         "averages": averages,
@@ -126,6 +127,7 @@ def refusals(folder: Path) -> dict[str, str]:
     with pytest.raises(CheckpointError) as declined:
         checkpoint.load(engine, teacher, folder / "pruned", accept=lambda state: False)
     seen["declined"] = str(declined.value)
+    seen["other format"] = of_another_format(engine, teacher, folder / "pruned" / "step3" / "manifest.json")
     if comm.rank() == 1:  # a disk that fills up on one rank
         tensorfile._write_and_sync = _full_disk
     with pytest.raises(CheckpointError) as full:
@@ -139,6 +141,21 @@ def refusals(folder: Path) -> dict[str, str]:
         saver.save(engine, teacher, folder / "odd", "x", {}, {})
     engine.destroy()
     return seen
+
+
+def of_another_format(engine: Any, teacher: Teacher, manifest: Path) -> str:
+    """The newest checkpoint is one of a later version; the one before it could be read."""
+    text = manifest.read_text()
+    comm.barrier()
+    if comm.rank() == 0:
+        manifest.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    comm.barrier()
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load(engine, teacher, manifest.parents[1])
+    comm.barrier()
+    if comm.rank() == 0:
+        manifest.write_text(text)
+    return str(refused.value)
 
 
 def _full_disk(*args: Any, **kwargs: Any) -> None:
@@ -182,7 +199,7 @@ def read_on_one_rank(folder: Path, damaged: Path, killed: Path) -> dict[str, Any
         restored = checkpoint.load(engine, teacher, folder / "3-bf16", reshard=True)
         moments = zero.optimizer_tensors(engine, "exp_avg")["blocks.1.up.weight"].clone()
         seen["resharded", stage] = {
-            "masters": dict(zero.gather_master(engine)),
+            "masters": whole_masters(engine),
             "averages": teacher.full_state_dict(),
             "moment": moments,
             "step": zero.optimizer_layout(engine)[1]["step"]["value"],
@@ -383,7 +400,7 @@ def test_reading_ahead_ends_with_what_it_runs_beside(tmp_path: Path) -> None:
 def test_rank_killed_while_saving_leaves_the_old_checkpoint(folder: Path, killed: dict, read: dict) -> None:
     assert "SIGKILL" in killed["shards"]
     assert named_tag(folder / "killed" / "shards", "latest") == "step1"
-    assert candidate_tags(folder / "killed" / "shards") == ["step1"]
+    assert finished_tags(folder / "killed" / "shards") == ["step1"]
     assert named_tag(folder / "killed" / "latest", "latest") == "step1"
     assert read["killed"] == {"shards": "step1", "latest": "step1"}
 
@@ -402,8 +419,12 @@ def test_checkpoints_that_were_not_accepted_are_not_called_damaged(saved: dict) 
     assert "no usable checkpoint (0 damaged, 2 not accepted)" in saved["refusals"]["declined"]
 
 
+def test_newest_checkpoint_of_another_format_is_refused_and_no_older_one_taken(saved: dict) -> None:
+    assert "step3/manifest.json: expected checkpoint format 1, found 2" in saved["refusals"]["other format"]
+
+
 def test_only_the_newest_are_kept(saved: dict, folder: Path) -> None:
-    assert candidate_tags(folder / "pruned") == ["step3", "step2"]
+    assert finished_tags(folder / "pruned") == ["step3", "step2"]
     assert read_manifest(folder / "pruned" / "step3").counters["global_steps"] == 3
 
 

@@ -10,11 +10,11 @@ import torch
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.ds_config import GATHERING, SHIPPED_FOLDER, load_ds_config, merge_ds_config, teacher_ds_config
 from d2v2ds.distributed.engine import build_student_engine, optimizer_step
-from d2v2ds.distributed.held import held_bytes
 from d2v2ds.distributed.memory import expected_bytes, passing_bytes
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import ConfigError
 from tests.distributed import toy
+from tests.distributed.engine_state import bytes_in_use
 from tests.ranks import run_distributed
 
 SHIPPED = sorted(path.stem for path in SHIPPED_FOLDER.glob("*.json"))
@@ -169,7 +169,7 @@ def train_shipped() -> dict[str, Any]:
             ds_config=config,
             kept_whole=sum(p.numel() for p in toy.Student().parameters()),  # all are below the threshold
         )
-        seen[name] = (outcome.applied, teacher.student_distance(), expected, held_bytes(engine, teacher))
+        seen[name] = (outcome.applied, teacher.student_distance(), expected, bytes_in_use(engine, teacher))
         engine.destroy()
     return seen
 

@@ -11,6 +11,7 @@ from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.engine import StepOutcome, build_student_engine, gradient_sum_factor, optimizer_step, set_lr
 from d2v2ds.distributed.gradient_norms import PartNorms
 from tests.distributed import toy
+from tests.distributed.engine_state import whole_masters
 from tests.ranks import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -53,7 +54,7 @@ def run_step(engine: Any, step: int = 0, skipped: tuple[tuple[int, ...], ...] = 
 
 
 def whole(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: full.float() for name, full in zero.gather_master(engine) if full is not None}
+    return {name: full.float() for name, full in whole_masters(engine).items()}
 
 
 def gradient(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -167,7 +168,7 @@ def non_finite(stage: int, dtype: str) -> dict[str, Any]:
         ends.append(zero_state(engine))
         engine.destroy()
     same = [torch.equal(a, b) for a, b in zip(*ends, strict=True)]
-    return {"outcomes": outcomes, "all_same": comm.all_agree(all(same)), "tensors": len(same)}
+    return {"outcomes": outcomes, "all_same": all(comm.gather_objects(all(same))), "tensors": len(same)}
 
 
 def zero_state(engine: Any) -> list[torch.Tensor]:
@@ -196,7 +197,7 @@ def recomputation(dtype: str) -> bool:
                 optimizer_step(engine)
         ends.append(zero_state(engine))
         engine.destroy()
-    return comm.all_agree(all(torch.equal(a, b) for a, b in zip(*ends, strict=True)))
+    return all(comm.gather_objects(all(torch.equal(a, b) for a, b in zip(*ends, strict=True))))
 
 
 def scaled_rates() -> list[float]:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from d2v2ds.distributed import zero
 from d2v2ds.distributed.engine import optimizer_step
-from d2v2ds.distributed.initial_weights import start_from
+from d2v2ds.distributed.initial_weights import set_initial_weights
 from d2v2ds.distributed.teacher import Teacher
 from tests.distributed import toy
+from tests.distributed.engine_state import whole_masters
 from tests.ranks import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -30,11 +31,11 @@ def source(seed: int) -> dict[str, Tensor]:
 def begin(stage: int, dtype: str) -> dict[str, Any]:
     """Start, look at everything, take a step."""
     engine = toy.build(stage, dtype)
-    drawn = dict(zero.gather_master(engine))[ABSENT]
+    drawn = whole_masters(engine).get(ABSENT)
     teacher = Teacher(toy.Encoder(), engine)
     student_source, teacher_source = source(1), source(2)
-    start_from(engine, teacher, student_source.get, teacher_source.get)
-    master, average = dict(zero.gather_master(engine)), teacher.full_state_dict()
+    set_initial_weights(engine, teacher, student_source.get, teacher_source.get)
+    master, average = whole_masters(engine), teacher.full_state_dict()
     inputs, target = toy.micro_batch(0, 0, 0)
     with torch.no_grad():
         loss, made = float(engine(inputs, target)), teacher(torch.ones(2, toy.WIDTH, dtype=zero.compute_dtype(engine)))
@@ -43,7 +44,7 @@ def begin(stage: int, dtype: str) -> dict[str, Any]:
     teacher.update(0.5)
     return {
         "drawn": drawn, "master": master, "average": average, "loss": loss, "made": made.float(),
-        "stepped": dict(zero.gather_master(engine)), "updates": teacher.num_updates,
+        "stepped": whole_masters(engine), "updates": teacher.num_updates,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from d2v2ds.distributed.engine import build_student_engine, gradient_sum_factor,
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError
 from tests.distributed import toy
+from tests.distributed.engine_state import whole_masters
 from tests.oracles.ema import WholeWeightEma
 from tests.ranks import count_collectives, run_distributed
 
@@ -26,10 +27,6 @@ def train_step(engine: Any, step: int) -> None:
         optimizer_step(engine)
 
 
-def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: full for name, full in zero.gather_master(engine) if full is not None}
-
-
 def follow(stage: int, dtype: str) -> dict[str, Any]:
     """Train ten steps of two micro-batches, keep teacher and oracle side by side, report what was seen."""
     seen: dict[str, Any] = {}
@@ -38,7 +35,7 @@ def follow(stage: int, dtype: str) -> dict[str, Any]:
     teacher = Teacher(toy.Encoder(), engine)
     inputs = torch.randn(4, toy.WIDTH).to(zero.compute_dtype(engine))
     names = [name for name, _ in toy.Encoder().named_parameters()]
-    weights = whole_weights(engine)
+    weights = whole_masters(engine)
     oracle = WholeWeightEma({name: weights[name] for name in names}) if comm.rank() == 0 else None
     seen["starts_equal"] = teacher.student_distance() == 0.0
     for _ in range(3):  # ZeRO-3 keeps small parameters gathered from the second forward on
@@ -53,14 +50,14 @@ def follow(stage: int, dtype: str) -> dict[str, Any]:
             after = teacher.state_dict()["shards"]
             seen["frozen_at_one"] = all(torch.equal(before["shards"][n]["data"], after[n]["data"]) for n in after)
         teacher(inputs)
-        weights = whole_weights(engine)
+        weights = whole_masters(engine)
         if oracle is not None:
             oracle.update(weights, decay)
     seen["collectives_in_training"] = count_collectives(lambda: train_step(engine, STEPS))
     distance = teacher.student_distance()
     averages = teacher.full_state_dict()
     output = teacher(inputs)
-    weights = whole_weights(engine)
+    weights = whole_masters(engine)
     seen["num_updates"] = teacher.num_updates
     seen["gather_units"] = len(get_z3_leaf_modules(teacher.module))
     with pytest.raises(CheckpointError, match="blocks.0.up.weight: only in the teacher"):

@@ -221,7 +221,7 @@ def test_mistakes_name_the_input_and_what_was_expected(exported: Path, tmp_path:
         (Features, "audio", RATE, "input 0"),
         (noise(0.5), "audio", 0, "input 0: expected sample_rate in Hz, found 0"),
         (noise(0.5), "audio", "16k", "input 0: expected sample_rate in Hz, found '16k'"),  # type: ignore[list-item]
-        ([Image.new("RGB", (8, 8)), Image.new("RGB", (0, 9))], "image", None, "input 1: .* found one of 0 x 9 pixels"),
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (0, 9))], "image", None, "input 1: .* no pixels: 0 x 9"),
         (["fox", "\ud83d"], "text", None, "input 1: expected text, found half a character"),
     ]
     for given, modality, rate, said in cases:

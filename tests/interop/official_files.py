@@ -18,7 +18,7 @@ TEXT_VOCABULARY = 50265
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One published network (spec section 13)."""
+    """One published network."""
 
     modality: str
     width: int
@@ -180,7 +180,7 @@ def _blocks(prefix: str, number: int, width: int) -> Shapes:
 
 
 def layout_of(network: Published) -> tuple[Shapes, Shapes]:
-    """Names and shapes of `model` and of its `_ema` (spec sections 3, 5, 9, 10)."""
+    """Names and shapes of `model` and of its `_ema`."""
     at, width = f"modality_encoders.{network.modality.upper()}", network.width
     blocks = _blocks("blocks.", network.depth, width)
     context = _blocks(f"{at}.context_encoder.blocks.", network.prenet, width)

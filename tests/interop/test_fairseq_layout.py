@@ -23,7 +23,7 @@ from d2v2ds.objectives.data2vec2 import Data2Vec2Config
 from tests.interop.official_files import PUBLISHED, content_of, layout_of, save
 
 SPECIFIED = {
-    # entries of `model` and of `_ema`; parameters of the same (spec sections 10 and 13)
+    # entries of `model` and of `_ema`; parameters of the same
     "audio_base": (192, 157, 93_783_308, 88_561_932),
     "audio_large": (336, 301, 315_184_144, 308_542_480),
     "image_base": (164, 150, 88_383_744, 85_797_888),

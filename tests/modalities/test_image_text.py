@@ -2,33 +2,38 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from d2v2ds.batch import Batch, MaskSet
-from d2v2ds.model.init import initialise
 from d2v2ds.model.local import IMAGE_MEAN, IMAGE_STD, PatchEncoder, TokenEncoder, normalise_pixels
 from d2v2ds.model.positions import sin_cos_grid
-from d2v2ds.model.trunk import Data2Vec2, ModelConfig
-from d2v2ds.objectives.teacher_network import TargetNet
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.objectives.data2vec2 import Data2Vec2, Data2Vec2Config, Data2Vec2Network
+from d2v2ds.objectives.teacher_network import TeacherNetwork
 from d2v2ds.shapes import PAD_ID
-from tests.model.tiny_joint import joint_batch, joint_model_config
+from tests.model.tiny_joint import joint_batch, joint_trunk_config
+from tests.objectives.tiny import joint_objective_config
 
 
-def built(config: ModelConfig, seed: int = 1) -> tuple[Data2Vec2, TargetNet]:
+def built(
+    trunk: TrunkConfig | None = None, objective: Data2Vec2Config | None = None, seed: int = 1
+) -> tuple[Data2Vec2Network, TeacherNetwork]:
     """Student in training mode and a teacher equal to it."""
-    student, teacher = Data2Vec2(config), TargetNet(config).eval()
-    initialise(student, seed)
+    whole = Data2Vec2(objective or joint_objective_config(), trunk or joint_trunk_config(), seed)
+    student, teacher = whole.build_network(activation_checkpointing=False), whole.build_teacher_network().eval()
+    whole.initialise(student, seed)
     teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
     return student, teacher
 
 
-def changed_image(config: ModelConfig, **changes: object) -> ModelConfig:
-    image = config.modalities.image
-    assert image is not None
-    return replace(config, modalities=replace(config.modalities, image=replace(image, **changes)))  # type: ignore[arg-type]
+def changed(config: Any, modality: str, **changes: object) -> Any:
+    """Settings of a trunk or an objective with other settings for one modality."""
+    own = replace(config.modalities[modality], **changes)
+    return replace(config, modalities={**config.modalities, modality: own})
 
 
 def test_grid_positions_are_those_of_the_formula() -> None:
@@ -44,13 +49,13 @@ def test_grid_positions_are_those_of_the_formula() -> None:
 
 
 def test_initialisation_of_images_and_text_follows_the_table() -> None:
-    config = joint_model_config(width=256)
-    student = Data2Vec2(config)
+    objective = Data2Vec2(joint_objective_config(), joint_trunk_config(width=256), seed=0)
+    student = objective.build_network(activation_checkpointing=False)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.fill_(7.0)
-    initialise(student, seed=0)
-    image, text = student.encoders["image"], student.encoders["text"]
+    objective.initialise(student, seed=0)
+    image, text = student.trunk.encoders["image"], student.trunk.encoders["text"]
     bound = math.sqrt(6 / (256 + 3 * 4 * 4))
     assert image.local.proj.weight.abs().max() <= bound
     assert image.local.proj.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
@@ -62,7 +67,7 @@ def test_initialisation_of_images_and_text_follows_the_table() -> None:
     assert student.decoders["text"].proj.weight.std().item() == pytest.approx(0.02, rel=0.1), "text keeps N(0, 0.02)"
     assert student.decoders["image"].proj.weight.std().item() > 0.1, "1 / sqrt(3 * 8) by the framework's uniform"
     scale = {name for name, p in student.named_parameters() if (p == 7.0).any()}
-    assert scale == {"encoders.audio.alibi.scale"}, "whose start is its constructor's"
+    assert scale == {"trunk.encoders.audio.alibi.scale"}, "whose start is its constructor's"
 
 
 def test_how_pixels_lie_in_memory_changes_nothing() -> None:
@@ -79,21 +84,21 @@ def test_how_pixels_lie_in_memory_changes_nothing() -> None:
 
 
 def test_a_modality_that_is_left_out_does_not_change_the_start_of_the_others() -> None:
-    config = joint_model_config()
-    fewer = replace(config, modalities=replace(config.modalities, audio=None))
+    config = joint_trunk_config()
+    fewer = replace(config, modalities={name: own for name, own in config.modalities.items() if name != "audio"})
     (whole, _), (less, _) = built(config), built(fewer)
     kept = less.state_dict()
     assert kept
     assert all(torch.equal(whole.state_dict()[name], kept[name]) for name in kept)
     other, _ = built(fewer, seed=2)
-    assert not torch.equal(other.blocks[0].attn.qkv.weight, less.blocks[0].attn.qkv.weight)
+    assert not torch.equal(other.trunk.blocks[0].attn.qkv.weight, less.trunk.blocks[0].attn.qkv.weight)
 
 
 def test_bytes_and_normalised_pixels_are_the_same_image() -> None:
-    student, _ = built(joint_model_config())
+    student, _ = built()
     pixels = joint_batch("image", seed=0).source
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
-    local = student.encoders["image"].local
+    local = student.trunk.encoders["image"].local
     torch.testing.assert_close(local(pixels), local((pixels.float() / 255 - mean) / std), rtol=1e-5, atol=1e-6)
 
 
@@ -113,10 +118,9 @@ def _halves(batch: Batch) -> list[Batch]:
 @pytest.mark.parametrize(("cls_rows", "same"), [(8, True), (None, False)])
 def test_stated_rows_make_the_cls_loss_independent_of_the_micro_batch(cls_rows: int | None, same: bool) -> None:
     """Of four images in one micro-batch or in two; the reference's own sum is not."""
-    config = joint_model_config()
-    assert config.modalities.image is not None
-    config = changed_image(config, loss=replace(config.modalities.image.loss, cls_rows=cls_rows))
-    student, teacher = built(config)
+    objective = joint_objective_config()
+    loss = replace(objective.modalities["image"].loss, cls_rows=cls_rows)
+    student, teacher = built(objective=changed(objective, "image", loss=loss))
     batch = joint_batch("image", seed=0, samples=4)
 
     def per_token(batches: list[Batch]) -> float:
@@ -131,14 +135,14 @@ def test_stated_rows_make_the_cls_loss_independent_of_the_micro_batch(cls_rows: 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_masked_input_does_not_reach_the_student(modality: str) -> None:
-    student, _ = built(joint_model_config())
+    student, _ = built()
     batch = joint_batch(modality, seed=0, num_masks=1)
     keep, masked = batch.masks.rows()
 
     def seen(source: Tensor) -> Tensor:
         with torch.no_grad():
-            changed = replace(batch, source=source)
-            return student.encode(student.encoders[modality].embed(changed), changed)
+            other = replace(batch, source=source)
+            return student.trunk.encode_visible(student.trunk.embed(other), other)
 
     def repaint(where: Tensor) -> Tensor:
         """The input with every token of `where` (B, T) replaced."""
@@ -162,17 +166,17 @@ def test_positions_count_tokens_that_are_no_padding() -> None:
 
 
 def test_extra_tokens_are_no_targets_and_no_features() -> None:
-    student, teacher = built(changed_image(joint_model_config(), num_extra_tokens=2))
+    student, teacher = built(changed(joint_trunk_config(), "image", num_extra_tokens=2))
     batch = joint_batch("image", seed=0)
     out = student(batch, torch.no_grad()(teacher.__call__))
     assert out["target"].shape == (2, 16, 16)
     assert out["context"].shape[1] == batch.masks.num_visible
-    assert {layer.shape for layer in student.layers("image", batch.source)} == {(2, 16, 16)}
+    assert {layer.shape for layer in student.trunk.layers("image", batch.source)} == {(2, 16, 16)}
 
 
 def test_row_that_sees_nothing_but_padding_stays_finite() -> None:
     """Text masks may hit every real token of a short row; one such row must not spoil the step of all ranks."""
-    student, teacher = built(joint_model_config())
+    student, teacher = built()
     batch = joint_batch("text", seed=0, samples=2, num_masks=1)
     padding = torch.zeros_like(batch.source, dtype=torch.bool)
     padding[1, 3:] = True  # three real tokens

@@ -1,12 +1,10 @@
 """Statistics of masks, in the terms of the reference's `mask_stats` files.
 
 Every statistic is a mean over rows of a small vector per row, so that its standard error follows from the
-spread between rows. `python -m tests.oracles.mask_statistics GOLDEN_DIR > tests/golden/mask_stats_summary.json`
-rewrites the committed summary.
+spread between rows.
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -154,38 +152,3 @@ def golden_statistics(folder: Path, setting: str) -> tuple[dict, dict[str, np.nd
 
 def golden_rows(name: str, rows: int) -> int:
     return min(rows, 4000) if name == "final_kept_components_hist" else rows
-
-
-def summary(folder: Path) -> dict:
-    """A small extract without the marginals (one number per position): their means come down to the counts."""
-    settings = {}
-    for setting in json.loads((folder / "mask_stats.json").read_text()):
-        entry, means, first_bins = golden_statistics(folder, setting)
-        ours = row_statistics(mask_config(entry), entry["L"], seed=0, num_rows=10_000)
-        statistics = {}
-        for name, mean in sorted(means.items()):
-            if "marginal" in name:
-                continue
-            rows = pooled(ours[name], first_bins[name]) if name in first_bins else ours[name]
-            statistics[name] = {
-                "mean": [float(f"{v:.6g}") for v in mean],
-                "standard_error": [float(f"{v:.3g}") for v in rows.std(0) / np.sqrt(golden_rows(name, entry["rows"]))],
-                "rows": golden_rows(name, entry["rows"]),
-            }
-            if name in first_bins:
-                statistics[name]["first_bins"] = first_bins[name].tolist()
-        kept = ("kind", "L", "mask_prob", "mask_prob_adjust", "mask_length", "inverse", "centres")
-        settings[setting] = {k: entry[k] for k in (*kept, "masked_per_row") if k in entry} | {"statistics": statistics}
-    return {
-        "origin": "Means per row over 10,000 rows drawn by the official data2vec 2.0 samplers (mask_stats.json and "
-        "mask_stats.safetensors of the reference vectors). Histograms are pooled so that each bin holds at least "
-        f"{MIN_POOLED_COUNT} counts. Standard errors of these means, from the spread between rows of our own sampler. "
-        "Written by tests/oracles/mask_statistics.py.",
-        "settings": settings,
-    }
-
-
-if __name__ == "__main__":
-    content = summary(Path(sys.argv[1]))
-    lines = [f'"{name}": {json.dumps(entry)}' for name, entry in content["settings"].items()]
-    sys.stdout.write(f'{{"origin": {json.dumps(content["origin"])},\n"settings": {{\n' + ",\n".join(lines) + "\n}}\n")

@@ -1,8 +1,8 @@
 """A second implementation of one training step, from the text of the specification alone.
 
 It shares no code with `d2v2ds.model`: weights stay in a dict under their official names, options under theirs with the
-defaults of spec section 13, and heads are looped over. What it computes is named as in the files of golden vectors, so
-that recorded cases and this step can be compared key by key, and so that it can write cases that the records lack.
+defaults of the published networks, and heads are looped over. Its results are named as in the files of golden vectors,
+so that recorded cases and this step can be compared key by key, and so that it can write cases that the records lack.
 All dropouts are taken to be 0. It computes in float64, so that what differs is the rounding of the other side.
 """
 
@@ -55,7 +55,7 @@ class Step:
 
 
 def slopes(heads: int) -> list[float]:
-    """ALiBi slopes (spec section 4)."""
+    """ALiBi slopes."""
     power = 1
     while power * 2 <= heads:
         power *= 2
@@ -108,7 +108,7 @@ def conv(w: Weights, name: str, x: Tensor, groups: int) -> Tensor:
 def block(
     w: Weights, name: str, x: Tensor, bias: Tensor | None, padding: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Transformer block (spec section 2): its output and its target."""
+    """Transformer block: its output and its target."""
     rows, n, width = x.shape
     qkv = linear(w, f"{name}.attn.qkv", x).view(rows, n, 3, heads, width // heads)
     out = []
@@ -126,7 +126,7 @@ def block(
 
 
 def _local(s: Step, w: Weights) -> tuple[Tensor, Tensor]:
-    """Output of the module `local_encoder` and the local features (B, L, D) (spec section 3)."""
+    """Output of the module `local_encoder` and the local features (B, L, D)."""
     source, name = s.given["in/source"], f"{s.prefix}local_encoder"
     if s.modality == "image":
         inner = f"{name}.0.proj" if f"{name}.1.weight" in w else f"{name}.proj"
@@ -162,7 +162,7 @@ def _padding(s: Step, length: int) -> Tensor | None:
 
 
 def _biases(s: Step, w: Weights, places: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
-    """Bias of every block, and the one that a case records (spec section 4); places: (R, K) original positions."""
+    """Bias of every block, and the one that a case records; places: (R, K) original positions."""
     if not s.option("use_alibi_encoder", False):
         return [None] * s.depth, None
     distance = (places[:, :, None] - places[:, None, :]).abs().double()
@@ -222,7 +222,7 @@ def _standard(x: Tensor, over: int | tuple[int, int]) -> Tensor:
 
 
 def _targets(s: Step, layers: list[Tensor]) -> Tensor:
-    """Average of the top layers (B, L, D) (spec section 7); extra positions are gone already."""
+    """Average of the top layers (B, L, D); extra positions are gone already."""
 
     def normalise(x: Tensor, over: dict[str, int | tuple[int, int]]) -> Tensor:
         for name, dims in over.items():
@@ -237,7 +237,7 @@ def _targets(s: Step, layers: list[Tensor]) -> Tensor:
 
 
 def _decode(s: Step, w: Weights, x: Tensor, keep: Tensor) -> Tensor:
-    """Predictions (R, L, D) from encoder outputs without extra tokens (spec section 5)."""
+    """Predictions (R, L, D) from encoder outputs without extra tokens."""
     y = s.given["mid/decoder_noise_full"].scatter(1, keep[..., None].expand_as(x), x)
     s.out["mid/decoder_in"] = y
     for i in range(s.decoder("decoder_layers", 5)):
@@ -251,7 +251,7 @@ def _decode(s: Step, w: Weights, x: Tensor, keep: Tensor) -> Tensor:
 
 
 def _error(s: Step, pred: Tensor, wanted: Tensor) -> Tensor:
-    """Scaled error, summed (spec section 8)."""
+    """Scaled error, summed."""
     gap, beta, scale = (pred - wanted).abs(), s.model.get("loss_beta", 0), s.model.get("loss_scale")
     error = gap**2 if beta == 0 else torch.where(gap < beta, 0.5 * gap**2 / beta, gap - beta / 2)
     return error.sum() * (1 / math.sqrt(pred.shape[-1]) if scale is None else scale)

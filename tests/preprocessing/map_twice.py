@@ -4,8 +4,8 @@ import time
 
 from mpi4py import MPI
 
-from preprocessing.driver.parallel import MpiTeam
 from preprocessing.driver.progress import Report
+from preprocessing.driver.team.mpi import MpiTeam
 
 
 def first(job: int, report: Report) -> str:

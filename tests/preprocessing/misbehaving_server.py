@@ -1,10 +1,9 @@
-"""A web server on loopback that can be told to misbehave, and counts what it sent."""
+"""A web server on loopback that misbehaves when a test asks for it, and notes what it was asked."""
 
 import hashlib
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,67 +15,50 @@ _PIECE_BYTES = 16 << 10
 
 @dataclass(kw_only=True)
 class Fault:
-    """What one answer does otherwise than it should."""
+    """What one answer does wrong."""
 
     status: int | None = None
-    """Answer this and nothing else."""
-    headers: dict[str, str] = field(default_factory=dict)
-    """Added or changed; an empty value takes one away."""
+    """Status of an answer without the file."""
+    location: str = ""
+    """Address of a redirect."""
     cut_after: int | None = None
-    """Close the connection after so many bytes of the body."""
+    """Number of bytes of the body after which the connection breaks."""
     ignore_range: bool = False
-    ignore_if_range: bool = False
-    shift_range: int = 0
-    """Send bytes from another place than asked for, and say so."""
-    surplus: bytes = b""
-    """Sent behind the body, whatever the length says."""
     stall: bool = False
-    """Send the header and nothing more until the server ends."""
-
-
-@dataclass
-class Request:
-    """What a client asked."""
-
-    method: str
-    path: str
-    range: str | None
+    """Send the header and nothing more."""
 
 
 @dataclass
 class Server:
-    """Files by path, and faults for the next GETs of a path."""
+    """Files by path, and faults for the GETs of a path."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=dict)
+    """Faults of the next GETs."""
     always: dict[str, Fault] = field(default_factory=dict)
-    """For every GET of a path that has no fault left."""
-    heads: bool = True
-    """HEAD is answered."""
+    """Fault of every later GET."""
     versions: bool = True
-    """Send ETag and Last-Modified."""
+    """Send an ETag and honour If-Range."""
     pause_s: float = 0.0
-    """After each 16 KiB."""
-    requests: list[Request] = field(default_factory=list)
-    sent: Counter[str] = field(default_factory=Counter)
-    """Bytes of bodies by path."""
+    """Pause after each 16 KiB."""
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """Method, path and range of each request."""
+    sent: int = 0
+    """Bytes of all bodies."""
     url: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
 
     def gets(self, path: str) -> list[str | None]:
-        """The ranges of all GETs of a path."""
-        return [request.range for request in self.requests if (request.method, request.path) == ("GET", path)]
+        """Return the ranges of all GETs of a path."""
+        return [range for method, asked, range in self.requests if (method, asked) == ("GET", path)]
 
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server that runs until the block ends."""
+    """Run a server until the block ends."""
     server = Server()
-
-    class Handler(_Handler):
-        told = server
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    handler = type("Handler", (_Handler,), {"server_state": server})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         http.daemon_threads = True
         server.url = f"http://127.0.0.1:{http.server_address[1]}"
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -91,65 +73,50 @@ def serving() -> Iterator[Server]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    told: Server
+    server_state: Server
 
     def do_HEAD(self) -> None:
-        self._note("HEAD")
-        if (fault := self.told.always.get(self.path)) and fault.headers.get("Location"):
-            return self._status(302, fault.headers)
-        if not self.told.heads:
-            return self._status(405, {})
-        if (data := self.told.files.get(self.path)) is None:
-            return self._status(404, {})
-        return self._head(200, {"Content-Length": str(len(data))})
+        self._answer("HEAD", Fault())
 
     def do_GET(self) -> None:
-        self._note("GET")
-        faults = self.told.faults.get(self.path)
-        fault = faults.pop(0) if faults else self.told.always.get(self.path, Fault())
-        if fault.status:
-            return self._status(fault.status, fault.headers)
-        if (data := self.told.files.get(self.path)) is None:
-            return self._status(404, {})
-        etag = f'"{hashlib.md5(data).hexdigest()}"'
-        headers = {"ETag": etag, "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"} if self.told.versions else {}
-        start, status = 0, 200
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        current = fault.ignore_if_range or self.headers.get("If-Range", etag) in headers.values() or not headers
-        if match and current and not fault.ignore_range:
-            start, status = int(match[1]) + fault.shift_range, 206
-            if start >= len(data):
-                return self._status(416, {"Content-Range": f"bytes */{len(data)}"})
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        body = data[start:]
-        headers["Content-Length"] = str(len(body))
-        self._head(status, {name: value for name, value in (headers | fault.headers).items() if value})
-        if fault.stall:
-            self.told.ended.wait()
-        return self._send((body if fault.cut_after is None else body[: fault.cut_after]) + fault.surplus)
+        faults = self.server_state.faults.get(self.path)
+        self._answer("GET", faults.pop(0) if faults else self.server_state.always.get(self.path, Fault()))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
-    def _note(self, method: str) -> None:
-        self.told.requests.append(Request(method, self.path, self.headers.get("Range")))
+    def _answer(self, method: str, fault: Fault) -> None:
+        state, data, wanted = self.server_state, self.server_state.files.get(self.path), self.headers.get("Range")
+        state.requests.append((method, self.path, wanted))
+        if fault.status or data is None:
+            return self._head(fault.status or 404, 0, {"Location": fault.location} if fault.location else {})
+        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        headers = {"ETag": etag} if state.versions else {}
+        match = re.fullmatch(r"bytes=(\d+)-", wanted or "")
+        if not match or fault.ignore_range or self.headers.get("If-Range", etag) != etag:
+            body = data
+            self._head(200, len(body), headers)
+        elif (start := int(match[1])) >= len(data):
+            return self._head(416, 0, {"Content-Range": f"bytes */{len(data)}"})
+        else:
+            body = data[start:]
+            self._head(206, len(body), headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})
+        if fault.stall:
+            state.ended.wait()
+        return None if method == "HEAD" else self._send(body[: fault.cut_after])
 
-    def _status(self, status: int, headers: dict[str, str]) -> None:
-        self._head(status, headers | {"Content-Length": "0"})
-
-    def _head(self, status: int, headers: dict[str, str]) -> None:
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in (headers | {"Content-Length": str(length)}).items():
             self.send_header(name, value)
         self.end_headers()
         self.close_connection = True
 
     def _send(self, body: bytes) -> None:
         for start in range(0, len(body), _PIECE_BYTES):
-            piece = body[start : start + _PIECE_BYTES]
             try:
-                self.wfile.write(piece)
+                self.wfile.write(body[start : start + _PIECE_BYTES])
             except OSError:  # the client went away
                 return
-            self.told.sent[self.path] += len(piece)
-            time.sleep(self.told.pause_s)
+            self.server_state.sent += len(body[start : start + _PIECE_BYTES])
+            time.sleep(self.server_state.pause_s)

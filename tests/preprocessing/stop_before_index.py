@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from preprocessing import pack_audio
 from preprocessing.driver import packing
-from preprocessing.driver.plan import Skipped
+from preprocessing.driver.shard_plan import Skipped
 
 
 def stop(folder: object, skipped: Sequence[Skipped]) -> None:

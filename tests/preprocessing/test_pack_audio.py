@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from preprocessing.audio.plan import AudioSettings
+from preprocessing.audio.shard_plan import AudioSettings
 from preprocessing.driver.packing import pack as pack_all
-from preprocessing.driver.parallel import LocalTeam
+from preprocessing.driver.team.local import LocalTeam
 from preprocessing.driver.writer import PACKING_NAME, pack_shard
 from preprocessing.pack_audio import AudioPacker, main
 from tests.preprocessing.helpers import clean_environment, contents, noise, run_module

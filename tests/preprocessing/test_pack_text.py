@@ -12,18 +12,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from d2v2ds.data.shards import TextShards, open_shards
+from d2v2ds.data.schema import FileEntry, Index, shard_schema
+from d2v2ds.modalities.text.shards import TEXT_LAYOUT, TextShards
 from d2v2ds.modalities.text.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing import inspect
 from preprocessing.driver.writer import PACKING_NAME
+from preprocessing.formats import open_shards
 from preprocessing.pack_text import main
-from preprocessing.text import documents
-from preprocessing.text.documents import DocumentOptions, TextSpan, find_text_files, read_documents
-from preprocessing.text.plan import TextSettings, make_plan, sample_texts
+from preprocessing.text import read
+from preprocessing.text.documents import DocumentKind, DocumentOptions, TextSpan
+from preprocessing.text.find import find_text_files
+from preprocessing.text.read import read_documents
+from preprocessing.text.report import batch_faults
+from preprocessing.text.shard_plan import TextSettings, make_plan, sample_texts
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
+from tests.preprocessing.driver.test_parallel import mpirun, needs_mpi
 from tests.preprocessing.helpers import clean_environment, contents, run_module
-from tests.preprocessing.test_parallel import mpirun, needs_mpi
 from tests.preprocessing.texts import sentencepiece_model, story, write_gpt2_files, write_stories
 
 BLOCK = ("--block-tokens", "64")
@@ -76,7 +81,7 @@ def documents_of(folder: Path, options: DocumentOptions) -> list[str]:
 @pytest.mark.parametrize("document", ["line", "paragraph", "file"])
 @pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
 def test_blocks_are_all_documents_joined_and_cut(
-    stories: Path, model: Path, tmp_path: Path, kind: str, document: documents.DocumentKind
+    stories: Path, model: Path, tmp_path: Path, kind: str, document: DocumentKind
 ) -> None:
     given = model if kind == "sentencepiece" else write_gpt2_files(tmp_path / "gpt2")
     assert pack(stories, tmp_path / "out", "--tokenizer", given, "--document", document) == 0
@@ -107,7 +112,7 @@ def test_documents_in_pieces_give_the_same_bytes(
     given = model if kind == "sentencepiece" else write_gpt2_files(tmp_path / "gpt2")
     options = ("--tokenizer", given, "--document", "file")
     pack(stories, tmp_path / "whole", *options)
-    monkeypatch.setattr(documents, "PIECE_CHARS", 200)
+    monkeypatch.setattr(read, "PIECE_CHARS", 200)
     pack(stories, tmp_path / "pieces", *options)
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
     assert index_of(tmp_path / "whole")["totals"]["documents"] == 6
@@ -263,7 +268,7 @@ def test_one_row_per_document_keeps_labels_and_cuts(model: Path, tmp_path: Path)
 def test_one_row_per_document_of_tsv_and_of_a_manifest(
     stories: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_CHARS", 100)  # long documents are cut to their first piece, not doubled
+    monkeypatch.setattr(read, "PIECE_CHARS", 100)  # long documents are cut to their first piece, not doubled
     options = ("--tokenizer", model, "--one-row-per-document", "--block-tokens", "9")
     (tmp_path / "a.tsv").write_text("label\ttext\nneg\tthe sea\npos\told ship\n")
     assert pack(tmp_path / "a.tsv", tmp_path / "tsv", *options) == 0
@@ -301,7 +306,7 @@ def test_a_tokenizer_of_a_large_corpus_is_trained_on_a_seeded_sample(
     everything = sample()
     texts = documents_of(source, DocumentOptions(document="line"))
     assert everything == texts and len(texts) > 1000, "all of a small corpus; of plain text lines are enough"
-    monkeypatch.setattr("preprocessing.text.plan.SAMPLE_BYTES", 500)
+    monkeypatch.setattr("preprocessing.text.shard_plan.SAMPLE_BYTES", 500)
     some = sample(train_bytes=10_000)
     assert 5_000 < sum(map(len, some)) < 20_000 and set(some) < set(everything)
     assert some == sample(train_bytes=10_000) != sample(train_bytes=10_000, seed=1)
@@ -402,9 +407,6 @@ def test_verify_finds_every_kind_of_damage(stories: Path, model: Path, tmp_path:
     ],
 )
 def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
-    from d2v2ds.data.schema import FileEntry, Index, shard_schema
-    from preprocessing.text.report import batch_faults
-
     form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": {"bos": 0}}
     entry = FileEntry(file="", bytes=0, crc32="")
     index = Index(modality="text", format=form, settings={}, files=1, files_skipped=0, plan_sha256="", rows=2,
@@ -414,7 +416,7 @@ def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
                "num_tokens": change.get("num_tokens", [len(row) for row in tokens]), "label": [None] * 2,
                "source": ["a"] * 2, "start": [0, 1],
                "crc32": [0] * 2, "texts_crc32": [0] * 2, "fields_crc32": [0] * 2}  # fmt: skip
-    batch = pa.record_batch(columns, schema=shard_schema("text", form))
+    batch = pa.record_batch(columns, schema=shard_schema(TEXT_LAYOUT, form))
     found = list(batch_faults(batch, index, "text-00000.arrow", 0))
     assert len(found) == len(words)
     for fault, word in zip(found, words, strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
-from preprocessing.text.documents import PIECE_CHARS, piece_end
+from preprocessing.text.read import PIECE_CHARS, piece_end
 from preprocessing.text.tokenization import read_tokenizer, token_dtype, train_sentencepiece
 from tests.oracles import byte_pairs as oracle
 from tests.preprocessing.texts import byte_pairs, sentencepiece_model, story, write_gpt2_files

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from d2v2ds.data.schema import TOKEN_DTYPES, Index
+from d2v2ds.data.schema import Index
+from d2v2ds.modalities.text.shards import TEXT_LAYOUT, TOKEN_DTYPES
 from preprocessing.driver.packing import pack
-from preprocessing.driver.parallel import LocalTeam, Team
-from preprocessing.driver.plan import Plan, Skipped, cut_shards, fingerprint
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
+from preprocessing.driver.shard_plan import Plan, Skipped, cut_shards, fingerprint
+from preprocessing.driver.team.local import LocalTeam
+from preprocessing.driver.team.protocol import Team
 
 SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}
 
@@ -49,7 +51,7 @@ def tokens_of(row: int, length: int, vocab_size: int) -> np.ndarray:
 @dataclass(frozen=True)
 class TinyPacker:
     settings: TinySettings
-    modality = "text"
+    layout = TEXT_LAYOUT
     measure = MEBIBYTES
 
     def scan(self, team: Team, inputs: Sequence[Path]) -> Plan:

@@ -21,8 +21,8 @@ import torch
 
 import d2v2ds.pretrain
 from d2v2ds.distributed import comm
-from d2v2ds.io import tensor_file as tensorfile
 from d2v2ds.distributed.teacher import Teacher
+from d2v2ds.io import tensor_file as tensorfile
 from d2v2ds.train import loop, step
 
 POISONED_STEPS = 4

@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 import soundfile
 
-from d2v2ds.distributed.comm import free_port
 from d2v2ds.distributed.checkpoint.format import iterate_student, iterate_teacher
+from d2v2ds.distributed.comm import free_port
 from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from d2v2ds.distributed.checkpoint.format import candidate_tags, file_faults, named_tag, read_manifest
+from d2v2ds.distributed.checkpoint.format import file_faults, finished_tags, named_tag, read_manifest
 from tests.runs.launching import STEPS, Ranks, deterministic, fp32, pack_clips, records, weights
 
 pytestmark = pytest.mark.distributed
@@ -91,7 +91,7 @@ def kill_all_at_random(count: int, shards: Path, unbroken: Path, tmp_path: Path,
                 process.kill()
             ranks.wait()
         killed += 1
-        if candidate_tags(run_dir / "checkpoints")[:1] == [f"step{STEPS:08d}"]:
+        if finished_tags(run_dir / "checkpoints")[:1] == [f"step{STEPS:08d}"]:
             assert_same_run(run_dir, unbroken)
             shutil.rmtree(run_dir)
     if run_dir.exists():
@@ -238,7 +238,7 @@ def test_damaged_newest_checkpoint_is_passed_over_and_named(
 def test_run_that_lost_all_its_checkpoints_does_not_begin_anew(shards: Path, unbroken: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(unbroken, run_dir)
-    for tag in candidate_tags(run_dir / "checkpoints"):
+    for tag in finished_tags(run_dir / "checkpoints"):
         shutil.rmtree(run_dir / "checkpoints" / tag)
     with Ranks(1, shards, run_dir, logs=tmp_path) as ranks:
         assert ranks.wait() == [5]
@@ -337,9 +337,9 @@ def test_full_disk_ends_the_run_at_the_second_failure(shards: Path, small_disk: 
         said = ranks.printed(0)
     assert said.count("was NOT written, earlier ones are intact") == 2
     assert "No space left on device" in said
-    assert "the run goes on; a second failure will end it" in said
+    assert "the run continues; a second failure will end it" in said
     folder = run_dir / "checkpoints"
-    newest = folder / candidate_tags(folder)[0]
+    newest = folder / finished_tags(folder)[0]
     manifest = read_manifest(newest)
     assert not file_faults(newest, manifest, manifest.files)
     assert not list(folder.glob("*.partial")), "what could not be finished does not fill the disk"
@@ -373,7 +373,7 @@ def test_curves_that_cannot_be_written_do_not_stop_the_run(shards: Path, unbroke
         (run_dir / "metrics.jsonl").unlink()
         assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
         said = ranks.printed(0)
-    assert "TensorBoard cannot be written, the run goes on without" in said
+    assert "TensorBoard cannot be written, the run continues without" in said
     assert "metrics.jsonl is gone; writing a new one" in said
     assert deterministic(run_dir)[-1] == deterministic(unbroken)[-1]
 
@@ -412,7 +412,7 @@ def test_flipped_byte_costs_its_row_and_is_counted(shards: Path, tmp_path: Path)
         said = ranks.printed(0) + ranks.printed(1)
     found = deterministic(tmp_path / "run")
     assert found[-1]["data/damaged_rows"] >= 1.0
-    assert said.count("a row was left out") == found[-1]["data/damaged_rows"]
+    assert said.count("skipped a row") == found[-1]["data/damaged_rows"]
     assert file.name in said
     with Ranks(2, copy, tmp_path / "strict", "health.max_damaged_rows=0", "run.total_steps=16", logs=tmp_path) as ranks:
         assert ranks.wait() == [6, 6], ranks.printed(0)[-3000:]
@@ -437,7 +437,7 @@ def test_shard_that_is_spoilt_while_the_run_goes_on(how: str, shards: Path, unbr
             assert ranks.wait() == [6, 6], ranks.printed(0)[-3000:]
             said = ranks.printed(0) + ranks.printed(1)
             assert "the file was cut off or overwritten" in said
-            assert "none of them can be read" in said or "rows could not be read and were left out so far" in said
+            assert "none of them can be read" in said or "rows could not be read and were skipped so far" in said
 
 
 # ------------------------------------------------------------------ data that grows
@@ -480,7 +480,7 @@ def test_best_and_milestones_are_kept(shards: Path, unbroken: Path, tmp_path: Pa
     folder = run_dir / "checkpoints"
     assert named_tag(folder, "best") == f"step{best:08d}"
     assert read_manifest(folder / f"step{best:08d}").validation_loss == losses[best]
-    assert set(candidate_tags(folder)) == {f"step{step:08d}" for step in (4, 8, best)}
+    assert set(finished_tags(folder)) == {f"step{step:08d}" for step in (4, 8, best)}
     without = [{name: v for name, v in r.items() if not name.startswith("valid/")} for r in deterministic(run_dir)]
     assert without == deterministic(unbroken)
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from d2v2ds import FeatureExtractor
 from d2v2ds.config.load import load_config
-from d2v2ds.distributed.comm import free_port
 from d2v2ds.distributed.checkpoint.format import iterate_student, iterate_teacher
+from d2v2ds.distributed.comm import free_port
 from d2v2ds.errors import ConfigError
 from d2v2ds.export import checkpoint_folder, export
 from d2v2ds.export import main as export_main

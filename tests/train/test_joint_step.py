@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from d2v2ds.distributed import comm, zero
+from d2v2ds.distributed import comm
 from d2v2ds.distributed.ds_config import load_ds_config
 from d2v2ds.distributed.engine import build_student_engine
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.model.block import Block
-from d2v2ds.model.init import initialise
-from d2v2ds.model.trunk import Data2Vec2, total_loss
-from d2v2ds.objectives.teacher_network import TargetNet
-from d2v2ds.train.schedule import EmaConfig, LearningRateConfig
-from d2v2ds.train.step import Recipe, pretrain_step
+from d2v2ds.objectives.data2vec2 import Data2Vec2
+from d2v2ds.train.schedule import LearningRateConfig
+from d2v2ds.train.step import Recipe, train_step
 from tests.distributed import toy
-from tests.model.tiny_joint import joint_batch, joint_model_config
+from tests.distributed.engine_state import whole_masters
+from tests.model.tiny_joint import joint_batch, joint_trunk_config
+from tests.objectives.tiny import joint_objective_config
 from tests.ranks import run_distributed
 
 LR = 0.01
@@ -36,15 +36,12 @@ def micro_batches(rank: int) -> list[Any]:
 
 
 def recipe() -> Recipe:
-    return Recipe(
-        lr=LearningRateConfig(peak=LR, warmup_steps=0),
-        ema=EmaConfig(start_decay=0.9, end_decay=0.9, anneal_steps=0),
-        total_steps=100,
-        seed=3,
-        layer_drop=0.0,
-        num_shared_blocks=2,
-        loss_weights=WEIGHTS,
-    )
+    lr = LearningRateConfig(peak=LR, warmup_steps=0)
+    return Recipe(lr=lr, total_steps=100, seed=3, loss_weights=WEIGHTS)
+
+
+def build_objective() -> Data2Vec2:
+    return joint_objective_config().build(joint_trunk_config(), seed=3)
 
 
 def shipped_flags(stage: int) -> dict[str, Any]:
@@ -57,31 +54,30 @@ def shipped_flags(stage: int) -> dict[str, Any]:
 
 def joint_step(stage: int) -> dict[str, Any]:
     """What plain SGD was given, and the masked counts, on rank 0."""
-    config = joint_model_config()
-    model = Data2Vec2(config)
-    initialise(model, seed=5)
+    objective = build_objective()
+    model = objective.build_network(activation_checkpointing=False)
+    objective.initialise(model, seed=5)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     ds_config = toy.ds_config(stage, "fp32", accumulation=4, **shipped_flags(stage)) | {"gradient_clipping": 0.0}
     engine = build_student_engine(model, optimizer, ds_config, [Block])
-    teacher = Teacher(TargetNet(config), engine)
-    before = {name: full.clone() for name, full in zero.gather_master(engine) if full is not None}
-    out = pretrain_step(engine, teacher, micro_batches(comm.rank()), step=0, recipe=recipe())
-    after = {name: full.clone() for name, full in zero.gather_master(engine) if full is not None}
-    counts = {name: part.num_masked for name, part in out.parts.items()}
-    losses = {name: comm.all_reduce_sum([float(part.loss_sums["regression"])])[0] for name, part in out.parts.items()}
+    objective.follow(Teacher(objective.build_teacher_network(), engine))
+    before = whole_masters(engine)
+    out = train_step(engine, objective, micro_batches(comm.rank()), step=0, recipe=recipe())
+    after = whole_masters(engine)
+    totals = {name: part.sums.reduce() for name, part in out.parts.items()}
     return {
         "gradient": {name: (before[name] - after[name]) / LR for name in before},
-        "counts": counts,
-        "losses": losses,
+        "counts": {name: total.count for name, total in totals.items() if total is not None},
+        "losses": {name: total.sums["regression"] for name, total in totals.items() if total is not None},
         "applied": out.applied,
     }
 
 
 def reference() -> dict[str, Any]:
     """The same in one process: every batch by itself, each modality divided by its own count."""
-    config = joint_model_config()
-    model, teacher = Data2Vec2(config), TargetNet(config).eval()
-    initialise(model, seed=5)
+    objective = build_objective()
+    model, teacher = objective.build_network(activation_checkpointing=False), objective.build_teacher_network().eval()
+    objective.initialise(model, seed=5)
     teacher.load_state_dict({name: model.state_dict()[name] for name in teacher.state_dict()})
     batches = [b for rank in range(2) for b in micro_batches(rank) if b.loss_weight]
     counts = {name: sum(b.num_masked for b in batches if b.modality == name) for name in WEIGHTS}
@@ -89,7 +85,7 @@ def reference() -> dict[str, Any]:
     for batch in batches:
         out = model(batch, torch.no_grad()(teacher.__call__))
         losses[batch.modality] += float(out["losses"]["regression"].detach())
-        (total_loss(out) * WEIGHTS[batch.modality] / counts[batch.modality]).backward()
+        (sum(out["losses"].values()) * WEIGHTS[batch.modality] / counts[batch.modality]).backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"gradient": gradient, "counts": counts, "losses": losses}
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,17 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from d2v2ds.errors import CollapseError, DamagedDataError, NonFiniteError
+from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits
+from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.train.figures import alibi_figure, mask_figure, save_curves
 from d2v2ds.train.guard import Guard, HealthConfig
 from d2v2ds.train.health import Sample, effective_rank, exact_position_share, position_share
-from d2v2ds.train.metrics import MODALITY_UNITS, SHARED_UNITS, Metrics, gradient_metric, read_metrics
+from d2v2ds.train.metrics import MetricNames, Metrics, gradient_metric, read_metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
-from d2v2ds.train.schedule import EmaConfig, LearningRateConfig, ema_decay, learning_rate
+from d2v2ds.train.schedule import LearningRateConfig, learning_rate
 
-REFERENCE = Path(os.environ.get("D2V2_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "golden"
-needs_reference = pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason="the larger golden vectors do not travel with the project"
-)
+OFFICIAL = Path(__file__).parents[1] / "golden" / "official"
 
 
 # ------------------------------------------------------------------ schedules
@@ -35,9 +34,8 @@ def test_learning_rate_has_the_official_values_of_base_audio(step: int, rate: fl
     assert learning_rate(step, config, 400_000) == pytest.approx(rate, rel=1e-9)
 
 
-@needs_reference
 def test_schedules_match_every_recorded_point() -> None:
-    recorded = json.loads((REFERENCE / "schedules.json").read_text())
+    recorded = json.loads((OFFICIAL / "schedules.json").read_text())
     checked = 0
     for name, entry in recorded.items():
         for step, value in entry["points"] if isinstance(entry, dict) else []:
@@ -96,9 +94,8 @@ def test_adam_adds_epsilon_before_bias_correction() -> None:
     assert (plain - p).abs().max() > 1e-4, "torch's own place for epsilon must differ here"
 
 
-@needs_reference
 def test_adam_matches_the_official_updates() -> None:
-    tensors = load_file(REFERENCE / "adam_steps.safetensors")
+    tensors = load_file(OFFICIAL / "adam_steps.safetensors")
     cases = {key.split("/")[0] for key in tensors}
     for case in cases:
         beta1, beta2, eps, decay, lr = (float(x) for x in tensors[f"{case}/hyper_b1_b2_eps_wd_lr"])
@@ -169,11 +166,11 @@ def test_sample_joins_micro_batches() -> None:
 
 
 def test_guard_counts_skipped_steps_goes_back_and_ends_a_hopeless_run() -> None:
-    guard = Guard(HealthConfig(max_nonfinite_steps=3, max_rollbacks=1))
+    guard = Guard(HealthConfig(max_nonfinite_steps=3, max_rollbacks=1), [])
     for applied in (False, False, True, False, False):
         assert not guard.after_step(1, applied)
     assert guard.nonfinite_total == 4
-    again = Guard(guard.config)
+    again = Guard(guard.config, [])
     again.load_state_dict(guard.state_dict())
     assert again.after_step(2, False), "three in a row"
     again.after_rollback(2, rollbacks=1)
@@ -184,23 +181,29 @@ def test_guard_counts_skipped_steps_goes_back_and_ends_a_hopeless_run() -> None:
 
 
 def test_guard_allows_some_damaged_rows() -> None:
-    guard = Guard(HealthConfig(max_damaged_rows=3))
+    guard = Guard(HealthConfig(max_damaged_rows=3), [])
     guard.after_reading(2)
     guard.after_reading(1)
     with pytest.raises(DamagedDataError, match="4 rows could not be read .* allows 3"):
         guard.after_reading(1)
 
 
+def collapse_guard(*, stop_on_collapse: bool = False) -> Guard:
+    """With the limits of data2vec 2.0."""
+    config = HealthConfig(stop_on_collapse=stop_on_collapse)
+    return Guard(config, health_limits(config))
+
+
 def test_collapse_of_one_modality_is_named_with_it() -> None:
     values = {f"{name}/target/{what}": 0.5 for name in ("audio", "text") for what in ("std", "effective_rank")}
     values["audio/target/effective_rank"] = 50.0
-    (alarm,) = Guard(HealthConfig()).check_health(500, values)
+    (alarm,) = collapse_guard().check_health(500, values)
     assert alarm.startswith("text/target/effective_rank is 0.5, floor 8")
 
 
 def test_collapse_is_named_with_value_floor_and_cause() -> None:
     values = {"target/effective_rank": 3.0, "target/position_share": 0.6, "target/std": 0.8, "pred/std": 0.001}
-    guard = Guard(HealthConfig())
+    guard = collapse_guard()
     assert guard.check_health(10, values) == [], "not before the warm-up has ended"
     alarms = guard.check_health(500, values)
     assert [alarm.split(" is ")[0] for alarm in alarms] == [
@@ -210,22 +213,26 @@ def test_collapse_is_named_with_value_floor_and_cause() -> None:
     ]
     assert "3, floor 8" in alarms[0]
     with pytest.raises(CollapseError, match="effective_rank"):
-        Guard(HealthConfig(stop_on_collapse=True)).check_health(500, values)
+        collapse_guard(stop_on_collapse=True).check_health(500, values)
 
 
 # ------------------------------------------------------------------ metrics
 
 
+NAMES = MetricNames(RUN_UNITS, UNITS)
+"""Of a run of data2vec 2.0."""
+
+
 def test_metrics_reach_both_files_and_resume_drops_later_lines(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    metrics = Metrics(tmp_path, resume_step=0)
+    metrics = Metrics(tmp_path, NAMES, resume_step=0)
     for step in (10, 20, 30):
         metrics.write(step, {"loss/regression": 1.0 / step, "ema/decay": 0.9})
     metrics.figure("masks", mask_figure(torch.eye(3, dtype=torch.bool)), 10)
-    metrics.figure("alibi", alibi_figure(torch.ones(1, 1), num_heads=4), 10)
+    metrics.figure("alibi", alibi_figure(torch.ones(1, 1), slopes=[0.5, 0.25, 0.125, 0.0625]), 10)
     metrics.close()
-    resumed = Metrics(tmp_path, resume_step=20)
+    resumed = Metrics(tmp_path, NAMES, resume_step=20)
     resumed.write(30, {"loss/regression": 5.0})
     resumed.close()
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -240,35 +247,42 @@ def test_metrics_reach_both_files_and_resume_drops_later_lines(tmp_path: Path) -
 
 
 def test_metric_without_a_unit_is_refused(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, resume_step=0)
+    metrics = Metrics(tmp_path, NAMES, resume_step=0)
     with pytest.raises(KeyError, match="loss/regresion"):
         metrics.write(1, {"loss/regresion": 1.0})
     with pytest.raises(KeyError, match="audio/ema/decay"):
         metrics.write(1, {"audio/ema/decay": 1.0})
     metrics.close()
-    assert all((SHARED_UNITS | MODALITY_UNITS).values())
+    assert all((NAMES.run | NAMES.modality).values())
 
 
 def test_part_of_a_gradient_is_named_by_the_place_of_the_parameter() -> None:
-    assert gradient_metric("blocks.3.norm1.weight") == (None, "optim/grad_norm/blocks")
-    assert gradient_metric("decoders.text.proj.0.bias") == ("text", "optim/grad_norm/decoder")
-    assert gradient_metric("encoders.audio.alibi.scale") == ("audio", "optim/grad_norm/alibi")
-    assert gradient_metric("encoders.image.extra") == ("image", "optim/grad_norm/other")
-    assert gradient_metric("encoders.image.new_idea.weight") == ("image", "optim/grad_norm/other")
-    assert gradient_metric("new_idea") == (None, "optim/grad_norm/other")
+    metric = partial(gradient_metric, modalities=["audio", "image", "text"], units=NAMES.modality)
+    assert metric("trunk.blocks.3.norm1.weight") == (None, "optim/grad_norm/blocks")
+    assert metric("decoders.text.proj.0.bias") == ("text", "optim/grad_norm/decoder")
+    assert metric("trunk.encoders.audio.alibi.scale") == ("audio", "optim/grad_norm/alibi")
+    assert metric("trunk.encoders.image.extra") == ("image", "optim/grad_norm/other")
+    assert metric("trunk.encoders.image.new_idea.weight") == ("image", "optim/grad_norm/other")
+    assert metric("new_idea") == (None, "optim/grad_norm/other")
+    assert metric("heads.image.weight") == ("image", "optim/grad_norm/other")
+    assert metric("head.weight") == (None, "optim/grad_norm/other"), "one for all modalities"
+    with_head = partial(metric, units=[*NAMES.modality, "optim/grad_norm/head"])
+    assert with_head("heads.image.weight") == ("image", "optim/grad_norm/head")
+    assert with_head("head.weight") == (None, "optim/grad_norm/head")
+    assert all(NAMES.is_known(f"{prefix}optim/grad_norm/other") for prefix in ("", "audio/"))
 
 
 def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss/regression": 2.0}\n{"step": 2, "loss/reg')
     assert [record["step"] for record in read_metrics(path)] == [1]
-    Metrics(tmp_path, resume_step=1).close()
+    Metrics(tmp_path, NAMES, resume_step=1).close()
     assert path.read_text() == '{"step": 1, "loss/regression": 2.0}\n'
 
 
 def test_metrics_survive_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One warning, however many records are lost; then the next record is a whole line again."""
-    metrics = Metrics(tmp_path, resume_step=0)
+    metrics = Metrics(tmp_path, NAMES, resume_step=0)
     metrics.write(1, {"ema/decay": 0.9})
     kept = metrics.path.rename(tmp_path / "kept")
     metrics.path.symlink_to("/dev/full")

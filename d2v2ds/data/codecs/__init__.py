@@ -1,1 +1,1 @@
-"""Encoded bytes to samples and pixels. No torch."""
+"""Decoders of encoded bytes to samples and pixels. No torch."""

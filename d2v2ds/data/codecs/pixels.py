@@ -1,19 +1,17 @@
-"""Encoded image files -> pixels, by Pillow and simplejpeg: upright RGB of 8 bits. No torch.
-
-Packing (where it re-encodes) and reading go through the same functions, so that an image trains alike whether it was
-packed as it is or re-encoded.
+"""Encoded image files -> pixels, by Pillow and simplejpeg: a whole image, or a part of it, as stored. No torch.
 
 `decode_box` is the fast way to a part of an image. A JPEG is decoded at a reduced scale where the part is larger than
 needed, and not further down than the part reaches. Both leave out work without changing what remains: the scale is
 part of the format (ITU-T T.81, an inverse DCT of fewer frequencies), and rows are stored from the top. Whole ordinary
 JPEGs go to simplejpeg, which calls the same library as Pillow (libjpeg-turbo) with fewer copies in between: the same
 pixels in four fifths of the time. Pillow decodes everything else, and says what is wrong with a file.
+
+`examine` decodes a whole file in the same way; packing and `preprocessing.verify` call it for every image.
 """
 
-import io
 import struct
 import threading
-import zlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,53 +19,20 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from PIL import Image
 
-from d2v2ds.errors import MissingExtraError
-
-try:
-    from PIL import Image
-except ImportError as error:
-    raise MissingExtraError("images need Pillow", "image") from error
+from d2v2ds.data.codecs.imagefile import DecodeError, check_pixels, decoding, open_image, orientation_of, to_rgb
 
 try:
     import simplejpeg
 except ImportError:  # no wheel for this machine: its JPEGs are for Pillow too
     simplejpeg = None
 
-ALPHA_OVER = (255, 255, 255)
-"""What shows through transparent pixels: white."""
-
-TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes an image of this EXIF orientation upright; one of orientation 1 is upright as stored."""
-
 SWAPS_SIDES = frozenset({5, 6, 7, 8})
 """EXIF orientations whose stored width is the displayed height."""
 _MIRRORS_COLUMNS = frozenset({2, 3, 7, 8})
 """EXIF orientations whose stored columns run against what they become."""
 _MIRRORS_ROWS = frozenset({3, 4, 6, 7})
-
-PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's readers raise on damaged files."""
 
 SCALES = (8, 4, 2)
 """Reductions that a JPEG decoder offers, largest first."""
@@ -83,8 +48,17 @@ _COLOURS = {1: "GRAY", 3: "RGB"}
 """What a JPEG of so many components decodes to."""
 
 
-class DecodeError(ValueError):
-    """Bytes that are no image, damaged, or of another size than expected; the text is the reason."""
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an image file holds."""
+
+    format: str
+    """jpeg, png, webp, gif, bmp, tiff or ppm."""
+    width: int
+    """Pixels, as displayed: after `orientation`."""
+    height: int
+    orientation: int
+    """EXIF orientation that Pillow leaves to be applied, 1 to 8; of TIFF always 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,32 +116,44 @@ def displayed(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return pixels.swapaxes(0, 1) if orientation in SWAPS_SIDES else pixels
 
 
-def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Undo an EXIF orientation (1 to 8): the image as it is displayed."""
-    return image if orientation == 1 else image.transpose(TRANSPOSES[orientation])
+@contextmanager
+def opened(data: bytes, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """Open an image file to be packed or looked at; whatever is wrong with it raises a `DecodeError`.
+
+    Args:
+        data: the file.
+        max_pixels: a larger image counts as a decompression bomb.
+    """
+    with warnings.catch_warnings(), _any_size(), decoding():
+        warnings.simplefilter("ignore")  # of odd metadata, which nobody asked for
+        image = open_image(data)
+        check_pixels(image, max_pixels, "--max-pixels")
+        yield image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The same picture in mode RGB; the image itself if it is RGB without a transparent colour.
+def facts_of(image: Image.Image) -> ImageFacts:
+    """What an open image file holds. Loads it unless it is a JPEG."""
+    if image.format != "JPEG":
+        image.load()  # what follows the pixels may state the orientation
+    turn = orientation_of(image)
+    width, height = image.size[::-1] if turn in SWAPS_SIDES else image.size
+    return ImageFacts(str(image.format).lower(), width, height, turn)
 
-    Grey becomes three equal channels, of 16 bits the upper 8 remain, a palette is looked up, alpha (also a transparent
-    colour of a palette) lets white through. CMYK is converted without a colour profile, as Pillow does; in JPEG files
-    it takes CMYK for inverted, as Adobe writes it and as practically all of them are.
+
+def examine(data: bytes, max_pixels: int) -> ImageFacts:
+    """Decode an image file completely, as training does.
 
     Raises:
-        ValueError: the mode says nothing about brightness (floating point), or Pillow cannot convert it.
+        DecodeError: it cannot be packed.
     """
-    if image.mode == "F":
-        raise ValueError("mode F: the brightness of floating point pixels is not defined; convert the file first")
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(wide.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        with_alpha = image.convert("RGBA")
-        below = Image.new("RGB", image.size, ALPHA_OVER)
-        below.paste(with_alpha, mask=with_alpha.getchannel("A"))
-        return below
-    return image if image.mode == "RGB" else image.convert("RGB")
+    with opened(data, max_pixels) as image:
+        facts = facts_of(image)
+        whole = Box(0, 0, image.width, image.height)
+        if facts.format == "jpeg":
+            decode_box(data, image.size, whole, None)
+        else:
+            _part_of(image, whole)
+    return facts
 
 
 def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least: int | None) -> NDArray[np.uint8]:
@@ -198,22 +184,27 @@ def decode_box(data: memoryview | bytes, size: tuple[int, int], box: Box, least:
             file = bytearray(data)
             struct.pack_into(">H", file, frame, rows)
         if simplejpeg is not None and components in _COLOURS and bytes(data[-2:]) == _END_OF_IMAGE:
-            fast = _decode_fast(file, components, (width, min(rows, height)), scale, box.reduced(scale))
+            rows = min(rows, height)
+            fast = _decode_fast(file, components, (width, rows), scale, box.reduced(scale), strict=rows == height)
             if fast is not None:
                 return fast
-    with _pillow():
-        image = Image.open(io.BytesIO(file))
-        if frame is None:
-            _check_size(image.size, size)
+    with _any_size(), decoding():
+        image = open_image(file, whole=False)
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))
-        part = box.reduced(scale)
         image.load()
-        if image.mode == "RGB" and not image.has_transparency_data and (whole := _four_bytes(image)) is not None:
-            return whole[part.top : part.bottom, part.left : part.right].copy()
-        cropped = image.crop((part.left, part.top, part.right, part.bottom))
-        if cropped.mode != "L" or cropped.has_transparency_data:
-            cropped = to_rgb(cropped)
+        if frame is None:
+            _check_size(image.size, size)  # a TIFF has it only now
+        return _part_of(image, box.reduced(scale))
+
+
+def _part_of(image: Image.Image, part: Box) -> NDArray[np.uint8]:
+    """(Y, X, C) uint8 of a loaded image, as `decode_box` returns it."""
+    if image.mode == "RGB" and not image.has_transparency_data and (whole := _four_bytes(image)) is not None:
+        return whole[part.top : part.bottom, part.left : part.right].copy()
+    cropped = image.crop((part.left, part.top, part.right, part.bottom))
+    if cropped.mode != "L" or cropped.has_transparency_data:
+        cropped = to_rgb(cropped)
     return np.array(cropped).reshape(part.height, part.width, -1)
 
 
@@ -235,11 +226,12 @@ _scratch = _Scratch()
 
 
 def _decode_fast(
-    file: memoryview | bytes | bytearray, components: int, size: tuple[int, int], scale: int, part: Box
+    file: memoryview | bytes | bytearray, components: int, size: tuple[int, int], scale: int, part: Box, strict: bool
 ) -> NDArray[np.uint8] | None:
     """(Y, X, C) uint8, a part of a JPEG at 1 / scale; None if simplejpeg cannot make it.
 
-    `strict` would also refuse what follows the rows that are wanted, so a file that lost its end must not come here.
+    `strict` refuses what the library warns of, so that Pillow judges damaged files. It also refuses what follows the
+    rows that are wanted, so it is for whole images, and a file that lost its end must not come here.
     """
     width, height = (-(-length // scale) for length in size)
     try:
@@ -250,7 +242,7 @@ def _decode_fast(
             min_width=width,
             min_factor=scale,
             buffer=_scratch.of(height * width * components),
-            strict=False,
+            strict=strict,
         )
     except ValueError:
         return None
@@ -294,15 +286,11 @@ def _check_size(found: tuple[int, int], expected: tuple[int, int]) -> None:
 
 
 @contextmanager
-def _pillow() -> Iterator[None]:
-    """Whatever Pillow raises, as one type. Its limit on pixels does not apply: packing has had its own."""
+def _any_size() -> Iterator[None]:
+    """Lift Pillow's limit on pixels, of which a process has only one: packing has its own."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
         yield
-    except DecodeError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise DecodeError(f"does not decode: {error}".splitlines()[0]) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit

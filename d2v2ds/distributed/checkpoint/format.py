@@ -30,14 +30,16 @@ from torch import Tensor, nn
 from d2v2ds.errors import CheckpointError
 from d2v2ds.io.crc import crc32
 
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
-"""Version 2 knew no validation loss, and its manifest had no checksum."""
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
 PARTIAL = ".partial"
 """Ending of a folder that is being written."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint of another format version: it is whole, but cannot be read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,24 +78,25 @@ class Manifest:
         """Parse manifest.json.
 
         Raises:
-            CheckpointError: if it is not valid or of another format version.
+            CheckpointError: if it is not valid.
+            OtherFormatError: if it is of another format version.
         """
         try:
             content = json.loads(text)
             version = content["format_version"]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{where}: not a checkpoint manifest: {error!r}") from error
-        if version not in READABLE_VERSIONS:
-            raise CheckpointError(
-                f"{where}: checkpoint format {version}, this version of d2v2ds reads {READABLE_VERSIONS}; see "
-                "CHANGELOG.md"
+        if version != FORMAT_VERSION:
+            raise OtherFormatError(
+                f"{where}: expected checkpoint format {FORMAT_VERSION}, found {version!r}; read it with the version "
+                "of d2v2ds that wrote it, or start a new run"
             )
-        if version > 2 and content.pop("checksum", None) != _checksum(content):
+        if content.pop("checksum", None) != _checksum(content):
             raise CheckpointError(f"{where}: damaged, its checksum differs from its content")
         try:
             return Manifest(**content)
         except TypeError as error:
-            raise CheckpointError(f"{where}: not the manifest of a checkpoint of format {version}: {error}") from error
+            raise CheckpointError(f"{where}: not a checkpoint manifest: {error}") from error
 
 
 def _checksum(content: dict[str, Any]) -> int:
@@ -127,21 +130,26 @@ def named_tag(folder: Path, name: str) -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
-def candidate_tags(folder: Path) -> list[str]:
-    """Finished checkpoints in the order in which to try them: `latest`, then by falling step number."""
+def steps_by_tag(folder: Path) -> dict[str, int]:
+    """Optimizer step of each finished checkpoint; -1 where the manifest cannot be read."""
     steps: dict[str, int] = {}
     for path in _checkpoint_folders(folder):
         if (path / MANIFEST).is_file():
             try:
-                steps[path.name] = read_manifest(path).counters.get("global_steps", 0)
+                steps[path.name] = read_manifest(path).counters["global_steps"]
             except CheckpointError:
                 steps[path.name] = -1
-    latest = named_tag(folder, LATEST)
+    return steps
+
+
+def finished_tags(folder: Path) -> list[str]:
+    """Finished checkpoints in the order in which to try them: `latest`, then by falling step number."""
+    steps, latest = steps_by_tag(folder), named_tag(folder, LATEST)
     return sorted(steps, key=lambda tag: (tag != latest, -steps[tag], tag))
 
 
-def lost_tags(folder: Path) -> list[str]:
-    """Checkpoints of which something is left and that cannot be read: without a manifest, or named and not there.
+def tags_without_manifest(folder: Path) -> list[str]:
+    """Checkpoint folders that lost their manifest, and checkpoints that `latest` or `best` names but that are gone.
 
     A save that was interrupted leaves none: its folder has another name until it is whole.
     """

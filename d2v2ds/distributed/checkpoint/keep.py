@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v2ds.distributed.checkpoint.format import BEST, LATEST, PARTIAL, candidate_tags, named_tag, read_manifest
+from d2v2ds.distributed.checkpoint.format import BEST, LATEST, PARTIAL, finished_tags, named_tag, steps_by_tag
 from d2v2ds.io import durable
 
 
@@ -25,12 +25,12 @@ def superseded_tags(folder: Path, keep: Keep) -> list[str]:
     """Finished checkpoints that the policy does not keep, oldest first."""
     if keep.last is None:
         return []
-    newest_first = candidate_tags(folder)
+    newest_first = finished_tags(folder)
     kept = {*newest_first[: max(keep.last, 1)], named_tag(folder, LATEST), named_tag(folder, BEST)}
     dropped = [tag for tag in reversed(newest_first) if tag not in kept]
     if keep.every_steps is None:
         return dropped
-    steps = {tag: read_manifest(folder / tag).counters["global_steps"] for tag in dropped}
+    steps = steps_by_tag(folder)
     return [tag for tag in dropped if steps[tag] % keep.every_steps]
 
 
@@ -44,7 +44,7 @@ def remove(path: Path) -> None:
 def abandon_after(folder: Path, tag: str) -> None:
     """Make a checkpoint the newest again, and remove those of later steps."""
     durable.replace_text(folder / LATEST, tag)
-    step = read_manifest(folder / tag).counters["global_steps"]
-    for other in candidate_tags(folder):
-        if read_manifest(folder / other).counters["global_steps"] > step:
+    steps = steps_by_tag(folder)
+    for other, step in steps.items():
+        if step > steps[tag]:
             remove(folder / other)

@@ -1,4 +1,4 @@
-"""Resume a student engine, its optimizer and its teacher from what `saver.py` wrote. Files: `consolidate.py`."""
+"""Resume a student engine, its optimizer and its teacher from what `save.py` wrote. `format.py` describes the files."""
 
 import json
 import logging
@@ -20,19 +20,20 @@ from d2v2ds.distributed.checkpoint.format import (
     MANIFEST,
     SHARD_FILE,
     Manifest,
+    OtherFormatError,
     ShardReader,
-    candidate_tags,
     file_faults,
-    lost_tags,
+    finished_tags,
     named_tag,
     persistent_buffers,
     read_manifest,
     read_plain,
     shard_file,
+    tags_without_manifest,
 )
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError
-from d2v2ds.io.tensor_file import BLOCK_BYTES, TensorFile
+from d2v2ds.io.tensor_file import BLOCK_BYTES, TensorFileReader
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +73,21 @@ def load(
             is false is passed over. It may raise, and must answer alike on every rank.
 
     Raises:
-        CheckpointError: on all ranks: no usable checkpoint; other parameters; another topology without `reshard`.
+        CheckpointError: on all ranks: no usable checkpoint; other parameters; another topology without `reshard`; a
+            checkpoint of another format version.
     """
-    tags, lost = comm.broadcast_object(([tag], []) if tag is not None else (candidate_tags(folder), lost_tags(folder)))
+    tags, lost = comm.broadcast_object(
+        ([tag], []) if tag is not None else (finished_tags(folder), tags_without_manifest(folder))
+    )
     for candidate in lost:
         logger.warning("checkpoint %s cannot be read, passed over: no %s", folder / candidate, MANIFEST)
     declined = 0
     for candidate in tags:
         path = folder / candidate
-        manifest, fault = comm.broadcast_object(_read_manifest_or_fault(path) if comm.rank() == 0 else (None, ""))
-        faults = [fault] if fault else []
+        found = comm.broadcast_object(_manifest_or_error(path) if comm.rank() == 0 else None)
+        if isinstance(found, OtherFormatError):
+            raise found
+        manifest, faults = (found, []) if isinstance(found, Manifest) else (None, [str(found)])
         if manifest is not None:
             is_same = _topology(engine) == (manifest.world_size, manifest.stage, manifest.compute_dtype)
             # On the same ranks the large files are checked while they are read, once, by the rank that needs them.
@@ -175,7 +181,7 @@ def _read_own_file(
 ) -> set[str]:
     """Read the pieces that this rank saved itself into their places; returns which those are."""
     name = shard_file(kind, comm.rank())
-    file = TensorFile(path / name, manifest.files[name]["bytes"], manifest.files[name]["crc32"])
+    file = TensorFileReader(path / name, manifest.files[name]["bytes"], manifest.files[name]["crc32"])
     saved = json.loads(file.metadata["offsets"])
     own = {
         parameter: tensor
@@ -203,7 +209,7 @@ def _finish(
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if teacher is not None:
         _load_buffers(teacher.module, path / "buffers.teacher.safetensors")
-        teacher.restored(manifest.num_teacher_updates)
+        teacher.after_restore(manifest.num_teacher_updates)
     rank_state = None
     if is_same:
         rank_state = read_plain(path / shard_file("client", comm.rank()))
@@ -219,11 +225,11 @@ def _other_topology(path: Path, manifest: Manifest, engine: DeepSpeedEngine) -> 
     )
 
 
-def _read_manifest_or_fault(path: Path) -> tuple[Manifest | None, str]:
+def _manifest_or_error(path: Path) -> Manifest | CheckpointError:
     try:
-        return read_manifest(path), ""
+        return read_manifest(path)
     except CheckpointError as error:
-        return None, str(error)
+        return error
 
 
 def _topology(engine: DeepSpeedEngine) -> tuple[int, int, str]:

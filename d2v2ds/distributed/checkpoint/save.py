@@ -1,4 +1,4 @@
-"""`Saver`: checkpoints that are written while the training goes on. The files are described in `consolidate.py`.
+"""`Saver`: checkpoints that are written while the training goes on. `format.py` describes the files.
 
 DeepSpeed's own checkpoints are not used: they are pickles of its classes, cannot be read on another number of ranks
 without a conversion, know no teacher, and their `latest` can name a tag whose files were never finished.
@@ -47,7 +47,7 @@ from d2v2ds.distributed.checkpoint.keep import KEEP_ALL, Keep, remove, supersede
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError
 from d2v2ds.io import durable
-from d2v2ds.io.tensor_file import Writing
+from d2v2ds.io.tensor_file import TensorFileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class _Snapshot:
     """By file name: the caller's states and the modules' buffers, serialised."""
 
 
-_Written = tuple[dict[str, dict[str, int]], str]
+_WrittenFiles = tuple[dict[str, dict[str, int]], str]
 """Bytes and crc32 of the files of one rank, and why writing them failed."""
 
 
@@ -104,9 +104,9 @@ class Saver:
         self._engine, self._teacher = engine, teacher
         self._folder, self._keep, self._asynchronous = folder, keep, asynchronous
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._staging: dict[str, Tensor] = {}
+        self._host_copies: dict[str, Tensor] = {}
         self._snapshot: _Snapshot | None = None
-        self._writing: Future[_Written] | None = None
+        self._writing: Future[_WrittenFiles] | None = None
         self._committing: Future[str] | None = None
 
     def save(
@@ -142,11 +142,11 @@ class Saver:
             del blobs["client.pt"]  # serialised on every rank all the same: a fault must be everywhere
         path = self._folder / tag
         partial = self._folder / f"{tag}{PARTIAL}"
-        if fault := comm.on_rank0(lambda: _begin(self._folder, partial)):
+        if fault := comm.on_rank0(lambda: _make_partial_folder(self._folder, partial)):
             return SaveOutcome(path, fault)
-        self._snapshot = self._copy(path, validation_loss)
+        self._snapshot = self._take_snapshot(path, validation_loss)
         self._snapshot.blobs.update(blobs)
-        self._writing = self._thread.submit(_write, self._snapshot, partial)
+        self._writing = self._thread.submit(_write_files, self._snapshot, partial)
         return None if self._asynchronous else self.finish()
 
     @property
@@ -166,17 +166,17 @@ class Saver:
         if self._snapshot is None or any_busy:
             return None
         if self._writing is not None:
-            return self._all_written()
-        return self._committed()
+            return self._begin_commit()
+        return self._end_commit()
 
     def finish(self) -> SaveOutcome | None:
         """Wait until the checkpoint under way is on disk; returns how it ended, None if there was none."""
         outcome = None
         while self._snapshot is not None:
-            outcome = self._all_written() if self._writing is not None else self._committed()
+            outcome = self._begin_commit() if self._writing is not None else self._end_commit()
         return outcome
 
-    def _copy(self, path: Path, validation_loss: float | None) -> _Snapshot:
+    def _take_snapshot(self, path: Path, validation_loss: float | None) -> _Snapshot:
         """This rank's part of the checkpoint, copied into host memory that is kept for the next one."""
         engine, teacher = self._engine, self._teacher
         optimizer_keys, scalars = zero.optimizer_layout(engine)
@@ -207,7 +207,9 @@ class Saver:
         for kind, (shards, values) in kinds.items():
             # What all ranks hold alike is written by rank 0 alone.
             own = {n: s for n, s in shards.items() if s.numel and (comm.rank() == 0 or not s.replicated)}
-            pieces = {name: self._stage(f"{kind}/{name}", values.get(name, shard.data)) for name, shard in own.items()}
+            pieces = {
+                name: self._copy_to_host(f"{kind}/{name}", values.get(name, shard.data)) for name, shard in own.items()
+            }
             snapshot.shards[kind] = pieces, {name: shard.offset for name, shard in own.items()}
         if comm.rank() == 0:
             modules = {"student": engine.module} | ({} if teacher is None else {"teacher": teacher.module})
@@ -218,18 +220,18 @@ class Saver:
             torch.cuda.synchronize()  # the copies were only queued
         return snapshot
 
-    def _stage(self, key: str, values: Tensor) -> Tensor:
-        """A copy in host memory. Without `asynchronous` nobody changes the weights meanwhile, and those of a CPU do."""
+    def _copy_to_host(self, key: str, values: Tensor) -> Tensor:
+        """Return a copy in host memory; without `asynchronous` a CPU tensor itself, as nothing changes it meanwhile."""
         if values.device.type == "cpu" and not self._asynchronous:
             return values.detach()
-        held = self._staging.get(key)
+        held = self._host_copies.get(key)
         if held is None or held.shape != values.shape or held.dtype != values.dtype:
             on_gpu = values.device.type == "cuda"
-            held = self._staging[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
+            held = self._host_copies[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
         return held.copy_(values.detach(), non_blocking=True)
 
-    def _all_written(self) -> SaveOutcome | None:
-        """All ranks tell which files they wrote; rank 0 begins to commit, or clears away a failed attempt."""
+    def _begin_commit(self) -> SaveOutcome | None:
+        """Gather which files each rank wrote; rank 0 begins to commit them, or removes a failed attempt. Collective."""
         assert self._snapshot is not None
         assert self._writing is not None
         snapshot, written = self._snapshot, self._writing.result()
@@ -248,7 +250,8 @@ class Saver:
             self._committing = self._thread.submit(_commit, partial, snapshot.path, manifest, self._keep)
         return None
 
-    def _committed(self) -> SaveOutcome:
+    def _end_commit(self) -> SaveOutcome:
+        """Wait for rank 0's commit and return how the checkpoint ended. Collective."""
         assert self._snapshot is not None
         path = self._snapshot.path
         fault = self._committing.result() if self._committing is not None else ""
@@ -280,15 +283,15 @@ def save(
 # ----------------------------------------------------------- in the threads
 
 
-def _write(snapshot: _Snapshot, partial: Path) -> _Written:
-    """Write this rank's files, make them durable, and account for them."""
-    writing = Writing()
+def _write_files(snapshot: _Snapshot, partial: Path) -> _WrittenFiles:
+    """Write and sync this rank's files; return their sizes and checksums, and what went wrong."""
+    writer = TensorFileWriter()
     try:
         for kind, (pieces, offsets) in snapshot.shards.items():
-            writing.add(partial / shard_file(kind, comm.rank()), pieces, {"offsets": json.dumps(offsets)})
+            writer.add_tensors(partial / shard_file(kind, comm.rank()), pieces, {"offsets": json.dumps(offsets)})
         for name, blob in snapshot.blobs.items():
-            writing.add_parts(partial / name, [memoryview(blob)])
-        return writing.finish(), ""
+            writer.add_bytes(partial / name, [memoryview(blob)])
+        return writer.finish(), ""
     except OSError as error:
         return {}, f"rank {comm.rank()}: {error}"
 
@@ -326,8 +329,8 @@ def _is_best(folder: Path, validation_loss: float) -> bool:
     return before is None or validation_loss < before
 
 
-def _begin(folder: Path, partial: Path) -> None:
-    """Clear what interrupted saves left, and make the folder to write into."""
+def _make_partial_folder(folder: Path, partial: Path) -> None:
+    """Remove what interrupted saves left, and make the folder to write into."""
     for leftover in folder.glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Read and write official data2vec 2.0 checkpoints (spec sections 10, 13 and 15). fairseq is not needed.
+"""Read and write official data2vec 2.0 checkpoints. fairseq is not needed.
 
     python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--drop-unknown] [--tokenizer FILE]
     python -m d2v2ds.interop.fairseq export FOLDER --out FILE.pt [--modality audio]
@@ -19,7 +19,7 @@ from d2v2ds.interop.fairseq.read import OfficialCheckpoint
 
 
 def _print_report(file: Path, folder: Path, checkpoint: OfficialCheckpoint) -> None:
-    """What an import found, for a person."""
+    """Print the findings of an import."""
     student = checkpoint.trunk | checkpoint.decoder
     count = sum(tensor.numel() for tensor in student.values())
     print(f"{file}: {checkpoint.modality}, student of {len(student)} tensors, {count:,} parameters")

@@ -1,4 +1,4 @@
-"""Parameter names of the official checkpoints and ours, as data (spec section 10).
+"""Parameter names of the official checkpoints and ours, as data.
 
 `{i}` stands for a layer number, `{p}` for what follows. The offset is added to our number to get theirs.
 Shapes are the same but for one parameter: the scale of the distance penalty, (L or 1, H or 1) here and
@@ -132,7 +132,7 @@ def official_names(names: Collection[str], *, bare_blocks: bool = False) -> dict
 
 
 def is_alibi_scale(name: str) -> bool:
-    """Whether one of our parameters is the one whose shape differs."""
+    """True for the parameter whose shape differs from the official one."""
     return name.endswith(".alibi.scale")
 
 

@@ -124,7 +124,7 @@ def _globals_of(file: IO[bytes]) -> set[str]:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether torch would take the file for its format since 1.6."""
+    """True if torch would take the file for its format since 1.6."""
     with path.open("rb") as file:
         return file.read(len(_ZIP_START)) == _ZIP_START
 
@@ -202,7 +202,7 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What a value says, in dictionaries, lists, numbers and strings.
+    """A value as dictionaries, lists, numbers and strings.
 
     omegaconf containers and nodes give their content, a namespace and other objects with named fields those fields, an
     enum its value, and whatever else is not plain its name in angle brackets. Tensors stay.

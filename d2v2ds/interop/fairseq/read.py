@@ -51,7 +51,7 @@ MADE_BY = "d2v2ds"
 
 
 def _licence(modality: str, configuration: Any) -> str:
-    """What a file written by us says of itself, else what is known of the published ones."""
+    """Licence named in a file that d2v2ds wrote, else that of the published files."""
     made_by = configuration.get(MADE_BY) if isinstance(configuration, dict) else None
     if isinstance(made_by, dict) and isinstance(made_by.get("licence"), str):
         return str(made_by["licence"])
@@ -70,7 +70,7 @@ _MOST_NESTED = 12
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialCheckpoint:
-    """What an official file says."""
+    """Contents of an official file."""
 
     modality: str
     network: OfficialNetwork
@@ -94,7 +94,7 @@ class OfficialCheckpoint:
 
     @property
     def has_decoder(self) -> bool:
-        """Whether pretraining can go on from it."""
+        """True if pretraining can continue from the file."""
         return bool(self.decoder)
 
 
@@ -302,7 +302,7 @@ def _layout(state: Mapping[str, Tensor], *, bare_blocks: bool = False) -> dict[s
 
 
 def has_bare_blocks(section: Mapping[str, Any]) -> bool:
-    """Whether the names of the teacher begin with the number of a block."""
+    """True if the names of the teacher begin with the number of a block."""
     return bool(section.get("ema_encoder_only", True))
 
 

@@ -1,1 +1,1 @@
-"""What an export folder needs to load with transformers."""
+"""Files that make an export folder load with transformers."""

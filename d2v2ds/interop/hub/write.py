@@ -1,4 +1,4 @@
-"""What an export folder needs besides weights to load with transformers: code, and settings of its preprocessors.
+"""Write what an export folder needs besides weights to load with transformers: code, and preprocessors' settings.
 
 In: the folder, the model's configuration and its preprocessing. Out: files in the folder, and the keys of config.json
 that transformers reads. The code is that of this package: templates of `d2v2ds.interop.hub.files` and every module of

@@ -1,9 +1,9 @@
-"""The encoder of one modality as an ONNX graph, checked against PyTorch; and the same graph with weights of int8.
+"""Export the encoder of one modality as an ONNX graph and check it against PyTorch.
 
-    python -m d2v2ds.interop.onnx FOLDER --to DIR [--modality NAME] [--layers 6,12] [--int8]
+    python -m d2v2ds.interop.onnx FOLDER --to DIR [--modality NAME] [--layers 6,12]
 
-In: an export folder. Out: DIR/NAME.onnx and, with --int8, DIR/NAME.int8.onnx. A graph is written only after
-onnxruntime has given PyTorch's features for batches and lengths that it was not traced with.
+In: an export folder. Out: DIR/NAME.onnx, once onnxruntime has given PyTorch's features for batches and lengths that
+the graph was not traced with.
 
     source         audio (B, S) float32, normalised; image (B, 3, Y, X) float32, normalised, of the model's own side;
                    text (B, S) int64. B and S are free.
@@ -20,15 +20,13 @@ import ast
 import contextlib
 import importlib.util
 import logging
-import re
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +47,6 @@ TOLERANCE = 1e-4
 """Largest difference from PyTorch that a graph may show, over the largest feature of the layer."""
 SINGLE_FILE_BYTES = 1_800_000_000
 """Weights of more bytes go to a file of their own beside the graph: a protobuf message ends at 2 GB."""
-_QUANTISED = ("MatMul", "Gemm")
-_LOCAL = re.compile(r"\.local\b")
-_REPEATS = 5
-
-
 _TRACED_TOKENS = 23
 _CHECKED_TOKENS = (1, 9, 50, 121)
 _CHECKED_ROWS = (1, 4, 3, 5)
@@ -110,7 +103,7 @@ class _Graph(nn.Module):
         return *(features[i] for i in self.layers), token_padding
 
 
-def _twin(model: Trunk, modality: str) -> Trunk:
+def exportable_encoder(model: Trunk, modality: str) -> Trunk:
     """One modality's encoder with the same weights, in fp32 on the CPU, and with attention that can be exported.
 
     Weights that are fp32 on the CPU already are shared, not copied.
@@ -195,7 +188,7 @@ def export_onnx(
         MissingExtraError: if ONNX is not installed.
     """
     require_onnx()
-    twin = _twin(model, modality)
+    twin = exportable_encoder(model, modality)
     chosen = _chosen_layers(twin, modality, layers)
     kind, config = graph_input(modality), model.config.modalities[modality]
     size = kind.sizes(config, [_TRACED_TOKENS])[0]
@@ -289,7 +282,7 @@ def check_onnx(model: Trunk, modality: str, path: Path, *, tolerance: float = TO
         D2V2Error: if an output differs by more, with batch, size, output and numbers.
         MissingExtraError: if ONNX is not installed.
     """
-    graph, twin = OnnxEncoder(path), _twin(model, modality)
+    graph, twin = OnnxEncoder(path), exportable_encoder(model, modality)
     from onnxruntime.capi import onnxruntime_pybind11_state as refusals
 
     config = model.config.modalities[modality]
@@ -328,115 +321,10 @@ def _largest_difference(found: Tensor, expected: Tensor) -> float:
     return difference.nan_to_num(float("inf")).item()
 
 
-def quantise(path: Path, to: Path) -> None:
-    """Store the weights of all matrix products as int8, a scale for each column; their inputs become int8 on the fly.
-
-    Local encoders, norms, convolutions and the products inside attention stay fp32: they hold few weights (embeddings
-    apart), and the error of what enters the first block would go through all of them.
-
-    Args:
-        path: a graph of `export_onnx`, with or without a file of weights.
-        to: file to write; always a single one.
-
-    Raises:
-        MissingExtraError: if ONNX is not installed.
-    """
-    require_onnx()
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    logger.info("%s: writing int8 weights", to)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    with _quiet():
-        quantize_dynamic(
-            path,
-            to,
-            op_types_to_quantize=list(_QUANTISED),
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in nodes if _LOCAL.search(node.name)],
-        )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One way to compute the features."""
-
-    name: str
-    megabytes: float
-    seconds: float
-    """Of one batch, the best of several."""
-    errors: Mapping[str, tuple[float, float]]
-    """Layer -> mean and maximum over tokens of |features - PyTorch's| / |PyTorch's|, Euclidean over D."""
-
-
-def _best_seconds(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """Of each, taken in turns so that what else the machine does hits all of them."""
-    best = [float("inf")] * len(runs)
-    for _ in range(_REPEATS):
-        for i, run in enumerate(runs):
-            started = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - started)
-    return best
-
-
-def measure(model: Trunk, modality: str, files: Sequence[Path], inputs: Sequence[Tensor]) -> list[Measured]:
-    """Size, speed and error of graphs against PyTorch in fp32, with the same threads on the same inputs.
-
-    Args:
-        model: that the graphs were made of.
-        modality: of the graphs.
-        files: the graphs, all with the same layers.
-        inputs: one batch, nothing padded.
-
-    Returns:
-        PyTorch first, then each file.
-
-    Raises:
-        MissingExtraError: if ONNX is not installed.
-    """
-    twin = _twin(model, modality)
-    graphs = [OnnxEncoder(file) for file in files]
-    errors = []
-    for graph in graphs:
-        found, expected = graph(*inputs), _expected(twin, modality, graph.layers, inputs)
-        errors.append({name: _relative_errors(found[name], expected[name]) for name in graph.output_names[:-1]})
-    sizes = [weight_bytes(twin)] + [sum(part.stat().st_size for part in parts_of(file)) for file in files]
-    with torch.inference_mode():
-        runs: list[Callable[[], object]] = [
-            partial(twin.layers, modality, inputs[0]),
-            *(partial(graph, *inputs) for graph in graphs),
-        ]
-        runs[0]()  # the graphs are warm
-        seconds = _best_seconds(runs)
-    names = ["PyTorch fp32", *(file.name for file in files)]
-    return [Measured(*row) for row in zip(names, (size / 1e6 for size in sizes), seconds, [{}, *errors], strict=True)]
-
-
-def _relative_errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Mean and maximum over tokens of (B, T, D)."""
-    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)  # (B, T)
-    return errors.mean().item(), errors.max().item()
-
-
 def parts_of(path: Path) -> list[Path]:
     """A graph and, where there is one, its file of weights."""
     data = path.with_name(path.name + ".data")
     return [path, data] if data.exists() else [path]
-
-
-def table(rows: Sequence[Measured]) -> str:
-    """What `measure` found, for a terminal and for Markdown."""
-    base = rows[0].seconds
-    lines = ["| | MB | s per batch | speed | error: mean (max), by layer |", "|---|---|---|---|---|"]
-    for row in rows:
-        errors = ", ".join(
-            f"{name.removeprefix('layer_')}: {mean:.1e} ({worst:.1e})" for name, (mean, worst) in row.errors.items()
-        )
-        lines.append(f"| {row.name} | {row.megabytes:.1f} | {row.seconds:.4f} | {base / row.seconds:.2f} | {errors} |")
-    return "\n".join(lines)
 
 
 def _int_list(text: str) -> list[int]:
@@ -449,29 +337,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--modality", help="whose encoder; all of them if not given")
     parser.add_argument("--layers", type=_int_list, help="features to return, such as 6,12; all of them if not given")
-    parser.add_argument("--int8", action="store_true", help="write a graph with int8 weights besides")
-    parser.add_argument("--batch", type=int, default=1, help="inputs of the timed batch")
-    parser.add_argument(
-        "--tokens", type=int, default=500, help="length of a timed input; 500 tokens of speech are 10 s"
-    )
     return parser
 
 
-def _export_checked(model: Trunk, modality: str, options: argparse.Namespace) -> list[Path]:
-    """Graphs of one modality; none bears its name before it was checked."""
-    names = [f"{modality}.onnx"] + [f"{modality}.int8.onnx"] * options.int8
-    options.to.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.to, prefix=".unchecked-") as name:
-        files = [Path(name) / file for file in names]
-        export_onnx(model, modality, files[0], layers=options.layers)
-        worst = check_onnx(model, modality, files[0])
-        logger.info("%s: within %.1e of PyTorch's largest feature", names[0], worst)
-        if options.int8:
-            quantise(*files)
-        for file in files:
-            for part in parts_of(file):
-                shutil.move(part, options.to / part.name)
-    return [options.to / file for file in names]
+def _export_checked(model: Trunk, modality: str, folder: Path, layers: Sequence[int] | None) -> None:
+    """Write one modality's graph; it appears in the folder only after the check."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unchecked-") as unchecked:
+        file = Path(unchecked) / f"{modality}.onnx"
+        export_onnx(model, modality, file, layers=layers)
+        worst = check_onnx(model, modality, file)
+        for part in parts_of(file):
+            shutil.move(part, folder / part.name)
+    logger.info("%s: within %.1e of PyTorch's largest feature", folder / file.name, worst)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -482,12 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
         require_onnx()
         model = load_trunk(ModelFolder(options.folder))
         for modality in [options.modality] if options.modality else model.encoders:
-            files = _export_checked(model, modality, options)
-            kind, config = graph_input(modality), model.config.modalities[modality]
-            size = kind.sizes(config, [options.tokens])[0]
-            inputs = random_inputs(config, modality, [size] * options.batch, size, torch.Generator().manual_seed(2))
-            print(f"{modality}: noise {tuple(inputs[0].shape)}, {torch.get_num_threads()} threads, best of {_REPEATS}")
-            print(table(measure(model, modality, files, inputs)))
+            _export_checked(model, modality, options.to, options.layers)
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
         return 2

@@ -7,7 +7,7 @@ from d2v2ds.modalities.demo import Prepared, key_of, pack, python
 
 
 def joins_clips(shards: AudioShards) -> bool:
-    """Whether most clips are too short to pretrain on and all have a speaker by whom to join them."""
+    """Return True if most clips are too short to pretrain on and all have a speaker to join them by."""
     short = (shards.sizes[:] < 3 * shards.sample_rate_hz).mean() > 0.5
     return bool(short) and all(shards.read_labels(i).speaker for i in range(len(shards)))
 

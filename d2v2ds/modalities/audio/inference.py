@@ -136,7 +136,7 @@ def _soxr() -> Any:
 
 
 def normalised(samples: NDArray[np.float32], variance_eps: float) -> Tensor:
-    """(S,) with zero mean and unit variance over the whole recording, as in training (spec section 14)."""
+    """(S,) with zero mean and unit variance over the whole recording, as in training."""
     wide = samples.astype(np.float64)
     scale = 1.0 / np.sqrt(wide.var() + variance_eps)
     return torch.from_numpy(((wide - wide.mean()) * scale).astype(np.float32))

@@ -12,7 +12,7 @@ from d2v2ds.model.flops import position_conv_flops, waveform_encoder_flops
 from d2v2ds.model.local import WaveformEncoder
 from d2v2ds.model.network import build_alibi
 from d2v2ds.model.positions import ConvPositions
-from d2v2ds.shapes import AUDIO_CONV_LAYERS, ConvLayer, conv_output_length
+from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class AudioNetwork:
 
     prenet_depth: CountOrZero
     """Speech blocks before the shared ones."""
-    conv_layers: tuple[ConvLayer, ...] = AUDIO_CONV_LAYERS
+    conv_layers: tuple[tuple[Count, Count, Count], ...] = AUDIO_CONV_LAYERS
     """(channels, kernel, stride) of each convolution of the front end."""
     position_depth: Count = 5
     """Number of position convolutions."""
@@ -45,12 +45,8 @@ class AudioNetwork:
     has_small_decoder_projection = False
 
     def num_tokens(self, size: int) -> int:
-        """T of a waveform of `size` samples; 0 if `check` refuses the layers."""
-        return conv_output_length(size, self.conv_layers) if self._has_layers else 0
-
-    @property
-    def _has_layers(self) -> bool:
-        return bool(self.conv_layers) and min(min(layer) for layer in self.conv_layers) >= 1
+        """T of a waveform of `size` samples."""
+        return conv_output_length(size, self.conv_layers)
 
     def build_encoder(self, block: BlockConfig, shared_depth: int, *, with_local: bool) -> ModalityEncoder:
         """Build front end, position convolutions, distance penalty and prenet."""
@@ -93,8 +89,6 @@ class AudioNetwork:
         problems = []
         if block.width % self.position_groups:
             problems.append(f"position_groups {self.position_groups} does not divide the model width {block.width}")
-        if not self._has_layers:
-            problems.append(
-                f"conv_layers are {self.conv_layers}, expected (channels, kernel, stride) of 1 or more each"
-            )
+        if not self.conv_layers:
+            problems.append("conv_layers: expected one or more of (channels, kernel, stride), found none")
         return problems

@@ -3,7 +3,7 @@
 In: int16 samples in the shard and the mean and variance of the whole recording that the packer stored beside
 them. Out: float32 with zero mean and unit variance *over the whole recording*, of which a crop is returned.
 
-The reference normalises the recording before it crops (spec section 14); the stored statistics give the same
+The official code normalises the recording before it crops; the stored statistics give the same
 numbers while only the crop is read and decoded.
 """
 
@@ -29,12 +29,12 @@ from d2v2ds.shapes import AUDIO_NORM_EPS
 
 @dataclass(frozen=True, kw_only=True)
 class AudioDataConfig:
-    """Which recordings, how much of them at a time, and how they are masked."""
+    """Settings for reading recordings: folders, batch sizes and masks."""
 
     shards: Folders
     """Folder written by `preprocessing.pack_audio`, or several of them."""
     weights: tuple[float, ...] | None = None
-    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
+    """Frequency of each folder's rows relative to the others'; None: all alike."""
     loss_weight: PositiveOrZero = 1.0
     """Weight of the speech loss in a joint run; each modality's loss is a mean over its masked tokens."""
     sample_rate_hz: Count = 16000
@@ -86,7 +86,7 @@ SECONDS = Unit(
 
 
 class AudioSource(Protocol):
-    """What decoding needs of a dataset; `AudioShards` has it."""
+    """Rows of recordings; `AudioShards` is one."""
 
     @property
     def sample_rate_hz(self) -> int:
@@ -161,7 +161,7 @@ class AudioReader:
         return waveform
 
     def misfits(self) -> list[str]:
-        """Why the model cannot read these shards, as sentences."""
+        """Return a message if the network cannot read these shards."""
         found, wanted = self.shards.first.sample_rate_hz, self.config.sample_rate_hz
         if found == wanted:
             return []
@@ -171,11 +171,11 @@ class AudioReader:
         ]
 
     def remarks(self) -> list[str]:
-        """Nothing that fits is worth a word."""
+        """Return no remarks: any readable shard is fine."""
         return []
 
     def faults(self) -> list[str]:
-        """Why shards, settings and model do not fit, as sentences."""
+        """Return one message for each way in which shards, settings and network do not fit."""
         config, rate, faults = self.config, self.config.sample_rate_hz, self.misfits()
         has_grid_mask = self.mask is not None and self.mask.kind == "block_2d"
         if has_grid_mask:

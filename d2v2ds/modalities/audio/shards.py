@@ -65,7 +65,7 @@ class AudioRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioLabels:
-    """What a row says about its audio, without the audio."""
+    """Annotations of a row."""
 
     id: str
     text: str | None

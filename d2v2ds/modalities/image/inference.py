@@ -1,7 +1,6 @@
 """Pictures of any size -> squares of pixels that an image encoder reads."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,21 +46,14 @@ def read_picture(given: Any, side: int, place: str) -> Tensor:
         (3, side, side) uint8.
 
     Raises:
-        ValueError: it is no picture, or a damaged one.
+        ValueError: it is no picture, a damaged one, or one that packing would skip.
         MissingExtraError: Pillow is not installed.
     """
-    from PIL import Image, ImageOps
+    from d2v2ds.data.codecs.imagefile import DecodeError, read_rgb  # here, so that other modalities need no Pillow
 
-    from d2v2ds.data.codecs.pixels import PILLOW_ERRORS, to_rgb  # here, so that other modalities need no Pillow
-
-    if not isinstance(given, str | Path | Image.Image):
-        raise ValueError(f"{place}: expected a path or a PIL image, found {type(given).__name__}")
     try:
-        opened = given if isinstance(given, Image.Image) else Image.open(given)
-        rgb = to_rgb(ImageOps.exif_transpose(opened))
-    except (*PILLOW_ERRORS, Image.DecompressionBombError) as error:
+        rgb = read_rgb(given)
+    except DecodeError as error:
         raise ValueError(f"{place}: cannot be decoded as a picture: {error}") from error
-    if not rgb.width or not rgb.height:
-        raise ValueError(f"{place}: expected a picture, found one of {rgb.width} x {rgb.height} pixels")
     view = whole_view(rgb.width, rgb.height, side)
     return view.middle(resize(np.array(rgb.crop(view.box)), *view.size), side)

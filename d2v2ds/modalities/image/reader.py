@@ -1,7 +1,7 @@
 """Images: their settings of data, and rows of an image shard -> crops of one size.
 
 In: encoded image files in the shard. Out: uint8 (B, 3, Y, X), random resized crops, flipped by chance; the model
-normalises them on its device. The augmentation is that of the reference (spec section 14): a crop of 0.2 to 1 of the
+normalises them on its device. The augmentation is that of the official recipe: a crop of 0.2 to 1 of the
 area, its sides in a ratio of 3/4 to 4/3, resized with bicubic interpolation, and mirrored half of the time.
 
 A crop is chosen in the image as it is displayed and cut from the image as it is stored; only the small result is
@@ -38,7 +38,7 @@ _NUM_DRAWS = 2 * CROP_TRIES + 3
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataConfig:
-    """Which images, how many of them at a time, and how they are cropped and masked."""
+    """Settings for reading images: folders, batch sizes, crops and masks."""
 
     shards: Folders
     """Folder written by `preprocessing.pack_images`, or several of them."""
@@ -93,7 +93,7 @@ IMAGES = Unit(
 
 
 class ImageInput(TokenCounter, Protocol):
-    """What a reader of images asks of the network's settings."""
+    """Network settings that a reader of images needs."""
 
     @property
     def image_size(self) -> int:
@@ -101,7 +101,7 @@ class ImageInput(TokenCounter, Protocol):
 
 
 class ImageSource(Protocol):
-    """What reading needs of a dataset; `ImageShards` has it."""
+    """Parts of a dataset that reading needs; `ImageShards` has them."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -123,7 +123,7 @@ class ImageReader:
         Raises:
             MissingExtraError: Pillow is not installed.
         """
-        import d2v2ds.data.codecs.pixels  # noqa: F401  (here, so that runs without images need no Pillow)
+        import d2v2ds.data.codecs.imagefile  # noqa: F401  (here, so that runs without images need no Pillow)
 
         self.shards, self.config, self.network, self.mask = shards, config, network, mask
 
@@ -192,16 +192,15 @@ class ImageReader:
 
         From 224 pixels on, the shorter side is 256/224 of the model's, as published results are measured.
         """
-        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, displayed
+        from d2v2ds.data.codecs.pixels import displayed
 
         image, side = self._encoded(row), self.side
         view = whole_view(image.width, image.height, side)
-        size = view.size[::-1] if image.orientation in SWAPS_SIDES else view.size
-        part = self._part(row, image, view.box, None)  # (Y, X, C)
-        return view.middle(displayed(resize(part, *size), image.orientation), side)
+        part = displayed(self._part(row, image, view.box, None), image.orientation)  # (Y, X, C)
+        return view.middle(resize(np.ascontiguousarray(part), *view.size), side)
 
     def misfits(self) -> list[str]:
-        """Why the model cannot read these shards: images of any size become one."""
+        """Always empty: images of every size are resized to the size of the model."""
         return []
 
     def remarks(self) -> list[str]:
@@ -209,7 +208,7 @@ class ImageReader:
         return []
 
     def faults(self) -> list[str]:
-        """Why settings and model do not fit, as sentences."""
+        """Reasons why settings and model do not fit, as sentences."""
         side, faults = self.side, []
         if self.mask is not None and self.mask.kind not in ("block_2d", "random"):
             faults.append(f"image mask.kind is {self.mask.kind!r}, images need 'block_2d' or 'random'")
@@ -238,7 +237,8 @@ class ImageReader:
         Returns:
             (Y, X, C) uint8 as stored, of `decode_box`.
         """
-        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, Box, DecodeError, decode_box, stored_box
+        from d2v2ds.data.codecs.imagefile import DecodeError
+        from d2v2ds.data.codecs.pixels import SWAPS_SIDES, Box, decode_box, stored_box
 
         turn = image.orientation
         box = stored_box(Box(*corners), image.width, image.height, turn)
@@ -254,7 +254,7 @@ class ImageReader:
 
 @dataclass(frozen=True)
 class WholeView:
-    """How an image is looked at as a whole: `box` of it is resized to `size`, and the middle of that is taken."""
+    """View of a whole image: `box` is resized to `size`, then its centre is cropped."""
 
     box: tuple[int, int, int, int]
     """Left, top, right, bottom, as displayed (pixels)."""
@@ -271,7 +271,7 @@ class WholeView:
 
 
 def whole_view(width: int, height: int, side: int) -> WholeView:
-    """The published view of evaluation (spec section 14; `d2v2ds.shapes.resized_side`).
+    """The official view for evaluation (`d2v2ds.shapes.resized_side`).
 
     Args:
         width, height: of the image as displayed (pixels).

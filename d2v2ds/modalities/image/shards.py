@@ -28,7 +28,7 @@ IMAGE_LAYOUT = Layout(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLabels:
-    """What a row says about its image, without the image."""
+    """Annotations of a row, without its image."""
 
     id: str
     label: str | None

@@ -22,12 +22,12 @@ from d2v2ds.shapes import PAD_ID
 
 @dataclass(frozen=True, kw_only=True)
 class TextDataConfig:
-    """Which texts, how many tokens of them at a time, and how they are masked."""
+    """Settings for reading texts: folders, batch sizes and masks."""
 
     shards: Folders
     """Folder written by `preprocessing.pack_text`, or several of them."""
     weights: tuple[float, ...] | None = None
-    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
+    """Frequency of each folder's rows relative to the others'; None: all alike."""
     loss_weight: PositiveOrZero = 1.0
     """Weight of the text loss in a joint run; each modality's loss is a mean over its masked tokens."""
     global_batch_tokens: Count
@@ -68,7 +68,7 @@ TOKENS = Unit(
 
 
 class TextInput(TokenCounter, Protocol):
-    """What a reader of text asks of the network's settings."""
+    """Settings of the network that a reader of text needs."""
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +80,7 @@ class TextInput(TokenCounter, Protocol):
 
 
 class TextSource(Protocol):
-    """What reading needs of a dataset; `TextShards` has it."""
+    """Rows of token ids; `TextShards` is one."""
 
     @property
     def vocab_size(self) -> int:
@@ -142,7 +142,7 @@ class TextReader:
         )
 
     def _smallest(self) -> int:
-        """The fewest tokens of which some can be masked and some seen; shorter rows are never drawn."""
+        """Fewest tokens of which some can be masked and some visible; shorter rows are never drawn."""
         sizes = range(2, self.block_tokens)
         return next((n for n in sizes if not mask_faults(self.mask, n, "")), self.block_tokens)
 
@@ -151,7 +151,7 @@ class TextReader:
         return float(num_rows * size)
 
     def read(self, micro: MicroBatch, seed: int) -> Examples:
-        """Token ids (B, S) int64 and their padding; there is nothing to draw."""
+        """Token ids (B, S) int64 and their padding."""
         source = torch.empty(len(micro.rows), micro.size, dtype=torch.int64)
         out = source.numpy()
         for part, rows, places in self.shards.split(micro.rows):
@@ -175,7 +175,7 @@ class TextReader:
         return source[0]
 
     def faults(self) -> list[str]:
-        """Why shards, settings and model do not fit, as sentences."""
+        """Return one message for each way in which shards, settings and network do not fit."""
         faults = self.misfits()
         block, micro = self.block_tokens, self.config.micro_batch_tokens
         if self.mask is not None and self.mask.kind == "block_2d":
@@ -190,7 +190,7 @@ class TextReader:
         return faults
 
     def remarks(self) -> list[str]:
-        """Ids that the model has and no text can have."""
+        """Report ids that the embedding has and the tokenizer lacks."""
         known, own = self.shards.first.vocab_size, self.network.vocab_size
         if known >= own:
             return []
@@ -200,12 +200,12 @@ class TextReader:
         ]
 
     def misfits(self) -> list[str]:
-        """Why the model cannot read these shards, as sentences."""
+        """Return one message for each reason why the network cannot read these shards."""
         faults = []
         if self.shards.first.vocab_size > self.network.vocab_size:
             faults.append(
-                f"data.text.shards: the tokenizer has {self.shards.first.vocab_size} ids, model.modalities.text.vocab_size "
-                f"is {self.network.vocab_size}; set it to the first"
+                f"data.text.shards: the tokenizer has {self.shards.first.vocab_size} ids, "
+                f"model.modalities.text.vocab_size is {self.network.vocab_size}; set it to the first"
             )
         if self.block_tokens > self.network.max_tokens:
             faults.append(

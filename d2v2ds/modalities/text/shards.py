@@ -39,7 +39,7 @@ TEXT_LAYOUT = Layout(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextLabels:
-    """What a row says about its tokens; both are None unless rows are documents."""
+    """Annotations of a row; both are None unless rows are documents."""
 
     id: str | None
     label: str | None
@@ -108,7 +108,7 @@ class TextShards(Shards):
                 out[line, length:] = pad_id
 
     def _bounds(self, batch: RowBatch, row: int, length: int) -> tuple[int, int]:
-        """Where the `length` tokens of a row lie in the bytes of its batch."""
+        """First and last byte of a row's `length` tokens in its batch."""
         start, stop = batch.bounds(row)
         if stop - start != length * self._dtype.itemsize:
             raise ShardError(

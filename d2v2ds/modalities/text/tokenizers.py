@@ -1,6 +1,6 @@
 """Tokenizers of text: a sentencepiece model, or the byte-pair encoding of GPT-2 and RoBERTa. NumPy only, no torch.
 
-All of them obey the model's contract (spec section 3.3): ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, and
+All use the ids of the official text models: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, and
 ``<mask>`` as the last id; `encode` adds none of these. `preprocessing.text.tokenization` trains and converts them.
 """
 
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         ...
 
     def token(self, id: int) -> str:
-        """How the tokenizer itself writes an id."""
+        """Text of an id as the tokenizer itself writes it."""
         ...
 
 

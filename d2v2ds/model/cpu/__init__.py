@@ -1,1 +1,1 @@
-"""Kernels for training on a CPU; on an accelerator the plain operators of torch run."""
+"""Kernels for training on a CPU; accelerators run the plain operators of torch."""

@@ -1,7 +1,7 @@
-"""Dropout whose random numbers do not cost more than the layer they follow.
+"""Dropout with cheap random numbers on a CPU.
 
-PyTorch draws one Bernoulli sample at a time on a CPU: about 5 ns an element, which is 6 % of a whole
-speech step. Fifteen random bits an element are enough for a dropout rate and several times as cheap.
+PyTorch draws one Bernoulli sample at a time there. Fifteen random bits for each element are precise enough for a
+dropout rate and much faster.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ _LEVELS = 1 << 15
 
 
 def num_dropped_levels(rate: float) -> int:
-    """How many of the 32768 values of a random draw mean "dropped"."""
+    """Number of the 32768 values of a random draw that drop an element."""
     return round(rate * _LEVELS)
 
 
-def scale_of(dropped_levels: int) -> float:
-    """What kept elements are multiplied with."""
+def kept_scale(dropped_levels: int) -> float:
+    """Factor on kept elements."""
     return _LEVELS / (_LEVELS - dropped_levels)
 
 
-def margins(shape: torch.Size, dropped_levels: int) -> Tensor:
-    """(shape) int16 on the CPU, each element negative with probability dropped_levels / 32768: dropped."""
+def random_signs(shape: torch.Size, dropped_levels: int) -> Tensor:
+    """Draw (shape) int16 on the CPU; an element is negative (dropped) with probability dropped_levels / 32768."""
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_()  # 63 random bits each
     levels = words.view(torch.int16)[:count].view(shape).bitwise_and_(_LEVELS - 1)
@@ -32,16 +32,16 @@ def margins(shape: torch.Size, dropped_levels: int) -> Tensor:
 
 
 class _CpuDropout(torch.autograd.Function):
-    """x * kept * scale, or base + x * kept * scale, in one pass each way.
+    """Computes x * kept * scale, or base + x * kept * scale, in one pass forward and one backward.
 
-    `kept` has the dtype of `x`: a product with booleans would first write them out as numbers, every time.
+    `kept` has the dtype of `x`, because a product with booleans converts them first, every time.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Tensor | None, dropped_levels: int) -> Tensor:
-        kept = torch.ge(margins(x.shape, dropped_levels), 0, out=torch.empty_like(x))
+        kept = torch.ge(random_signs(x.shape, dropped_levels), 0, out=torch.empty_like(x))
         ctx.save_for_backward(kept)
-        ctx.scale = scale_of(dropped_levels)
+        ctx.scale = kept_scale(dropped_levels)
         return torch.addcmul(x.new_zeros(()) if base is None else base, x, kept, value=ctx.scale)
 
     @staticmethod
@@ -71,7 +71,7 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def add_dropped(base: Tensor, x: Tensor, rate: float, training: bool) -> Tensor:
-    """base + dropout(x), both of one shape: the end of a residual branch."""
+    """Return base + dropout(x), both of one shape: the end of a residual branch."""
     if not training or rate == 0.0 or x.device.type != "cpu":
         return base + dropout(x, rate, training)
     return _CpuDropout.apply(x, base, num_dropped_levels(rate))

@@ -10,7 +10,7 @@ import soundfile
 
 from d2v2ds.data.codecs import flac
 from d2v2ds.data.codecs.flac import StreamInfo, decode_mono16, parse_streaminfo
-from d2v2ds.data.shards import AudioShards
+from d2v2ds.modalities.audio.shards import AudioShards
 from preprocessing.audio.waveform import Decoder
 from preprocessing.pack_audio import main as pack
 from tests.preprocessing.helpers import noise

@@ -1,27 +1,15 @@
 """Parts of image files: what Pillow makes of the whole file, less the work that a part does not need."""
 
-import importlib
 import io
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from d2v2ds.data.codecs import pixels
-from d2v2ds.data.codecs.pixels import (
-    SCALES,
-    TRANSPOSES,
-    Box,
-    DecodeError,
-    _four_bytes,
-    decode_box,
-    displayed,
-    stored_box,
-    to_rgb,
-    upright,
-)
-from d2v2ds.errors import MissingExtraError
+from d2v2ds.data.codecs.imagefile import DecodeError, to_rgb, upright
+from d2v2ds.data.codecs.pixels import SCALES, Box, ImageFacts, _four_bytes, decode_box, displayed, examine, stored_box
 from tests.data.fake_images import encode, photo
 
 WIDTH, HEIGHT = 93, 70
@@ -94,11 +82,36 @@ def test_a_reduced_jpeg_decoded_down_to_any_row_equals_the_whole(options, scale)
 def test_ordinary_jpegs_are_for_simplejpeg(decoder, kind, scale, monkeypatch):
     data = encode(photo(WIDTH * 4, HEIGHT * 4))
     given = {"bytes": bytes, "row of a shard": lambda x: np.frombuffer(x, dtype=np.uint8).data}[kind]
-    opened, really_open = [], Image.open
-    monkeypatch.setattr(pixels.Image, "open", lambda *args: opened.append(True) or really_open(*args))
+    opened, really_open = [], pixels.open_image
+    monkeypatch.setattr(pixels, "open_image", lambda *args, **how: opened.append(True) or really_open(*args, **how))
     part = decode_box(given(data), (WIDTH * 4, HEIGHT * 4), Box(8, 8, 8 + 8 * scale, 8 + 8 * scale), 8)
     assert bool(opened) == (decoder == "Pillow")
     assert part.shape[:2] == (8, 8)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_an_examined_file_is_decoded_once(decoder, format, monkeypatch):
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(bool(image.tile)) or load(image))
+    if decoder == "simplejpeg":
+        decode = pixels.simplejpeg.decode_jpeg
+        fake = SimpleNamespace(decode_jpeg=lambda *given, **options: decoded.append(True) or decode(*given, **options))
+        monkeypatch.setattr(pixels, "simplejpeg", fake)
+    data = encode(photo(WIDTH, HEIGHT), format)
+    assert examine(data, 10_000) == ImageFacts(format.lower(), WIDTH, HEIGHT, 1)
+    assert sum(decoded) == 1
+
+
+def test_pillow_judges_jpegs_that_the_library_warns_of():
+    data = encode(photo(WIDTH, HEIGHT), progressive=True)
+    middle = len(data) * 2 // 3
+    beyond = data[:middle] + b"\xff\xe1\xff\xff" + data[middle + 4 :]  # a segment that ends behind the file
+    with pytest.raises(DecodeError, match="truncated"):
+        examine(beyond, 10_000)
+    hole = data[:middle] + data[middle + 50 :]
+    whole = Box(0, 0, WIDTH, HEIGHT)
+    np.testing.assert_array_equal(part_of(hole, whole), decoded(hole))
 
 
 def test_memory_to_decode_into_is_used_again_without_touching_earlier_parts(decoder):
@@ -149,19 +162,6 @@ def test_a_box_and_its_pixels_turn_as_pillow_turns_the_image(turn):
     box = Box(11, 3, 41, 66)
     found = cut(np.asarray(stored), stored_box(box, *shown.size, turn))
     np.testing.assert_array_equal(displayed(found, turn), cut(np.asarray(shown), box))
-
-
-def test_orientations_are_those_of_exif():
-    from PIL import ImageOps
-
-    pixels = photo(WIDTH, HEIGHT)
-    for turn in TRANSPOSES:
-        exif = Image.Exif()
-        exif[0x0112] = turn
-        image = Image.open(io.BytesIO(encode(pixels, "PNG", exif=exif)))
-        np.testing.assert_array_equal(
-            np.asarray(upright(image, turn)), np.asarray(ImageOps.exif_transpose(image)), err_msg=str(turn)
-        )
 
 
 def test_a_file_of_another_size_than_its_row_says_is_refused():
@@ -274,10 +274,3 @@ def test_damaged_bytes_raise_one_type_of_error():
             except DecodeError:
                 refused += 1
     assert refused > 100
-
-
-def test_without_pillow_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.delitem(sys.modules, "d2v2ds.data.codecs.pixels")
-    with pytest.raises(MissingExtraError, match=r"\.\[image\]"):
-        importlib.import_module("d2v2ds.data.codecs.pixels")

@@ -13,7 +13,7 @@ class D2V2DSConfig(PreTrainedConfig):
     model: dict[str, Any] | None = None
     """Plain values of `ModelConfig`."""
     preprocessing: dict[str, Any] | None = None
-    """How raw input becomes the model's, by modality."""
+    """Preprocessing by modality."""
 
     @property
     def modalities(self) -> dict[str, dict[str, Any]]:
@@ -23,12 +23,12 @@ class D2V2DSConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """D, width of the model."""
         return int((self.model or {})["block"]["width"])
 
     @property
     def num_attention_heads(self) -> int:
-        """H."""
+        """H, attention heads."""
         return int((self.model or {})["block"]["num_heads"])
 
     @property

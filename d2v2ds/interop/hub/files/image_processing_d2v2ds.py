@@ -1,11 +1,12 @@
 """`D2V2DSImageProcessor`: pictures -> the normalised centre crop that published results are measured with."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
@@ -14,6 +15,8 @@ from transformers.image_utils import (
     make_flat_list_of_images,
     to_numpy_array,
 )
+
+from d2v2ds.data.codecs.imagefile import read_rgb
 
 
 class D2V2DSImageProcessor(BaseImageProcessor):
@@ -50,7 +53,8 @@ class D2V2DSImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """
         Args:
-            images: one or several, of Pillow, NumPy or torch; arrays are uint8 with three channels, first or last.
+            images: one or several: paths of image files, or images of Pillow, NumPy or torch; arrays are uint8 with
+                three channels, first or last.
             return_tensors: "pt" or "np".
             kwargs: nothing: the size of the result is the model's.
 
@@ -58,14 +62,15 @@ class D2V2DSImageProcessor(BaseImageProcessor):
             `pixel_values` (B, 3, Y, X) float32.
 
         Raises:
-            ValueError: an array is not of bytes, or a setting is given that is fixed.
+            ValueError: an image cannot be read, an array is not of bytes, or a setting is given that is fixed.
         """
         if kwargs:
             raise ValueError(f"{type(self).__name__}: settings are those of the model, found {sorted(kwargs)}")
         mean, std = (
             np.array(values, dtype=np.float32)[:, None, None] * 255 for values in (self.image_mean, self.image_std)
         )
-        crops = [(self._crop(_rgb(image)) - mean) / std for image in make_flat_list_of_images(images)]
+        flat = make_flat_list_of_images(_upright(images))
+        crops = [(self._crop(_channels_last(image)) - mean) / std for image in flat]
         return BatchFeature({"pixel_values": crops}, tensor_type=return_tensors)
 
     def _crop(self, image: np.ndarray) -> np.ndarray:
@@ -82,19 +87,18 @@ class D2V2DSImageProcessor(BaseImageProcessor):
         return crop
 
 
-def _rgb(image: Any) -> np.ndarray:
-    """(Y, X, 3) uint8: as displayed, of 16 bits the upper 8, and white below what is transparent."""
-    if not isinstance(image, Image.Image):
-        array: np.ndarray = to_numpy_array(image)
-        if array.dtype != np.uint8:
-            raise ValueError(f"images: expected Pillow images or arrays of uint8 (0 to 255), found {array.dtype}")
-        is_first = infer_channel_dimension_format(array) == ChannelDimension.FIRST
-        return array.transpose(1, 2, 0) if is_first else array
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        above = image.convert("RGBA")
-        image = Image.new("RGB", image.size, (255, 255, 255))
-        image.paste(above, mask=above.getchannel("A"))
-    return np.asarray(image.convert("RGB"))
+def _upright(images: Any) -> Any:
+    """Images with files and Pillow images as displayed, in mode RGB; lists of them likewise."""
+    if isinstance(images, list | tuple):
+        return [_upright(image) for image in images]
+    return read_rgb(images) if isinstance(images, str | Path | Image.Image) else images
+
+
+def _channels_last(image: Any) -> np.ndarray:
+    """(Y, X, 3) uint8 of an RGB image, or of an array of either order."""
+    array: np.ndarray = to_numpy_array(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"images: expected files, Pillow images or arrays of uint8 (0 to 255), found {array.dtype}")
+    if isinstance(image, Image.Image) or infer_channel_dimension_format(array) == ChannelDimension.LAST:
+        return array
+    return array.transpose(1, 2, 0)

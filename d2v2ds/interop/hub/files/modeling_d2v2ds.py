@@ -50,7 +50,7 @@ class D2V2DSModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which makes every weight that it reads trainable; those that never are stay so here."""
+        """Load as transformers does, but keep constants untrainable: transformers makes every weight trainable."""
         loaded = super().from_pretrained(*args, **kwargs)
         model: D2V2DSModel = loaded[0] if isinstance(loaded, tuple) else loaded
         for name in model._constants:
@@ -66,7 +66,7 @@ class D2V2DSModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> D2V2DSOutput | tuple[Any, ...]:
-        """One input of one modality.
+        """Run one input of one modality.
 
         Args:
             input_values: (B, S) waveforms, each with zero mean and unit variance.

@@ -45,7 +45,7 @@ class D2V2DSSentencePieceTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, number of ids."""
         return len(self._pieces)
 
     def get_vocab(self) -> dict[str, int]:

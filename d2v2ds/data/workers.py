@@ -1,0 +1,89 @@
+"""Data workers of a loader: start, signals, end."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from types import ModuleType
+from typing import Any
+
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a scheduler or a terminal sends to every process of a job. The training process finishes its step and
+saves; data workers ignore them, because that step still needs data."""
+
+
+def start_server(preload: str) -> None:
+    """Start the process that workers are forked from; it imports a module while the caller continues."""
+    worker_context(preload)
+    with job_signals_blocked():
+        forkserver.ensure_running()
+
+
+def worker_context(preload: str) -> multiprocessing.context.ForkServerContext:
+    """Return the start method of the workers: a server that imports the module `preload` once, then forks.
+
+    Forking a process that has GPU, MPI or communication threads can deadlock the child, and each spawned worker would
+    import torch again.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    return context
+
+
+def prepare_worker(worker: int) -> None:
+    """Make this worker ignore the signals of the job and end with the training process."""
+    for number in JOB_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_training_process, daemon=True).start()
+
+
+def _end_with_training_process() -> None:
+    """End this worker when the training process has ended.
+
+    The DataLoader's own check watches the parent, which here is the fork server, and that waits for its workers. They
+    would survive a killed training process.
+    """
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
+
+
+@contextmanager
+def job_signals_blocked() -> Iterator[None]:
+    """Block these signals in processes started inside, such as the fork server; this process gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    resource_tracker.ensure_running()  # started here, or a signal would end it; this call unblocks some signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """Keep processes started inside from importing the main module, and with it DeepSpeed, which is slow. Workers do
+    not need it: all objects sent to them are defined in this package."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def stop_workers(running: list[Any]) -> None:
+    """Stop the workers of an iterator, and remove it from the list.
+
+    Without this, the traceback of an error can keep the iterator alive until the program ends, and the workers ignore
+    the signal with which Python would end them then.
+    """
+    while running:
+        shut_down = getattr(running.pop(), "_shutdown_workers", None)  # absent with num_workers=0
+        if shut_down is not None:
+            shut_down()

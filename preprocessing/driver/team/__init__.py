@@ -1,0 +1,1 @@
+"""One program on many processes: local workers, or the ranks of an MPI job."""
