@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from d2v2ds.interop.preprocessing import published_preprocessing
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
