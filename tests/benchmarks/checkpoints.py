@@ -119,7 +119,7 @@ def main() -> None:
 
         saver = Saver(student, teacher, folder / "async")
         for number in range(options.repeats):
-            stall = timed(lambda: saver.save(f"step{number}", {}, {}))  # noqa: B023
+            stall = timed(lambda: saver.save(f"step{number}", {}))  # noqa: B023
             meanwhile = timed(step)
             waited = timed(saver.finish)
             name = "first" if number == 0 else "later"
@@ -129,7 +129,7 @@ def main() -> None:
         saving = Saver(student, teacher, folder / "sync", asynchronous=False)
         saves, writes, loads, reads = [], [], [], []
         for number in range(options.repeats):
-            saves.append(timed(lambda: saving.save(f"step{number}", {}, {})))  # noqa: B023
+            saves.append(timed(lambda: saving.save(f"step{number}", {})))  # noqa: B023
             path = folder / "sync" / f"step{number}"
             manifest = read_manifest(path)
             mine = [r["bytes"] for n, r in manifest.files.items() if f"rank{comm.rank():05d}" in n]
@@ -137,7 +137,7 @@ def main() -> None:
             raw.mkdir(parents=True, exist_ok=True)
             writes.append(timed(lambda: raw_write(raw, len(mine), sum(mine))))  # noqa: B023
             drop_from_cache(path)
-            loads.append(timed(lambda: checkpoint.load(student, teacher, folder / "sync", path.name)))  # noqa: B023
+            loads.append(timed(lambda: checkpoint.load(student, teacher, folder / "sync")))
             drop_from_cache(raw)
             reads.append(timed(lambda: raw_read(raw)))  # noqa: B023
             comm.barrier()
