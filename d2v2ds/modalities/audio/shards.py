@@ -68,9 +68,9 @@ class AudioLabels:
     """What a row says about its audio, without the audio."""
 
     id: str
-    text: str | None
     label: str | None
     speaker: str | None
+    text: str | None
 
 
 class AudioShards(Shards):
