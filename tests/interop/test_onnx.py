@@ -28,6 +28,7 @@ from tests.model.tiny_joint import joint_model_config
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.run
 MODALITIES = ("audio", "image", "text")
 
 
