@@ -23,6 +23,7 @@ from tests.model.tiny_joint import joint_trunk_config
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.run
 MODALITIES = ("audio", "image", "text")
 
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from PIL import Image
 
 from d2v2ds import FeatureExtractor
 from d2v2ds.config.load import load_config
-from d2v2ds.distributed.comm import free_port
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.probe import main as probe_main
 from d2v2ds.run.describe import describe
@@ -24,7 +21,7 @@ from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 from preprocessing.pack_text import main as pack_text
-from tests.runs.test_pretrain import deterministic, environment, weights
+from tests.runs.launching import Processes, deterministic, rank_variables, weights
 
 STEPS = 6
 RUN = [
@@ -109,33 +106,31 @@ def without(*modalities: str) -> list[str]:
     return [f"{section}.{name}=null" for name in modalities for section in ("data", "model.modalities")]
 
 
-def launch(config: str, run_dir: Path, overrides: Sequence[str], ranks: int = 2) -> str:
-    bins = Path(sys.executable).parent
-    module = ["d2v2ds.pretrain", "--config", config, f"run.dir={run_dir}", *overrides]
-    command = [str(bins / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m", *module]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout + done.stderr
+def train(config: str, run_dir: Path, overrides: Sequence[str], ranks: int = 2) -> str:
+    """Run to the end on forked ranks; returns what they printed."""
+    arguments = ["--config", config, f"run.dir={run_dir}", *overrides]
+    logs = run_dir.parent / f"{run_dir.name}-logs"
+    with Processes("d2v2ds.pretrain", arguments, rank_variables(ranks), logs) as started:
+        assert started.wait() == [0] * ranks, started.printed(0)[-5000:]
+        return "".join(started.printed(rank) for rank in range(ranks))
 
 
 @pytest.fixture(scope="module")
 def joint(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three on two ranks with ZeRO-3 and bf16."""
     run_dir = tmp_path_factory.mktemp("joint") / "run"
-    said = launch("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
+    said = train("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
     assert f"step {STEPS}/{STEPS}" in said
     return run_dir
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_one_modality_trains_and_is_probed(
     modality: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    launch(f"{modality}_tiny", run_dir, settings(folders, (modality,)))
+    train(f"{modality}_tiny", run_dir, settings(folders, (modality,)))
     records = read_metrics(run_dir / "metrics.jsonl")
     assert len(records) == STEPS
     unit = {"image": "images", "text": "tokens"}[modality]
@@ -158,7 +153,7 @@ def test_one_modality_trains_and_is_probed(
         assert result["baseline"]["logistic"] > 0.95, "two vocabularies are told apart without a model"
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
     last = read_metrics(joint / "metrics.jsonl")[-1]
     for name in ("audio", "image", "text"):
@@ -171,7 +166,7 @@ def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
     assert last["perf/samples_per_s"] > last["perf/images_per_s"] + last["perf/tokens_per_s"] / 32
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_norms_of_the_parts_make_up_that_of_the_gradient(joint: Path) -> None:
     first = read_metrics(joint / "metrics.jsonl")[0]
     parts = {name: value for name, value in first.items() if "optim/grad_norm/" in name}
@@ -180,34 +175,34 @@ def test_norms_of_the_parts_make_up_that_of_the_gradient(joint: Path) -> None:
     assert sum(value**2 for value in parts.values()) == pytest.approx(first["optim/grad_norm"] ** 2, rel=1e-5)
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_resumes_bit_for_bit(joint: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "resumed"
     shutil.copytree(joint, run_dir)
     for step in (4, 6):
         shutil.rmtree(run_dir / "checkpoints" / f"step{step:08d}")
     (run_dir / "checkpoints" / "latest").write_text("step00000002")
-    said = launch("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
+    said = train("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
     assert "resumed at step 2" in said
     assert deterministic(run_dir) == deterministic(joint)
     before, after = weights(joint, STEPS), weights(run_dir, STEPS)
     assert all((before[name] == after[name]).all() for name in before)
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_without_the_others_is_a_plain_run(folders: dict[str, Path], tmp_path: Path) -> None:
     """Same weights to begin with, same data, same draws: every number is the same."""
-    launch("multimodal_tiny", tmp_path / "reduced", [*settings(folders, ("audio",)), *without("image", "text")])
-    launch("audio_tiny", tmp_path / "plain", settings(folders, ("audio",)))
+    train("multimodal_tiny", tmp_path / "reduced", [*settings(folders, ("audio",)), *without("image", "text")])
+    train("audio_tiny", tmp_path / "plain", settings(folders, ("audio",)))
     reduced, plain = (deterministic(tmp_path / name) for name in ("reduced", "plain"))
     assert reduced == plain
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_on_another_number_of_ranks_sees_the_same(
     joint: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    launch("multimodal_tiny", tmp_path / "one", settings(folders, ("audio", "image", "text")), ranks=1)
+    train("multimodal_tiny", tmp_path / "one", settings(folders, ("audio", "image", "text")), ranks=1)
     for a, b in zip(deterministic(joint), deterministic(tmp_path / "one"), strict=True):
         for name in ("audio", "image", "text"):
             assert a[f"{name}/mask/fraction"] == b[f"{name}/mask/fraction"]
@@ -271,7 +266,7 @@ def test_data_shards_of_a_joint_run_must_name_the_modality() -> None:
         load_config("multimodal_tiny", ["data.shards=somewhere"])
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_export_of_a_joint_run_reads_all_three_and_brings_its_tokenizer(
     joint: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -283,7 +278,7 @@ def test_export_of_a_joint_run_reads_all_three_and_brings_its_tokenizer(
     assert "data/tokens" in extractor.folder.description.origin["final_metrics"]
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_export_goes_on_without_shards_and_says_what_is_missing(
     joint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
