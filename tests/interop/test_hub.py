@@ -237,6 +237,7 @@ def test_padded_text_has_the_features_of_each_text_alone(loaded: Any) -> None:
         torch.testing.assert_close(found.last_hidden_state[0, 8:], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.run
 def test_a_folder_loads_offline_where_d2v2ds_is_not_installed(folder: Path, network: Trunk, tmp_path: Path) -> None:
     blocked = ["d2v2ds", "deepspeed", "pydantic", "pyarrow", "torchvision", "sentencepiece"]
     program = f"""
