@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v2ds.data.folders import Folders
+from d2v2ds.data.folders import Folders, JoinedShards, Part, only_sizes
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
 from d2v2ds.masking import MaskConfig, masked_count
@@ -136,6 +136,44 @@ class Reader(Protocol):
 
     def remarks(self) -> list[str]:
         """Return messages about settings that work but may be a mistake; the run logs them at the start."""
+
+
+class PackedReader(Generic[Part]):
+    """Common parts of the readers of packed folders; a `Reader` derives from it."""
+
+    config: Any
+    network: Any
+
+    def __init__(self, shards: JoinedShards[Part], config: Any, network: Any, mask: MaskConfig | None) -> None:
+        """
+        Args:
+            shards: packed folders.
+            config: a `DataSettings`.
+            network: settings of the network that reads the inputs.
+            mask: of every input; None for none.
+        """
+        self.shards, self.config, self.network, self.mask = shards, config, network, mask
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """Folders, with the sizes of all rows, for a plan."""
+        return self.shards.datasets(self.config.weights)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) sizes of the rows of the only folder."""
+        return only_sizes(self.datasets)
+
+    def misfits(self) -> list[str]:
+        """Return no misfits."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """Return no remarks."""
+        return []
 
 
 def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float, largest_row: float) -> list[str]:

@@ -28,7 +28,7 @@ from d2v2ds.data.collate import Collator
 from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import MicroBatch
 from d2v2ds.masking import MaskConfig
-from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader, ImageSource, augmentation_numbers, draw_crops
+from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader, augmentation_numbers, draw_crops
 from d2v2ds.modalities.image.shards import ImageShards
 from tests.data.fake_images import FakeImages, encode, photo
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(name: str, source: ImageSource, num_images: int, repeats: int) -> None:
+def measure(name: str, source: ImageShards, num_images: int, repeats: int) -> None:
     """Print the table of one set of images."""
     config = ImageDataConfig(shards=Path(), global_batch_images=1, micro_batch_images=1)
     reader = ImageReader(JoinedShards([source]), config, Network(), MASK)
@@ -115,7 +115,7 @@ def fastest(
     return best
 
 
-def crops_of(source: ImageSource, micro: MicroBatch, config: ImageDataConfig) -> tuple[list[Corners], list[bool]]:
+def crops_of(source: ImageShards, micro: MicroBatch, config: ImageDataConfig) -> tuple[list[Corners], list[bool]]:
     """The crops that the reader will draw."""
     images = [source.read_image(row) for row in micro.rows.tolist()]
     boxes, flips = draw_crops(
@@ -133,7 +133,7 @@ def scale_of(box: Corners) -> int:
     return next((scale for scale in SCALES if min(right - left, bottom - top) // scale >= SIDE), 1)
 
 
-def bare(source: ImageSource, row: int, box: Corners) -> Image.Image:
+def bare(source: ImageShards, row: int, box: Corners) -> Image.Image:
     image = Image.open(io.BytesIO(source.read_image(row).data))
     scale = scale_of(box)
     if scale > 1:
@@ -141,7 +141,7 @@ def bare(source: ImageSource, row: int, box: Corners) -> Image.Image:
     return image.crop(tuple(edge // scale for edge in box))
 
 
-def at_full_scale(source: ImageSource, row: int, box: Corners, flip: bool) -> torch.Tensor:
+def at_full_scale(source: ImageShards, row: int, box: Corners, flip: bool) -> torch.Tensor:
     image = Image.open(io.BytesIO(source.read_image(row).data)).convert("RGB")
     small = image.crop(box).resize((SIDE, SIDE), BICUBIC)
     if flip:

@@ -4,7 +4,7 @@
     python -m d2v2ds.interop.fairseq export FOLDER --out FILE.pt [--modality audio]
 
 `import` takes pretraining checkpoints (student and, under `_ema`, teacher) and fine-tuned ones (encoder and head) and
-writes our export folder, see `folder.py`; nothing in the file is run. `export` writes the official layout back.
+writes our export folder, see `export_folder.py`; nothing in the file is run. `export` writes the official layout back.
 Tensors keep their type and their bits in both directions. Of the official configuration only the fields that define
 the network are read and kept; everything else is listed and left behind.
 """
@@ -14,26 +14,7 @@ import sys
 from pathlib import Path
 
 from d2v2ds.errors import D2V2Error
-from d2v2ds.interop.fairseq.files import export_file, import_file
-from d2v2ds.interop.fairseq.read import OfficialCheckpoint
-
-
-def _print_report(file: Path, folder: Path, checkpoint: OfficialCheckpoint) -> None:
-    """Print the findings of an import."""
-    student = checkpoint.trunk | checkpoint.decoder
-    count = sum(tensor.numel() for tensor in student.values())
-    print(f"{file}: {checkpoint.modality}, student of {len(student)} tensors, {count:,} parameters")
-    if checkpoint.teacher is not None:
-        count = sum(tensor.numel() for tensor in checkpoint.teacher.values())
-        print(f"teacher of {len(checkpoint.teacher)} tensors, {count:,} parameters")
-    if checkpoint.head:
-        print(f"head, by its own names: {', '.join(checkpoint.head)}")
-    if checkpoint.ignored:
-        print(f"ignored: {', '.join(checkpoint.ignored)}")
-    for warning in checkpoint.warnings:
-        print(f"WARNING: {warning}")
-    print(f"licence: {checkpoint.licence}")
-    print(f"written: {folder}")
+from d2v2ds.interop.fairseq.files import export_file, findings, import_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "import":
             found = import_file(options.source, options.out, options.drop_unknown, options.tokenizer)
-            _print_report(options.source, options.out, found)
+            print(f"{options.source}: {findings(found)}\nwritten: {options.out}")
         else:
             export_file(options.source, options.out, options.modality)
             print(f"written: {options.out}")

@@ -28,6 +28,24 @@ from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
 from d2v2ds.objectives.data2vec2 import ModalityConfig
 
 
+def findings(checkpoint: OfficialCheckpoint) -> str:
+    """Describe what an import found, one line for each finding."""
+    student = checkpoint.trunk | checkpoint.decoder
+    lines = [f"{checkpoint.modality}, student of {_counts(student)}"]
+    if checkpoint.teacher is not None:
+        lines.append(f"teacher of {_counts(checkpoint.teacher)}")
+    if checkpoint.head:
+        lines.append(f"head, by its own names: {', '.join(checkpoint.head)}")
+    if checkpoint.ignored:
+        lines.append(f"ignored: {', '.join(checkpoint.ignored)}")
+    lines += [f"WARNING: {warning}" for warning in checkpoint.warnings]
+    return "\n".join([*lines, f"licence: {checkpoint.licence}"])
+
+
+def _counts(tensors: Tensors) -> str:
+    return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} parameters"
+
+
 def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tokenizer: Tokenizer | None) -> None:
     """Write what was read as our export folder.
 

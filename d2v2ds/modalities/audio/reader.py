@@ -9,7 +9,7 @@ numbers while only the crop is read and decoded.
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from d2v2ds.bounds import Count, Positive, PositiveOrZero
-from d2v2ds.data.folders import Folders, JoinedShards, folder_faults, only_sizes, sizes_of
-from d2v2ds.data.mixture import Dataset
+from d2v2ds.data.folders import Folders, folder_faults, sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, TokenCounter, Unit, batch_faults, mask_faults
-from d2v2ds.masking import MaskConfig
-from d2v2ds.modalities.audio.shards import SAMPLE_SCALE
+from d2v2ds.data.reader import Examples, PackedReader, Unit, batch_faults, mask_faults
+from d2v2ds.modalities.audio.shards import SAMPLE_SCALE, AudioShards
 from d2v2ds.rng import Stream, hash64, to_unit_interval
 from d2v2ds.shapes import AUDIO_NORM_EPS
 
@@ -85,50 +83,13 @@ SECONDS = Unit(
 )
 
 
-class AudioSource(Protocol):
-    """Rows of recordings; `AudioShards` is one."""
-
-    @property
-    def sample_rate_hz(self) -> int:
-        """Samples per second of every row."""
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) lengths in samples."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def read_audio(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.int16]:
-        """Samples `start` to `stop` (exclusive) of a row."""
-
-    def read_stats(self, index: int) -> tuple[float, float]:
-        """Mean and biased variance of a whole row, in units of full scale."""
-
-
-class AudioReader:
+class AudioReader(PackedReader[AudioShards]):
     """Packed folders of recordings as clips of equal length; a `Reader` of `d2v2ds.data.reader`."""
 
     modality = "audio"
     unit = SECONDS
 
-    def __init__(
-        self, shards: JoinedShards[AudioSource], config: AudioDataConfig, network: TokenCounter, mask: MaskConfig | None
-    ) -> None:
-        self.shards, self.config, self.network, self.mask = shards, config, network, mask
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    @property
-    def datasets(self) -> list[Dataset]:
-        """The folders, with lengths in samples."""
-        return self.shards.datasets(self.config.weights)
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) lengths in samples of the only folder."""
-        return only_sizes(self.datasets)
+    config: AudioDataConfig
 
     def plan_config(self) -> PlanConfig:
         """Limits in samples."""
@@ -170,10 +131,6 @@ class AudioReader:
             "repack with --resample"
         ]
 
-    def remarks(self) -> list[str]:
-        """Return no remarks: any readable shard is fine."""
-        return []
-
     def faults(self) -> list[str]:
         """Return one message for each way in which shards, settings and network do not fit."""
         config, rate, faults = self.config, self.config.sample_rate_hz, self.misfits()
@@ -208,7 +165,7 @@ class AudioReader:
         return faults
 
 
-def decode(source: AudioSource, row: int, start: int, out: NDArray[np.float32]) -> None:
+def decode(source: AudioShards, row: int, start: int, out: NDArray[np.float32]) -> None:
     """Read one crop, normalised by its whole recording, into a given buffer.
 
     Args:

@@ -11,7 +11,7 @@ the reduced image: by less than one pixel of the result.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v2ds.bounds import Bounds, Count, Positive, PositiveOrZero, Share
-from d2v2ds.data.folders import Folders, JoinedShards, folder_faults, only_sizes
+from d2v2ds.data.folders import Folders, JoinedShards, folder_faults
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, TokenCounter, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import Examples, PackedReader, Unit, batch_faults, mask_faults
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
-from d2v2ds.modalities.image.shards import EncodedImage
+from d2v2ds.modalities.image.network import ImageNetwork
+from d2v2ds.modalities.image.shards import EncodedImage, ImageShards
 from d2v2ds.rng import Stream, hash64, to_unit_interval
 from d2v2ds.shapes import resized_side
 
@@ -92,32 +93,20 @@ IMAGES = Unit(
 )
 
 
-class ImageInput(TokenCounter, Protocol):
-    """Network settings that a reader of images needs."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square that the network reads, in pixels."""
-
-
-class ImageSource(Protocol):
-    """Parts of a dataset that reading needs; `ImageShards` has them."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def read_image(self, index: int) -> EncodedImage:
-        """The encoded image of a row."""
-
-
-class ImageReader:
+class ImageReader(PackedReader[ImageShards]):
     """Packed folders of images as square crops of one size; a `Reader` of `d2v2ds.data.reader`."""
 
     modality = "image"
     unit = IMAGES
+    config: ImageDataConfig
+    network: ImageNetwork
 
     def __init__(
-        self, shards: JoinedShards[ImageSource], config: ImageDataConfig, network: ImageInput, mask: MaskConfig | None
+        self,
+        shards: JoinedShards[ImageShards],
+        config: ImageDataConfig,
+        network: ImageNetwork,
+        mask: MaskConfig | None,
     ) -> None:
         """
         Raises:
@@ -125,10 +114,7 @@ class ImageReader:
         """
         import d2v2ds.data.codecs.imagefile  # noqa: F401  (here, so that runs without images need no Pillow)
 
-        self.shards, self.config, self.network, self.mask = shards, config, network, mask
-
-    def __len__(self) -> int:
-        return len(self.shards)
+        super().__init__(shards, config, network, mask)
 
     @property
     def side(self) -> int:
@@ -141,11 +127,6 @@ class ImageReader:
         return self.shards.datasets(
             self.config.weights, lambda part: np.broadcast_to(np.int64(self.side), (len(part),))
         )
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) of the only folder."""
-        return only_sizes(self.datasets)
 
     def plan_config(self) -> PlanConfig:
         """Limits in pixels along the side."""
@@ -198,14 +179,6 @@ class ImageReader:
         view = whole_view(image.width, image.height, side)
         part = displayed(self._part(row, image, view.box, None), image.orientation)  # (Y, X, C)
         return view.middle(resize(np.ascontiguousarray(part), *view.size), side)
-
-    def misfits(self) -> list[str]:
-        """Always empty: images of every size are resized to the size of the model."""
-        return []
-
-    def remarks(self) -> list[str]:
-        """Nothing that fits is worth a word."""
-        return []
 
     def faults(self) -> list[str]:
         """Reasons why settings and model do not fit, as sentences."""

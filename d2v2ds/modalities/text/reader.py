@@ -4,19 +4,18 @@ In: token ids in the shard. Out: int64 (B, S), rows shorter than the longest one
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from d2v2ds.bounds import Count, PositiveOrZero
-from d2v2ds.data.folders import Folders, JoinedShards, folder_faults, only_sizes, sizes_of
-from d2v2ds.data.mixture import Dataset
+from d2v2ds.data.folders import Folders, folder_faults, sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, TokenCounter, Unit, batch_faults, mask_faults
-from d2v2ds.masking import MaskConfig
+from d2v2ds.data.reader import Examples, PackedReader, Unit, batch_faults, mask_faults
+from d2v2ds.modalities.text.network import TextNetwork
+from d2v2ds.modalities.text.shards import TextShards
 from d2v2ds.shapes import PAD_ID
 
 
@@ -67,68 +66,19 @@ TOKENS = Unit(
 )
 
 
-class TextInput(TokenCounter, Protocol):
-    """Settings of the network that a reader of text needs."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the embedding."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest input."""
-
-
-class TextSource(Protocol):
-    """Rows of token ids; `TextShards` is one."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the packed ids."""
-
-    @property
-    def block_tokens(self) -> int:
-        """Most tokens of a row."""
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) tokens of every row."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def read_blocks(self, rows: ArrayLike, out: NDArray[np.int64], pad_id: int) -> None:
-        """Fill (B, S) with the ids of some rows, padded on the right."""
-
-
-class TextReader:
+class TextReader(PackedReader[TextShards]):
     """Packed folders of token blocks; a `Reader` of `d2v2ds.data.reader`."""
 
     modality = "text"
     unit = TOKENS
 
-    def __init__(
-        self, shards: JoinedShards[TextSource], config: TextDataConfig, network: TextInput, mask: MaskConfig | None
-    ) -> None:
-        self.shards, self.config, self.network, self.mask = shards, config, network, mask
+    config: TextDataConfig
+    network: TextNetwork
 
     @property
     def block_tokens(self) -> int:
         """Tokens of the longest row of all folders."""
         return max(part.block_tokens for part in self.shards.parts)
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    @property
-    def datasets(self) -> list[Dataset]:
-        """The folders, with tokens of every row."""
-        return self.shards.datasets(self.config.weights)
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) tokens of every row of the only folder."""
-        return only_sizes(self.datasets)
 
     def plan_config(self) -> PlanConfig:
         """Limits in tokens."""
