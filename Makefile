@@ -2,7 +2,8 @@
 #                                                   measures of the layout
 # make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder);
 #              MODALITY=image, text or joint for the others
-# make test    all tests but the slow ones
+# make test    what to run all day: no whole runs, no slow tests; shared by all cores
+# make test-all  all tests but the slow ones, as CI runs them
 # make golden  write the kept first steps of the tiny configurations anew and print what changed
 # make faults  every way of dying that a run survives, slow ones too (half an hour)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,10 +11,12 @@ BIN := .venv/bin
 RUNS ?= runs
 DATA ?=
 MODALITY ?= audio
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile \
+	--no-loadscope-reorder
 DEMO := $(RUNS)/demo-$(MODALITY)
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check golden faults
+.PHONY: setup demo test test-all check golden faults
 
 setup: $(STAMP)
 
@@ -31,7 +34,10 @@ check: $(STAMP)
 	$(BIN)/python -m tests.structure
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not run and not slow'
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 golden: $(STAMP)
 	$(BIN)/python -m tests.runs.golden_curves

@@ -1,7 +1,7 @@
 """Run a function on several local gloo ranks, and count the collective calls of a piece of code.
 
-The ranks are forked from a server process that has torch and DeepSpeed imported already: the first launch of a test
-session takes some five seconds, later ones one. A test module still does best to return many findings from one launch.
+The ranks are forked from the server of `tests/forked.py`: the first launch of a test session takes some five seconds,
+later ones one. A test module still does best to return many findings from one launch.
 """
 
 import faulthandler
@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+
+from tests.forked import fork
 
 GRACE_S = 3.0
 """How long the other ranks may go on reporting after the first failure."""
@@ -44,14 +46,11 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
     """
     from d2v2ds.distributed.comm import free_port
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["d2v2ds.distributed.comm"])
     port = free_port()
     ranks: dict[Connection, tuple[int, BaseProcess]] = {}
     for rank in range(world):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(sender, rank, world, port, function, args), daemon=True)
-        process.start()
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = fork(_rank_main, sender, rank, world, port, function, args, daemon=True)
         sender.close()
         ranks[receiver] = (rank, process)
     try:

@@ -64,6 +64,11 @@ class Shards:
         """(len(self),) int64 size of every row, as its layout defines it; memory-mapped."""
         return self.records["size"]
 
+    @property
+    def annotations(self) -> list[str]:
+        """Names of the fields of `read_labels`, less the id."""
+        return [field.name for field in fields(self.labels) if field.name != "id"]
+
     def read_labels(self, index: int) -> Any:
         """Return id and annotations of row `index`, without reading its payload.
 

@@ -13,8 +13,6 @@ from d2v2ds.data.shards import Shards
 from d2v2ds.errors import ShardError
 from d2v2ds.model.trunk import Trunk
 
-COLUMNS = ("label", "speaker", "text")
-"""Annotations that a shard row can have."""
 BATCH_ROWS = 32
 """Most inputs of one size in a batch."""
 
@@ -24,14 +22,14 @@ def annotation(shards: Shards, name: str) -> list[str | None]:
 
     Args:
         shards: the dataset.
-        name: `label`, `speaker` or `text`, or the manifest column that was packed as the label.
+        name: of `Shards.annotations`, or the manifest column that was packed as the label.
 
     Raises:
         ShardError: there is no such annotation, or no row has it.
     """
     packed_as = shards.index.settings.get("label_column")
     column = "label" if name == packed_as else name
-    known = [known for known in COLUMNS if len(shards) and hasattr(shards.read_labels(0), known)]
+    known = shards.annotations
     if column not in known:
         raise ShardError(
             f"{shards.folder}: no annotation {name!r} to predict or leave out; there are {', '.join(known) or 'none'} "

@@ -25,7 +25,7 @@ from d2v2ds.data.schema import read_index
 from d2v2ds.errors import ConfigError, ShardError
 from d2v2ds.inference.extraction_options import DTYPES, PART_TOKENS, Options
 from d2v2ds.inference.extractor import FeatureExtractor, batches_by_size
-from d2v2ds.inference.feature_file import ANNOTATIONS, feature_schema, join_files, write_rows
+from d2v2ds.inference.feature_file import feature_schema, join_files, write_rows
 from d2v2ds.io.crc import crc32
 from d2v2ds.modalities.known import modality_of, open_reader, open_shards
 
@@ -72,8 +72,7 @@ class Extraction:
         if faults := modality.packed_faults(self.extractor.folder.path, preprocessing, folder):
             raise ConfigError("; ".join(faults))
         self._shards = open_shards(folder)
-        labels = self._shards.read_labels(0) if len(self._shards) else None
-        self._annotations = [name for name in ANNOTATIONS if hasattr(labels, name)]
+        self._annotations = self._shards.annotations
         self.schema = feature_schema(
             self.layers,
             description.model.block.width,

@@ -18,8 +18,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-ANNOTATIONS = ("label", "speaker", "text")
-
 
 def feature_schema(
     layers: Sequence[int], width: int, *, pooled: bool, annotations: Sequence[str], facts: Mapping[str, Any]
@@ -30,7 +28,7 @@ def feature_schema(
         layers: numbers of the layers.
         width: D.
         pooled: one vector a row instead of one a token.
-        annotations: of `ANNOTATIONS`, those that the rows have.
+        annotations: names of the rows' annotations.
         facts: how the features were made; stored as JSON under the metadata key `d2v2ds`.
     """
     vector = pa.list_(pa.float32(), width)

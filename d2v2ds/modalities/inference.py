@@ -75,8 +75,8 @@ class HubInput:
 class GraphInput:
     """Input of an ONNX graph."""
 
-    axes: tuple[str, ...]
-    """Names of its free axes."""
+    axes: tuple[str | None, ...]
+    """Names of its free axes from the first on, the last that of S; None for an axis of fixed size between them."""
     padding: float | None
     """Value at padded places; None if nothing is ever padded."""
     sizes: Callable[[Any, Sequence[int]], list[int]]

@@ -114,7 +114,7 @@ class Checkpoints:
             "guard": self.guard.state_dict(),
             "settings": self.settings,
         }
-        self._settle(self._saver.save(f"step{self.progress.step:08d}", state, {}, validation_loss))
+        self._settle(self._saver.save(f"step{self.progress.step:08d}", state, validation_loss))
         self.stall_s += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -170,7 +170,7 @@ class Checkpoints:
             CheckpointError: no checkpoint is whole.
             ConfigError: model or data differ from the checkpoint's.
         """
-        restored = checkpoint.load(self.student, self.teacher, self.folder, reshard=True, accept=self._is_of_this_model)
+        restored = checkpoint.load(self.student, self.teacher, self.folder, accept=self._is_of_this_model)
         state = restored.client_state
         self.progress.step, self.progress.seen = state["step"], dict(state["seen"])
         self.guard.load_state_dict(state["guard"])
@@ -211,7 +211,6 @@ class Checkpoints:
                 self.student,
                 self.teacher,
                 self.folder,
-                reshard=True,
                 accept=lambda state: state["guard"]["nonfinite_in_a_row"] == 0,
             )
         except CheckpointError as error:

@@ -57,16 +57,13 @@ HEALTH_UNITS = {
 
 
 def gradient_metric(parameter: str, modalities: Container[str], units: Container[str]) -> tuple[str | None, str]:
-    """Find the norm in which the gradient of a parameter counts.
+    """Return the gradient norm that includes a parameter: modality (None for all) and metric.
 
     Args:
-        parameter: name in an objective's network: `trunk.blocks...`, `trunk.encoders.M.PART...`, `PARTs.M...` for what
-            the objective has for each modality M, such as decoders, or `PART...` for what it has for all of them.
+        parameter: name in an objective's network: `trunk.blocks...`, `trunk.encoders.M.PART...`, `PARTs.M...` for
+            modules of the objective for each modality M, such as decoders, or `PART...` for modules for all of them.
         modalities: names of the run's modalities.
-        units: norms that have a unit; a part without one counts as other.
-
-    Returns:
-        The modality, None for all, and the metric.
+        units: norms that have a unit; modules without one count as other.
     """
     room, *rest = parameter.removeprefix("trunk.").split(".")
     if room == "blocks":

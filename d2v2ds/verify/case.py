@@ -12,7 +12,8 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.errors import D2V2Error
-from d2v2ds.interop.fairseq.official_config import OfficialNetwork, UnsupportedOptionError, network_of
+from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 
 Tensors = dict[str, Tensor]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from d2v2ds.errors import D2V2Error
-from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.verify.case import Case, has_trajectory
 from d2v2ds.verify.report import Report
 from d2v2ds.verify.step import check_step

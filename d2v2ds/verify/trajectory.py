@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
-from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.objectives.data2vec2 import StudentOutput
 from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig

@@ -19,18 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from d2v2ds.config.load import RunConfig, load_config
+from d2v2ds.config.load import load_config
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.checkpoint import load as checkpoint
 from d2v2ds.distributed.checkpoint.format import read_manifest
 from d2v2ds.distributed.checkpoint.save import Saver
-from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
-from d2v2ds.distributed.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
-from d2v2ds.distributed.teacher import Teacher
-from d2v2ds.model.trunk import total_loss
-from d2v2ds.pretrain import build_engines
+from d2v2ds.distributed.ds_config import load_ds_config
+from d2v2ds.distributed.engine import gradient_sum_factor, optimizer_step, set_lr
 from d2v2ds.run.machine import tune_cpu
-from tests.benchmarks.zero import make_batch
+from d2v2ds.train.step import total_loss
+from tests.benchmarks.zero import build, make_batch
 
 BLOCK = 4 << 20
 
@@ -42,16 +40,6 @@ def timed(action: Callable[[], object]) -> float:
     action()
     comm.barrier()
     return time.perf_counter() - start
-
-
-def build(config: RunConfig) -> tuple[Engine, Teacher]:
-    numbers = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": comm.world(),
-        "gradient_clipping": config.optim.clip_norm,
-    }
-    return build_engines(config, merge_ds_config(load_ds_config(config.engine.deepspeed), numbers))
 
 
 def raw_write(path: Path, num_files: int, num_bytes: int) -> None:
@@ -98,13 +86,13 @@ def main() -> None:
     with comm.process_group():
         if comm.device().type == "cpu":
             tune_cpu(comm.world())
-        student, teacher = build(config)
+        objective, student, teacher, _ = build(config, load_ds_config(config.engine.deepspeed))
         batch = make_batch(config, options.seconds).to(comm.device())
         factor = gradient_sum_factor(student) / comm.all_reduce_sum([batch.num_masked])[0]
 
         def step() -> None:
             set_lr(student, 1e-5)
-            student.backward(total_loss(student(batch, teacher)) * factor)
+            student.backward(total_loss(objective.losses(student, batch, 0)) * factor)
             optimizer_step(student)
             teacher.update(0.999)
 
@@ -119,7 +107,7 @@ def main() -> None:
 
         saver = Saver(student, teacher, folder / "async")
         for number in range(options.repeats):
-            stall = timed(lambda: saver.save(f"step{number}", {}, {}))  # noqa: B023
+            stall = timed(lambda: saver.save(f"step{number}", {}))  # noqa: B023
             meanwhile = timed(step)
             waited = timed(saver.finish)
             name = "first" if number == 0 else "later"
@@ -129,7 +117,7 @@ def main() -> None:
         saving = Saver(student, teacher, folder / "sync", asynchronous=False)
         saves, writes, loads, reads = [], [], [], []
         for number in range(options.repeats):
-            saves.append(timed(lambda: saving.save(f"step{number}", {}, {})))  # noqa: B023
+            saves.append(timed(lambda: saving.save(f"step{number}", {})))  # noqa: B023
             path = folder / "sync" / f"step{number}"
             manifest = read_manifest(path)
             mine = [r["bytes"] for n, r in manifest.files.items() if f"rank{comm.rank():05d}" in n]
@@ -137,7 +125,7 @@ def main() -> None:
             raw.mkdir(parents=True, exist_ok=True)
             writes.append(timed(lambda: raw_write(raw, len(mine), sum(mine))))  # noqa: B023
             drop_from_cache(path)
-            loads.append(timed(lambda: checkpoint.load(student, teacher, folder / "sync", path.name)))  # noqa: B023
+            loads.append(timed(lambda: checkpoint.load(student, teacher, folder / "sync")))
             drop_from_cache(raw)
             reads.append(timed(lambda: raw_read(raw)))  # noqa: B023
             comm.barrier()

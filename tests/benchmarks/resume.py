@@ -7,6 +7,7 @@ The run must have a checkpoint and steps left. Framework: importing torch and De
 of ours runs beside the framework (reading ahead) shows in the whole, which counts.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from d2v2ds import pretrain  # noqa: E402
 from d2v2ds.distributed import comm  # noqa: E402
+from d2v2ds.run import pretraining  # noqa: E402
 from d2v2ds.train import loop  # noqa: E402
 
 FRAMEWORK = ("import torch and deepspeed", "process group", "deepspeed.initialize")
@@ -54,16 +56,16 @@ def main() -> None:
 
     time_calls(deepspeed, "initialize", FRAMEWORK[2])
     time_calls(comm, "initialise", FRAMEWORK[1])
-    time_calls(pretrain, "prepare", "configuration and data")
-    time_calls(pretrain, "build_engines", "model, first weights, teacher", less=(FRAMEWORK[2],))
-    time_calls(pretrain.Checkpoints, "resume", "reading the checkpoint")
-    time_calls(pretrain.provenance, "write", "provenance")
-    loop.pretrain_step = first_step
+    time_calls(pretraining, "prepare", "configuration and data")
+    time_calls(pretraining, "build_engines", "model, first weights, teacher", less=(FRAMEWORK[2],))
+    time_calls(pretraining.Checkpoints, "resume", "reading the checkpoint")
+    time_calls(pretraining.provenance, "write", "provenance")
+    loop.train_step = first_step
     with suppress(FirstStepError):
         pretrain.main(sys.argv[1:])
     total = time.perf_counter() - began
     framework = sum(spent[name] for name in FRAMEWORK)
-    if int(pretrain.os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         spent["loader, first batch and the rest"] = total - sum(spent.values())
         for name, seconds in spent.items():
             print(f"{seconds:7.2f} s  {'framework' if name in FRAMEWORK else 'ours':9}  {name}")

@@ -23,17 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
-from d2v2ds.modalities.audio.network import AudioConfig
-from d2v2ds.modalities.image.network import ImageConfig
-from d2v2ds.modalities.text.network import TextConfig
+from d2v2ds.modalities.audio.network import AudioNetwork
+from d2v2ds.modalities.image.network import ImageNetwork
+from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.decoder import DecoderConfig
-from d2v2ds.model.flops import step_flops
-from d2v2ds.model.init import initialise
-from d2v2ds.model.trunk import Data2Vec2, ModalitiesConfig, ModelConfig, total_loss
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.objectives.data2vec2 import Data2Vec2, Data2Vec2Config, ModalityConfig
+from d2v2ds.objectives.ema import EmaConfig
 from d2v2ds.objectives.loss import LossConfig
 from d2v2ds.objectives.targets import TargetConfig
-from d2v2ds.objectives.teacher_network import TargetNet
 from d2v2ds.run.machine import matmul_peak_flops, tune_cpu
 
 SAMPLE_RATE_HZ = 16000
@@ -42,37 +41,38 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Size:
-    """One model and its masks, without YAML so that torch and numpy suffice."""
+    """One model and its objective, without YAML so that torch and numpy suffice."""
 
-    modality: str
-    model: ModelConfig
-    mask: MaskConfig
+    trunk: TrunkConfig
+    own: ModalityConfig
+
+    @property
+    def modality(self) -> str:
+        """The only one."""
+        return next(iter(self.trunk.modalities))
+
+    def objective(self) -> Data2Vec2:
+        """data2vec 2.0 with these settings."""
+        ema = EmaConfig(start_decay=0.999, end_decay=0.999, anneal_steps=0)
+        return Data2Vec2Config(ema=ema, modalities={self.modality: self.own}).build(self.trunk, seed=0)
 
 
 INSTANCE = ("instance",)
 
 
 def _audio(width: int, heads: int, prenet: int, depth: int, decoder: int, top: int, mask: MaskConfig) -> Size:
-    audio = AudioConfig(
-        prenet_depth=prenet,
-        prenet_dropout=0.1,
+    audio = AudioNetwork(prenet_depth=prenet, prenet_dropout=0.1)
+    own = ModalityConfig(
+        share_local_encoder=True,
+        mask=mask,
         decoder=DecoderConfig(width=decoder, depth=4, kernel=7, groups=16),
         target=TargetConfig(num_layers=top, layer_norms=INSTANCE),
     )
     block = BlockConfig(width=width, num_heads=heads)
-    return Size("audio", ModelConfig(block=block, shared_depth=depth, modalities=ModalitiesConfig(audio=audio)), mask)
+    return Size(TrunkConfig(block=block, shared_depth=depth, modalities={"audio": audio}), own)
 
 
 def _image(width: int, heads: int, prenet: int, depth: int, decoder: DecoderConfig, image_size: int, kept: str) -> Size:
-    image = ImageConfig(
-        prenet_depth=prenet,
-        image_size=image_size,
-        decoder=decoder,
-        target=TargetConfig(num_layers=depth, layer_norms=INSTANCE, final_norms=("layer",)),
-        loss=LossConfig(cls_weight=0.01),
-    )
-    dropouts = {"attention_dropout": 0.0, "attention_output_dropout": 0.0, "mlp_dropout": 0.0}
-    block = BlockConfig(width=width, num_heads=heads, norm_eps=1e-6, **dropouts)
     mask = {
         "base": MaskConfig(
             masked_fraction=0.8, adjust=0.07, num_masks=16, kind="block_2d", block_length=3, inverse=True
@@ -81,21 +81,30 @@ def _image(width: int, heads: int, prenet: int, depth: int, decoder: DecoderConf
             masked_fraction=0.75, adjust=0.1, num_masks=16, kind="block_2d", block_length=3, inverse=True
         ),
     }[kept]
-    return Size("image", ModelConfig(block=block, shared_depth=depth, modalities=ModalitiesConfig(image=image)), mask)
+    own = ModalityConfig(
+        share_local_encoder=False,
+        mask=mask,
+        decoder=decoder,
+        target=TargetConfig(num_layers=depth, layer_norms=INSTANCE, final_norms=("layer",)),
+        loss=LossConfig(cls_weight=0.01),
+    )
+    dropouts = {"attention_dropout": 0.0, "attention_output_dropout": 0.0, "mlp_dropout": 0.0}
+    block = BlockConfig(width=width, num_heads=heads, norm_eps=1e-6, **dropouts)
+    image = ImageNetwork(prenet_depth=prenet, image_size=image_size)
+    return Size(TrunkConfig(block=block, shared_depth=depth, modalities={"image": image}), own)
 
 
 def _text(width: int, heads: int, depth: int, decoder: DecoderConfig, vocab: int, tokens: int, masked: float) -> Size:
-    text = TextConfig(
-        prenet_depth=0,
-        vocab_size=vocab,
-        max_tokens=tokens,
+    own = ModalityConfig(
+        share_local_encoder=True,
+        mask=MaskConfig(masked_fraction=masked, num_masks=8, kind="random"),
         decoder=decoder,
         target=TargetConfig(num_layers=depth, layer_norms=INSTANCE),
         loss=LossConfig(scale=1.0),
     )
     block = BlockConfig(width=width, num_heads=heads)
-    mask = MaskConfig(masked_fraction=masked, num_masks=8, kind="random")
-    return Size("text", ModelConfig(block=block, shared_depth=depth, modalities=ModalitiesConfig(text=text)), mask)
+    text = TextNetwork(prenet_depth=0, vocab_size=vocab, max_tokens=tokens)
+    return Size(TrunkConfig(block=block, shared_depth=depth, modalities={"text": text}), own)
 
 
 def _text_decoder(width: int) -> DecoderConfig:
@@ -126,22 +135,21 @@ SIZES = {
 
 def _input(size: Size, samples: int, seconds: float) -> torch.Tensor:
     """Noise of the right kind."""
-    model = size.model.modalities
-    if model.audio is not None:
+    network = size.trunk.modalities[size.modality]
+    if isinstance(network, AudioNetwork):
         return torch.randn(samples, round(seconds * SAMPLE_RATE_HZ))
-    if model.image is not None:
-        side = model.image.image_size
+    if isinstance(network, ImageNetwork):
+        side = network.image_size
         return torch.randint(0, 256, (samples, 3, side, side), dtype=torch.uint8)
-    assert model.text is not None
-    return torch.randint(4, model.text.vocab_size, (samples, model.text.max_tokens))
+    return torch.randint(4, network.vocab_size, (samples, network.max_tokens))
 
 
 def make_batch(size: Size, samples: int, seconds: float) -> Batch:
     """Noise with masks as the run would draw them."""
-    source = _input(size, samples, seconds)
-    tokens = size.model.modalities.active()[size.modality].num_tokens(source.shape[-1])
-    masked = torch.from_numpy(draw_masks(size.mask, tokens, seed=0, epoch=0, sample_ids=range(samples)))
-    visible = tokens - masked_count(size.mask, tokens)
+    source, mask = _input(size, samples, seconds), size.own.mask
+    tokens = size.trunk.modalities[size.modality].num_tokens(source.shape[-1])
+    masked = torch.from_numpy(draw_masks(mask, tokens, seed=0, epoch=0, sample_ids=range(samples)))
+    visible = tokens - masked_count(mask, tokens)
     keep = masked.to(torch.uint8).argsort(dim=-1, stable=True)[..., :visible]
     return Batch(
         modality=size.modality,
@@ -174,8 +182,9 @@ def benchmark(
 ) -> tuple[float, float, int]:
     """Seconds of one step, algorithmic operations of it, and peak bytes on a CUDA device."""
     torch.manual_seed(0)
-    student, teacher = Data2Vec2(size.model), TargetNet(size.model).eval()
-    initialise(student, seed=0)
+    objective = size.objective()
+    student, teacher = objective.build_network(activation_checkpointing=False), objective.build_teacher_network().eval()
+    objective.initialise(student, seed=0)
     student, teacher = student.to(device, dtype), teacher.to(device, dtype).requires_grad_(False)
     if compiled:
         for block in [*student.modules(), *teacher.modules()]:
@@ -185,20 +194,14 @@ def benchmark(
     make_targets = torch.no_grad()(teacher.__call__)
 
     def step() -> None:
-        (total_loss(student(batch, make_targets)) / batch.num_masked).backward()
+        losses = student(batch, make_targets)["losses"]
+        (torch.stack(list(losses.values())).sum() / batch.num_masked).backward()
         student.zero_grad()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elapsed = measure(step, device, repeats)
-    flops = step_flops(
-        size.model,
-        size.modality,
-        num_samples=clips,
-        size=batch.source.shape[-1],
-        num_masks=batch.masks.num_masks,
-        visible=batch.masks.num_visible,
-    ).total
+    flops = objective.flops(size.modality, clips, batch.source.shape[-1])
     return elapsed, flops, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -227,10 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
         dtype = DTYPES[precision]
         for path in options.paths.split(","):
             size = SIZES[options.config]
-            block = replace(size.model.block, attention_path=path)
+            block = replace(size.trunk.block, attention_path=path)
             if options.no_dropout:
                 block = replace(block, attention_dropout=0.0, attention_output_dropout=0.0, mlp_dropout=0.0)
-            size = replace(size, model=replace(size.model, block=block))
+            size = replace(size, trunk=replace(size.trunk, block=block))
             for compiled in {"off": [False], "on": [True], "both": [False, True]}[options.compile]:
                 peak = matmul_peak_flops(device, dtype)
                 elapsed, flops, memory = benchmark(

@@ -37,7 +37,7 @@ def test_every_benchmark_is_run() -> None:
     assert names == {*COMMANDS, "step", "resume"}
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 @pytest.mark.parametrize("name", COMMANDS)
 def test_benchmark_prints_its_table(name: str, tmp_path: Path) -> None:
     arguments, rows = COMMANDS[name]

@@ -9,6 +9,7 @@ import pytest
 BLOCKED = ("deepspeed", "pyarrow", "pydantic", "yaml", "tensorboard", "safetensors", "soundfile", "matplotlib", "tqdm")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "size, dtypes, paths",
     [("tiny", "fp32,bf16", "auto,explicit"), ("image_tiny", "bf16", "auto"), ("text_tiny", "bf16", "auto")],

@@ -28,17 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from d2v2ds.batch import Batch
 from d2v2ds.config.load import RunConfig, load_config
 from d2v2ds.data.collate import Collator
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import MicroBatch
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
-from d2v2ds.distributed.engine import gradient_sum_factor, optimizer_step, set_lr
+from d2v2ds.distributed.engine import Engine, gradient_sum_factor, optimizer_step, set_lr
 from d2v2ds.distributed.memory import expected_bytes
+from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.distributed.zero import full_shape
 from d2v2ds.modalities.audio.reader import AudioReader
-from d2v2ds.model.trunk import total_loss
-from d2v2ds.pretrain import build_engines
+from d2v2ds.objectives.protocol import Objective
+from d2v2ds.run.build import build_engines
 from d2v2ds.run.machine import tune_cpu
 from d2v2ds.train.metrics import peak_memory_gib
+from d2v2ds.train.step import total_loss
 from tests.distributed.engine_state import bytes_in_use
 
 
@@ -72,12 +75,26 @@ class RandomAudio:
 
 def make_batch(config: RunConfig, seconds: float) -> Batch:
     """One clip of noise with masks as the run draws them."""
-    data, model = config.data.audio, config.model.modalities.audio
-    assert data is not None
-    assert model is not None
+    data, network = config.data.modalities["audio"], config.model.modalities["audio"]
     length = round(seconds * data.sample_rate_hz)
-    reader = AudioReader(RandomAudio(length, data.sample_rate_hz), data, model)
+    shards: Any = JoinedShards([RandomAudio(length, data.sample_rate_hz)])
+    reader = AudioReader(shards, data, network, config.objective.modalities["audio"].mask)
     return Collator(reader=reader, seed=1)(MicroBatch(0, np.array([0]), length))
+
+
+def build(config: RunConfig, source: dict[str, Any]) -> tuple[Objective, Engine, Teacher, dict[str, Any]]:
+    """Objective, engine and teacher for one clip on each rank, and the merged DeepSpeed JSON."""
+    numbers = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": comm.world(),
+        "gradient_clipping": config.optim.clip_norm,
+    }
+    ds_config = merge_ds_config(source, numbers)
+    objective = config.objective.build(config.model, config.run.seed)
+    engine, teacher = build_engines(config, objective, ds_config)
+    assert teacher is not None
+    return objective, engine, teacher, ds_config
 
 
 @dataclass
@@ -105,37 +122,30 @@ class Timer:
 
 def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[str, Any]:
     """Train a few steps with one DeepSpeed configuration."""
-    numbers = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": comm.world(),
-        "gradient_clipping": config.optim.clip_norm,
-    }
     source = load_ds_config(name.removesuffix(" fp32"))
     if name.endswith(" fp32"):
         source["bf16"] = {"enabled": False}
-    ds_config = merge_ds_config(source, numbers)
-    student, teacher = build_engines(config, ds_config)
+    objective, student, teacher, ds_config = build(config, source)
     batch = make_batch(config, seconds).to(comm.device())
     factor = gradient_sum_factor(student) / comm.all_reduce_sum([batch.num_masked])[0]
     timer = Timer()
-    losses = []
+    mean_losses = []
     for _ in range(steps + 1):
         set_lr(student, 1e-5)
         torch.manual_seed(0)
         before = memory_in_use()
         timer.start()
-        out = student(batch, teacher)
+        losses = objective.losses(student, batch, 0)
         timer.lap("forward")
         kept = memory_in_use() - before
         timer.start()
-        student.backward(total_loss(out) * factor)
+        student.backward(total_loss(losses) * factor)
         timer.lap("backward")
         optimizer_step(student)
         timer.lap("optimizer")
         teacher.update(0.999)
         timer.lap("ema")
-        losses.append(float(total_loss(out).detach()) / batch.num_masked)
+        mean_losses.append(float(total_loss(losses).detach()) / losses.count)
     sizes = [int(np.prod(full_shape(p))) for p in student.module.parameters()]
     threshold = ds_config["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)
     expected = expected_bytes(
@@ -148,7 +158,7 @@ def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[st
     held = bytes_in_use(student, teacher)
     result = {
         "name": name,
-        "loss": losses[-1],
+        "loss": mean_losses[-1],
         "kept": kept / 2**30,
         "held": sum(held.values()) / 2**30,
         "formula": sum(expected.values()) / 2**30,

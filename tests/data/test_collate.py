@@ -100,7 +100,7 @@ def test_without_masks_any_length_that_the_model_reads_will_do(source):
     assert reader.faults() == []
     tokens = {mask: fake_reader(source, mask, min_seconds=0.03).faults() for mask in (None, MASK)}
     assert tokens[None] == []
-    assert "audio mask, for clips of data.audio.min_seconds 0.03: 2 tokens" in tokens[MASK][0]
+    assert "objective.modalities.audio.mask, for clips of data.audio.min_seconds 0.03: 2 tokens" in tokens[MASK][0]
 
 
 # ---- rows that cannot be read ----

@@ -126,19 +126,19 @@ def flip_bytes(folder: Path, name: str, step: int) -> dict[str, Any]:
 
 def main() -> None:
     """In a program of its own, which a crash of Arrow would end alone: the parent sees its exit code."""
-    folder, name, step = sys.argv[1:]
-    sys.stdout.write(json.dumps(flip_bytes(Path(folder), name, int(step))))
+    folder, step, *names = sys.argv[1:]
+    sys.stdout.write(json.dumps({name: flip_bytes(Path(folder), name, int(step)) for name in names}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_byte_is_noticed_or_harmless(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BATCH_BYTES", 4000 if kind == "image" else 700)
     folder = pack_folder(kind, tmp_path)
-    for name in (open_shards(folder).index.shards[0].file, "rows.npy"):
-        command = [sys.executable, "-m", "tests.data.test_damage", str(folder), name, str(STEP)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, f"{name}: exit code {result.returncode}\n{result.stderr[-2000:]}"
-        found = json.loads(result.stdout)
+    names = [open_shards(folder).index.shards[0].file, "rows.npy"]
+    command = [sys.executable, "-m", "tests.data.test_damage", str(folder), str(STEP), *names]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-2000:]}"
+    for name, found in json.loads(result.stdout).items():
         assert found["silent"] == [], f"{name}: bytes that change rows in silence"
         assert found["noticed"] > 0.3 * found["tried"]
 

@@ -105,6 +105,7 @@ def test_without_pooling_there_is_a_vector_for_every_token(
         np.testing.assert_allclose(tokens.mean(0), matrix(pooled, 3)[row], atol=1e-5)
 
 
+@pytest.mark.run
 def test_several_processes_write_the_same_rows(model: Path, shards: Path, tmp_path: Path, whole: bytes) -> None:
     out = tmp_path / "features.arrow"
     assert main([*arguments(model, shards, out, "--layers", "1,-1", *MANY_PARTS), "--workers", "2"]) == 0
@@ -114,6 +115,7 @@ def test_several_processes_write_the_same_rows(model: Path, shards: Path, tmp_pa
         np.testing.assert_allclose(matrix(found, layer), matrix(expected, layer), atol=1e-5)
 
 
+@pytest.mark.run
 def test_killed_and_started_again_it_keeps_what_was_done(
     model: Path, shards: Path, tmp_path: Path, whole: bytes
 ) -> None:
@@ -193,6 +195,7 @@ def test_models_that_differ_in_matrices_alone_do_not_share_parts(model: Path, sh
     assert plans[0] == plans[1]
 
 
+@pytest.mark.run
 def test_an_error_of_a_process_ends_the_extraction_without_the_other_parts(
     model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

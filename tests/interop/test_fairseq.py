@@ -17,7 +17,7 @@ from d2v2ds.config.load import load_config
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import ModelFolder, load_trunk
 from d2v2ds.interop.fairseq.__main__ import main
-from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import read_pickled
 from d2v2ds.interop.fairseq.read import OWN_LICENCE, OfficialCheckpoint, read_official
 from d2v2ds.modalities.text.tokenizers import load_tokenizer

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from d2v2ds.config.load import CONFIG_FOLDER, load_config
-from d2v2ds.interop.fairseq.official_config import (
-    OfficialNetwork,
-    UnsupportedOptionError,
-    network_of,
-    official_section,
-)
+from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.interop.fairseq.official_section import official_section
 from d2v2ds.interop.fairseq.pickles import read_pickled
 from d2v2ds.interop.fairseq.read import OfficialCheckpoint, Tensors, read_official
 from d2v2ds.interop.fairseq.write import write_official

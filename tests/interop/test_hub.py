@@ -15,24 +15,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from d2v2ds.interop.preprocessing import published_preprocessing
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.api import FeatureExtractor
-from d2v2ds.interop.export_folder import Description, Kind, ModelFolder, load_encoder, write_config, write_tensors
+from d2v2ds.data.folders import JoinedShards
+from d2v2ds.interop.export_folder import Description, Kind, ModelFolder, load_trunk
+from d2v2ds.interop.export_write import write_config, write_tensors
 from d2v2ds.interop.hub.write import write_hub_files
 from d2v2ds.modalities.image.reader import ImageReader
 from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer
-from d2v2ds.model.init import initialise
+from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.local import normalise_pixels
-from d2v2ds.model.trunk import Data2Vec2, ModalitiesConfig, ModelConfig
+from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.shapes import AUDIO_NORM_EPS, PAD_ID
 from preprocessing.text.tokenization import gpt2_tokenizer_json
 from tests.data.fake_images import FakeImages, encode, photo
-from tests.model.tiny import tiny_model_config
-from tests.model.tiny_joint import joint_batch, joint_model_config
+from tests.interop.folders import published_preprocessing, tiny_config
+from tests.model.tiny import tiny_trunk_config
+from tests.model.tiny_joint import joint_batch, joint_trunk_config
 from tests.preprocessing.test_tokenization import TEXTS, foreign_model
 from tests.preprocessing.texts import sentencepiece_model, write_gpt2_files
 
@@ -52,34 +54,34 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def tiny_network(config: ModelConfig, seed: int = 3) -> Data2Vec2:
+def tiny_network(config: TrunkConfig, seed: int = 3) -> Trunk:
     """In eval mode, with no parameter at the value that it would have without being loaded."""
-    model = Data2Vec2(config).eval()
-    initialise(model, seed)
+    trunk = Trunk(config).eval()
+    initialise(trunk_parts(trunk), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in trunk.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return trunk
 
 
 def write_export(
     folder: Path,
-    model: Data2Vec2,
+    trunk: Trunk,
     dtype: torch.dtype = torch.float32,
-    decoders: bool = True,
     piece_bytes: int = 10**9,
     **preprocessing: Any,
 ) -> Path:
     """An export folder for transformers, with `preprocessing` in place of the published one of a modality."""
     folder.mkdir(parents=True)
-    tensors = {name: value.to(dtype) for name, value in model.state_dict().items()}
-    tensors = {name: value for name, value in tensors.items() if decoders or not name.startswith("decoders.")}
+    tensors = {name: value.to(dtype) for name, value in trunk.state_dict().items()}
     layout = {name: Kind.of(value) for name, value in tensors.items()}
     write_tensors(folder, "model", layout, tensors.items(), piece_bytes)
-    inputs = published_preprocessing(model.config) | preprocessing
-    description = Description(model=model.config, preprocessing=inputs, origin={"kind": "test"})
-    write_config(folder, description, write_hub_files(folder, model.config, inputs))
+    for part in ("objective", "teacher"):  # which transformers must not read
+        write_tensors(folder, part, {"decoders.x": Kind((1,), dtype)}, [("decoders.x", torch.ones(1, dtype=dtype))])
+    inputs = published_preprocessing(trunk.config) | preprocessing
+    description = Description(model=trunk.config, preprocessing=inputs, origin={"kind": "test"})
+    write_config(folder, description, write_hub_files(folder, trunk.config, inputs))
     return folder
 
 
@@ -88,12 +90,12 @@ def text_settings(tokenizer: str, file: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def network() -> Data2Vec2:
-    return tiny_network(joint_model_config())
+def network() -> Trunk:
+    return tiny_network(joint_trunk_config())
 
 
 @pytest.fixture(scope="module")
-def folder(network: Data2Vec2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(network: Trunk, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_export(tmp_path_factory.mktemp("exports") / "joint-1.0", network)
 
 
@@ -119,7 +121,7 @@ def features(model: Any, modality: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def wanted(network: Data2Vec2, modality: str) -> list[Tensor]:
+def wanted(network: Trunk, modality: str) -> list[Tensor]:
     return network.layers(modality, inputs_of(modality))
 
 
@@ -133,7 +135,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("modality", INPUTS)
-def test_features_are_those_of_layers(loaded: Any, network: Data2Vec2, modality: str) -> None:
+def test_features_are_those_of_layers(loaded: Any, network: Trunk, modality: str) -> None:
     assert_equal(features(loaded, modality), wanted(network, modality))
     with torch.no_grad():
         output = loaded(**{INPUTS[modality]: inputs_of(modality)})
@@ -144,27 +146,25 @@ def test_features_are_those_of_layers(loaded: Any, network: Data2Vec2, modality:
     assert torch.equal(output.last_hidden_state, wanted(network, modality)[-1])
 
 
-def test_every_weight_comes_from_the_file_and_nothing_is_reported(folder: Path, network: Data2Vec2) -> None:
+def test_every_weight_comes_from_the_file_and_nothing_is_reported(folder: Path, network: Trunk) -> None:
     model, report = load(folder, output_loading_info=True)
     assert not any(report.values()), report
     trained = {name for name, value in network.named_parameters() if value.requires_grad}
-    assert {name for name, value in model.named_parameters() if value.requires_grad} == {
-        name for name in trained if not name.startswith("decoders.")
-    }
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == trained
     assert not model.training and model.dtype == torch.float32
 
 
-def test_weights_in_several_files_in_half_precision_and_without_decoders(network: Data2Vec2, tmp_path: Path) -> None:
-    folder = write_export(tmp_path / "sharded", network, torch.float16, decoders=False, piece_bytes=20_000)
+def test_weights_in_several_files_in_half_precision(network: Trunk, tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "sharded", network, torch.float16, piece_bytes=20_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    rounded = Data2Vec2(network.config).eval()
+    rounded = Trunk(network.config).eval()
     rounded.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
     model = load(folder)
     for modality in INPUTS:
         assert_equal(features(model, modality), wanted(rounded, modality))
 
 
-def test_bfloat16_on_request(folder: Path, network: Data2Vec2) -> None:
+def test_bfloat16_on_request(folder: Path, network: Trunk) -> None:
     model = load(folder, dtype=torch.bfloat16)
     for modality in INPUTS:
         found, expected = features(model, modality)[-1], wanted(network, modality)[-1]
@@ -172,12 +172,12 @@ def test_bfloat16_on_request(folder: Path, network: Data2Vec2) -> None:
         assert (found.float() - expected).norm() < 0.05 * expected.norm()
 
 
-def test_saved_again_it_is_the_same_model(loaded: Any, network: Data2Vec2, tmp_path: Path) -> None:
+def test_saved_again_it_is_the_same_model(loaded: Any, network: Trunk, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "again")
-    assert not any(name.startswith("decoders.") for name in load_file(tmp_path / "again" / "model.safetensors"))
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == network.state_dict().keys()
     model, report = load(tmp_path / "again", output_loading_info=True)
     assert not any(report.values()), report
-    ours = load_encoder(ModelFolder(tmp_path / "again"))
+    ours = load_trunk(ModelFolder(tmp_path / "again"))
     for modality in INPUTS:
         assert_equal(features(model, modality), wanted(network, modality))
         assert_equal(wanted(ours, modality), wanted(network, modality))
@@ -189,7 +189,7 @@ def test_a_new_model_of_a_configuration_has_every_weight_drawn(loaded: Any) -> N
     assert 0.3 < model.encoders["image"].extra.tokens.std() < 3
     assert torch.equal(
         model.encoders["image"].fixed_positions.table,
-        Data2Vec2(joint_model_config()).encoders["image"].fixed_positions.table,
+        Trunk(joint_trunk_config()).encoders["image"].fixed_positions.table,
     )
     assert (model.encoders["audio"].alibi.scale == 1).all()
     assert (loaded.config.hidden_size, loaded.config.num_attention_heads, loaded.config.num_hidden_layers) == (16, 4, 3)
@@ -198,7 +198,7 @@ def test_a_new_model_of_a_configuration_has_every_weight_drawn(loaded: Any) -> N
 def test_other_inputs_than_one_of_the_models_are_refused(loaded: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected one of .*found \['input_values', 'input_ids'\]"):
         loaded(input_values=inputs_of("audio"), input_ids=inputs_of("text"))
-    speech = load(write_export(tmp_path / "speech", tiny_network(tiny_model_config())))
+    speech = load(write_export(tmp_path / "speech", tiny_network(tiny_trunk_config())))
     assert speech.main_input_name == "input_values"
     with pytest.raises(ValueError, match=r"expected one of \['input_values'\], found \['pixel_values'\]"):
         speech(pixel_values=inputs_of("image"))
@@ -237,7 +237,8 @@ def test_padded_text_has_the_features_of_each_text_alone(loaded: Any) -> None:
         torch.testing.assert_close(found.last_hidden_state[0, 8:], alone, rtol=0, atol=1e-5)
 
 
-def test_a_folder_loads_offline_where_d2v2ds_is_not_installed(folder: Path, network: Data2Vec2, tmp_path: Path) -> None:
+@pytest.mark.run
+def test_a_folder_loads_offline_where_d2v2ds_is_not_installed(folder: Path, network: Trunk, tmp_path: Path) -> None:
     blocked = ["d2v2ds", "deepspeed", "pydantic", "pyarrow", "torchvision", "sentencepiece"]
     program = f"""
 import sys
@@ -274,10 +275,9 @@ save_file(found, "outputs.safetensors")
 
 
 def test_raw_inputs_have_the_features_of_our_own_extractor(tmp_path: Path) -> None:
-    config = joint_model_config()
-    assert config.modalities.text is not None
-    text = replace(config.modalities.text, vocab_size=420, max_tokens=64)
-    network = tiny_network(replace(config, modalities=replace(config.modalities, text=text)))
+    config = joint_trunk_config()
+    text = replace(config.modalities["text"], vocab_size=420, max_tokens=64)
+    network = tiny_network(replace(config, modalities={**config.modalities, "text": text}))
     folder = write_export(tmp_path / "raw", network, text=text_settings("sentencepiece", "tokenizer.model"))
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     ours, theirs = FeatureExtractor(folder, layers=[-1], min_seconds=0), load(folder)
@@ -311,7 +311,7 @@ def test_raw_inputs_have_the_features_of_our_own_extractor(tmp_path: Path) -> No
 
 
 def test_recordings_are_normalised_one_by_one_as_in_training(tmp_path: Path) -> None:
-    folder = write_export(tmp_path / "speech", tiny_network(tiny_model_config()))
+    folder = write_export(tmp_path / "speech", tiny_network(tiny_trunk_config()))
     extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
     rng = np.random.default_rng(0)
     for loudness in (1.0, 1e-2, 1e-4):  # the quieter, the more the epsilon matters
@@ -332,15 +332,10 @@ def test_other_rates_and_channels_are_refused(folder: Path) -> None:
         extractor([np.zeros((100, 2))], sampling_rate=16000)
 
 
-def test_images_become_the_crops_of_evaluation(network: Data2Vec2, tmp_path: Path) -> None:
+def test_images_become_the_crops_of_evaluation(tmp_path: Path) -> None:
     side, shorter = 224, 256
     image = {"side": side, "shorter_side": shorter, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    only_image = ModelConfig(
-        block=network.config.block,
-        shared_depth=2,
-        modalities=ModalitiesConfig(image=network.config.modalities.image),
-    )
-    folder = write_export(tmp_path / "vision", tiny_network(only_image), image=image)
+    folder = write_export(tmp_path / "vision", tiny_network(tiny_config("image")), image=image)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     transparent = Image.fromarray(np.dstack([photo(300, 280, 4), np.full((280, 300), 128, np.uint8)]))
     files = [
@@ -355,8 +350,8 @@ def test_images_become_the_crops_of_evaluation(network: Data2Vec2, tmp_path: Pat
     turned = Image.Exif()
     turned[0x0112] = 6
     files.append(encode(photo(310, 290, 6), exif=turned))
-    shards = FakeImages(files, [1, 1, 1, 1, 1, 1, 1, 6])
-    reader = ImageReader(shards, SimpleNamespace(mask=None), SimpleNamespace(input_size=side))  # type: ignore[arg-type]
+    shards, whole = FakeImages(files, [1, 1, 1, 1, 1, 1, 1, 6]), SimpleNamespace()
+    reader = ImageReader(JoinedShards([shards]), whole, SimpleNamespace(image_size=side), None)  # type: ignore[arg-type]
     for row, data in enumerate(files):
         (tmp_path / "file").write_bytes(data)
         expected = normalise_pixels(reader.read_whole(row)[None], torch.float32)
@@ -380,7 +375,7 @@ def test_images_become_the_crops_of_evaluation(network: Data2Vec2, tmp_path: Pat
     ids=["", "identity", "foreign"],
 )
 def test_sentencepiece_tokenizers_give_the_ids_of_training(
-    train: Callable[[], bytes], network: Data2Vec2, tmp_path: Path
+    train: Callable[[], bytes], network: Trunk, tmp_path: Path
 ) -> None:
     data = train()
     ours = SentencePieceTokenizer(data)
@@ -390,7 +385,7 @@ def test_sentencepiece_tokenizers_give_the_ids_of_training(
 
 
 @pytest.mark.parametrize("left_out", [0, 40])
-def test_byte_pair_tokenizers_give_the_ids_of_training(left_out: int, network: Data2Vec2, tmp_path: Path) -> None:
+def test_byte_pair_tokenizers_give_the_ids_of_training(left_out: int, network: Trunk, tmp_path: Path) -> None:
     files = write_gpt2_files(tmp_path / "gpt2", left_out)
     data = gpt2_tokenizer_json(
         *((files / name).read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe", "dict.txt")), files

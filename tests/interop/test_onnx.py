@@ -7,57 +7,47 @@ from pathlib import Path
 
 import pytest
 import torch
-from d2v2ds.interop.preprocessing import published_preprocessing
 
 from d2v2ds.errors import D2V2Error, MissingExtraError
-from d2v2ds.interop.export_folder import Description, Kind, write_config, write_tensors
+from d2v2ds.interop.export_folder import Description, Kind
+from d2v2ds.interop.export_write import write_config, write_tensors
 from d2v2ds.interop.onnx import graph as onnx_graphs
-from d2v2ds.interop.onnx.graph import (
-    KINDS,
-    OnnxEncoder,
-    check_onnx,
-    export_onnx,
-    main,
-    random_inputs,
-)
+from d2v2ds.interop.onnx.graph import OnnxEncoder, check_onnx, export_onnx, main, random_inputs
+from d2v2ds.modalities.text.modality import TEXT
 from d2v2ds.model.attention import Attention
-from d2v2ds.model.init import initialise
-from d2v2ds.model.trunk import Data2Vec2
-from tests.model.tiny_joint import joint_model_config
+from d2v2ds.model.init import initialise, trunk_parts
+from d2v2ds.model.trunk import Trunk
+from tests.interop.folders import published_preprocessing
+from tests.model.tiny_joint import joint_trunk_config
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.run
 MODALITIES = ("audio", "image", "text")
 
 
-def small_model() -> Data2Vec2:
+def small_model() -> Trunk:
     """A prenet block and two shared ones; ALiBi for speech (a scale for each block) and text, two extra tokens."""
-    config = joint_model_config(width=64)
-    modalities = config.modalities
-    assert modalities.audio is not None and modalities.image is not None and modalities.text is not None
-    modalities = replace(
-        modalities,
-        audio=replace(modalities.audio, alibi_per_block=True),
-        image=replace(modalities.image, num_extra_tokens=2),
-        text=replace(modalities.text, alibi=True),
-    )
-    model = Data2Vec2(replace(config, modalities=modalities))
-    initialise(model, 0)
+    config = joint_trunk_config(width=64)
+    changes = {"audio": {"alibi_per_block": True}, "image": {"num_extra_tokens": 2}, "text": {"alibi": True}}
+    modalities = {name: replace(config.modalities[name], **change) for name, change in changes.items()}
+    trunk = Trunk(replace(config, modalities=modalities))
+    initialise(trunk_parts(trunk), 0)
     with torch.no_grad():
-        for module in model.modules():
+        for module in trunk.modules():
             if isinstance(module, Attention):
                 module.qkv.weight.mul_(8)  # logits that matter, so that a wrong bias shows
-    return model.eval()
+    return trunk.eval()
 
 
 @pytest.fixture(scope="module")
-def model() -> Data2Vec2:
+def model() -> Trunk:
     return small_model()
 
 
 @pytest.fixture(scope="module")
-def graphs(model: Data2Vec2, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def graphs(model: Trunk, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One graph of each modality with layers 0, 1 and 3."""
     folder = tmp_path_factory.mktemp("graphs")
     for modality in MODALITIES:
@@ -65,20 +55,18 @@ def graphs(model: Data2Vec2, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {modality: folder / f"{modality}.onnx" for modality in MODALITIES}
 
 
-def noise(model: Data2Vec2, modality: str, rows: int, size: int, seed: int = 3) -> tuple[torch.Tensor, ...]:
-    config = model.config.modalities.active()[modality]
+def noise(model: Trunk, modality: str, rows: int, size: int, seed: int = 3) -> tuple[torch.Tensor, ...]:
+    config = model.config.modalities[modality]
     return random_inputs(config, modality, [size] * rows, size, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_graph_gives_the_features_of_pytorch(model: Data2Vec2, graphs: dict[str, Path], modality: str) -> None:
+def test_graph_gives_the_features_of_pytorch(model: Trunk, graphs: dict[str, Path], modality: str) -> None:
     assert check_onnx(model, modality, graphs[modality]) < 1e-5
 
 
 @pytest.mark.parametrize("modality, rows, size", [("audio", 1, 41), ("audio", 5, 977), ("text", 1, 1), ("text", 3, 24)])
-def test_batch_and_length_are_free(
-    model: Data2Vec2, graphs: dict[str, Path], modality: str, rows: int, size: int
-) -> None:
+def test_batch_and_length_are_free(model: Trunk, graphs: dict[str, Path], modality: str, rows: int, size: int) -> None:
     source, padding = noise(model, modality, rows, size)
     found = OnnxEncoder(graphs[modality])(source, padding)
     with torch.inference_mode():
@@ -90,9 +78,9 @@ def test_batch_and_length_are_free(
 
 @pytest.mark.parametrize("modality, sizes", [("audio", (400, 777, 130)), ("text", (9, 24, 2))])
 def test_padded_row_equals_the_same_row_alone(
-    model: Data2Vec2, graphs: dict[str, Path], modality: str, sizes: tuple[int, ...]
+    model: Trunk, graphs: dict[str, Path], modality: str, sizes: tuple[int, ...]
 ) -> None:
-    graph, config = OnnxEncoder(graphs[modality]), model.config.modalities.active()[modality]
+    graph, config = OnnxEncoder(graphs[modality]), model.config.modalities[modality]
     source, padding = random_inputs(config, modality, sizes, max(sizes), torch.Generator().manual_seed(4))
     together = graph(source, padding)
     for row, size in enumerate(sizes):
@@ -103,7 +91,7 @@ def test_padded_row_equals_the_same_row_alone(
             assert torch.allclose(together[name][row][real], alone[name][0], atol=1e-5), name
 
 
-def test_image_graph_takes_any_number_of_images(model: Data2Vec2, graphs: dict[str, Path]) -> None:
+def test_image_graph_takes_any_number_of_images(model: Trunk, graphs: dict[str, Path]) -> None:
     (source,) = noise(model, "image", 7, 16)
     found = OnnxEncoder(graphs["image"])(source)
     assert found["layer_3"].shape == (7, 16, 64) and found["token_padding"].shape == (7, 16)
@@ -111,7 +99,7 @@ def test_image_graph_takes_any_number_of_images(model: Data2Vec2, graphs: dict[s
 
 def test_other_attention_and_precision_export_the_same_graph(graphs: dict[str, Path], tmp_path: Path) -> None:
     model = small_model()
-    other = Data2Vec2(replace(model.config, block=replace(model.config.block, attention_path="rowwise")))
+    other = Trunk(replace(model.config, block=replace(model.config.block, attention_path="rowwise")))
     other.load_state_dict(model.state_dict())
     other.train().double()
     export_onnx(other, "text", tmp_path / "text.onnx", layers=(0, 1, 3))
@@ -124,7 +112,7 @@ def test_graph_names_no_file_of_this_machine(graphs: dict[str, Path]) -> None:
         assert b".py" not in path.read_bytes()
 
 
-def test_large_weights_lie_beside_the_graph(model: Data2Vec2, tmp_path: Path) -> None:
+def test_large_weights_lie_beside_the_graph(model: Trunk, tmp_path: Path) -> None:
     path = tmp_path / "text.onnx"
     export_onnx(model, "text", path, single_file_bytes=1000)
     moved = tmp_path / "elsewhere"
@@ -135,7 +123,7 @@ def test_large_weights_lie_beside_the_graph(model: Data2Vec2, tmp_path: Path) ->
     assert check_onnx(model, "text", moved / "text.onnx") < 1e-5
 
 
-def test_graph_of_other_weights_is_caught(model: Data2Vec2, graphs: dict[str, Path]) -> None:
+def test_graph_of_other_weights_is_caught(model: Trunk, graphs: dict[str, Path]) -> None:
     other = small_model()
     with torch.no_grad():
         other.encoders["audio"].alibi.scale.mul_(1.05)  # type: ignore[union-attr, operator]
@@ -168,15 +156,14 @@ def test_graph_that_gives_no_number_is_caught(tmp_path: Path) -> None:
 
 def test_graph_with_a_fixed_length_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
-    fixed = replace(KINDS["text"], axes=("batch",))
-    monkeypatch.setitem(KINDS, "text", fixed)
+    monkeypatch.setattr(type(TEXT), "graph", replace(TEXT.graph, axes=("batch",)))
     export_onnx(model, "text", tmp_path / "text.onnx", layers=(3,))
     monkeypatch.undo()
     with pytest.raises(D2V2Error, match="(?s)1 rows of size 1: onnxruntime cannot run it: .*Expected: 23"):
         check_onnx(model, "text", tmp_path / "text.onnx")
 
 
-def test_wrong_requests_name_what_there_is(model: Data2Vec2, tmp_path: Path) -> None:
+def test_wrong_requests_name_what_there_is(model: Trunk, tmp_path: Path) -> None:
     with pytest.raises(D2V2Error, match="'video': this model has audio, image, text"):
         export_onnx(model, "video", tmp_path / "a.onnx")
     with pytest.raises(D2V2Error, match=r"layers \[4\]: expected some of 0 to 3 for text, found 2, 4"):
@@ -186,7 +173,7 @@ def test_wrong_requests_name_what_there_is(model: Data2Vec2, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_extra_names_its_install(model: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_names_its_install(model: Trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
         MissingExtraError, match=r"needs onnxruntime: in the checkout of d2v2ds, pip install '.\[onnx\]'"
@@ -194,7 +181,7 @@ def test_missing_extra_names_its_install(model: Data2Vec2, tmp_path: Path, monke
         export_onnx(model, "text", tmp_path / "a.onnx")
 
 
-def write_folder(model: Data2Vec2, folder: Path) -> Path:
+def write_folder(model: Trunk, folder: Path) -> Path:
     tensors = model.state_dict()
     folder.mkdir()
     write_tensors(folder, "model", {name: Kind.of(value) for name, value in tensors.items()}, tensors.items())
@@ -204,7 +191,7 @@ def write_folder(model: Data2Vec2, folder: Path) -> Path:
 
 
 def test_command_writes_the_graph_and_reports_its_check(
-    model: Data2Vec2, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Trunk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, to = write_folder(model, tmp_path / "folder"), tmp_path / "graphs"
     with caplog.at_level("INFO"):
@@ -215,7 +202,7 @@ def test_command_writes_the_graph_and_reports_its_check(
 
 
 def test_command_leaves_nothing_that_failed_the_check(
-    model: Data2Vec2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, to = write_folder(model, tmp_path / "folder"), tmp_path / "graphs"
     monkeypatch.setattr(onnx_graphs, "_largest_difference", lambda found, expected: 2e-4)

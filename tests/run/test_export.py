@@ -9,17 +9,18 @@ import pytest
 from d2v2ds.export import main
 from d2v2ds.interop.export_folder import ModelFolder
 from d2v2ds.probe import main as probe
-from tests.runs.launching import launch, pack_clips
+from tests.runs.launching import pack_clips, train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps on one rank."""
     run_dir = tmp_path_factory.mktemp("run") / "run"
-    launch("plain", 1, pack_clips(tmp_path_factory.mktemp("speech")), run_dir, "run.total_steps=2")
+    train(1, pack_clips(tmp_path_factory.mktemp("speech")), run_dir, "run.total_steps=2")
     return run_dir
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("to", ["model", "model.safetensors"])
 @pytest.mark.parametrize("file", ["metrics.jsonl", "starts.jsonl"])
 def test_a_run_without_its_records_gives_a_model_and_says_what_is_not_told(
@@ -38,6 +39,7 @@ def test_a_run_without_its_records_gives_a_model_and_says_what_is_not_told(
     assert file in warning
 
 
+@pytest.mark.run
 def test_a_torn_last_start_is_no_obstacle(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "starts.jsonl").write_text('{"command": ["pyth')

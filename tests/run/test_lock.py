@@ -67,7 +67,7 @@ def test_a_file_system_without_locks_is_warned_about(
     assert "a second run there would not be noticed" in caplog.text
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_a_run_into_the_folder_of_another_ends_before_it_writes_anything(tmp_path: Path) -> None:
     shards, run_dir = pack_clips(tmp_path / "clips"), tmp_path / "run"
     code = "import sys, d2v2ds.run.lock as r; r.PATIENCE_S = 0.2; from d2v2ds.pretrain import main; "

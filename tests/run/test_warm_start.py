@@ -19,7 +19,7 @@ from d2v2ds.run.warm_start import WarmStart, open_warm_start
 from preprocessing.pack_text import main as pack_text
 from tests.interop.folders import drawn, published_preprocessing, tiny_config, tiny_objective, write_folder
 from tests.preprocessing.texts import write_stories
-from tests.runs.launching import arguments_of, attempt, deterministic, fp32, launch, pack_clips, weights
+from tests.runs.launching import arguments_of, attempt, deterministic, fp32, pack_clips, train, weights
 
 PLAIN = ["model.block.mlp_dropout=0", "model.layer_drop=0", "objective.modalities.audio.decoder.mask_noise_std=0"]
 """Nothing is drawn in a step, so that a loss can be computed a second time."""
@@ -39,7 +39,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of eight steps at a high rate, whose teacher lags behind."""
     folder = tmp_path_factory.mktemp("source")
-    launch("torchrun", 2, shards, folder / "run", *PLAIN, "lr.peak=0.01", *decay(0.5))
+    train(2, shards, folder / "run", *PLAIN, "lr.peak=0.01", *decay(0.5))
     export(folder / "run", folder / "model", teacher=True)
     return folder / "model"
 
@@ -68,24 +68,24 @@ def first_loss(prepared: Prepared, folder: ModelFolder) -> float:
     return total / count
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_the_first_step_has_the_loss_of_the_given_model(shards: Path, exported: Path, tmp_path: Path) -> None:
     extra = [*PLAIN, f"init.weights={exported}", "run.total_steps=2", fp32(3, tmp_path)]
-    said = launch("deepspeed", 2, shards, tmp_path / "run", *extra)
+    said = train(2, shards, tmp_path / "run", *extra)
     assert "a new optimizer" in said
     record = deterministic(tmp_path / "run")[0]
     prepared = prepare("audio_tiny", arguments_of(shards, tmp_path / "other", *extra)[2:], world=1)
     assert record["loss/regression"] == pytest.approx(first_loss(prepared, ModelFolder(exported)), rel=1e-5)
     assert record["ema/student_distance"] > 1e-3, "the teacher is the given one"
     assert record["optim/lr"] == 0.0, "a warm-up of its own"
-    launch("plain", 1, shards, tmp_path / "drawn", *PLAIN, "run.total_steps=2")
+    train(1, shards, tmp_path / "drawn", *PLAIN, "run.total_steps=2")
     assert deterministic(tmp_path / "drawn")[0]["loss/regression"] != pytest.approx(record["loss/regression"], rel=0.05)
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_a_run_with_checkpoints_goes_on_from_those(shards: Path, exported: Path, tmp_path: Path) -> None:
     extra = [*PLAIN, f"init.weights={exported}", "run.save_every_steps=1", *decay(1)]
-    launch("plain", 1, shards, tmp_path / "run", *extra, "run.total_steps=2")
+    train(1, shards, tmp_path / "run", *extra, "run.total_steps=2")
     first = weights(tmp_path / "run", 1)
     folder = ModelFolder(exported)
     given = {f"student trunk.{name}": tensor for name, tensor in folder.tensors("model")}
@@ -94,27 +94,28 @@ def test_a_run_with_checkpoints_goes_on_from_those(shards: Path, exported: Path,
     assert all(torch.equal(first[name], given[name]) for name in first), (
         "the first step has lr 0, the teacher is frozen"
     )
-    assert "resumed at step 2" in launch("plain", 1, shards, tmp_path / "run", *extra, "run.total_steps=3")
+    assert "resumed at step 2" in train(1, shards, tmp_path / "run", *extra, "run.total_steps=3")
     last = weights(tmp_path / "run", 3)
     name = "student trunk.blocks.0.mlp.fc1.weight"
     assert not torch.equal(last[name], given[name])
 
 
+@pytest.mark.run
 def test_weights_that_do_not_fit_are_said_before_anything_starts(shards: Path, exported: Path, tmp_path: Path) -> None:
     wrong = ["model.block.width=48", "model.block.num_heads=2", "init.skip=[decoder]", f"init.weights={exported}"]
-    done = attempt("plain", 1, shards, tmp_path / "run", *wrong)
-    assert done.returncode == 2
-    assert "init.weights" in done.stderr
-    assert "was made with model.block.num_heads 4, this run has 2" in done.stderr
-    assert "has shape (32,), this run's (48,)" in done.stderr
-    assert done.stderr.count("has shape") == 5, "the settings say it, hundreds of tensors would hide them"
-    assert "more tensors have other shapes" in done.stderr
-    assert "leave it out" not in done.stderr, "would not make the settings fit"
-    assert "init.skip: 'decoder' is no parameter or part of one" in done.stderr
-    done = attempt("plain", 1, shards, tmp_path / "run", f"init.weights={tmp_path}")
-    assert done.returncode == 2
-    assert "init.weights: " in done.stderr
-    assert "expected the description of an exported model" in done.stderr
+    codes, printed = attempt(1, shards, tmp_path / "run", *wrong)
+    assert codes == [2]
+    assert "init.weights" in printed
+    assert "was made with model.block.num_heads 4, this run has 2" in printed
+    assert "has shape (32,), this run's (48,)" in printed
+    assert printed.count("has shape") == 5, "the settings say it, hundreds of tensors would hide them"
+    assert "more tensors have other shapes" in printed
+    assert "leave it out" not in printed, "would not make the settings fit"
+    assert "init.skip: 'decoder' is no parameter or part of one" in printed
+    codes, printed = attempt(1, shards, tmp_path / "run", f"init.weights={tmp_path}")
+    assert codes == [2]
+    assert "init.weights: " in printed
+    assert "expected the description of an exported model" in printed
 
 
 def configured(tmp_path: Path, folder: Path, *modalities: str, skip: tuple[str, ...] = ()) -> WarmStart:

@@ -8,10 +8,10 @@ commit.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from PIL import Image
 from d2v2ds.config.load import load_config
 from preprocessing.pack_images import main as pack_images
 from preprocessing.pack_text import main as pack_text
-from tests.runs.launching import deterministic, environment, pack_clips
+from tests.runs.launching import Processes, deterministic, pack_clips
 
 FOLDER = Path(__file__).parents[1] / "golden" / "curves"
 NAMES = ("audio_tiny", "image_tiny", "text_tiny", "multimodal_tiny")
@@ -54,8 +54,22 @@ def make_data(root: Path) -> dict[str, Path]:
     return packed
 
 
-def train(name: str, packed: dict[str, Path], run_dir: Path) -> list[dict[str, float]]:
-    """Metrics of every step of one configuration, less those of the clock."""
+def train(root: Path) -> dict[str, list[dict[str, float]]]:
+    """Train every configuration, side by side on data of `root`; returns their metrics at each step, less the clock."""
+    packed = make_data(root)
+    with ExitStack() as running:
+        runs = {
+            name: running.enter_context(
+                Processes("d2v2ds.pretrain", _arguments(name, packed, root / name), [{}], logs=root / f"{name}-logs")
+            )
+            for name in NAMES
+        }
+        for name, run in runs.items():
+            assert run.wait(300) == [0], f"{name}: {run.printed(0)[-3000:]}"
+    return {name: deterministic(root / name) for name in NAMES}
+
+
+def _arguments(name: str, packed: dict[str, Path], run_dir: Path) -> list[str]:
     modalities = load_config(name, [f"data.{m}.shards=x" for m in _modalities(name)]).model.modalities
     overrides = [f"data.{modality}.shards={packed[modality]}" for modality in modalities]
     if "text" in modalities:
@@ -64,16 +78,12 @@ def train(name: str, packed: dict[str, Path], run_dir: Path) -> list[dict[str, f
     if len(modalities) > 1:
         overrides += ["data.audio.global_batch_seconds=4", "data.audio.micro_batch_seconds=4"]
         overrides += ["data.image.global_batch_images=8"]
-    overrides += [
+    return [
+        "--config", name, *overrides,
         f"run.dir={run_dir}", f"run.total_steps={STEPS}", "run.log_every_steps=1", f"run.health_every_steps={STEPS}",
         f"run.save_every_steps={STEPS}", "lr.warmup_steps=5", f"objective.ema.anneal_steps={STEPS}",
         "engine.deepspeed=zero0_fp32_debug",
     ]  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-m", "d2v2ds.pretrain", "--config", name, *overrides],
-        env=environment(), stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=300,
-    )  # fmt: skip
-    return deterministic(run_dir)
 
 
 def _modalities(name: str) -> list[str]:
@@ -106,9 +116,7 @@ def main() -> int:
     """Write the files anew."""
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        packed = make_data(Path(folder))
-        for name in NAMES:
-            found = train(name, packed, Path(folder) / name)
+        for name, found in train(Path(folder)).items():
             file = FOLDER / f"{name}.json"
             changed = list(differences(found, expected(name))) if file.exists() else ["new"]
             print(f"{name}: {len(changed)} differences", *changed[:20], sep="\n  ")

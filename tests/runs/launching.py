@@ -1,11 +1,11 @@
-"""A tiny pretraining run in processes of its own, as a user starts it, for tests of whole runs."""
+"""Tiny pretraining runs for tests of whole runs: forked, or with a launcher as a user starts them."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from d2v2ds.distributed.checkpoint.format import iterate_student, iterate_teache
 from d2v2ds.distributed.comm import free_port
 from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack
+from tests.forked import ForkedProgram
 
 ROOT = Path(__file__).parents[2]
 RATE = 16000
@@ -88,18 +89,27 @@ def command(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str)
 
 
 def launch(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str) -> str:
-    """Run to the end; returns what it printed."""
-    done = attempt(launcher, ranks, shards, run_dir, *extra)
+    """Run to the end under a launcher, in fresh interpreters; returns what it printed."""
+    done = subprocess.run(
+        command(launcher, ranks, shards, run_dir, *extra),
+        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stdout + done.stderr
 
 
-def attempt(launcher: str, ranks: int, shards: Path, run_dir: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    """Run until it ends, in whatever way."""
-    return subprocess.run(
-        command(launcher, ranks, shards, run_dir, *extra),
-        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+def train(world: int, shards: Path, run_dir: Path, *extra: str) -> str:
+    """Run to the end on forked ranks; returns what they printed."""
+    codes, printed = attempt(world, shards, run_dir, *extra)
+    assert codes == [0] * world, printed[-5000:]
+    return printed
+
+
+def attempt(world: int, shards: Path, run_dir: Path, *extra: str) -> tuple[list[int], str]:
+    """Run on forked ranks until they end, in whatever way; returns their exit codes and what they printed."""
+    with Ranks(world, shards, run_dir, *extra, logs=run_dir.parent / f"{run_dir.name}-logs") as ranks:
+        codes = ranks.wait()
+        return codes, "".join(ranks.printed(rank) for rank in range(world))
 
 
 def deterministic(run_dir: Path) -> list[dict[str, float]]:
@@ -125,36 +135,27 @@ def fp32(stage: int, folder: Path) -> str:
     return f"engine.deepspeed={path}"
 
 
-class Ranks:
-    """The processes of one run, each started as `srun` would, so that every one has an exit code and a log of its own.
+class Processes:
+    """The ranks of a run, each forked with the variables that a launcher sets and with a log of its own.
 
     A context manager: whatever still runs at its end is killed.
     """
 
-    def __init__(self, world: int, shards: Path, run_dir: Path, *extra: str, logs: Path) -> None:
-        """With a `fault=` among the extra arguments, `tests.runs.faulty` runs in place of `d2v2ds.pretrain`."""
-        module = "tests.runs.faulty" if any(e.startswith("fault=") for e in extra) else "d2v2ds.pretrain"
-        common = environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    def __init__(self, module: str, arguments: Sequence[str], variables: Sequence[dict[str, str]], logs: Path) -> None:
+        """`variables` are those of each rank, besides `environment()`."""
         logs.mkdir(parents=True, exist_ok=True)
-        self.logs = [logs / f"rank{rank}" for rank in range(world)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            with log.open("a") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", module, *arguments_of(shards, run_dir, *extra)],
-                        env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT,
-                    )
-                )  # fmt: skip
+        self.logs = [logs / f"rank{rank}" for rank in range(len(variables))]
+        self.processes = [
+            ForkedProgram(module, arguments, environment() | own, log)
+            for own, log in zip(variables, self.logs, strict=True)
+        ]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
 
     def wait(self, timeout_s: float = 240.0) -> list[int]:
@@ -173,6 +174,20 @@ class Ranks:
                 assert process.poll() is None, self.printed(rank)[-3000:]
             assert time.monotonic() < deadline, self.printed(0)[-3000:]
             time.sleep(0.01)
+
+
+class Ranks(Processes):
+    """The ranks of a tiny run. With a `fault=` among the extra arguments, `tests.runs.faulty` runs them."""
+
+    def __init__(self, world: int, shards: Path, run_dir: Path, *extra: str, logs: Path) -> None:
+        module = "tests.runs.faulty" if any(e.startswith("fault=") for e in extra) else "d2v2ds.pretrain"
+        super().__init__(module, arguments_of(shards, run_dir, *extra), rank_variables(world), logs)
+
+
+def rank_variables(world: int) -> list[dict[str, str]]:
+    """What `torchrun` sets for each rank, on a free port."""
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def records(run_dir: Path) -> int:

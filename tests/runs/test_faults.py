@@ -1,7 +1,7 @@
 """What a run survives: kills at every moment, signals, other numbers of ranks, damaged checkpoints, full disks.
 
-Each with real processes; the metrics and weights are compared with those of a run that nothing happened to. The long
-half is `slow`; `make faults` runs everything.
+Each with real processes; the metrics and weights are compared with those of a run that nothing happened to, started by
+the deepspeed launcher. The long half is `slow`; `make faults` runs everything.
 """
 
 import json
@@ -21,21 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from d2v2ds.distributed.checkpoint.format import file_faults, finished_tags, named_tag, read_manifest
 from tests.runs.launching import STEPS, Ranks, deterministic, fp32, pack_clips, records, weights
 
-pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_clips(tmp_path_factory.mktemp("speech"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, ZeRO-3, bf16, a checkpoint every second step, every step on record."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    with Ranks(2, shards, folder / "run", logs=folder) as ranks:
-        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
-    return folder / "run"
+pytestmark = pytest.mark.run
 
 
 def finish(world: int, shards: Path, run_dir: Path, *extra: str) -> str:
@@ -85,7 +71,7 @@ def kill_all_at_random(count: int, shards: Path, unbroken: Path, tmp_path: Path,
                 ranks.until(lambda goal=goal: records(run_dir) >= min(goal, STEPS - 1))  # type: ignore[misc]
             else:
                 ranks.until(lambda: "ranks on cpu" in ranks.printed(0))  # it is about to begin
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutError):
                 ranks.processes[0].wait(timeout=draws.uniform(0.0, 0.25))
             for process in ranks.processes:
                 process.kill()

@@ -1,20 +1,19 @@
 """The tiny configurations train as they did: a change of these numbers is a change of the method."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.runs.golden_curves import NAMES, STEPS, differences, expected, make_data, train
+from tests.runs.golden_curves import NAMES, STEPS, differences, expected, train
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_data(tmp_path_factory.mktemp("data"))
+def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    return train(tmp_path_factory.mktemp("curves"))
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_steps_are_those_that_are_kept(name: str, packed: dict[str, Path], tmp_path: Path) -> None:
-    assert list(differences(train(name, packed, tmp_path / "run"), expected(name))) == []
+def test_the_first_steps_are_those_that_are_kept(name: str, curves: dict[str, list[dict[str, float]]]) -> None:
+    assert list(differences(curves[name], expected(name))) == []
 
 
 def test_a_difference_is_named() -> None:

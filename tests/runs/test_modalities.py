@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,16 +12,16 @@ from PIL import Image
 
 from d2v2ds import FeatureExtractor
 from d2v2ds.config.load import load_config
-from d2v2ds.distributed.comm import free_port
 from d2v2ds.errors import CheckpointError, ConfigError
-from d2v2ds.export import export
-from d2v2ds.pretrain import describe, prepare
 from d2v2ds.probe import main as probe_main
+from d2v2ds.run.describe import describe
+from d2v2ds.run.export import export
+from d2v2ds.run.prepare import prepare
 from d2v2ds.train.metrics import read_metrics
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 from preprocessing.pack_text import main as pack_text
-from tests.runs.test_pretrain import deterministic, environment, weights
+from tests.runs.launching import Processes, deterministic, rank_variables, weights
 
 STEPS = 6
 RUN = [
@@ -33,7 +31,7 @@ RUN = [
     "run.health_every_steps=3",
     "run.keep_checkpoints=0",
     "lr.warmup_steps=2",
-    "ema.anneal_steps=6",
+    "objective.ema.anneal_steps=6",
     "model.block.width=32",
     "model.block.mlp_dropout=0.1",  # draws must survive a resume too
     "model.shared_depth=2",
@@ -43,24 +41,24 @@ RUN = [
 OF = {
     "audio": [
         "model.modalities.audio.conv_layers=[[16,10,5],[16,8,8],[16,4,4],[16,2,2]]",
-        "model.modalities.audio.decoder.width=16",
-        "model.modalities.audio.target.num_layers=2",
+        "objective.modalities.audio.decoder.width=16",
+        "objective.modalities.audio.target.num_layers=2",
         "data.audio.global_batch_seconds=3",
         "data.audio.micro_batch_seconds=1",
         "data.audio.max_seconds=1",
         "data.audio.min_seconds=0.5",
-        "data.audio.mask.num_masks=2",
+        "objective.modalities.audio.mask.num_masks=2",
     ],
     "image": [
-        "model.modalities.image.decoder.width=16",
-        "model.modalities.image.target.num_layers=2",
+        "objective.modalities.image.decoder.width=16",
+        "objective.modalities.image.target.num_layers=2",
         "data.image.global_batch_images=6",
         "data.image.micro_batch_images=3",
-        "data.image.mask.num_masks=2",
+        "objective.modalities.image.mask.num_masks=2",
     ],
     "text": [
-        "model.modalities.text.decoder.width=16",
-        "model.modalities.text.target.num_layers=2",
+        "objective.modalities.text.decoder.width=16",
+        "objective.modalities.text.target.num_layers=2",
         "model.modalities.text.vocab_size=320",
         "model.modalities.text.max_tokens=32",
         "data.text.global_batch_tokens=256",
@@ -108,33 +106,31 @@ def without(*modalities: str) -> list[str]:
     return [f"{section}.{name}=null" for name in modalities for section in ("data", "model.modalities")]
 
 
-def launch(config: str, run_dir: Path, overrides: Sequence[str], ranks: int = 2) -> str:
-    bins = Path(sys.executable).parent
-    module = ["d2v2ds.pretrain", "--config", config, f"run.dir={run_dir}", *overrides]
-    command = [str(bins / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m", *module]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout + done.stderr
+def train(config: str, run_dir: Path, overrides: Sequence[str], ranks: int = 2) -> str:
+    """Run to the end on forked ranks; returns what they printed."""
+    arguments = ["--config", config, f"run.dir={run_dir}", *overrides]
+    logs = run_dir.parent / f"{run_dir.name}-logs"
+    with Processes("d2v2ds.pretrain", arguments, rank_variables(ranks), logs) as started:
+        assert started.wait() == [0] * ranks, started.printed(0)[-5000:]
+        return "".join(started.printed(rank) for rank in range(ranks))
 
 
 @pytest.fixture(scope="module")
 def joint(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three on two ranks with ZeRO-3 and bf16."""
     run_dir = tmp_path_factory.mktemp("joint") / "run"
-    said = launch("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
+    said = train("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
     assert f"step {STEPS}/{STEPS}" in said
     return run_dir
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_one_modality_trains_and_is_probed(
     modality: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    launch(f"{modality}_tiny", run_dir, settings(folders, (modality,)))
+    train(f"{modality}_tiny", run_dir, settings(folders, (modality,)))
     records = read_metrics(run_dir / "metrics.jsonl")
     assert len(records) == STEPS
     unit = {"image": "images", "text": "tokens"}[modality]
@@ -157,7 +153,7 @@ def test_one_modality_trains_and_is_probed(
         assert result["baseline"]["logistic"] > 0.95, "two vocabularies are told apart without a model"
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
     last = read_metrics(joint / "metrics.jsonl")[-1]
     for name in ("audio", "image", "text"):
@@ -170,7 +166,7 @@ def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
     assert last["perf/samples_per_s"] > last["perf/images_per_s"] + last["perf/tokens_per_s"] / 32
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_norms_of_the_parts_make_up_that_of_the_gradient(joint: Path) -> None:
     first = read_metrics(joint / "metrics.jsonl")[0]
     parts = {name: value for name, value in first.items() if "optim/grad_norm/" in name}
@@ -179,34 +175,34 @@ def test_norms_of_the_parts_make_up_that_of_the_gradient(joint: Path) -> None:
     assert sum(value**2 for value in parts.values()) == pytest.approx(first["optim/grad_norm"] ** 2, rel=1e-5)
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_resumes_bit_for_bit(joint: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "resumed"
     shutil.copytree(joint, run_dir)
     for step in (4, 6):
         shutil.rmtree(run_dir / "checkpoints" / f"step{step:08d}")
     (run_dir / "checkpoints" / "latest").write_text("step00000002")
-    said = launch("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
+    said = train("multimodal_tiny", run_dir, settings(folders, ("audio", "image", "text")))
     assert "resumed at step 2" in said
     assert deterministic(run_dir) == deterministic(joint)
     before, after = weights(joint, STEPS), weights(run_dir, STEPS)
     assert all((before[name] == after[name]).all() for name in before)
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_without_the_others_is_a_plain_run(folders: dict[str, Path], tmp_path: Path) -> None:
     """Same weights to begin with, same data, same draws: every number is the same."""
-    launch("multimodal_tiny", tmp_path / "reduced", [*settings(folders, ("audio",)), *without("image", "text")])
-    launch("audio_tiny", tmp_path / "plain", settings(folders, ("audio",)))
+    train("multimodal_tiny", tmp_path / "reduced", [*settings(folders, ("audio",)), *without("image", "text")])
+    train("audio_tiny", tmp_path / "plain", settings(folders, ("audio",)))
     reduced, plain = (deterministic(tmp_path / name) for name in ("reduced", "plain"))
     assert reduced == plain
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_joint_run_on_another_number_of_ranks_sees_the_same(
     joint: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    launch("multimodal_tiny", tmp_path / "one", settings(folders, ("audio", "image", "text")), ranks=1)
+    train("multimodal_tiny", tmp_path / "one", settings(folders, ("audio", "image", "text")), ranks=1)
     for a, b in zip(deterministic(joint), deterministic(tmp_path / "one"), strict=True):
         for name in ("audio", "image", "text"):
             assert a[f"{name}/mask/fraction"] == b[f"{name}/mask/fraction"]
@@ -226,13 +222,13 @@ def refusal(config: str, folders: dict[str, Path], modalities: Sequence[str], *o
 @pytest.mark.parametrize(
     ("modality", "override", "message"),
     [
-        ("image", "data.image.mask.kind=block_1d", "mask.kind is 'block_1d'"),
+        ("image", "objective.modalities.image.mask.kind=block_1d", "mask.kind is 'block_1d'"),
         ("image", "data.image.crop_scale=[0.5, 0.2]", "data.image.crop_scale is [0.5, 0.2]"),
-        ("image", "model.modalities.image.patch_size=16", "data.image.mask"),
+        ("image", "model.modalities.image.patch_size=16", "objective.modalities.image.mask"),
         ("text", "model.modalities.text.vocab_size=300", "has 320 ids, model.modalities.text.vocab_size is 300"),
         ("text", "model.modalities.text.max_tokens=16", "blocks of 32 tokens, model.modalities.text.max_tokens is 16"),
         ("text", "data.text.micro_batch_tokens=16", "cannot hold one block of 32 tokens"),
-        ("text", "data.text.mask.kind=block_2d", "text needs 'random' or 'block_1d'"),
+        ("text", "objective.modalities.text.mask.kind=block_2d", "text needs 'random' or 'block_1d'"),
     ],
 )
 def test_impossible_run_is_refused(modality: str, override: str, message: str, folders: dict[str, Path]) -> None:
@@ -244,9 +240,9 @@ def test_ids_that_no_text_has_are_mentioned_at_the_start(
     vocab_size: int, said: bool, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     overrides = [*settings(folders, ("text",)), f"run.dir={tmp_path}", f"model.modalities.text.vocab_size={vocab_size}"]
-    config, streams, _ = prepare("text_tiny", overrides, world=1)
-    with caplog.at_level("INFO", logger="d2v2ds.pretrain"):
-        describe(config, streams)
+    prepared = prepare("text_tiny", overrides, world=1)
+    with caplog.at_level("INFO", logger="d2v2ds"):
+        describe(prepared.config, prepared.streams)
     lines = [record.message for record in caplog.records if "vocab_size" in record.message]
     expected = (
         "data.text.shards: the tokenizer has 320 ids, model.modalities.text.vocab_size is 8000: "
@@ -262,7 +258,7 @@ def test_folder_of_another_modality_is_refused(folders: dict[str, Path]) -> None
 
 def test_half_a_modality_is_refused(folders: dict[str, Path]) -> None:
     said = refusal("multimodal_tiny", folders, ("audio", "image", "text"), "model.modalities.text=null")
-    assert "data.text is configured and model.modalities.text is not" in said
+    assert "data.text and objective.modalities.text configured, model.modalities.text not" in said
 
 
 def test_data_shards_of_a_joint_run_must_name_the_modality() -> None:
@@ -270,7 +266,7 @@ def test_data_shards_of_a_joint_run_must_name_the_modality() -> None:
         load_config("multimodal_tiny", ["data.shards=somewhere"])
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_export_of_a_joint_run_reads_all_three_and_brings_its_tokenizer(
     joint: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -282,7 +278,7 @@ def test_export_of_a_joint_run_reads_all_three_and_brings_its_tokenizer(
     assert "data/tokens" in extractor.folder.description.origin["final_metrics"]
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_export_goes_on_without_shards_and_says_what_is_missing(
     joint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,13 +1,10 @@
 """A whole run as a user starts it: launchers, checkpoints, SIGKILL and resume, another number of ranks."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +14,30 @@ from safetensors.torch import load_file
 
 from d2v2ds import FeatureExtractor
 from d2v2ds.config.load import load_config
-from d2v2ds.distributed.checkpoint.format import iterate_student, iterate_teacher
 from d2v2ds.distributed.comm import free_port
 from d2v2ds.errors import ConfigError
-from d2v2ds.export import checkpoint_folder, export
 from d2v2ds.export import main as export_main
 from d2v2ds.interop.export_folder import ModelFolder
-from d2v2ds.pretrain import main, prepare
+from d2v2ds.pretrain import main
 from d2v2ds.probe import main as probe_main
-from tests.runs.launching import SMALL, STEPS, attempt, command, deterministic, environment, launch, pack_clips, weights
+from d2v2ds.run.export import export
+from d2v2ds.run.folder import checkpoint_folder, objective_tensors, trunk_tensors
+from d2v2ds.run.prepare import prepare
+from tests.runs.launching import (
+    SMALL,
+    STEPS,
+    Processes,
+    arguments_of,
+    attempt,
+    deterministic,
+    environment,
+    launch,
+    train,
+    weights,
+)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_clips(tmp_path_factory.mktemp("speech"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that everything is compared with: two ranks, ZeRO-3, bf16, three micro-batches a step."""
-    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-    printed = launch("deepspeed", 2, shards, run_dir)
-    assert "accumulation 2" in printed, "three micro-batches on two ranks: one of them gets a filler"
-    assert f"step {STEPS}/{STEPS}" in printed
-    return run_dir
-
-
-@pytest.mark.distributed
+@pytest.mark.run
 def test_run_leaves_what_a_user_needs(unbroken: Path) -> None:
     records = deterministic(unbroken)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
@@ -69,30 +63,7 @@ def test_run_leaves_what_a_user_needs(unbroken: Path) -> None:
     assert kept == [f"step{step:08d}" for step in (4, 6, 8)], "the newest three are kept"
 
 
-@pytest.mark.distributed
-def test_killed_run_resumes_to_the_unbroken_run_bit_for_bit(unbroken: Path, shards: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "killed"
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(
-        command("deepspeed", 2, shards, run_dir), env=environment(), stdout=log, stderr=log, start_new_session=True
-    )
-    deadline = time.monotonic() + 200
-    metrics = run_dir / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)  # step 5 is written, step 6 under way, the last checkpoint is of step 4
-    process.wait()
-    log.close()
-    assert "resumed at step" in launch("deepspeed", 2, shards, run_dir)
-    assert deterministic(run_dir) == deterministic(unbroken)
-    expected, found = weights(unbroken, STEPS), weights(run_dir, STEPS)
-    assert expected.keys() == found.keys()
-    assert all((expected[name] == found[name]).all() for name in expected)
-
-
-@pytest.mark.distributed
+@pytest.mark.run
 @pytest.mark.parametrize("launcher", ["torchrun", "plain"])
 def test_other_launchers_and_rank_counts_see_the_same_batches(
     launcher: str, unbroken: Path, shards: Path, tmp_path: Path
@@ -111,44 +82,41 @@ def test_other_launchers_and_rank_counts_see_the_same_batches(
         assert b["loss/regression"] == pytest.approx(a["loss/regression"], rel=2e-3)  # bf16 sums in another order
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_slurms_variables_are_enough_to_start(unbroken: Path, shards: Path, tmp_path: Path) -> None:
     """What `srun` sets for each task, with the rendezvous that a batch script exports."""
     common = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    run_dir, tasks = tmp_path / "slurm", []
-    for task in ("0", "1"):
-        own = environment() | common | {"SLURM_PROCID": task, "SLURM_LOCALID": task}
-        log = (tmp_path / task).open("w")
-        tasks.append(
-            subprocess.Popen(command("plain", 1, shards, run_dir, "run.save_every_steps=8"), env=own, stderr=log)
-        )
-    assert [task.wait(timeout=240) for task in tasks] == [0, 0], (tmp_path / "0").read_text()[-3000:]
+    tasks = [common | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in ("0", "1")]
+    run_dir = tmp_path / "slurm"
+    arguments = arguments_of(shards, run_dir, "run.save_every_steps=8")
+    with Processes("d2v2ds.pretrain", arguments, tasks, logs=tmp_path) as ranks:
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
     assert deterministic(run_dir)[-1]["loss/regression"] == deterministic(unbroken)[-1]["loss/regression"]
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_more_ranks_than_micro_batches_give_the_same_losses(unbroken: Path, shards: Path, tmp_path: Path) -> None:
     """On four ranks one has nothing but a filler in every step; it must reduce as many numbers as the others."""
     run_dir = tmp_path / "four"
-    launch("torchrun", 4, shards, run_dir, "run.save_every_steps=8")
+    train(4, shards, run_dir, "run.save_every_steps=8")
     for a, b in zip(deterministic(unbroken), deterministic(run_dir), strict=True):
         assert a["mask/fraction"] == b["mask/fraction"]
         assert b["loss/regression"] == pytest.approx(a["loss/regression"], rel=2e-3)
         assert b["target/std"] == pytest.approx(a["target/std"], rel=1e-2)
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "inf"
-    extra = ["model.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
-    done = attempt("torchrun", 2, shards, run_dir, *extra)
-    assert done.returncode != 0
+    extra = ["objective.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=3", "run.save_every_steps=1"]
+    codes, printed = attempt(2, shards, run_dir, *extra)
+    assert codes == [4, 4]
     assert "3 steps in a row had a loss or gradient that is not finite, and it can go back to none of the run's 2 " in (
-        done.stderr
+        printed
     )
-    assert "intact" not in done.stderr
+    assert "intact" not in printed
     for step in (1, 2, 3):
-        assert len(re.findall(rf"step {step} skipped", done.stderr)) == 1, "on one rank, and by one room"
+        assert len(re.findall(rf"step {step} skipped", printed)) == 1, "on one rank, and by one room"
     records = deterministic(run_dir)
     assert [record["optim/skipped_steps"] for record in records] == [1.0, 2.0]
     assert not any("loss/regression" in record for record in records), "a skipped step must not enter an average"
@@ -156,47 +124,47 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(shards: P
     assert all((first[name] == last[name]).all() for name in first), "skipped steps leave all weights alone"
 
 
+@pytest.mark.run
 def test_a_run_of_which_no_step_was_applied_is_not_done(shards: Path, tmp_path: Path) -> None:
-    few = ["model.modalities.audio.loss.scale=3.0e+38", "run.total_steps=2", "lr.warmup_steps=1"]
-    done = attempt("plain", 1, shards, tmp_path / "run", *few)
-    assert done.returncode == 4
-    assert "step 2: 2 steps in a row had a loss or gradient that is not finite, all that the run had" in done.stderr
+    few = ["objective.modalities.audio.loss.scale=3.0e+38", "run.total_steps=2", "lr.warmup_steps=1"]
+    codes, printed = attempt(1, shards, tmp_path / "run", *few)
+    assert codes == [4]
+    assert "step 2: 2 steps in a row had a loss or gradient that is not finite, all that the run had" in printed
 
 
+@pytest.mark.run
 def test_run_that_is_not_finite_from_the_start_has_nothing_to_go_back_to(shards: Path, tmp_path: Path) -> None:
-    extra = ["model.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=2", "run.save_every_steps=8"]
-    done = attempt("plain", 1, shards, tmp_path / "inf", *extra)
-    assert done.returncode == 4
-    last = done.stderr.strip().splitlines()[-1]
+    extra = ["objective.modalities.audio.loss.scale=3.0e+38", "health.max_nonfinite_steps=2", "run.save_every_steps=8"]
+    codes, printed = attempt(1, shards, tmp_path / "inf", *extra)
+    assert codes == [4]
+    last = printed.strip().splitlines()[-1]
     assert "2 steps in a row had a loss or gradient that is not finite, and no checkpoint was saved before them" in last
     assert "damaged" not in last
     assert "intact" not in last
 
 
+@pytest.mark.run
 def test_collapse_stops_the_run_with_its_own_exit_code(shards: Path, tmp_path: Path) -> None:
-    arguments = [f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", *SMALL, "data.num_workers=0"]
     stop = ["health.min_effective_rank=1000", "health.warm_up_steps=0", "health.stop_on_collapse=true"]
-    done = subprocess.run(
-        [sys.executable, "-m", "d2v2ds.pretrain", "--config", "audio_tiny", *arguments, *stop],
-        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    assert done.returncode == 3, done.stderr[-3000:]
-    assert "target/effective_rank is" in done.stderr
-    assert "floor 1e+03" in done.stderr
+    codes, printed = attempt(1, shards, tmp_path / "run", "data.num_workers=0", *stop)
+    assert codes == [3], printed[-3000:]
+    assert "target/effective_rank is" in printed
+    assert "floor 1e+03" in printed
     assert len(deterministic(tmp_path / "run")) == 1, "the record that rang the alarm is kept"
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_settings_that_a_resumed_run_has_otherwise_are_said(unbroken: Path, shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "changed"
     shutil.copytree(unbroken, run_dir)
-    said = launch("plain", 1, shards, run_dir, "lr.peak=0.5", "data.audio.mask.masked_fraction=0.6")
-    changes = {line.partition("other than at the last start: ")[2] for line in said.splitlines()} - {""}
-    assert changes == {"lr.peak: 0.001 -> 0.5", "data.audio.mask.masked_fraction: 0.5 -> 0.6"}
-    assert "other than" not in launch("plain", 1, shards, run_dir, "lr.peak=0.5", "data.audio.mask.masked_fraction=0.6")
+    mask = "objective.modalities.audio.mask.masked_fraction"
+    said = train(1, shards, run_dir, "lr.peak=0.5", f"{mask}=0.6")
+    changes = {line.partition("changed since the last start: ")[2] for line in said.splitlines()} - {""}
+    assert changes == {"lr.peak: 0.001 -> 0.5", f"{mask}: 0.5 -> 0.6"}
+    assert "changed since" not in train(1, shards, run_dir, "lr.peak=0.5", f"{mask}=0.6")
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("override", "difference"),
     [("block.mlp_dropout=0.3", "block.mlp_dropout: 0.1 -> 0.3"), ("shared_depth=4", "shared_depth: 3 -> 4")],
@@ -207,18 +175,23 @@ def test_other_model_is_refused_and_leaves_the_run_alone(
     run_dir = tmp_path / "refused"
     shutil.copytree(unbroken, run_dir)
     before = (run_dir / "config.yaml").read_text()
-    done = attempt("plain", 1, shards, run_dir, f"model.{override}")
-    assert difference in done.stderr
-    assert "choose another run.dir" in done.stderr
-    assert done.returncode == 2
+    codes, printed = attempt(1, shards, run_dir, f"model.{override}")
+    assert difference in printed
+    assert "choose another run.dir" in printed
+    assert codes == [2]
     assert (run_dir / "config.yaml").read_text() == before
 
 
+@pytest.mark.run
 def test_an_export_is_the_checkpoint_and_tells_where_it_comes_from(unbroken: Path, tmp_path: Path) -> None:
     to = tmp_path / "model"
     export(unbroken, to, teacher=True)
     folder, checkpoint = ModelFolder(to), checkpoint_folder(unbroken)
-    for part, tensors in (("model", iterate_student(checkpoint)), ("teacher", iterate_teacher(checkpoint))):
+    for part, tensors in (
+        ("model", trunk_tensors(checkpoint)),
+        ("objective", objective_tensors(checkpoint)),
+        ("teacher", trunk_tensors(checkpoint, teacher=True)),
+    ):
         found = dict(folder.tensors(part))  # type: ignore[arg-type]
         expected = dict(tensors)
         assert found.keys() == expected.keys()
@@ -236,6 +209,7 @@ def test_an_export_is_the_checkpoint_and_tells_where_it_comes_from(unbroken: Pat
     assert features.layers[4].shape == (1, 49, 32)
 
 
+@pytest.mark.run
 def test_one_file_has_the_student_or_the_average_and_loads_without_anything_beside_it(
     unbroken: Path, tmp_path: Path
 ) -> None:
@@ -250,11 +224,12 @@ def test_one_file_has_the_student_or_the_average_and_loads_without_anything_besi
         assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
         assert ModelFolder(file).description.origin["weights"] == kind
     student, teacher = (load_file(tmp_path / f"{name}.safetensors") for name in ("student", "teacher"))
-    assert student.keys() - teacher.keys() == {name for name in student if name.startswith("decoders.")}
+    assert student.keys() - teacher.keys() == {name for name in student if name.startswith("objective.decoders.")}
     assert any(not torch.equal(student[name], tensor) for name, tensor in teacher.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "student.safetensors", "teacher.safetensors"]
 
 
+@pytest.mark.run
 def test_exporting_starts_no_deepspeed(unbroken: Path, tmp_path: Path) -> None:
     code = f"import sys; from d2v2ds.export import main; assert main([{str(unbroken)!r}, '--to', "
     code += f"{str(tmp_path / 'model')!r}]) == 0; assert 'deepspeed' not in sys.modules"
@@ -262,6 +237,7 @@ def test_exporting_starts_no_deepspeed(unbroken: Path, tmp_path: Path) -> None:
     assert not ModelFolder(tmp_path / "model").has("teacher")
 
 
+@pytest.mark.run
 def test_probe_scores_a_run(unbroken: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(unbroken), "--shards", str(shards), "--leave-out", "speaker", "--all-blocks"]
     assert probe_main([*arguments, "--label", "label"]) == 0
@@ -274,24 +250,33 @@ def test_probe_scores_a_run(unbroken: Path, shards: Path, capsys: pytest.Capture
     assert probe_main([*arguments, "--label", "accent"]) == 2
 
 
-@pytest.mark.distributed
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "d2v2ds.demo", *arguments],
+        env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.run
 def test_demo_goes_from_recordings_to_a_verdict(shards: Path, tmp_path: Path) -> None:
     arguments = ["--runs", str(tmp_path / "demo"), "--data", str(shards.parent / "manifest.tsv"), "--", *SMALL]
-    for _ in range(2):  # the second time the packing is kept
-        done = subprocess.run(
-            [sys.executable, "-m", "d2v2ds.demo", *arguments],
-            env=environment(), capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    printed = done.stdout
-    assert "at random init" in printed
+    done = demo(*arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "at random init" in done.stdout
     for line in ("curves ", "checkpoint ", "TensorBoard ", "export "):
-        assert f"\n{line}" in printed
+        assert f"\n{line}" in done.stdout
     assert (tmp_path / "demo" / "run" / "curves.png").stat().st_size > 10_000
-    stopped = subprocess.run(
-        [sys.executable, "-m", "d2v2ds.demo", "--runs", str(tmp_path / "no"), "--data", str(tmp_path / "nowhere")],
-        env=environment(), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+    packed = {index: index.stat().st_mtime_ns for index in tmp_path.rglob("index.json")}
+    assert packed
+    stopped = demo(*arguments, "run.no_such_setting=1")
+    assert stopped.returncode == 1
+    assert "run.no_such_setting: unknown key" in stopped.stderr
+    assert {index: index.stat().st_mtime_ns for index in packed} == packed, "the second time the packing is kept"
+
+
+@pytest.mark.run
+def test_demo_without_data_says_so(tmp_path: Path) -> None:
+    stopped = demo("--runs", str(tmp_path / "no"), "--data", str(tmp_path / "nowhere"))
     assert stopped.returncode == 1
     assert "found nothing there" in stopped.stderr
 
@@ -309,19 +294,34 @@ def _prepare(shards: Path, *overrides: str) -> None:
     [
         ("data.audio.sample_rate_hz=8000", "sample_rate_hz is 16000, data.audio.sample_rate_hz is 8000"),
         ("data.audio.min_seconds=0.02", "0.02: 320 samples make 0 tokens, expected 2 or more"),
-        ("data.audio.mask.block_length=300", "data.audio.mask, for clips of data.audio.min_seconds"),
+        (
+            "objective.modalities.audio.mask.block_length=300",
+            "objective.modalities.audio.mask, for clips of data.audio.min_seconds",
+        ),
         ("model.block.attention_path=flex", "no backward pass on a CPU"),
         ("model.modalities.audio=null", "modalities: none is configured"),
         ("data.shards='???'", "data.audio.shards: required, give data.shards="),
         ("engine.deepspeed=zero4", "give a path or one of"),
-        ("data.audio.mask.kind=block_2d", "data.audio.mask.kind is 'block_2d', speech needs 'block_1d'"),
+        (
+            "objective.modalities.audio.mask.kind=block_2d",
+            "objective.modalities.audio.mask.kind is 'block_2d', speech needs 'block_1d'",
+        ),
         ("run.dir=/dev/null/run", "run.dir /dev/null/run: cannot be made"),
-        ("data.num_workers=-1", "data.num_workers is -1, expected 0 or more"),
-        ("model.block.num_heads=0", "block.num_heads is 0, expected 1 or more"),
-        ("model.modalities.audio.decoder.groups=0", "decoder.groups is 0, expected 1 or more"),
-        ("model.modalities.audio.conv_layers=[[8,10,0]]", "conv_layers are"),
-        ("model.modalities.audio.position_depth=0", "position_depth is 0, expected 1 or more"),
-        ("lr.warmup_steps=-5", "lr.warmup_steps is -5, expected 0 or more"),
+        ("data.num_workers=-1", "data.num_workers: Input should be greater than or equal to 0, found -1"),
+        ("model.block.num_heads=0", "block.num_heads: Input should be greater than or equal to 1, found 0"),
+        (
+            "objective.modalities.audio.decoder.groups=0",
+            "decoder.groups: Input should be greater than or equal to 1, found 0",
+        ),
+        (
+            "model.modalities.audio.conv_layers=[[8,10,0]]",
+            "conv_layers.0.2: Input should be greater than or equal to 1, found 0",
+        ),
+        (
+            "model.modalities.audio.position_depth=0",
+            "position_depth: Input should be greater than or equal to 1, found 0",
+        ),
+        ("lr.warmup_steps=-5", "lr.warmup_steps: Input should be greater than or equal to 0, found -5"),
     ],
 )
 def test_impossible_run_is_refused_with_both_values(shards: Path, override: str, message: str) -> None:
@@ -334,17 +334,17 @@ def test_faults_of_config_data_and_json_appear_together(shards: Path, tmp_path: 
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_clipping": 5}))
     with pytest.raises(ConfigError) as caught:
         _prepare(
-            shards, "lr.pek=1", "ema.end_decay=7", "data.audio.sample_rate_hz=8000", "data.audio.mask.block_length=300",
-            "optim.eps=small", f"engine.deepspeed={path}",
+            shards, "lr.pek=1", "objective.ema.end_decay=7", "data.audio.sample_rate_hz=8000",
+            "objective.modalities.audio.mask.block_length=300", "optim.eps=small", f"engine.deepspeed={path}",
         )  # fmt: skip
     text = str(caught.value)
     assert "6 problem(s)" in text
     for part in (
         "lr.pek: unknown key; did you mean lr.peak?",
         "optim.eps: Input should be a valid number",
-        "ema.end_decay is 7.0",
+        "objective.ema.end_decay: Input should be less than or equal to 1, found 7",
         "data.audio.sample_rate_hz is 8000",
-        "data.audio.mask, for clips",
+        "objective.modalities.audio.mask, for clips",
         "mine.json says gradient_clipping = 5, the run says 1.0",
     ):
         assert part in text

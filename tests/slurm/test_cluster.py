@@ -13,7 +13,7 @@ from tests.runs.launching import deterministic, records
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import STEPS, TWO_NODES, assert_same_run, attempts, pretrain
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.run
 ROOT = Path(__file__).parents[2]
 
 

@@ -14,7 +14,7 @@ from tests.runs.launching import records
 from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.jobs import STEPS, assert_same_run, attempts, pretrain
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.run, pytest.mark.slow]
 
 SAVING = ("run.save_every_steps=4",)
 """For faults without a warning."""

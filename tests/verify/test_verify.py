@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2v2ds.interop.fairseq.keymap import to_official, to_ours
-from d2v2ds.interop.fairseq.official_config import UnsupportedOptionError, conv_layers, network_of
+from d2v2ds.interop.fairseq.official_config import network_of
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError, conv_layers
 from d2v2ds.verify.__main__ import main
 from d2v2ds.verify.case import case_names
 from d2v2ds.verify.check import verify_case

@@ -7,7 +7,7 @@ A checkpoint is a folder `<folder>/<tag>/`:
     teacher.rank00000.safetensors           this rank's part of each fp32 average (if there is a teacher)
     optimizer.exp_avg.rank00000.safetensors this rank's part of one of the optimizer's moments, and so on
     buffers.student.safetensors             whole persistent buffers
-    client.pt, client.rank00000.pt          the caller's state, common and per rank (plain containers and tensors)
+    client.pt                               the caller's state (plain containers and tensors)
 
 Each shard file says in its metadata where its pieces begin in the flattened whole parameters, so the files of any
 number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/latest` names the newest finished tag,
@@ -108,8 +108,8 @@ SHARD_FILE = re.compile(r"(student|teacher|optimizer\..+)\.rank\d{5,}\.safetenso
 
 
 def shard_file(kind: str, rank: int) -> str:
-    """Name of the file with one rank's pieces of one kind: student, teacher, optimizer.<state>, client."""
-    return f"{kind}.rank{rank:05d}.{'pt' if kind == 'client' else 'safetensors'}"
+    """Name of the file with one rank's pieces of one kind: student, teacher, optimizer.<state>."""
+    return f"{kind}.rank{rank:05d}.safetensors"
 
 
 def read_manifest(path: Path) -> Manifest:

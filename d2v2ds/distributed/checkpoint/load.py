@@ -40,73 +40,59 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What `load` gives back to the caller."""
+    """The checkpoint that `load` took."""
 
     tag: str
     client_state: dict[str, Any]
-    """The common state given to `Saver.save`."""
-    rank_state: dict[str, Any] | None
-    """This rank's state given to `Saver.save`; None after re-sharding, where old ranks have no counterpart."""
+    """The state given to `Saver.save`."""
 
 
 def load(
     engine: DeepSpeedEngine,
     teacher: Teacher | None,
     folder: Path,
-    tag: str | None = None,
-    reshard: bool = False,
     accept: Callable[[Mapping[str, Any]], bool] = lambda client_state: True,
 ) -> Restored:
-    """Continue from a checkpoint. Collective.
+    """Continue from the newest checkpoint whose files are all there and whole. Collective.
 
-    Without a tag it takes the newest one whose files are all there and whole; damaged ones are passed over with a
-    warning that names the file.
+    Damaged checkpoints are passed over with a warning that names the file. The number of ranks, the ZeRO stage and the
+    precision may differ from those of the save; weights, moments and averages are the same then, but the run does not
+    go on bit for bit.
 
     Args:
         engine: a student of the same parameters.
         teacher: its teacher, if it is to be restored.
         folder: where the run's checkpoints lie.
-        tag: exactly this checkpoint.
-        reshard: allow another number of ranks, ZeRO stage or precision than the checkpoint's. Weights, moments and
-            averages are the same then, but the run does not go on bit for bit, and there is no `rank_state`.
-        accept: asked with the common state, before anything else of a whole checkpoint is looked at; one for which it
-            is false is passed over. It may raise, and must answer alike on every rank.
+        accept: called with the `client_state` of each whole checkpoint before its weights are read; False passes it
+            over. It may raise, and must answer alike on every rank.
 
     Raises:
-        CheckpointError: on all ranks: no usable checkpoint; other parameters; another topology without `reshard`; a
-            checkpoint of another format version.
+        CheckpointError: on all ranks: no usable checkpoint; other parameters; a checkpoint of another format version.
     """
-    tags, lost = comm.broadcast_object(
-        ([tag], []) if tag is not None else (finished_tags(folder), tags_without_manifest(folder))
-    )
-    for candidate in lost:
-        logger.warning("checkpoint %s cannot be read, passed over: no %s", folder / candidate, MANIFEST)
-    declined = 0
-    for candidate in tags:
-        path = folder / candidate
-        found = comm.broadcast_object(_manifest_or_error(path) if comm.rank() == 0 else None)
-        if isinstance(found, OtherFormatError):
-            raise found
-        manifest, faults = (found, []) if isinstance(found, Manifest) else (None, [str(found)])
+    tags, lost = comm.broadcast_object((finished_tags(folder), tags_without_manifest(folder)))
+    for tag in lost:
+        logger.warning("checkpoint %s cannot be read, passed over: no %s", folder / tag, MANIFEST)
+    num_declined = 0
+    for tag in tags:
+        path = folder / tag
+        manifest, faults = _read_manifest(path)
         if manifest is not None:
             is_same = _topology(engine) == (manifest.world_size, manifest.stage, manifest.compute_dtype)
             # On the same ranks the large files are checked while they are read, once, by the rank that needs them.
-            faults = _all_faults(lambda: file_faults(path, manifest, _files_to_check(manifest, is_same)))  # noqa: B023
+            faults = _on_any_rank(file_faults(path, manifest, _files_to_check(manifest, is_same)))
         if manifest is not None and not faults:
             client_state = read_plain(path / "client.pt")
             if not accept(client_state):
-                declined += 1
+                num_declined += 1
                 continue
             _check_fits(path, manifest, engine, teacher)
-            if not is_same and not reshard:
-                raise CheckpointError(_other_topology(path, manifest, engine))
-            faults = _all_faults(lambda: _read_shards(path, manifest, engine, teacher, is_same))  # noqa: B023
+            faults = _on_any_rank(_read_shards(path, manifest, engine, teacher, is_same))
             if not faults:
-                return _finish(path, manifest, engine, teacher, client_state, is_same)
-        if tag is not None:
-            raise CheckpointError("\n".join(faults))
+                _finish(path, manifest, engine, teacher, is_same)
+                return Restored(tag=tag, client_state=client_state)
         logger.warning("checkpoint %s is damaged, trying the one before: %s", path, "; ".join(faults))
-    counts = f"{len(tags) + len(lost) - declined} damaged" + (f", {declined} not accepted" if declined else "")
+    counts = f"{len(tags) + len(lost) - num_declined} damaged"
+    counts += f", {num_declined} not accepted" if num_declined else ""
     raise CheckpointError(f"{folder}: no usable checkpoint ({counts}); start a new run in another folder, or remove it")
 
 
@@ -137,9 +123,27 @@ def _read_and_forget(folder: Path, enough: threading.Event) -> None:
                     pass
 
 
-def _all_faults(find: Callable[[], list[str]]) -> list[str]:
-    """What any rank finds, the same on every rank."""
-    return [fault for found in comm.gather_objects(find()) for fault in found]
+def _read_manifest(path: Path) -> tuple[Manifest | None, list[str]]:
+    """Read a manifest on rank 0 for all ranks; None with a fault where it is damaged. Collective.
+
+    Raises:
+        OtherFormatError: on all ranks.
+    """
+    found: Manifest | CheckpointError | None = None
+    if comm.rank() == 0:
+        try:
+            found = read_manifest(path)
+        except CheckpointError as error:
+            found = error
+    found = comm.broadcast_object(found)
+    if isinstance(found, OtherFormatError):
+        raise found
+    return (found, []) if isinstance(found, Manifest) else (None, [str(found)])
+
+
+def _on_any_rank(faults: list[str]) -> list[str]:
+    """Every rank's faults, in rank order, on every rank. Collective."""
+    return [fault for found in comm.gather_objects(faults) for fault in found]
 
 
 def _files_to_check(manifest: Manifest, is_same: bool) -> list[str]:
@@ -197,9 +201,8 @@ def _finish(
     manifest: Manifest,
     engine: DeepSpeedEngine,
     teacher: Teacher | None,
-    client_state: dict[str, Any],
     is_same: bool,
-) -> Restored:
+) -> None:
     """Make everything follow from the pieces that were read: buffers, compute copies, counters. Collective."""
     _load_buffers(engine.module, path / "buffers.student.safetensors")
     zero.refresh_compute_copies(engine)
@@ -210,26 +213,7 @@ def _finish(
     if teacher is not None:
         _load_buffers(teacher.module, path / "buffers.teacher.safetensors")
         teacher.after_restore(manifest.num_teacher_updates)
-    rank_state = None
-    if is_same:
-        rank_state = read_plain(path / shard_file("client", comm.rank()))
     comm.barrier()
-    return Restored(tag=manifest.tag, client_state=client_state, rank_state=rank_state)
-
-
-def _other_topology(path: Path, manifest: Manifest, engine: DeepSpeedEngine) -> str:
-    world, stage, dtype = _topology(engine)
-    return (
-        f"{path}: saved on {manifest.world_size} ranks at ZeRO stage {manifest.stage} in {manifest.compute_dtype}, "
-        f"this run has {world} ranks, stage {stage}, {dtype}; start as it was saved, or ask for re-sharding"
-    )
-
-
-def _manifest_or_error(path: Path) -> Manifest | CheckpointError:
-    try:
-        return read_manifest(path)
-    except CheckpointError as error:
-        return error
 
 
 def _topology(engine: DeepSpeedEngine) -> tuple[int, int, str]:

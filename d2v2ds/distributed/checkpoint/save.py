@@ -74,7 +74,7 @@ class _Snapshot:
     shards: dict[str, tuple[dict[str, Tensor], dict[str, int]]] = field(default_factory=dict)
     """By kind: flat pieces by parameter name, and where each begins in the flattened whole parameter."""
     blobs: dict[str, bytes] = field(default_factory=dict)
-    """By file name: the caller's states and the modules' buffers, serialised."""
+    """By file name: the caller's state and the modules' buffers, serialised."""
 
 
 _WrittenFiles = tuple[dict[str, dict[str, int]], str]
@@ -113,16 +113,14 @@ class Saver:
         self,
         tag: str,
         client_state: Mapping[str, Any],
-        rank_state: Mapping[str, Any],
         validation_loss: float | None = None,
     ) -> SaveOutcome | None:
         """Begin a checkpoint; only between optimizer steps, and once the one before is finished.
 
         Args:
             tag: name of this one; an existing one of that name is replaced.
-            client_state: the caller's state common to all ranks (rank 0's is written): schedule, data position.
-            rank_state: the caller's state of this rank. Both hold plain containers, numbers, strings and tensors
-                only, so that reading them back runs no code.
+            client_state: the caller's state, the same on all ranks: schedule, data position. Plain containers, numbers,
+                strings and tensors only, so that reading it back runs no code.
             validation_loss: of the weights saved; the lowest one makes its checkpoint `best`.
 
         Returns:
@@ -137,15 +135,14 @@ class Saver:
             raise RuntimeError(f"Saver.save: {self._snapshot.path} is still being written; call finish first")
         if engine.micro_steps % engine.gradient_accumulation_steps():
             raise ValueError("Saver.save: called between the micro-batches of a step; call it after optimizer_step")
-        blobs = {"client.pt": _to_bytes(client_state), shard_file("client", comm.rank()): _to_bytes(rank_state)}
-        if comm.rank() > 0:
-            del blobs["client.pt"]  # serialised on every rank all the same: a fault must be everywhere
+        client = _to_bytes(client_state)  # on every rank: a fault must be everywhere
         path = self._folder / tag
         partial = self._folder / f"{tag}{PARTIAL}"
         if fault := comm.on_rank0(lambda: _make_partial_folder(self._folder, partial)):
             return SaveOutcome(path, fault)
         self._snapshot = self._take_snapshot(path, validation_loss)
-        self._snapshot.blobs.update(blobs)
+        if comm.rank() == 0:
+            self._snapshot.blobs["client.pt"] = client
         self._writing = self._thread.submit(_write_files, self._snapshot, partial)
         return None if self._asynchronous else self.finish()
 
@@ -257,27 +254,6 @@ class Saver:
         fault = self._committing.result() if self._committing is not None else ""
         self._snapshot = self._committing = None
         return SaveOutcome(path, comm.broadcast_object(fault))
-
-
-def save(
-    engine: DeepSpeedEngine,
-    teacher: Teacher | None,
-    folder: Path,
-    tag: str,
-    client_state: Mapping[str, Any],
-    rank_state: Mapping[str, Any],
-    keep: Keep = KEEP_ALL,
-) -> Path:
-    """Write one checkpoint and wait for it; `Saver` says what the arguments mean. Collective.
-
-    Raises:
-        CheckpointError: on all ranks, if any of them could not write its files.
-    """
-    outcome = Saver(engine, teacher, folder, keep, asynchronous=False).save(tag, client_state, rank_state)
-    assert outcome is not None
-    if outcome.fault:
-        raise CheckpointError(f"checkpoint {outcome.path} was not written, earlier ones are intact:\n{outcome.fault}")
-    return outcome.path
 
 
 # ----------------------------------------------------------- in the threads

@@ -11,10 +11,8 @@ from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.card import write_card
 from d2v2ds.interop.export_folder import Description, Kind, ModelFolder, Part, require_layout
 from d2v2ds.interop.export_write import new_folder, write_config, write_tensors
-from d2v2ds.interop.fairseq.official_config import (
-    official_section,
-    read_section,
-)
+from d2v2ds.interop.fairseq.official_config import read_section
+from d2v2ds.interop.fairseq.official_section import official_section
 from d2v2ds.interop.fairseq.read import (
     OWN_LICENCE,
     OfficialCheckpoint,

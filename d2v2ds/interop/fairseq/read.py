@@ -22,11 +22,8 @@ from d2v2ds.interop.fairseq.keymap import (
     official_shape,
     with_our_shape,
 )
-from d2v2ds.interop.fairseq.official_config import (
-    OfficialNetwork,
-    UnsupportedOptionError,
-    read_section,
-)
+from d2v2ds.interop.fairseq.official_config import OfficialNetwork, read_section
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import plain, read_pickled
 from d2v2ds.modalities.settings import read_trunk
 from d2v2ds.model.trunk import Trunk

@@ -84,7 +84,8 @@ def random_inputs(
     if kind.padding is None:
         return (source,)
     padding = torch.arange(size) >= torch.tensor(real)[:, None]  # (B, S)
-    return source.masked_fill(padding, kind.padding), padding
+    at_samples = padding.view(len(real), *[1] * (source.dim() - 2), size)  # (B, ..., S)
+    return source.masked_fill(at_samples, kind.padding), padding
 
 
 class _Graph(nn.Module):
@@ -193,6 +194,7 @@ def export_onnx(
     kind, config = graph_input(modality), model.config.modalities[modality]
     size = kind.sizes(config, [_TRACED_TOKENS])[0]
     inputs = random_inputs(config, modality, [size, size], size, torch.Generator().manual_seed(0))
+    free_axes = {axis: name for axis, name in enumerate(kind.axes) if name is not None}
     num_bytes = weight_bytes(twin)
     logger.info("%s: tracing %d blocks, %.0f MB of weights", path, twin.depth(modality), num_bytes / 1e6)
     started = time.perf_counter()
@@ -205,7 +207,7 @@ def export_onnx(
             opset_version=OPSET,
             input_names=kind.input_names,
             output_names=[*(f"layer_{i}" for i in chosen), "token_padding"],
-            dynamic_shapes=tuple(dict(enumerate(kind.axes)) for _ in inputs),
+            dynamic_shapes=(free_axes, {0: kind.axes[0], 1: kind.axes[-1]})[: len(inputs)],
         )
     logger.info("%s: traced in %.0f s, writing", path, time.perf_counter() - started)
     _name_nodes(program.model)

@@ -179,7 +179,7 @@ class AudioReader:
         config, rate, faults = self.config, self.config.sample_rate_hz, self.misfits()
         has_grid_mask = self.mask is not None and self.mask.kind == "block_2d"
         if has_grid_mask:
-            faults.append("audio mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
+            faults.append("objective.modalities.audio.mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
         shortest = round(config.min_seconds * rate)
         tokens = self.network.num_tokens(shortest)
         if tokens < 2:
@@ -190,7 +190,9 @@ class AudioReader:
             )
         elif not has_grid_mask:
             faults += mask_faults(
-                self.mask, tokens, f"audio mask, for clips of data.audio.min_seconds {config.min_seconds}"
+                self.mask,
+                tokens,
+                f"objective.modalities.audio.mask, for clips of data.audio.min_seconds {config.min_seconds}",
             )
         for number, part in enumerate(self.shards.parts):
             pieces = (part.sizes[i : i + 65536] for i in range(0, len(part), 65536))  # the first one answers, as a rule

@@ -68,9 +68,9 @@ class AudioLabels:
     """Annotations of a row."""
 
     id: str
-    text: str | None
     label: str | None
     speaker: str | None
+    text: str | None
 
 
 class AudioShards(Shards):

@@ -211,12 +211,16 @@ class ImageReader:
         """Reasons why settings and model do not fit, as sentences."""
         side, faults = self.side, []
         if self.mask is not None and self.mask.kind not in ("block_2d", "random"):
-            faults.append(f"image mask.kind is {self.mask.kind!r}, images need 'block_2d' or 'random'")
+            faults.append(
+                f"objective.modalities.image.mask.kind is {self.mask.kind!r}, images need 'block_2d' or 'random'"
+            )
         tokens = self.network.num_tokens(side)
         if tokens < 2:
             faults.append(f"images of {side} x {side} pixels make {tokens} tokens, expected 2 or more")
         elif not faults:
-            faults += mask_faults(self.mask, tokens, f"image mask, for images of {side} x {side} pixels")
+            faults += mask_faults(
+                self.mask, tokens, f"objective.modalities.image.mask, for images of {side} x {side} pixels"
+            )
         return faults
 
     def _encoded(self, row: int) -> EncodedImage:

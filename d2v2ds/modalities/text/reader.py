@@ -179,9 +179,9 @@ class TextReader:
         faults = self.misfits()
         block, micro = self.block_tokens, self.config.micro_batch_tokens
         if self.mask is not None and self.mask.kind == "block_2d":
-            faults.append("text mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
+            faults.append("objective.modalities.text.mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
         else:
-            faults += mask_faults(self.mask, block, f"text mask, for blocks of {block} tokens")
+            faults += mask_faults(self.mask, block, f"objective.modalities.text.mask, for blocks of {block} tokens")
         if micro < block:
             faults.append(
                 f"data.text.micro_batch_tokens {micro} cannot hold one block of {block} tokens; raise the first or "

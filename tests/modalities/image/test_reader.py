@@ -319,13 +319,14 @@ def test_what_does_not_fit_the_model_is_a_sentence(source):
     random = MaskConfig(masked_fraction=0.5, num_masks=1, kind="random")
     assert reader_of(source, mask=random).faults() == []
     [fault] = reader_of(source, mask=MaskConfig(masked_fraction=0.5, num_masks=1)).faults()
-    assert fault == "image mask.kind is 'block_1d', images need 'block_2d' or 'random'"
+    assert fault == "objective.modalities.image.mask.kind is 'block_1d', images need 'block_2d' or 'random'"
     [fault] = reader_of(source, PATCH).faults()
     assert "images of 8 x 8 pixels make 1 tokens, expected 2 or more" in fault
     [fault] = reader_of(
         source, mask=MaskConfig(masked_fraction=0.5, num_masks=1, kind="block_2d", block_length=5)
     ).faults()
-    assert "image mask, for images of 32 x 32 pixels: 16 tokens (4 x 4) cannot hold a block of length 5" in fault
+    expected = "image.mask, for images of 32 x 32 pixels: 16 tokens (4 x 4) cannot hold a block of length 5"
+    assert expected in fault
     [fault] = reader_of(source, mask=MaskConfig(masked_fraction=0.99, num_masks=1, kind="random")).faults()
     assert "masked_fraction 0.99 of 16 tokens leaves nothing visible" in fault
 
