@@ -59,6 +59,8 @@ class Modality:
     """(joined shards, data settings, network settings, masks or None) -> reader."""
     unit: ClassVar[Unit]
     """Unit of amounts."""
+    input_layer: ClassVar[str] = "local"
+    """Part of the encoder that `packed_faults` is about: if a run draws it anew, other inputs do no harm."""
     probe: ClassVar[ProbeDefaults] = ProbeDefaults()
     """Settings of a probe where none are given."""
     baseline: ClassVar[Baseline | None] = None

@@ -69,25 +69,26 @@ class WarmStart:
         ]
         with_way_out = not problems  # leaving tensors out does not make another setting fit
         for part, name, shape in other[:MOST_SHAPES]:
-            way_out = f"; change the model, or leave it out with init.skip=[{name}]" if with_way_out else ""
-            problems.append(f"{where}: {part} {name} has shape {shape}, this run's {self._expected[name]}{way_out}")
+            own = _export_name(name)
+            way_out = f"; change the model, or leave it out with init.skip=[{own}]" if with_way_out else ""
+            problems.append(f"{where}: {part} {own} has shape {shape}, this run's {self._expected[name]}{way_out}")
         if len(other) > MOST_SHAPES:
             problems.append(f"{where}: {len(other) - MOST_SHAPES} more tensors have other shapes")
         if not any(name.startswith("trunk.blocks.") for name in self._found["model"]):
             problems.append(f"{where}: has none of the shared blocks")
         problems += [f"init.skip: {prefix!r} is no parameter or part of one" for prefix in self._skip if not any(
-            _within(name, prefix) for name in self._expected
+            _within(_export_name(name), prefix) for name in self._expected
         )]  # fmt: skip
         return problems
 
-    def takes_local_encoder(self, modality: str) -> bool:
+    def takes_input_layer(self, modality: str) -> bool:
         """Return True if inputs of a modality must mean what they meant to the export."""
-        return self._has(f"trunk.encoders.{modality}.local")
+        return self._has(f"trunk.encoders.{modality}.{known_modalities()[modality].input_layer}")
 
     def fresh(self) -> list[str]:
         """Parts of the network that these weights lack, and that are drawn."""
         missing = self._expected.keys() - self._found["model"].keys() - self._found["objective"].keys()
-        return sorted({".".join(name.removeprefix("trunk.").split(".")[:2]) for name in missing})
+        return sorted({".".join(_export_name(name).split(".")[:2]) for name in missing})
 
     def load(self, student: Engine, teacher: Teacher | None) -> None:
         """Put the weights in place. Collective."""
@@ -110,8 +111,7 @@ class WarmStart:
         return {
             name: kind
             for name, kind in named.items()
-            if name in self._expected
-            and not any(_within(name.removeprefix("trunk."), skipped) for skipped in self._skip)
+            if name in self._expected and not any(_within(_export_name(name), skipped) for skipped in self._skip)
         }
 
     def _other_settings(self) -> Iterable[tuple[str, Any, Any]]:
@@ -142,12 +142,17 @@ class _PartReader:
     def __call__(self, name: str) -> Tensor | None:
         if name not in self._names:
             return None
-        return self._folder.tensor(self._part, name if self._part == "objective" else name.removeprefix("trunk."))
+        return self._folder.tensor(self._part, _export_name(name))
 
 
 def _network_name(part: Part, name: str) -> str:
     """Name of a tensor of an export in an objective's network."""
     return name if part == "objective" else f"trunk.{name}"
+
+
+def _export_name(name: str) -> str:
+    """Name of a tensor of an objective's network in an export, and in `init.skip`."""
+    return name.removeprefix("trunk.")
 
 
 def _within(name: str, prefix: str) -> bool:
@@ -174,7 +179,7 @@ def open_warm_start(config: RunConfig) -> tuple[WarmStart | None, list[str]]:
         return None, [f"init.weights: {error}"]
     problems = start.faults()
     for name, data in config.data.modalities.items():
-        if not start.takes_local_encoder(name):
+        if not start.takes_input_layer(name):
             continue
         preprocessing = start.folder.description.preprocessing[name]
         for shards in folders_of(data.shards):

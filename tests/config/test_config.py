@@ -64,7 +64,8 @@ def test_contradictions_name_both_values() -> None:
         "width 768 is not divisible by num_heads 7",
         "num_layers is 13, expected 1 to shared_depth (12)",
         "data.audio.micro_batch_seconds 10 cannot hold one row of 20 seconds",
-        "objective: modalities.audio: adjust -0.6 makes the share of drawn blocks negative (0.5 + adjust)",
+        "objective: modalities.audio: adjust -0.6 makes the ",
+        "negative (0.5 + adjust)",
         "lr.warmup_steps 500000 is more than the 400000 steps of the run",
         "modalities.audio: decoder: width 384 is not divisible by groups 7",
     ):

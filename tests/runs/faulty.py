@@ -40,7 +40,7 @@ def _break_clock() -> None:
 def install(name: str, rank: int, at_step: int) -> None:
     """Build one fault in; steps are counted in calls, so that data once seen is never seen again."""
     calls = {"step": 0}
-    inner_step = loop.pretrain_step
+    inner_step = loop.train_step
 
     def is_now() -> bool:
         return comm.rank() == rank and calls["step"] == at_step
@@ -52,20 +52,20 @@ def install(name: str, rank: int, at_step: int) -> None:
                 act()
             return inner_step(*args, **kwargs)
 
-        loop.pretrain_step = counted
+        loop.train_step = counted
 
     def poison() -> None:
         seen = 0
 
-        def poisoned(student: Any, teacher: Any, micro: Any, **kwargs: Any) -> Any:
+        def poisoned(engine: Any, objective: Any, micro: Any, **kwargs: Any) -> Any:
             nonlocal seen
             seen += 1
             if comm.rank() == rank and at_step <= seen < at_step + POISONED_STEPS:
                 for batch in micro:
                     batch.source.fill_(torch.inf)
-            return inner_step(student, teacher, micro, **kwargs)
+            return inner_step(engine, objective, micro, **kwargs)
 
-        loop.pretrain_step = poisoned
+        loop.train_step = poisoned
 
     if name == "poison":
         poison()

@@ -77,6 +77,7 @@ class Text(Modality):
     data = TextDataConfig
     reader = TextReader
     unit = TOKENS
+    input_layer = "local.tokens"
     probe = ProbeDefaults(c=1.0, neighbours=10)
     baseline = Baseline("TF-IDF of the tokens", tf_idf)
     hub = HubInput(
