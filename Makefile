@@ -2,8 +2,8 @@
 #                                                   measures of the layout
 # make demo    three minutes of speech pretraining, no data needed (or DATA=/path/to/folder);
 #              MODALITY=image, text or joint for the others
-# make test    what to run all day: no whole runs, no slow tests; shared by all cores
-# make test-all  all tests but the slow ones, as CI runs them
+# make test    what to run all day, on every core: no whole runs, no slow tests
+# make test-all  everything but slow tests, as CI runs it
 # make golden  write the kept first steps of the tiny configurations anew and print what changed
 # make faults  every way of dying that a run survives, slow ones too (half an hour)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
