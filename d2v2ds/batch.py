@@ -83,7 +83,7 @@ class Batch:
             raise ValueError(
                 f"Batch: source {tuple(self.source.shape)} and masks {tuple(self.masks.keep.shape)} disagree on B"
             )
-        if self.padding is not None and self.padding.shape != self.source.shape[: self.padding.dim()]:
+        if self.padding is not None and self.padding.shape != (len(self.source), self.source.shape[-1]):
             raise ValueError(
                 f"Batch: padding {tuple(self.padding.shape)} does not fit source {tuple(self.source.shape)}"
             )
