@@ -95,7 +95,7 @@ class ImagePacker:
         return ()
 
     def format(self, folder: Path) -> dict[str, Any]:
-        """Whether and how images were re-encoded, and the colour that transparent pixels have."""
+        """Settings of re-encoding, and the colour behind transparent pixels."""
         settings = self.settings
         return {
             "shorter_side": settings.shorter_side,
@@ -120,7 +120,7 @@ class ImagePacker:
         return f"{index.totals['pixels'] / 1e6:,.1f} megapixels, {kept}"
 
     def versions(self) -> dict[str, str]:
-        """What decodes and re-encodes."""
+        """Versions of the libraries that decode and re-encode."""
         jpeg = features.version("libjpeg_turbo") or features.version("jpg")
         return {"pillow": PIL.__version__, "libjpeg": str(jpeg)}
 

@@ -43,7 +43,7 @@ class Dataset:
     sizes: NDArray[np.int64]
     """(N,) sizes of its rows; may be memory-mapped."""
     weight: float = 1.0
-    """How often its rows are drawn, relative to those of the other datasets."""
+    """Frequency of its rows relative to those of the other datasets."""
     identity: Identity | None = None
     """None for rows in memory; only their number is then compared with a checkpoint's."""
 

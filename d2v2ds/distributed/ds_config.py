@@ -46,7 +46,7 @@ CHOICES = {
     "zero_optimization.compute_grad_norm": (True,),  # every step reports the norm
     "gradient_allreduce_op": ("mean",),  # `engine.gradient_sum_factor` undoes it
 }
-"""What DeepSpeed checks late, or not at all."""
+"""Settings that DeepSpeed checks late or not at all."""
 
 OLD_KEYS = {
     "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
@@ -141,7 +141,7 @@ def _faults(config: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _section_faults(section: str, values: Mapping[str, Any], model: type[BaseModel]) -> list[str]:
-    """What DeepSpeed's own model of a section finds."""
+    """Faults that DeepSpeed's own model of a section finds."""
     fields = {field.alias or name for name, field in model.model_fields.items()}
     given = {name: value for name, value in values.items() if name not in OLD_KEYS}  # refused when it is merged
     try:
@@ -206,7 +206,7 @@ def merge_ds_config(
 
 
 def _unsupported(config: Mapping[str, Any], source: str) -> list[str]:
-    """What DeepSpeed gets wrong, and what the teacher cannot follow."""
+    """Settings that DeepSpeed computes wrongly, or that the teacher cannot follow."""
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     is_bf16 = bool(config.get("bf16", {}).get("enabled", False))

@@ -20,12 +20,12 @@ from torch import nn
 from d2v2ds.distributed import zero
 
 Engine = DeepSpeedEngine
-"""What `build_student_engine` returns; other rooms name it so, and import no deepspeed."""
+"""Type that `build_student_engine` returns; other rooms use this name and import no deepspeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What one optimizer step did; the same on every rank."""
+    """Result of one optimizer step; the same on every rank."""
 
     applied: bool
     """False if the gradient was not finite: weights, moments and step counts of the optimizer are untouched."""
@@ -68,7 +68,7 @@ def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
 
 
 def gradient_sum_factor(engine: DeepSpeedEngine) -> float:
-    """What to multiply a loss with so that the step sees the *sum* of its gradients over ranks and micro-batches.
+    """Factor for a loss that makes the step see the *sum* of its gradients over ranks and micro-batches.
 
     For a loss that is a sum over items, pass `loss * gradient_sum_factor(engine) / global_count` to
     `engine.backward`, where `global_count` counts the items of all ranks and micro-batches of the step: the gradient

@@ -1,4 +1,4 @@
-"""How large the gradients of a model's parts are, at every ZeRO stage."""
+"""Norms of the gradients of a model's parts, at every ZeRO stage."""
 
 import math
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class PartNorms:
         self._is_asked, self._found = is_wanted, []
 
     def take(self, grad_norm: float) -> dict[str, float]:
-        """What the step that was asked for had, before clipping. Collective; after a step that was applied.
+        """Return the norms of the step that was asked for, before clipping. Collective; after an applied step.
 
         Args:
             grad_norm: of all parameters, before clipping: the square root of the sum of the parts' squares.

@@ -21,7 +21,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class _Zero:
-    """What of a DeepSpeed JSON decides the sizes."""
+    """Settings of a DeepSpeed JSON that decide the sizes."""
 
     stage: int
     is_bf16: bool

@@ -58,7 +58,7 @@ class _Span:
     master: Tensor
     """(n,) fp32, the student's."""
     start: int
-    """Where the span lies in the teacher's flat buffers."""
+    """Position of the span in the teacher's flat buffers."""
 
 
 class Teacher:
@@ -235,7 +235,7 @@ class Teacher:
         self._write_working_copy()
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """What the network's `load_state_dict` takes, on rank 0's CPU; empty elsewhere.
+        """Return a state dict for the network's `load_state_dict`, on rank 0's CPU; empty elsewhere.
 
         Every parameter's whole fp32 average, tied ones under each of their names, and every persistent buffer.
         Collective; one parameter at a time is whole on the other ranks.

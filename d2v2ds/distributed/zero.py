@@ -43,7 +43,7 @@ class Shard:
     trainable: bool
     """False for a parameter with requires_grad=False, which has no master."""
     replicated: bool
-    """Whether every rank holds the same whole parameter."""
+    """True if every rank holds the same whole parameter."""
 
     @property
     def data(self) -> Tensor:
@@ -72,7 +72,7 @@ def compute_dtype(engine: DeepSpeedEngine) -> torch.dtype:
 
 
 def unsupported(engine: DeepSpeedEngine) -> list[str]:
-    """What of this engine keeps its shards from being found here, as sentences; empty for most. Local."""
+    """Return one message for each setting of the engine with which its shards cannot be found. Local."""
     at = f"at ZeRO stage {stage(engine)}"
     faults = []
     if engine.fp16_enabled():
@@ -204,7 +204,7 @@ def flat_groups(engine: DeepSpeedEngine) -> list[FlatGroup]:
 
 
 def master_addresses(engine: DeepSpeedEngine) -> list[int]:
-    """Where the fp32 master lies in memory; a change means that views taken earlier are stale."""
+    """Addresses of the fp32 master; a change means that views taken earlier are stale."""
     if stage(engine) == 0:
         return [param.data_ptr() for param in engine.module.parameters()]
     of_stage3 = stage(engine) == 3
@@ -219,7 +219,7 @@ def client_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def optimizer_layout(engine: DeepSpeedEngine) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """What the optimizer keeps: names of its per-element states, and its single numbers such as `step`.
+    """Names of the optimizer's per-element states, and its single numbers such as `step`.
 
     Returns:
         (names, {name: {"kind": "tensor" or "number", "value": number}}), equal on all ranks; both empty before the

@@ -52,7 +52,7 @@ class Attempt:
     """One start of a run, as it ended; a line of `attempts.jsonl`."""
 
     time: str
-    """When it ended, ISO 8601 with time zone."""
+    """Time of its end, ISO 8601 with time zone."""
     job: int
     """SLURM's number; it stays the same when a job is requeued."""
     restart: int

@@ -36,11 +36,11 @@ class Clip:
 
     id: str
     path: str
-    """Where to open it."""
+    """Path to open."""
     source: str
-    """How it is named in the shards: below its input folder, or as its manifest writes it."""
+    """Name in the shards: path below its input folder, or as its manifest writes it."""
     place: str
-    """Where a message should point: the path, or the manifest's line."""
+    """Location for messages: the path, or the manifest's line."""
     text: str | None = None
     label: str | None = None
     speaker: str | None = None

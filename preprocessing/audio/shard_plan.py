@@ -15,7 +15,7 @@ from preprocessing.driver.input_files import check_present, listed
 from preprocessing.driver.shard_plan import Plan, Skipped, cut_shards, fingerprint
 
 SAMPLE_RATE_HZ = 16000
-"""Of every row, as every published speech recipe has it."""
+"""Sampling rate of every row, as in every published speech recipe."""
 _PLANNED_BYTES = {"pcm16": 2.0, "flac": 1.1}
 """Bytes per sample: exact for pcm16; of read speech measured for flac."""
 
@@ -35,7 +35,7 @@ class AudioSettings:
     join_seconds: tuple[float, float] | None = None
     """(shortest, longest) row made of one speaker's short clips; None joins nothing."""
     seed: int = 0
-    """Of the order in which clips are joined."""
+    """Seed of the order in which clips are joined."""
     label_column: str = "label"
     """The manifest column stored as label."""
 

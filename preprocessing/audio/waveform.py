@@ -28,7 +28,7 @@ _UNKNOWN_LENGTH = 1 << 62
 _PLAUSIBLE_RATIO = 64
 """Samples per byte of file up to which memory is taken for as many as a header promises."""
 _STREAMED_WAV_BYTES = 0x7FFFF000
-"""From this size on a header was written before its writer knew how much would come."""
+"""Sizes from this one on stand in headers whose writer did not know the length."""
 _WHOLE_FILE_BYTES = 32 << 20
 """FLAC files below this size, about half an hour, are decoded from memory."""
 _STATS_BLOCK = 1 << 15

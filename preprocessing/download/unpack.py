@@ -19,7 +19,7 @@ from d2v2ds.errors import D2V2Error
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, OverflowError,
            RuntimeError)  # fmt: skip
-"""What tarfile and zipfile raise for damaged, encrypted or unsafe archives."""
+"""Errors of tarfile and zipfile for damaged, encrypted or unsafe archives."""
 
 
 class ArchiveError(D2V2Error):

@@ -46,9 +46,9 @@ class FileRun:
     names: tuple[str, ...]
     """Paths below `root`."""
     ids: tuple[str | None, ...] | None
-    """Of a manifest; None: the names."""
+    """Ids that a manifest gives; None: the names."""
     labels: tuple[str | None, ...] | None
-    """Of a manifest; None: the folders that hold the files."""
+    """Labels that a manifest gives; None: the folders that hold the files."""
 
     @property
     def files(self) -> int:
@@ -57,7 +57,7 @@ class FileRun:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What the rows depend on, beside the bytes of the files; not where the folder lies."""
+        """Everything that the rows depend on beside the bytes of the files; the folder's location is left out."""
         return self.names, self.ids, self.labels
 
 
@@ -77,7 +77,7 @@ class TarRun:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """As `FileRun.identity`."""
+        """Same as `FileRun.identity`."""
         return self.source, self.files, self.size, self.start, self.stop
 
 
@@ -95,7 +95,7 @@ class RowGroup:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """As `FileRun.identity`."""
+        """Same as `FileRun.identity`."""
         return self.source, self.files, self.size, self.number
 
 
@@ -111,10 +111,10 @@ class Listing:
     ids: list[str | None] | None = None
     labels: list[str | None] | None = None
     places: list[str] | None = None
-    """Where a message should point; only a manifest's files must exist."""
+    """Location for messages; only a manifest's files must exist."""
 
     def paths(self) -> Iterator[str]:
-        """Where to open the files."""
+        """Paths of the files."""
         return (os.path.join(self.root, name) for name in self.names)  # noqa: PTH118  (a million)
 
 
@@ -128,7 +128,7 @@ class Archive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What will be one unit of an archive."""
+    """Part of an archive that becomes one unit."""
 
     files: int
     size: int
@@ -139,7 +139,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveFacts:
-    """What opening an archive told."""
+    """Findings from opening an archive."""
 
     bytes: int = 0
     parts: tuple[Part, ...] = ()
@@ -204,7 +204,7 @@ class ArchiveScan:
     label_column: str
 
     def __call__(self, archives: Sequence[Archive], report: Report) -> list[ArchiveFacts]:
-        """What opening each archive tells; no image is read."""
+        """Findings from opening each archive; no image is read."""
         facts = []
         for archive in archives:
             try:
@@ -324,13 +324,13 @@ def tar_members(path: str, start: int) -> Iterator[tarfile.TarInfo]:
 
 
 def member_key(name: str) -> str:
-    """What members that belong together share: the name up to the first dot behind the folders (webdataset)."""
+    """Key that members of one example share: the name up to the first dot behind the folders (webdataset)."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
 
 def is_image_member(name: str) -> bool:
-    """Whether a member of a tar file is an image, by its suffix."""
+    """Return True if the suffix of a tar file's member is that of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 

@@ -1,4 +1,4 @@
-"""What `verify` and `inspect` do with images: decode every row; sizes, labels and a contact sheet."""
+"""`verify` and `inspect` for images: decode every row; sizes, labels and a contact sheet."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> 
 
 
 def headline(index: Index) -> str:
-    """Whether images were re-encoded."""
+    """Say whether images were re-encoded."""
     side, quality = index.format["shorter_side"], index.format["quality"]
     return f"re-encoded where the shorter side exceeded {side}, JPEG quality {quality}" if side else "encoded as found"
 

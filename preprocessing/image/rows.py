@@ -1,4 +1,4 @@
-"""From units of images to rows: read the encoded bytes, decode them, re-encode what is too large, annotate."""
+"""Turn units of images into rows: read the encoded bytes, decode them, re-encode large ones, annotate."""
 
 import io
 import os
@@ -30,7 +30,7 @@ from preprocessing.image.find import (
 )
 
 PILLOW_MAX_PIXELS = 89_478_485
-"""From here on Pillow warns of decompression bombs: a quarter of a GiB in RGB."""
+"""Pixels from which on Pillow warns of decompression bombs: a quarter of a GiB in RGB."""
 _DRAFT_FACTOR = 2
 """A JPEG is decoded at a reduced scale that leaves so many times the wanted side: the rest is filtered away."""
 _TABLE_BATCH_ROWS = 64
@@ -82,7 +82,7 @@ class Found:
     data: bytes
     label: str | None = None
     fault: str | None = None
-    """Why it cannot be read."""
+    """Reason why it cannot be read."""
 
 
 def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[Row]:

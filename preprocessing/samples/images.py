@@ -26,7 +26,7 @@ from d2v2ds.errors import D2V2Error, MissingExtraError
 SIDE = 32
 """Pixels along each side."""
 VALID_SHARE = 0.2
-"""Of the digits, and of the width of the photographs."""
+"""Held-out fraction of the digits, and of the width of the photographs."""
 _DIGIT_SIDES = (18.0, 30.0)
 """Smallest and largest side of a digit, its empty margin included (pixels)."""
 _TURN = math.radians(15)

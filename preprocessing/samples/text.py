@@ -29,7 +29,7 @@ _ONE_IN = 5
 """So many documents for one that goes to ``valid``."""
 
 LANGUAGE_REFERENCE = "pydoc_data.topics"
-"""What ``help()`` shows for words such as FLOAT or LAMBDA; a module with one dictionary of texts."""
+"""Texts that ``help()`` shows for words such as FLOAT or LAMBDA; a module with one dictionary of texts."""
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 TOPICS: Mapping[str, tuple[str, ...]] = {

@@ -22,10 +22,10 @@ except ImportError as error:
     raise MissingExtraError("images need Pillow", "image") from error
 
 OTHER_FORMATS = ("WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is read besides JPEG and PNG, as Pillow calls it. The content decides, not the name."""
+"""Formats besides JPEG and PNG, by Pillow's names. The content decides, not the name of the file."""
 
 ALPHA_OVER = (255, 255, 255)
-"""What shows through transparent pixels: white."""
+"""Colour behind transparent pixels: white."""
 
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,7 +36,7 @@ TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image of this EXIF orientation upright; one of orientation 1 is upright as stored."""
+"""Operation that undoes each EXIF orientation; an image of orientation 1 is upright as stored."""
 
 PILLOW_ERRORS = (
     OSError,
@@ -52,7 +52,7 @@ PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's readers raise on damaged files."""
+"""Errors of Pillow's readers on damaged files."""
 
 _JPEG, _END_OF_JPEG, _PNG = b"\xff\xd8\xff", b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
 _PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"})
@@ -200,7 +200,7 @@ def _only_pixels(png: bytes) -> bytes:
 
 
 def _is_readable(kind: bytes, content: bytes, texts: PngImagePlugin.PngStream) -> bool:
-    """Whether Pillow reads a text of a PNG after the `texts` before it."""
+    """Return True if Pillow reads a text of a PNG after the `texts` before it."""
     texts.fp = io.BytesIO(content)
     try:
         texts.call(kind, 0, len(content))

@@ -45,12 +45,12 @@ _END_OF_IMAGE = b"\xff\xd9"
 _LARGEST_SCRATCH = 1 << 26
 """Bytes that a thread keeps to decode into: a photograph of 22 million pixels."""
 _COLOURS = {1: "GRAY", 3: "RGB"}
-"""What a JPEG of so many components decodes to."""
+"""Colour space of a decoded JPEG by its number of components."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What an image file holds."""
+    """Facts of an image file."""
 
     format: str
     """jpeg, png, webp, gif, bmp, tiff or ppm."""
@@ -88,7 +88,7 @@ class Box:
 
 
 def stored_box(box: Box, width: int, height: int, orientation: int) -> Box:
-    """Where a part of the displayed image lies in the stored one.
+    """Position in the stored image of a part of the displayed one.
 
     Args:
         box: in displayed coordinates.
@@ -132,7 +132,7 @@ def opened(data: bytes, max_pixels: int | None = None) -> Iterator[Image.Image]:
 
 
 def facts_of(image: Image.Image) -> ImageFacts:
-    """What an open image file holds. Loads it unless it is a JPEG."""
+    """Facts of an open image file. Loads it unless it is a JPEG."""
     if image.format != "JPEG":
         image.load()  # what follows the pixels may state the orientation
     turn = orientation_of(image)
@@ -209,7 +209,7 @@ def _part_of(image: Image.Image, part: Box) -> NDArray[np.uint8]:
 
 
 class _Scratch(threading.local):
-    """Where a thread decodes, again and again: fresh memory has to be cleared, which takes a fifth of the time."""
+    """Memory that a thread decodes into again and again. Clearing fresh memory takes a fifth of the time."""
 
     memory = bytearray()
 
@@ -268,7 +268,7 @@ def _reduction(box: Box, least: int | None) -> int:
 
 
 def _find_frame(data: memoryview | bytes) -> int | None:
-    """Where a JPEG says how high and wide it is: offset of two 16-bit numbers. None if this is no plain JPEG."""
+    """Offset of height and width in a JPEG, two 16-bit numbers. None if this is no plain JPEG."""
     if bytes(data[:3]) != b"\xff\xd8\xff":
         return None
     at = 2

@@ -44,7 +44,7 @@ class OtherFormatError(CheckpointError):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint folder holds."""
+    """Contents of a checkpoint folder."""
 
     format_version: int
     tag: str
@@ -66,7 +66,7 @@ class Manifest:
     files: dict[str, dict[str, int]]
     """Bytes and crc32 of every file but the manifest."""
     validation_loss: float | None = None
-    """Of these weights; None if they were not validated."""
+    """Validation loss of these weights; None if they were not validated."""
 
     def to_json(self) -> str:
         """The text of manifest.json, with a checksum of itself."""
@@ -179,7 +179,7 @@ def crc32_of(path: Path) -> int:
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """What `Saver` stored of the caller's state: plain containers, numbers, strings and tensors.
+    """Read the caller's state as `Saver` stored it: plain containers, numbers, strings and tensors.
 
     Raises:
         CheckpointError: the file holds anything else; nothing in it is run.
@@ -194,7 +194,7 @@ def read_plain(path: Path) -> dict[str, Any]:
 
 
 def file_faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files of a checkpoint folder; empty if nothing is."""
+    """Return one message for each damaged or missing file of a checkpoint folder."""
     faults = []
     for name in names:
         expected, file = manifest.files[name], path / name

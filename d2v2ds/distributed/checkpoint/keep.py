@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and how one is removed. Needs neither DeepSpeed nor a process group."""
+"""Choose the checkpoints to keep and remove the others. Needs neither DeepSpeed nor a process group."""
 
 import shutil
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from d2v2ds.io import durable
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Which checkpoints outlive the next one. `best` and the newest always do."""
+    """Rule for keeping checkpoints. `best` and the newest are always kept."""
 
     last: int | None = None
     """This many of the newest; None keeps all."""

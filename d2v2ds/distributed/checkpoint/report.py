@@ -23,7 +23,7 @@ from d2v2ds.errors import CheckpointError
 
 
 def folder_of(run_dir: Path) -> Path:
-    """Where the checkpoints of a run lie.
+    """Folder of a run's checkpoints.
 
     Raises:
         CheckpointError: there are none.

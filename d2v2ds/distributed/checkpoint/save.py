@@ -56,7 +56,7 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save ended; the same on every rank."""
+    """Result of a save; the same on every rank."""
 
     path: Path
     """Folder of the checkpoint."""
@@ -66,7 +66,7 @@ class SaveOutcome:
 
 @dataclass
 class _Snapshot:
-    """What one rank is going to write, in host memory."""
+    """Copy in host memory of everything that one rank will write."""
 
     path: Path
     manifest: Manifest
@@ -148,7 +148,7 @@ class Saver:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank's thread is writing. Local; `advance` wants to know it of all ranks."""
+        """True while this rank's thread writes. Local; `advance` needs it of all ranks."""
         return any(job is not None and not job.done() for job in (self._writing, self._committing))
 
     def advance(self, any_busy: bool) -> SaveOutcome | None:

@@ -68,7 +68,7 @@ _DAMAGED = (
     OSError,  # a damaged offset
     MemoryError,  # a damaged length
 )
-"""What torch raises while it reads a file that is cut off, damaged or made to harm."""
+"""Errors of torch on a file that is cut off, damaged or made to harm."""
 
 
 class Stub:

@@ -38,11 +38,11 @@ LICENCES = {
     "made of them",
     "text": "to our knowledge the official text weights are under the MIT licence, like the code",
 }
-"""What is known of the published weights; printed with every import."""
+"""Licence of the published weights; printed with every import."""
 
 
 OWN_LICENCE = "weights of a run of d2v2ds: their owner decides"
-"""Of what `export` writes of our own runs."""
+"""Licence that `export` writes into files of our own runs."""
 MADE_BY = "d2v2ds"
 """Key of `cfg` under which `export` says what it wrote, for `import` to find."""
 
@@ -80,13 +80,13 @@ class OfficialCheckpoint:
     teacher: Tensors | None
     """Likewise; None where the file has none."""
     head: Tensors
-    """Of a fine-tuned file: everything outside the encoder, by its own names."""
+    """Tensors of a fine-tuned file outside the encoder, by its own names."""
     prefix: str
-    """What stands before the encoder's names in a fine-tuned file."""
+    """Prefix of the encoder's names in a fine-tuned file."""
     ignored: list[str]
-    """What the file has beside, as `name=value` or `name`."""
+    """Other entries of the file, as `name=value` or `name`."""
     licence: str
-    """What is known of it."""
+    """Licence, as far as it is known."""
     warnings: list[str]
 
     @property

@@ -53,7 +53,7 @@ _CHECKED_ROWS = (1, 4, 3, 5)
 
 
 def graph_input(modality: str) -> GraphInput:
-    """How the input of a modality's graph looks.
+    """Return the form of the input of a modality's graph.
 
     Raises:
         D2V2Error: the modality has no ONNX graph.
@@ -89,14 +89,14 @@ def random_inputs(
 
 
 class _Graph(nn.Module):
-    """What is exported: tensors in, tensors out."""
+    """Module that is exported: tensors in, tensors out."""
 
     def __init__(self, model: Trunk, modality: str, layers: Sequence[int]) -> None:
         super().__init__()
         self.model, self.modality, self.layers = model, modality, layers
 
     def forward(self, source: Tensor, padding: Tensor | None = None) -> tuple[Tensor, ...]:
-        """As the module docstring says."""
+        """Compute layers and token padding, as the module docstring says."""
         features = self.model.layers(self.modality, source, padding)
         token_padding = self.model.encoder(self.modality).token_padding(padding, features[0].shape[1])  # (B, T)
         if token_padding is None:

@@ -44,7 +44,7 @@ class ImageDataConfig:
     shards: Folders
     """Folder written by `preprocessing.pack_images`, or several of them."""
     weights: tuple[float, ...] | None = None
-    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
+    """Frequency of each folder's rows relative to the others'; None: all alike."""
     loss_weight: PositiveOrZero = 1.0
     """Weight of the image loss in a joint run; each modality's loss is a mean over its masked tokens."""
     global_batch_images: Count
@@ -349,7 +349,7 @@ def resize_into(out: Tensor, pixels: NDArray[np.uint8]) -> None:
 
 
 _BICUBIC = torch.ops.aten._upsample_bicubic2d_aa
-"""What F.interpolate(mode="bicubic", antialias=True) calls after checks that take a sixth of its time."""
+"""Operator behind F.interpolate(mode="bicubic", antialias=True), without its checks, which take a sixth of the time."""
 
 
 def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
