@@ -314,6 +314,9 @@ def test_command_imports_to_a_folder_and_exports_the_same_file(
     assert_same_tensors(found["model"], content["model"])
     assert found["cfg"]["model"] == OmegaConf.to_container(content["cfg"])["model"]
     network = read_official(file).network
+    described = json.loads((folder / "config.json").read_text())["objective"]["modalities"][modality]
+    assert described.keys() == {"share_local_encoder", "decoder", "target", "loss"}
+    assert described["decoder"]["depth"] == network.decoder.depth
     assert load_model(folder).config == network.trunk
     assert load_trunk(ModelFolder(folder)).config == network.trunk
     assert load_trunk(ModelFolder(folder), "teacher").config == network.trunk

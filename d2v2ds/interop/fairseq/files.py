@@ -75,9 +75,11 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
         "teacher": checkpoint.teacher or {},
         "head": checkpoint.head,
     }
+    objective = asdict(checkpoint.network.objective())
+    del objective["mask"]  # a placeholder: what is read of an official configuration is the network
     description = Description(
         model=model,
-        objective={"name": "data2vec2", "modalities": {name: asdict(checkpoint.network.objective())}},
+        objective={"name": "data2vec2", "modalities": {name: objective}},
         preprocessing=preprocessing,
         origin={
             "kind": "official",
