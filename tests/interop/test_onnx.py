@@ -156,7 +156,7 @@ def test_graph_that_gives_no_number_is_caught(tmp_path: Path) -> None:
 
 def test_graph_with_a_fixed_length_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
-    monkeypatch.setattr(type(TEXT), "graph", replace(TEXT.graph, axes=("batch",)))
+    monkeypatch.setattr(type(TEXT), "graph", replace(TEXT.graph, axes=("batch", None)))
     export_onnx(model, "text", tmp_path / "text.onnx", layers=(3,))
     monkeypatch.undo()
     with pytest.raises(D2V2Error, match="(?s)1 rows of size 1: onnxruntime cannot run it: .*Expected: 23"):
