@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2v2ds.data.codecs.imagefile import PILLOW_ERRORS, to_rgb
 from d2v2ds.data.codecs.pixels import ImageFacts
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.errors import ShardError
 from d2v2ds.modalities.image.inference import read_picture
 from d2v2ds.modalities.image.reader import ImageReader
@@ -58,7 +59,7 @@ def shards(files: Path) -> Path:
 def trained(shards: Path) -> dict[str, Tensor]:
     """(3, SIDE, SIDE) uint8 by file."""
     reader = reader_of(shards)
-    return {reader.shards.read_labels(row).id: reader.read_whole(row) for row in range(len(reader))}
+    return {reader.shards.first.read_labels(row).id: reader.read_whole(row) for row in range(len(reader))}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,8 @@ def pack(source: Path, output: Path) -> Path:
 
 def reader_of(folder: Path) -> ImageReader:
     config: Any = SimpleNamespace()
-    model: Any = SimpleNamespace(input_size=SIDE)
-    return ImageReader(ImageShards(folder), config, model, None)
+    model: Any = SimpleNamespace(image_size=SIDE)
+    return ImageReader(JoinedShards([ImageShards(folder)]), config, model, None)
 
 
 def expected(name: str) -> Tensor:
@@ -170,7 +171,7 @@ def test_verify_and_reader_refuse_what_the_packer_skips(
     reader = reader_of(pack(files, tmp_path / "shards"))
     faults = "\n".join(verify(tmp_path / "shards"))
     for row in range(len(reader)):
-        if reader.shards.read_labels(row).id in BAD:
+        if reader.shards.first.read_labels(row).id in BAD:
             assert f"row {row}: image: expected a whole png file, found" in faults
             with pytest.raises(ShardError, match="expected an image, found"):
                 reader.read_whole(row)
