@@ -1,4 +1,4 @@
-"""`Reader`: protocol that turns packed folders of one modality into inputs, and checks that all readers share."""
+"""`Reader`: packed folders of one modality as inputs, and checks that all readers share."""
 
 import math
 from dataclasses import dataclass
@@ -66,13 +66,6 @@ class DataSettings(Protocol):
         """Return one message for each contradiction between fields."""
 
 
-class TokenCounter(Protocol):
-    """Settings of a network, as every reader needs them."""
-
-    def num_tokens(self, size: int) -> int:
-        """Return the number of tokens T of an input of this size."""
-
-
 @dataclass(frozen=True)
 class Examples:
     """Inputs of one micro-batch."""
@@ -83,64 +76,13 @@ class Examples:
     """As in `Batch.padding`."""
 
 
-class Reader(Protocol):
-    """Packed folders of one modality. Picklable: data workers get a copy."""
+class Reader(Generic[Part]):
+    """Packed folders of one modality as inputs; each modality derives its own. Picklable: data workers get a copy."""
 
     modality: str
     """Name of the modality."""
     unit: Unit
     """Unit of amounts and throughput."""
-    mask: MaskConfig | None
-    """Masks of every input; None for none."""
-
-    @property
-    def network(self) -> TokenCounter:
-        """Settings of the network that reads the inputs."""
-
-    def __len__(self) -> int:
-        """Return the number of rows of all folders."""
-
-    @property
-    def datasets(self) -> list[Dataset]:
-        """Folders, for a plan."""
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) sizes of the rows of the only folder, as the plan counts them."""
-
-    def plan_config(self) -> PlanConfig:
-        """Return the settings of grouping rows into batches."""
-
-    def units(self, num_rows: int, size: int) -> float:
-        """Return the amount of `num_rows` inputs of this size, in `unit`."""
-
-    def read(self, micro: MicroBatch, seed: int) -> Examples:
-        """Read the inputs of a micro-batch, cropped and augmented; each is a function of (seed, epoch, row).
-
-        Raises:
-            ShardError: at least one row cannot be read.
-        """
-
-    def read_whole(self, row: int) -> Tensor:
-        """Read one input without random crops, augmentation and batch dimension, for evaluation.
-
-        Raises:
-            ShardError: the row cannot be read.
-        """
-
-    def faults(self) -> list[str]:
-        """Return one message for each contradiction between folder, settings and network."""
-
-    def misfits(self) -> list[str]:
-        """Return the `faults` that keep the network from reading this folder, also in evaluation."""
-
-    def remarks(self) -> list[str]:
-        """Return messages about settings that work but may be a mistake; the run logs them at the start."""
-
-
-class PackedReader(Generic[Part]):
-    """Common parts of the readers of packed folders; a `Reader` derives from it."""
-
     config: Any
     network: Any
 
@@ -149,12 +91,13 @@ class PackedReader(Generic[Part]):
         Args:
             shards: packed folders.
             config: a `DataSettings`.
-            network: settings of the network that reads the inputs.
+            network: settings of the network that reads the inputs; it has `num_tokens(size)`.
             mask: of every input; None for none.
         """
         self.shards, self.config, self.network, self.mask = shards, config, network, mask
 
     def __len__(self) -> int:
+        """Return the number of rows of all folders."""
         return len(self.shards)
 
     @property
@@ -164,15 +107,43 @@ class PackedReader(Generic[Part]):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(N,) sizes of the rows of the only folder."""
+        """(N,) sizes of the rows of the only folder, as the plan counts them."""
         return only_sizes(self.datasets)
 
+    def plan_config(self) -> PlanConfig:
+        """Return the settings of grouping rows into batches."""
+        raise NotImplementedError
+
+    def units(self, num_rows: int, size: int) -> float:
+        """Return the amount of `num_rows` inputs of this size, in `unit`."""
+        raise NotImplementedError
+
+    def read(self, micro: MicroBatch, seed: int) -> Examples:
+        """Read the inputs of a micro-batch, cropped and augmented; each is a function of (seed, epoch, row).
+
+        Raises:
+            ShardError: at least one row cannot be read.
+        """
+        raise NotImplementedError
+
+    def read_whole(self, row: int) -> Tensor:
+        """Read one input without random crops, augmentation and batch dimension, for evaluation.
+
+        Raises:
+            ShardError: the row cannot be read.
+        """
+        raise NotImplementedError
+
+    def faults(self) -> list[str]:
+        """Return one message for each contradiction between folder, settings and network."""
+        raise NotImplementedError
+
     def misfits(self) -> list[str]:
-        """Return no misfits."""
+        """Return the `faults` that keep the network from reading this folder, also in evaluation; none here."""
         return []
 
     def remarks(self) -> list[str]:
-        """Return no remarks."""
+        """Return messages about settings that work but may be a mistake, for the log of the start; none here."""
         return []
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2v2ds.bounds import Count, Positive, PositiveOrZero
 from d2v2ds.data.folders import Folders, folder_faults, sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, PackedReader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
 from d2v2ds.modalities.audio.shards import SAMPLE_SCALE, AudioShards
 from d2v2ds.rng import Stream, hash64, to_unit_interval
 from d2v2ds.shapes import AUDIO_NORM_EPS
@@ -83,8 +83,8 @@ SECONDS = Unit(
 )
 
 
-class AudioReader(PackedReader[AudioShards]):
-    """Packed folders of recordings as clips of equal length; a `Reader` of `d2v2ds.data.reader`."""
+class AudioReader(Reader[AudioShards]):
+    """Packed folders of recordings as clips of equal length."""
 
     modality = "audio"
     unit = SECONDS

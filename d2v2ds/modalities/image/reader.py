@@ -22,7 +22,7 @@ from d2v2ds.bounds import Bounds, Count, Positive, PositiveOrZero, Share
 from d2v2ds.data.folders import Folders, JoinedShards, folder_faults
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, PackedReader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.network import ImageNetwork
@@ -93,8 +93,8 @@ IMAGES = Unit(
 )
 
 
-class ImageReader(PackedReader[ImageShards]):
-    """Packed folders of images as square crops of one size; a `Reader` of `d2v2ds.data.reader`."""
+class ImageReader(Reader[ImageShards]):
+    """Packed folders of images as square crops of one size."""
 
     modality = "image"
     unit = IMAGES

@@ -6,6 +6,7 @@ from d2v2ds.modalities.demo import Prepared, key_of, pack, python
 from d2v2ds.modalities.text.shards import TextShards
 
 BLOCKS = ("--block-tokens", "128")
+ROWS = ("--one-row-per-document",)
 
 
 def prepare(runs: Path, data: Path | None) -> Prepared:
@@ -25,15 +26,7 @@ def prepare(runs: Path, data: Path | None) -> Prepared:
         return Prepared(blocks, overrides)
     tokenizer = str(shards.tokenizer_file)
     train, valid = (
-        pack(
-            "text",
-            part,
-            runs / f"texts-{part.stem}-{key_of(data)}",
-            "--tokenizer",
-            tokenizer,
-            *BLOCKS,
-            "--one-row-per-document",
-        )  # fmt: skip
+        pack("text", part, runs / f"texts-{part.stem}-{key_of(data)}", "--tokenizer", tokenizer, *BLOCKS, *ROWS)
         for part in parts
     )
     return Prepared(blocks, overrides, ("--shards", str(train), "--test-shards", str(valid), "--baseline"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2v2ds.bounds import Count, PositiveOrZero
 from d2v2ds.data.folders import Folders, folder_faults, sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, PackedReader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.modalities.text.shards import TextShards
 from d2v2ds.shapes import PAD_ID
@@ -66,8 +66,8 @@ TOKENS = Unit(
 )
 
 
-class TextReader(PackedReader[TextShards]):
-    """Packed folders of token blocks; a `Reader` of `d2v2ds.data.reader`."""
+class TextReader(Reader[TextShards]):
+    """Packed folders of token blocks."""
 
     modality = "text"
     unit = TOKENS

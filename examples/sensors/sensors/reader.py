@@ -15,7 +15,7 @@ from torch import Tensor
 from d2v2ds.bounds import Positive, PositiveOrZero
 from d2v2ds.data.folders import Folders, folder_faults, sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, PackedReader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
 from d2v2ds.modalities.audio.reader import crop_starts
 from sensors.network import SensorNetwork
 from sensors.recordings import normalised
@@ -78,8 +78,8 @@ SECONDS = Unit(
 )
 
 
-class SensorReader(PackedReader[SensorShards]):
-    """Packed folders of recordings as crops of equal length; a `Reader` of d2v2ds."""
+class SensorReader(Reader[SensorShards]):
+    """Packed folders of recordings as crops of equal length."""
 
     modality = "sensors"
     unit = SECONDS
