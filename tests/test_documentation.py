@@ -50,10 +50,10 @@ def test_results_name_their_revisions() -> None:
     assert "this commit" not in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "RESULTS.md", "examples/sensors/README.md"])
 def test_documented_paths_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    named = re.findall(r"\b(?:d2v2ds|preprocessing|tests|ds_configs|slurm)/[\w/.]*\w/?", text)
+    named = re.findall(r"\b(?:d2v2ds|preprocessing|tests|ds_configs|slurm|examples)/[\w/.]*\w/?", text)
     assert len(named) > 3
     assert [path for path in named if not (ROOT / path).exists()] == []
 
