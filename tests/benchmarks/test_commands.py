@@ -18,7 +18,7 @@ COMMANDS = {
     "extracting": ("--configs audio_tiny image_tiny --inputs 3 --repeats 1", ["audio_tiny", "image_tiny"]),
     "onnx_speed": ("--config image_tiny --batch 1", ["int8"]),
     "packing": ("--hours 0.02 --rounds 1", ["bare soundfile decode", "1 worker / bare decode", "2 workers / 1 worker"]),
-    "packing_images": ("--images 6 --rounds 1", ["copy into one file", "packing, 2 workers", "1 worker / copy"]),
+    "packing_images": ("--images 6 --rounds 1", ["copy into one file", "packing, 2 workers", "decode / 1 worker"]),
     "packing_text": ("--megabytes 0.1 --rounds 1", ["sentencepiece  paragraphs", "bpe            JSON lines"]),
     "position": ("--folder {folder} --rows 200000 --shards 20", ["first"]),
     "reading": (

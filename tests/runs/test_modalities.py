@@ -287,6 +287,6 @@ def test_export_goes_on_without_shards_and_says_what_is_missing(
     config = run_dir / "config.yaml"
     config.write_text(config.read_text().replace("text-shards", "moved-away"))
     export(run_dir, tmp_path / "model")
-    assert "no tokenizer is exported" in caplog.text
+    assert "files beside the run's shards are not exported" in caplog.text
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         FeatureExtractor(tmp_path / "model")("word7", modality="text")
