@@ -326,7 +326,7 @@ def test_without_the_package_its_folders_are_refused(packed: Path) -> None:
     assert "modality 'sensors' is not known here" in done.stderr
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_killed_run_resumes_to_the_unbroken_run_bit_for_bit(
     installed: dict[str, str], unbroken: Path, packed: Path, tmp_path: Path
 ) -> None:
@@ -351,14 +351,14 @@ def test_killed_run_resumes_to_the_unbroken_run_bit_for_bit(
     assert all((expected[name] == found[name]).all() for name in expected)
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_metrics_count_recording_time_and_not_channels(unbroken: Path) -> None:
     last = deterministic(unbroken)[-1]
     assert 0.5 * STEPS * 24 < last["data/sensor_hours"] * 3600 <= STEPS * 24
     assert last["target/effective_rank"] > 1
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_probe_leaves_out_subjects(installed: dict[str, str], unbroken: Path, packed: Path) -> None:
     arguments = ["--shards", str(packed), "--leave-out", "subject", "--baseline", "--all-blocks"]
     said = python(installed, "-m", "d2v2ds.probe", str(unbroken), *arguments)
@@ -367,7 +367,7 @@ def test_probe_leaves_out_subjects(installed: dict[str, str], unbroken: Path, pa
     assert "at random init" in said.splitlines()[-1]
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_exported_model_has_the_same_features_from_files_arrays_and_shards(
     installed: dict[str, str], model: Path, packed: Path, tmp_path: Path
 ) -> None:
@@ -408,7 +408,7 @@ def test_exported_model_has_the_same_features_from_files_arrays_and_shards(
     assert found["windows"] == [2]
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_shards_of_other_channels_are_no_input_of_the_model(
     installed: dict[str, str], model: Path, packed: Path, tmp_path: Path
 ) -> None:
@@ -423,7 +423,7 @@ def test_shards_of_other_channels_are_no_input_of_the_model(
     assert "expected channels x, y, z, found z, y, x" in done.stderr
 
 
-@pytest.mark.distributed
+@pytest.mark.run
 def test_exported_model_becomes_a_graph(installed: dict[str, str], model: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     said = python(installed, "-m", "d2v2ds.interop.onnx", str(model), "--to", str(tmp_path), "--layers", "4")
