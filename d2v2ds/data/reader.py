@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import Any, ClassVar, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v2ds.data.folders import Folders, JoinedShards, Part, only_sizes
+from d2v2ds.bounds import PositiveOrZero
+from d2v2ds.data.folders import Folders, JoinedShards, Part, folder_faults, only_sizes
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
 from d2v2ds.masking import MaskConfig, masked_count
@@ -36,34 +37,53 @@ class Unit:
     """Larger units for messages, largest first: number of these units in one, and name."""
 
 
-class DataSettings(Protocol):
-    """Settings of one modality's data; every modality has a frozen dataclass with these members."""
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Settings of one modality's data; each modality derives its own, with `global_batch_UNIT`, `micro_batch_UNIT`."""
 
-    @property
-    def shards(self) -> Folders:
-        """Packed folder, or several."""
+    modality: ClassVar[str]
+    """Name of the modality."""
+    unit: ClassVar[str]
+    """Plural of its unit."""
 
-    @property
-    def weights(self) -> tuple[float, ...] | None:
-        """Relative frequency with which the rows of each folder are drawn."""
-
-    @property
-    def loss_weight(self) -> float:
-        """Weight of this modality's mean loss in a joint run."""
-
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches of one optimizer step, over all ranks."""
+    shards: Folders
+    """Folder written by the packer, or several of them."""
+    weights: tuple[float, ...] | None = None
+    """Frequency of each folder's rows relative to the others'; None: all alike."""
+    loss_weight: PositiveOrZero = 1.0
+    """Weight of this modality's loss in a joint run; each modality's loss is a mean over its masked tokens."""
 
     @property
     def global_batch(self) -> float:
         """Amount of one optimizer step over all ranks, in the modality's unit."""
+        amount: float = getattr(self, f"global_batch_{self.unit}")
+        return amount
+
+    @property
+    def micro_batch(self) -> float:
+        """Amount of one forward pass on one rank, in the modality's unit."""
+        amount: float = getattr(self, f"micro_batch_{self.unit}")
+        return amount
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return round(self.global_batch / self.micro_batch)
+
+    @property
+    def largest_row(self) -> float:
+        """Amount of one row, at most."""
+        return 1
 
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Return the samples of one optimizer step if all have the largest size, and that size."""
+        raise NotImplementedError
 
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
+        where = f"data.{self.modality}."
+        faults = folder_faults(where, self.shards, self.weights)
+        return faults + batch_faults(where, self.unit, self.global_batch, self.micro_batch, self.largest_row)
 
 
 @dataclass(frozen=True)

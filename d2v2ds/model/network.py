@@ -1,80 +1,82 @@
-"""`NetworkSettings`: the trunk's protocol for the settings of one modality."""
+"""`NetworkSettings`: what the trunk asks of the settings of one modality."""
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
+from d2v2ds.bounds import CountOrZero, Rate
 from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.decoder import DecoderConfig
+from d2v2ds.model.decoder import Decoder, DecoderConfig
 from d2v2ds.model.encoder import ModalityEncoder
 
 
-class NetworkSettings(Protocol):
-    """Settings of one modality's modules, and the functions that build them.
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """Settings of one modality's modules, and the functions that build them; each modality derives its own."""
 
-    A modality's settings are a frozen dataclass with these members, such as `modalities.audio.network.AudioNetwork`.
-    """
+    prenet_depth: CountOrZero
+    """Own blocks before the shared ones."""
+    prenet_dropout: Rate = 0.0
+    """Dropped fraction after the prenet's input norm."""
 
-    @property
-    def prenet_depth(self) -> int:
-        """Number of own blocks before the shared ones."""
+    has_small_decoder_projection = False
+    """True: the projection of a decoder starts from N(0, 0.02). False: from torch's default distribution."""
 
     @property
     def num_extra_tokens(self) -> int:
         """E, learned tokens in front of the others."""
+        return 0
 
     @property
     def grid_side(self) -> int | None:
         """Tokens per side of a square grid; None for a sequence."""
-
-    @property
-    def has_small_decoder_projection(self) -> bool:
-        """True: the projection of a decoder starts from N(0, 0.02). False: from torch's default distribution."""
+        return None
 
     def num_tokens(self, size: int) -> int:
-        """Number of tokens T of an input of this size."""
+        """Return the number of tokens T of an input of this size."""
+        raise NotImplementedError
 
     def build_encoder(self, block: BlockConfig, shared_depth: int, *, with_local: bool) -> ModalityEncoder:
         """Build local encoder, positions and prenet; no local encoder for a teacher that shares the student's."""
+        raise NotImplementedError
 
     def build_decoder(self, decoder: DecoderConfig, width: int) -> Any:
         """Build the decoder that predicts masked tokens: (visible, keep, T) -> (R, T, D)."""
+        return Decoder(decoder, width, grid_side=self.grid_side)
 
     def local_flops(self, width: int, num_samples: int, size: int) -> float:
-        """Operations of the local encoder for B inputs of one size."""
+        """Return the operations of the local encoder for B inputs of one size; 0 for a table."""
+        return 0.0
 
     def position_flops(self, width: int, rows: int, tokens: int) -> float:
-        """Operations of the position encoder for R rows of T tokens."""
+        """Return the operations of the position encoder for R rows of T tokens; 0 for a table."""
+        return 0.0
 
     def check(self, block: BlockConfig, shared_depth: int) -> list[str]:
         """Return one message for each contradiction with the shared blocks."""
+        return []
 
 
-class AlibiSettings(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class AlibiSettings(NetworkSettings):
     """Settings of a modality with a distance penalty."""
 
-    @property
-    def prenet_depth(self) -> int: ...
+    alibi: bool = False
+    """Add a distance penalty to the attention logits."""
+    alibi_learned: bool = False
+    """Train its scale."""
+    alibi_per_head: bool = False
+    """One scale per head instead of one."""
+    alibi_per_block: bool = False
+    """Separate scales in every block."""
 
-    @property
-    def alibi(self) -> bool: ...
-
-    @property
-    def alibi_learned(self) -> bool: ...
-
-    @property
-    def alibi_per_head(self) -> bool: ...
-
-    @property
-    def alibi_per_block(self) -> bool: ...
-
-
-def build_alibi(settings: AlibiSettings, block: BlockConfig, shared_depth: int) -> Alibi | None:
-    """Build the distance penalty of a modality; None if it is switched off."""
-    if not settings.alibi:
-        return None
-    return Alibi(
-        block.num_heads,
-        learned=settings.alibi_learned,
-        per_head=settings.alibi_per_head,
-        num_layers=settings.prenet_depth + shared_depth if settings.alibi_per_block else None,
-    )
+    def build_alibi(self, block: BlockConfig, shared_depth: int) -> Alibi | None:
+        """Build the distance penalty; None if it is switched off."""
+        if not self.alibi:
+            return None
+        return Alibi(
+            block.num_heads,
+            learned=self.alibi_learned,
+            per_head=self.alibi_per_head,
+            num_layers=self.prenet_depth + shared_depth if self.alibi_per_block else None,
+        )

@@ -4,23 +4,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from d2v2ds.bounds import Count, CountOrZero, Rate
+from d2v2ds.bounds import Count
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.decoder import Decoder, DecoderConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import position_conv_flops, waveform_encoder_flops
 from d2v2ds.model.local import WaveformEncoder
-from d2v2ds.model.network import build_alibi
+from d2v2ds.model.network import AlibiSettings
 from d2v2ds.model.positions import ConvPositions
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioNetwork:
-    """Settings of the speech encoder; a `NetworkSettings`."""
+class AudioNetwork(AlibiSettings):
+    """Settings of the speech encoder."""
 
-    prenet_depth: CountOrZero
-    """Speech blocks before the shared ones."""
     conv_layers: tuple[tuple[Count, Count, Count], ...] = AUDIO_CONV_LAYERS
     """(channels, kernel, stride) of each convolution of the front end."""
     position_depth: Count = 5
@@ -29,20 +26,9 @@ class AudioNetwork:
     """Their kernel is max(3, position_total_kernel // position_depth) tokens."""
     position_groups: Count = 16
     """Groups of each position convolution."""
-    prenet_dropout: Rate = 0.0
-    """Dropped fraction after the prenet's input norm."""
     alibi: bool = True
-    """Add a distance penalty to the attention logits."""
     alibi_learned: bool = True
-    """Train its scale."""
     alibi_per_head: bool = True
-    """One scale per head instead of one."""
-    alibi_per_block: bool = False
-    """Separate scales in every block."""
-
-    num_extra_tokens = 0
-    grid_side = None
-    has_small_decoder_projection = False
 
     def num_tokens(self, size: int) -> int:
         """T of a waveform of `size` samples."""
@@ -65,14 +51,10 @@ class AudioNetwork:
                 total_kernel=self.position_total_kernel,
                 groups=self.position_groups,
             ),
-            alibi=build_alibi(self, block, shared_depth),
+            alibi=self.build_alibi(block, shared_depth),
             prenet=Prenet(PrenetConfig(depth=self.prenet_depth, dropout=self.prenet_dropout), block),
             attention_path=block.attention_path,
         )
-
-    def build_decoder(self, decoder: DecoderConfig, width: int) -> Decoder:
-        """Build convolutions along the token sequence."""
-        return Decoder(decoder, width)
 
     def local_flops(self, width: int, num_samples: int, size: int) -> float:
         """Operations of the front end."""

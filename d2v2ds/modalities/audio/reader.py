@@ -16,25 +16,22 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from d2v2ds.bounds import Count, Positive, PositiveOrZero
-from d2v2ds.data.folders import Folders, folder_faults, sizes_of
+from d2v2ds.bounds import Count, Positive
+from d2v2ds.data.folders import sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import DataSettings, Examples, Reader, Unit, mask_faults
 from d2v2ds.modalities.audio.shards import SAMPLE_SCALE, AudioShards
 from d2v2ds.rng import Stream, hash64, to_unit_interval
 from d2v2ds.shapes import AUDIO_NORM_EPS
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioDataConfig:
+class AudioDataConfig(DataSettings):
     """Settings for reading recordings: folders, batch sizes and masks."""
 
-    shards: Folders
-    """Folder written by `preprocessing.pack_audio`, or several of them."""
-    weights: tuple[float, ...] | None = None
-    """Frequency of each folder's rows relative to the others'; None: all alike."""
-    loss_weight: PositiveOrZero = 1.0
-    """Weight of the speech loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    modality = "audio"
+    unit = "seconds"
+
     sample_rate_hz: Count = 16000
     """Rate the model is built for; shards of another rate are refused."""
     global_batch_seconds: Positive
@@ -48,27 +45,21 @@ class AudioDataConfig:
     """Longer clips are cropped to this, at a random offset (seconds)."""
 
     @property
-    def num_micro(self) -> int:
-        """Micro-batches of one optimizer step, over all ranks."""
-        return round(self.global_batch_seconds / self.micro_batch_seconds)
-
-    @property
-    def global_batch(self) -> float:
-        """Seconds of one optimizer step."""
-        return self.global_batch_seconds
+    def largest_row(self) -> float:
+        """Longest crop (seconds)."""
+        return self.max_seconds
 
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Clips of the greatest length in one optimizer step, and that length in samples."""
-        return self.global_batch_seconds / self.max_seconds, round(self.max_seconds * self.sample_rate_hz)
+        return self.global_batch / self.max_seconds, round(self.max_seconds * self.sample_rate_hz)
 
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
-        where, faults = "data.audio.", []
+        faults = super().check()
         if self.min_seconds > self.max_seconds:
-            faults.append(f"{where}min_seconds {self.min_seconds} must be at most max_seconds {self.max_seconds}")
-        amounts = (self.global_batch_seconds, self.micro_batch_seconds, self.max_seconds)
-        faults += folder_faults(where, self.shards, self.weights)
-        return faults + batch_faults(where, "seconds", *amounts)
+            limits = f"min_seconds {self.min_seconds} must be at most max_seconds {self.max_seconds}"
+            faults.append(f"data.audio.{limits}")
+        return faults
 
 
 SECONDS = Unit(

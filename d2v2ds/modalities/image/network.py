@@ -2,21 +2,19 @@
 
 from dataclasses import dataclass
 
-from d2v2ds.bounds import Count, CountOrZero, Rate
+from d2v2ds.bounds import Count, CountOrZero
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.decoder import Decoder, DecoderConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import linear_flops
 from d2v2ds.model.local import PatchEncoder
+from d2v2ds.model.network import NetworkSettings
 from d2v2ds.model.positions import GridPositions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageNetwork:
-    """Settings of the image encoder; a `NetworkSettings`."""
+class ImageNetwork(NetworkSettings):
+    """Settings of the image encoder."""
 
-    prenet_depth: CountOrZero
-    """Image blocks before the shared ones."""
     image_size: Count = 224
     """Side of the square input, in pixels."""
     patch_size: Count = 16
@@ -25,10 +23,6 @@ class ImageNetwork:
     """Channels of the patch convolution (`embed_dim` of the modality); None: the model's width."""
     num_extra_tokens: CountOrZero = 1
     """CLS tokens; the last of them predicts the mean target."""
-    prenet_dropout: Rate = 0.0
-    """Dropped fraction after the prenet's input norm."""
-
-    has_small_decoder_projection = False
 
     @property
     def grid_side(self) -> int:
@@ -50,19 +44,11 @@ class ImageNetwork:
             attention_path=block.attention_path,
         )
 
-    def build_decoder(self, decoder: DecoderConfig, width: int) -> Decoder:
-        """Build convolutions over the grid of patches."""
-        return Decoder(decoder, width, grid_side=self.grid_side)
-
     def local_flops(self, width: int, num_samples: int, size: int) -> float:
         """Operations of the patch convolution and of the Linear that may follow it."""
         patch_width, tokens = self.patch_width or width, self.num_tokens(size)
         widen = 0.0 if patch_width == width else linear_flops([patch_width, width], num_samples, tokens)
         return linear_flops([3 * self.patch_size**2, patch_width], num_samples, tokens) + widen
-
-    def position_flops(self, width: int, rows: int, tokens: int) -> float:
-        """Return 0: positions are a table."""
-        return 0.0
 
     def check(self, block: BlockConfig, shared_depth: int) -> list[str]:
         """Return one message for each contradiction."""

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v2ds.bounds import Bounds, Count, Positive, PositiveOrZero, Share
-from d2v2ds.data.folders import Folders, JoinedShards, folder_faults
+from d2v2ds.bounds import Bounds, Count, Positive, Share
+from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import DataSettings, Examples, Reader, Unit, mask_faults
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.network import ImageNetwork
@@ -38,15 +38,12 @@ _NUM_DRAWS = 2 * CROP_TRIES + 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageDataConfig:
+class ImageDataConfig(DataSettings):
     """Settings for reading images: folders, batch sizes, crops and masks."""
 
-    shards: Folders
-    """Folder written by `preprocessing.pack_images`, or several of them."""
-    weights: tuple[float, ...] | None = None
-    """Frequency of each folder's rows relative to the others'; None: all alike."""
-    loss_weight: PositiveOrZero = 1.0
-    """Weight of the image loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    modality = "image"
+    unit = "images"
+
     global_batch_images: Count
     """Images per optimizer step over all ranks (count; before the M masks multiply it)."""
     micro_batch_images: Count
@@ -58,29 +55,18 @@ class ImageDataConfig:
     flip_probability: Share = 0.5
     """Probability of mirroring left and right (fraction)."""
 
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches of one optimizer step, over all ranks."""
-        return round(self.global_batch_images / self.micro_batch_images)
-
-    @property
-    def global_batch(self) -> float:
-        """Images of one optimizer step."""
-        return self.global_batch_images
-
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Images of one optimizer step, and their side in pixels."""
-        return self.global_batch_images, network.image_size
+        return self.global_batch, network.image_size
 
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
-        where, faults = "data.image.", []
+        faults = super().check()
         for name in ("crop_scale", "crop_ratio"):
             least, most = getattr(self, name)
             if least > most:
-                faults.append(f"{where}{name} is [{least}, {most}], expected the first to be at most the second")
-        faults += folder_faults(where, self.shards, self.weights)
-        return faults + batch_faults(where, "images", self.global_batch_images, self.micro_batch_images, 1)
+                faults.append(f"data.image.{name} is [{least}, {most}], expected the first to be at most the second")
+        return faults
 
 
 IMAGES = Unit(

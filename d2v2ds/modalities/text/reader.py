@@ -10,50 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v2ds.bounds import Count, PositiveOrZero
-from d2v2ds.data.folders import Folders, folder_faults, sizes_of
+from d2v2ds.bounds import Count
+from d2v2ds.data.folders import sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import DataSettings, Examples, Reader, Unit, mask_faults
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.modalities.text.shards import TextShards
 from d2v2ds.shapes import PAD_ID
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextDataConfig:
+class TextDataConfig(DataSettings):
     """Settings for reading texts: folders, batch sizes and masks."""
 
-    shards: Folders
-    """Folder written by `preprocessing.pack_text`, or several of them."""
-    weights: tuple[float, ...] | None = None
-    """Frequency of each folder's rows relative to the others'; None: all alike."""
-    loss_weight: PositiveOrZero = 1.0
-    """Weight of the text loss in a joint run; each modality's loss is a mean over its masked tokens."""
+    modality = "text"
+    unit = "tokens"
+
     global_batch_tokens: Count
     """Tokens per optimizer step over all ranks (count, an upper limit; before the M masks multiply it); a
     multiple of the next."""
     micro_batch_tokens: Count
     """Tokens per forward pass on one rank (count, an upper limit); decides the memory needed."""
 
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches of one optimizer step, over all ranks."""
-        return round(self.global_batch_tokens / self.micro_batch_tokens)
-
-    @property
-    def global_batch(self) -> float:
-        """Tokens of one optimizer step."""
-        return self.global_batch_tokens
-
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Texts of the greatest length in one optimizer step, and that length in tokens."""
-        return self.global_batch_tokens / network.max_tokens, network.max_tokens
-
-    def check(self) -> list[str]:
-        """Return one message for each contradiction between fields."""
-        where = "data.text."
-        faults = folder_faults(where, self.shards, self.weights)
-        return faults + batch_faults(where, "tokens", self.global_batch_tokens, self.micro_batch_tokens, 1)
+        return self.global_batch / network.max_tokens, network.max_tokens
 
 
 TOKENS = Unit(

@@ -5,13 +5,12 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from d2v2ds.bounds import Count, CountOrZero, Positive, Rate
+from d2v2ds.bounds import Count, CountOrZero, Positive
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.decoder import Decoder, DecoderConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import conv_flops, linear_flops, position_conv_flops
 from d2v2ds.model.local import ConvLayerNorm
-from d2v2ds.model.network import build_alibi
+from d2v2ds.model.network import AlibiSettings
 from d2v2ds.model.positions import ConvPositions
 from d2v2ds.shapes import ConvLayer, conv_output_length
 
@@ -39,8 +38,8 @@ class SensorEncoder(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SensorNetwork:
-    """Settings of the section `model.modalities.sensors`; a `NetworkSettings` of d2v2ds."""
+class SensorNetwork(AlibiSettings):
+    """Settings of the section `model.modalities.sensors`."""
 
     num_channels: Count
     """C, channels of a recording."""
@@ -49,27 +48,15 @@ class SensorNetwork:
     conv_layers: tuple[ConvLayer, ...]
     """(channels, kernel, stride) of each convolution; the strides decide how much time a token covers."""
     prenet_depth: CountOrZero = 0
-    """Own blocks before the shared ones."""
     position_depth: Count = 5
     """Number of position convolutions."""
     position_total_kernel: Count = 25
     """Their kernel is max(3, position_total_kernel // position_depth) tokens."""
     position_groups: Count = 16
     """Groups of each position convolution."""
-    prenet_dropout: Rate = 0.0
-    """Dropped fraction after the prenet's input norm."""
     alibi: bool = True
-    """Add a distance penalty to the attention logits."""
     alibi_learned: bool = True
-    """Train its scale."""
     alibi_per_head: bool = True
-    """One scale per head instead of one."""
-    alibi_per_block: bool = False
-    """Separate scales in every block."""
-
-    num_extra_tokens = 0
-    grid_side = None
-    has_small_decoder_projection = False
 
     def num_tokens(self, size: int) -> int:
         """T of a recording of `size` samples; 0 if `check` refuses the layers."""
@@ -96,14 +83,10 @@ class SensorNetwork:
                 total_kernel=self.position_total_kernel,
                 groups=self.position_groups,
             ),
-            alibi=build_alibi(self, block, shared_depth),
+            alibi=self.build_alibi(block, shared_depth),
             prenet=Prenet(PrenetConfig(depth=self.prenet_depth, dropout=self.prenet_dropout), block),
             attention_path=block.attention_path,
         )
-
-    def build_decoder(self, decoder: DecoderConfig, width: int) -> Decoder:
-        """Build convolutions along the token sequence."""
-        return Decoder(decoder, width)
 
     def local_flops(self, width: int, num_samples: int, size: int) -> float:
         """Operations of the front end for B recordings of `size` samples."""

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v2ds.bounds import Positive, PositiveOrZero
-from d2v2ds.data.folders import Folders, folder_faults, sizes_of
+from d2v2ds.bounds import Positive
+from d2v2ds.data.folders import sizes_of
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import Examples, Reader, Unit, batch_faults, mask_faults
+from d2v2ds.data.reader import DataSettings, Examples, Reader, Unit, mask_faults
 from d2v2ds.modalities.audio.reader import crop_starts
 from sensors.network import SensorNetwork
 from sensors.recordings import normalised
@@ -23,15 +23,12 @@ from sensors.shards import SensorShards
 
 
 @dataclass(frozen=True, kw_only=True)
-class SensorDataConfig:
+class SensorDataConfig(DataSettings):
     """Settings of the section `data.sensors`; a `DataSettings` of d2v2ds."""
 
-    shards: Folders
-    """Folder written by `sensors.pack`, or several of them."""
-    weights: tuple[float, ...] | None = None
-    """How often the rows of each of several folders are seen, relative to those of the others; None: all alike."""
-    loss_weight: PositiveOrZero = 1.0
-    """Weight of this modality's mean loss in a joint run."""
+    modality = "sensors"
+    unit = "seconds"
+
     global_batch_seconds: Positive
     """Recording time per optimizer step over all ranks, whatever the number of channels (seconds, an upper limit); a
     multiple of the next."""
@@ -43,27 +40,21 @@ class SensorDataConfig:
     """Longer rows are cropped to this, at a random offset (seconds)."""
 
     @property
-    def num_micro(self) -> int:
-        """Micro-batches of one optimizer step, over all ranks."""
-        return round(self.global_batch_seconds / self.micro_batch_seconds)
-
-    @property
-    def global_batch(self) -> float:
-        """Seconds of one optimizer step."""
-        return self.global_batch_seconds
+    def largest_row(self) -> float:
+        """Longest crop (seconds)."""
+        return self.max_seconds
 
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Crops of the greatest length in one optimizer step, and that length in samples."""
-        return self.global_batch_seconds / self.max_seconds, round(self.max_seconds * network.sample_rate_hz)
+        return self.global_batch / self.max_seconds, round(self.max_seconds * network.sample_rate_hz)
 
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
-        where, faults = "data.sensors.", []
+        faults = super().check()
         if self.min_seconds > self.max_seconds:
-            faults.append(f"{where}min_seconds {self.min_seconds} must be at most max_seconds {self.max_seconds}")
-        amounts = (self.global_batch_seconds, self.micro_batch_seconds, self.max_seconds)
-        faults += folder_faults(where, self.shards, self.weights)
-        return faults + batch_faults(where, "seconds", *amounts)
+            limits = f"min_seconds {self.min_seconds} must be at most max_seconds {self.max_seconds}"
+            faults.append(f"data.sensors.{limits}")
+        return faults
 
 
 SECONDS = Unit(
