@@ -47,6 +47,12 @@ class DamagedDataError(ShardError):
     exit_code = 6
 
 
+class MachineError(D2V2Error):
+    """The machine is at fault, not a file or a setting: no descriptors, no memory, a file system that failed."""
+
+    exit_code = 8
+
+
 class CollapseError(D2V2Error):
     """A health statistic crossed its floor in a run that was asked to stop there."""
 

@@ -1,0 +1,70 @@
+"""Errors of the machine, told apart from damaged files: one list, one advice for each.
+
+A row that cannot be read because the node has no file descriptors left is not damaged, and a checkpoint that an I/O
+error stopped does not need room. Everything that meets an `OSError` asks here what it means.
+"""
+
+import errno
+import logging
+from pathlib import Path
+
+from d2v2ds.errors import D2V2Error, MachineError
+
+logger = logging.getLogger(__name__)
+
+ADVICE = {
+    errno.EMFILE: "this process may not open more files; raise `ulimit -n`, or lower the number of workers",
+    errno.ENFILE: "this machine may not open more files; raise fs.file-max, or use another node",
+    errno.ENOMEM: "the machine or the memory limit of the job has no memory left; lower workers or batch sizes",
+    errno.EAGAIN: "the machine may not start more processes or lock more memory; raise `ulimit -u`",
+    errno.EIO: "the disk or its network failed; look at the kernel's log, or use another node",
+    errno.ESTALE: "the network file system changed below; mount it anew, or use another node",
+    errno.ETIMEDOUT: "the network file system does not answer; use another node",
+    errno.EHOSTDOWN: "the server of the file system is down",
+    errno.ENOTCONN: "the file system lost its connection; mount it anew",
+    errno.ESHUTDOWN: "the file system was shut down after an error",
+    errno.ENOLCK: "the file system has no locks left",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "the quota is used up: make room, or ask for more",
+    errno.EROFS: "the file system is mounted for reading only; mount it anew, or write elsewhere",
+    errno.EFBIG: "the file is larger than `ulimit -f` or the file system allows",
+    errno.ENODEV: "the device is gone; use another node",
+    errno.ENXIO: "the device is gone; use another node",
+}
+"""What to do about an errno that says nothing of the file's content."""
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
+_said: set[str] = set()
+
+
+def is_machine_fault(error: OSError) -> bool:
+    """True for an error of the machine; False for one about this file: absent, a folder, not allowed, damaged."""
+    return error.errno in ADVICE
+
+
+def is_unsupported(error: OSError) -> bool:
+    """True if the file system lacks the call (EINVAL, EOPNOTSUPP, ENOSYS): do without, and say it once."""
+    return error.errno in _UNSUPPORTED
+
+
+def advice(error: OSError) -> str:
+    """Return what to do about an error."""
+    return ADVICE.get(error.errno or 0, "mend the cause, and start the same command")
+
+
+def reading_error(path: Path | str, error: OSError, kind: type[D2V2Error]) -> D2V2Error:
+    """Make the project's error of a failed open or read.
+
+    Args:
+        path: of the file.
+        error: as the system raised it.
+        kind: of the result if the file itself is at fault.
+    """
+    fault = f"{path}: cannot be read: {error.strerror or error}"
+    return MachineError(f"{fault}; {advice(error)}") if is_machine_fault(error) else kind(fault)
+
+
+def say_once(key: str, message: str, *values: object) -> None:
+    """Log a warning about an ability that the machine lacks; later calls with the same key are silent."""
+    if key not in _said:
+        _said.add(key)
+        logger.warning(message, *values)

@@ -1,0 +1,225 @@
+"""Read small files as if a stranger had written them: text, JSON, JSON lines and YAML.
+
+Every file of a run, a packed folder, a checkpoint or an export is opened here or by a reader of its own format. What
+is no regular file, too large, not UTF-8, nested too deeply or of other types than expected is an error of the kind that
+the caller names, with the file and the place in it. An error of the machine is a `MachineError`, whatever the file.
+"""
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from d2v2ds.errors import D2V2Error
+from d2v2ds.io.machine_faults import reading_error
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TEXT_BYTES = 64 << 20
+"""Largest text that is read as a whole."""
+LINE_BYTES = 4 << 20
+"""Longest line of a file of JSON lines."""
+YAML_NODES = 100_000
+"""Most values of a YAML file, each counted as often as it is referred to."""
+YAML_DEPTH = 30
+_FAULTS_SAID = 3
+
+
+def open_regular(path: Path | str, kind: type[D2V2Error]) -> BinaryIO:
+    """Open a file for reading; a FIFO, which would block for ever, a device or a folder is refused.
+
+    Raises:
+        kind: it is absent, not allowed or no regular file.
+        MachineError: the machine is at fault.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise reading_error(path, error, kind) from error
+    if fault := irregular(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise kind(f"{path}: expected a file, found {fault}")
+    return os.fdopen(descriptor, "rb")
+
+
+def irregular(mode: int) -> str:
+    """Return what a file is by its mode, empty for a regular one."""
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    return "" if stat.S_ISREG(mode) else next((name for test, name in kinds.items() if test(mode)), "a device")
+
+
+def read_bytes(path: Path | str, kind: type[D2V2Error], limit: int = TEXT_BYTES) -> bytes:
+    """Read a whole file of at most `limit` bytes.
+
+    Raises:
+        kind, MachineError: as `open_regular`; `kind` too if it is larger.
+    """
+    with open_regular(path, kind) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise reading_error(path, error, kind) from error
+    if len(data) > limit:
+        raise kind(f"{path}: expected at most {limit:,} bytes, found more")
+    return data
+
+
+def decode(data: bytes, where: Path | str, kind: type[D2V2Error]) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        kind: naming the first byte that is none.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise kind(f"{where}: expected UTF-8, found byte {data[error.start]:#04x} at {error.start:,}") from None
+
+
+def read_text(path: Path | str, kind: type[D2V2Error], limit: int = TEXT_BYTES) -> str:
+    """Read a UTF-8 text; line ends stay as they are.
+
+    Raises:
+        kind, MachineError: as `read_bytes` and `decode`.
+    """
+    return decode(read_bytes(path, kind, limit), path, kind)
+
+
+def parse_json(data: bytes, where: Path | str, kind: type[D2V2Error]) -> Any:
+    """Parse JSON; NaN, infinity and numbers beyond float64 are refused.
+
+    Raises:
+        kind: it is no JSON, with the place.
+    """
+    try:
+        return json.loads(decode(data, where, kind), parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise kind(f"{where}: expected JSON, found values nested too deeply") from None
+    except ValueError as error:
+        raise kind(f"{where}: expected JSON, found: {error}") from None
+
+
+def read_json(path: Path | str, kind: type[D2V2Error], limit: int = TEXT_BYTES) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        kind, MachineError: as `read_bytes` and `parse_json`; `kind` too if it is a list or a value.
+    """
+    value = parse_json(read_bytes(path, kind, limit), path, kind)
+    if not isinstance(value, dict):
+        raise kind(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def validate(schema: type[T], value: Any, where: Path | str, kind: type[D2V2Error]) -> T:
+    """Make a dataclass of parsed JSON; strict: text is no number, a number no text, an unknown key is an error.
+
+    Raises:
+        kind: naming the first fields that do not fit.
+    """
+    from pydantic import ValidationError
+
+    try:
+        made: T = _adapter(schema).validate_json(json.dumps(value), strict=True)
+        return made
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        more = f" and {len(faults) - _FAULTS_SAID} more" if len(faults) > _FAULTS_SAID else ""
+        said = "; ".join(faults[:_FAULTS_SAID])
+        raise kind(f"{where}: expected the fields of {schema.__name__}, found {said}{more}") from None
+
+
+@cache
+def _adapter(schema: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
+
+
+def json_lines(path: Path, kind: type[D2V2Error]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines; none if it is absent.
+
+    Lines that a crash cut off or damage made unreadable are left out, with one warning that counts them. NaN is
+    allowed: the metrics of a run that went wrong have it.
+
+    Raises:
+        kind, MachineError: as `open_regular`.
+    """
+    if not path.exists():
+        return
+    damaged: list[int] = []
+    with open_regular(path, kind) as file:
+        number = 0
+        while line := _read_line(file, path, kind):
+            number += 1
+            if not line.strip():
+                continue  # between an incomplete line and the next
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if isinstance(value, dict):
+                yield value
+            else:
+                damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + ", ..." * (len(damaged) > 5)
+        logger.warning("%s: %d damaged lines (cut off by a crash?) are left out: %s", path, len(damaged), shown)
+
+
+def _read_line(file: BinaryIO, path: Path, kind: type[D2V2Error]) -> bytes:
+    """Read a line; of one beyond `LINE_BYTES` only its beginning, which no JSON parser takes."""
+    try:
+        line = file.readline(LINE_BYTES)
+        rest = line
+        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(LINE_BYTES)
+    except OSError as error:
+        raise reading_error(path, error, kind) from error
+    return line if rest is line else b"?\n"
+
+
+def parse_yaml(text: str, where: Path | str, kind: type[D2V2Error]) -> Any:
+    """Parse YAML of plain values; anchors that multiply, or that contain themselves, are refused.
+
+    Raises:
+        kind: it is no YAML, or too much of it.
+    """
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _count_nodes(node, {}, 0)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise kind(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise kind(f"{where}: not valid YAML: values nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits, a date of month 13
+        raise kind(f"{where}: not valid YAML: {error}") from None
+
+
+def _count_nodes(node: Any, known: dict[int, int], depth: int) -> int:
+    """Return the number of values below a YAML node, following aliases."""
+    if depth > YAML_DEPTH:
+        raise ValueError(f"expected at most {YAML_DEPTH} levels, found more, or a value that contains itself")
+    if id(node) not in known:
+        below = node.value if isinstance(getattr(node, "value", None), list) else []
+        inner = [one for entry in below for one in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_count_nodes(one, known, depth + 1) for one in inner)
+        if known[id(node)] > YAML_NODES:
+            raise ValueError(f"expected at most {YAML_NODES:,} values, found more")
+    return known[id(node)]
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0.0:
+        raise ValueError(f"expected a finite number, found {text[:40]}")
+    return value
