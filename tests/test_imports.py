@@ -26,7 +26,7 @@ ALLOWED = {
     "model": {"shapes", "batch", "bounds", "errors"},
     "data": {"shapes", "batch", "masking", "rng", "io", "bounds", "errors"},
     "objectives": {"model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
-    "tasks": {"model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
+    "tasks": {"objectives.protocol", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
     "modalities": {"model", "data", "masking", "rng", "shapes", "io", "bounds", "errors"},
     "distributed": {"io", "errors"},
     "train": {"objectives.protocol", "data", "distributed", "batch", "bounds", "errors"},

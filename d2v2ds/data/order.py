@@ -64,8 +64,8 @@ class MicroBatch:
     rows: NDArray[np.int64]
     """(B,) row numbers in the dataset."""
     size: int
-    """S, size of every row: that of the smallest row if the plan crops, else of the largest, and at most the configured
-    maximum."""
+    """S, the size to which every row is brought: the smallest row's when cropping, the largest row's when padding; at
+    most `PlanConfig.max_size`."""
     weight: float = 1.0
     """0.0 for a filler, which a rank runs but does not count in the loss."""
 

@@ -81,7 +81,7 @@ class Teacher:
         if faults := zero.unsupported(student):
             raise ValueError("Teacher: cannot follow this engine:\n" + "\n".join(faults))
         self.num_updates = 0
-        """Calls of `update`, that is, optimizer steps followed so far."""
+        """Calls of `update`: one for each applied optimizer step, or fewer if the objective leaves some out."""
         self._student = student
         self._stage = zero.stage(student)
         self._dtype = zero.compute_dtype(student)
@@ -115,8 +115,8 @@ class Teacher:
     def update(self, decay: float) -> None:
         """Move towards the student: `ema = decay * ema + (1 - decay) * master`. Local, no collective call.
 
-        Call it once after each applied optimizer step. Parameters with requires_grad=False are left alone; buffers
-        are copied from the student.
+        Call it at most once after each applied optimizer step. Parameters with requires_grad=False are left alone;
+        buffers are copied from the student.
 
         Args:
             decay: weight kept, 0 to 1. At exactly 1 the teacher is frozen and nothing is read or written.

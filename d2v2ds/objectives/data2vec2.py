@@ -274,13 +274,13 @@ class Data2Vec2:
         """Number of masked tokens."""
         return batch.num_masked
 
-    def after_step(self, num_updates: int) -> None:
+    def after_step(self, step_number: int) -> None:
         """Update the teacher, once per applied optimizer step."""
-        self.teacher.update(ema_decay(num_updates, self.config.ema))
+        self.teacher.update(ema_decay(step_number, self.config.ema))
 
-    def schedules(self, num_updates: int) -> dict[str, float]:
+    def schedules(self, step_number: int) -> dict[str, float]:
         """Return the decay of the teacher."""
-        return {"ema/decay": ema_decay(num_updates, self.config.ema)}
+        return {"ema/decay": ema_decay(step_number, self.config.ema)}
 
     def run_metrics(self) -> dict[str, float]:
         """Return the distance of student and teacher. Collective."""

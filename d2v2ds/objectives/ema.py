@@ -1,4 +1,4 @@
-"""Decay of the teacher as a pure function of the number of finished updates (arXiv 2212.07525, section 3)."""
+"""Decay of the teacher as a pure function of the optimizer step number (arXiv 2212.07525, section 3)."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class EmaConfig:
     """Optimizer steps from start to end."""
 
 
-def ema_decay(num_updates: int, config: EmaConfig) -> float:
-    """Return the decay of the teacher update that follows optimizer update number `num_updates` (1 or more)."""
-    if num_updates >= config.anneal_steps:
+def ema_decay(step_number: int, config: EmaConfig) -> float:
+    """Return the decay of the teacher update that follows an optimizer step: 1 for the first, skipped steps counted."""
+    if step_number >= config.anneal_steps:
         return config.end_decay
-    return config.end_decay - (config.end_decay - config.start_decay) * (1.0 - num_updates / config.anneal_steps)
+    return config.end_decay - (config.end_decay - config.start_decay) * (1.0 - step_number / config.anneal_steps)

@@ -11,8 +11,8 @@ from d2v2ds.bounds import Count, PositiveOrZero
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Settings of the loss, a SUM over channels and masked tokens whose gradient is divided by the masked tokens of all
-    ranks. Learning rate, clipping and loss values depend on that scale."""
+    """Settings of the loss. The functions below return a SUM over channels and masked tokens; `train/step.py` divides
+    it by the number of masked tokens of all ranks. Learning rate, clipping and loss values depend on that scale."""
 
     scale: float | None = None
     """Factor on every element; None stands for 1 / sqrt(D)."""
@@ -54,7 +54,7 @@ def regression_loss(pred: Tensor, target: Tensor, config: LossConfig) -> Tensor:
 
 
 def cls_loss(pred: Tensor, target: Tensor, num_masked: int, config: LossConfig) -> Tensor:
-    """Compute the error of the CLS prediction; division by the masked tokens leaves `cls_weight` times a sum over rows.
+    """Compute the error of the CLS prediction, times the masked tokens, because `train/step.py` divides by them.
 
     Args:
         pred: (R, D) encoder output at the last extra token.

@@ -137,11 +137,15 @@ class Objective(Protocol):
     def count(self, batch: Batch) -> int:
         """Return `Losses.count` of a micro-batch: the items that the mean loss is over."""
 
-    def after_step(self, num_updates: int) -> None:
-        """Run after optimizer step number `num_updates`, if it was applied, for example to update a teacher."""
+    def after_step(self, step_number: int) -> None:
+        """Run after an optimizer step that was applied, for example to update a teacher.
 
-    def schedules(self, num_updates: int) -> dict[str, float]:
-        """Return the values of the objective's schedules at optimizer step number `num_updates`, for the metrics."""
+        Args:
+            step_number: 1 for the first; skipped steps count, but this is not called after one.
+        """
+
+    def schedules(self, step_number: int) -> dict[str, float]:
+        """Return the values of the objective's schedules at an optimizer step, for the metrics."""
 
     def run_metrics(self) -> dict[str, float]:
         """Measure the metrics of the run as a whole for one record. Collective."""

@@ -78,10 +78,10 @@ class Plain:
     def count(self, batch: Batch) -> int:
         return len(batch.ids)
 
-    def after_step(self, num_updates: int) -> None:
-        self.updates.append(num_updates)
+    def after_step(self, step_number: int) -> None:
+        self.updates.append(step_number)
 
-    def schedules(self, num_updates: int) -> dict[str, float]:
+    def schedules(self, step_number: int) -> dict[str, float]:
         return {}
 
     def run_metrics(self) -> dict[str, float]:

@@ -31,9 +31,9 @@ class Stopping(Plain):
         super().__init__(trunk)
         self._stop = stop
 
-    def after_step(self, num_updates: int) -> None:
-        super().after_step(num_updates)
-        if num_updates == STOP_AFTER:
+    def after_step(self, step_number: int) -> None:
+        super().after_step(step_number)
+        if step_number == STOP_AFTER:
             self._stop.received = signal.SIGUSR1
 
 
