@@ -10,7 +10,6 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -123,23 +122,15 @@ def validate(schema: type[T], value: Any, where: Path | str, kind: type[D2V2Erro
     Raises:
         kind: naming the first fields that do not fit.
     """
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     try:
-        made: T = _adapter(schema).validate_json(json.dumps(value), strict=True)
-        return made
+        return TypeAdapter(schema).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
         more = f" and {len(faults) - _FAULTS_SAID} more" if len(faults) > _FAULTS_SAID else ""
         said = "; ".join(faults[:_FAULTS_SAID])
         raise kind(f"{where}: expected the fields of {schema.__name__}, found {said}{more}") from None
-
-
-@cache
-def _adapter(schema: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(schema)
 
 
 def json_lines(path: Path, kind: type[D2V2Error]) -> Iterator[dict[str, Any]]:
