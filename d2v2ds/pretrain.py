@@ -8,7 +8,8 @@ at once, before any process group starts.
 
 Exit codes: 0 done, 2 configuration or data, 3 collapse (only if health.stop_on_collapse), 4 too many steps that
 were not finite, 5 no usable checkpoint, 6 too many rows that could not be read, 7 two checkpoints in a row could not
-be written, 75 stopped by a signal (TERM, USR1, USR2, HUP or INT to any rank) with everything saved: start again.
+be written, 8 a fault of the machine (no descriptors or memory, a file system that failed, data that do not arrive),
+75 stopped by a signal (TERM, USR1, USR2, HUP or INT to any rank) with everything saved: start again.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from d2v2ds.config.faults import drop_unknown_keys, validated
 from d2v2ds.config.modalities import build_modalities, fold, unfold
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.read import parse_yaml, read_text
 from d2v2ds.modalities.known import known_modalities
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
@@ -79,13 +80,10 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIG_FOLDER / f"{name_or_path}.yaml"
-    if not path.is_file():
+    if not path.exists():
         names = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
         raise ConfigError(f"--config {name_or_path}: no file {path}; give a YAML file or one of: {', '.join(names)}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    values = parse_yaml(read_text(path, ConfigError), path, ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections, found {type(values).__name__}")
     return values

@@ -7,7 +7,6 @@ modalities by their own names), ``rows.npy`` (one fixed-size record per row), ``
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from d2v2ds.bounds import CountOrZero
 from d2v2ds.errors import ShardError
+from d2v2ds.io import durable, read
 from d2v2ds.io.crc import crc32
 
 SCHEMA_VERSION = 1
@@ -143,15 +144,21 @@ def shard_name(modality: str, number: int) -> str:
     return f"{modality}-{number:05d}.arrow"
 
 
+_STRICT = {"extra": "forbid"}
+"""Rule for pydantic, which checks an index that it reads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     """Entry of the index for one shard."""
 
+    __pydantic_config__ = _STRICT
+
     file: str
-    rows: int
-    size: int
+    rows: CountOrZero
+    size: CountOrZero
     """Sum of the rows' sizes: samples, pixels or tokens."""
-    bytes: int
+    bytes: CountOrZero
     crc32: str
     """CRC-32 (as in zlib and gzip) of the whole file, eight hexadecimal digits."""
 
@@ -160,8 +167,10 @@ class ShardEntry:
 class FileEntry:
     """Entry of the index for a file that is not a shard."""
 
+    __pydantic_config__ = _STRICT
+
     file: str
-    bytes: int
+    bytes: CountOrZero
     crc32: str
 
 
@@ -169,18 +178,20 @@ class FileEntry:
 class Index:
     """Contents of ``index.json``."""
 
+    __pydantic_config__ = _STRICT
+
     schema_version: int = SCHEMA_VERSION
     modality: str
     format: Mapping[str, Any]
     """Properties that all rows share, by names of `Layout.format`, such as codec and rate of audio."""
     settings: Mapping[str, Any]
     """Options of the packer that change the bytes of the folder."""
-    files: int
+    files: CountOrZero
     """Number of input files, skipped ones included; each member of an archive counts."""
-    files_skipped: int
+    files_skipped: CountOrZero
     plan_sha256: str
     """Fingerprint of the list of input files, their headers and annotations."""
-    rows: int
+    rows: CountOrZero
     totals: Mapping[str, Any]
     """Sums over all rows; `Layout.total` is the name of the sum of sizes."""
     rows_file: FileEntry
@@ -213,58 +224,51 @@ def read_index(folder: Path) -> Index:
         ShardError: if the folder is unfinished, or its index is damaged or of another schema version.
     """
     path = folder / INDEX_NAME
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         raise ShardError(
             f"{folder}: expected a finished shard folder, found no {INDEX_NAME}; packing writes it last, so run "
             "the same packing command again (finished shards are kept), or correct the path"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{path}: expected JSON, found: {error}; run the packing command again") from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
+        )
+    values = read.read_json(path, ShardError)
+    version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ShardError(
             f"{path}: schema_version is {version!r}, this version of d2v2ds reads {SCHEMA_VERSION}; "
             "pack the folder again, or install the version that wrote it"
         )
-    try:
-        values["rows_file"] = FileEntry(**values["rows_file"])
-        values["files_beside"] = tuple(FileEntry(**entry) for entry in values["files_beside"])
-        values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
-        index = Index(**values)
-    except (KeyError, TypeError) as error:
-        raise ShardError(
-            f"{path}: expected the fields of schema version {SCHEMA_VERSION}, found {error}; pack the folder again"
-        ) from error
+    index = read.validate(Index, values, path, ShardError)
+    for name in (*(one.file for one in index.shards), *(one.file for one in (index.rows_file, *index.files_beside))):
+        read.check_name(name, path, ShardError)
+    rows = sum(entry.rows for entry in index.shards)
+    if rows != index.rows:
+        raise ShardError(f"{path}: expected {index.rows} rows in all shards, found {rows}; pack the folder again")
     return index
+
+
+def read_beside(folder: Path, entry: FileEntry) -> bytes:
+    """Read a file that belongs to a packed folder, such as a tokenizer, and check that it is the one packed.
+
+    Raises:
+        ShardError: it is missing, leads out of the folder, or has other bytes.
+    """
+    path = folder / entry.file
+    if not read.is_inside(path, folder):
+        raise ShardError(f"{path}: expected a file of the folder, found a link out of it; pack the folder again")
+    data = read.read_bytes(path, ShardError, limit=entry.bytes)
+    if f"{crc32(data):08x}" != entry.crc32:
+        raise ShardError(f"{path}: damaged, its checksum differs from {INDEX_NAME}; pack the folder again")
+    return data
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary name beside `path`, sync it, and rename it into place."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    move_into_place(temporary, path)
-
-
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename a synced file and sync its folder, so that the new name survives a power cut."""
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    durable.replace_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def file_crc32(path: Path) -> str:
     """Return the CRC-32 of a file, as in `ShardEntry.crc32`."""
     crc = 0
-    with path.open("rb") as file:
+    with read.open_regular(path, ShardError) as file:
         while block := file.read(1 << 20):
             crc = crc32(block, crc)
     return f"{crc:08x}"

@@ -6,7 +6,6 @@ The JSON owns memory, precision and communication; the run owns the algorithm. A
 
 import copy
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.read import read_json
 
 SHIPPED_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -85,15 +85,10 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
     path = Path(name_or_path)
     if not path.suffix:
         path = SHIPPED_FOLDER / f"{name_or_path}.json"
-    if not path.is_file():
+    if not path.exists():
         shipped = ", ".join(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
         raise ConfigError(f"DeepSpeed config {name_or_path}: no file {path}; give a path or one of: {shipped}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"DeepSpeed config {path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"DeepSpeed config {path}: expected a JSON object, found {type(config).__name__}")
+    config = read_json(path, ConfigError)
     if path.parent != SHIPPED_FOLDER and (faults := _faults(config, f"DeepSpeed config {path}")):
         raise ConfigError("\n".join(faults))
     return config

@@ -90,6 +90,21 @@ def read_text(path: Path | str, kind: type[D2V2Error], limit: int = TEXT_BYTES) 
     return decode(read_bytes(path, kind, limit), path, kind)
 
 
+def check_name(name: str, where: Path | str, kind: type[D2V2Error]) -> None:
+    """Check that a name from a file is one of a file in the same folder.
+
+    Raises:
+        kind: it has separators, is `..` or the like.
+    """
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise kind(f"{where}: expected the name of a file beside it, found {name[:80]!r}")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """True if a file, its links followed, lies in a folder, whose own links may lead anywhere."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def parse_json(data: bytes, where: Path | str, kind: type[D2V2Error]) -> Any:
     """Parse JSON; NaN, infinity and numbers beyond float64 are refused.
 

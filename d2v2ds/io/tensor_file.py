@@ -6,7 +6,6 @@ the checksum of one block is computed while the next is on its way to or from th
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,10 +16,15 @@ import torch
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
+from d2v2ds.io import durable
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.machine_faults import reading_error
+from d2v2ds.io.read import open_regular
 from d2v2ds.io.safetensors_header import DTYPES, make_header
 
 BLOCK_BYTES = 8 << 20
+MAX_HEADER_BYTES = 100 << 20
+"""Longest header, as in the library."""
 
 
 class TensorFileWriter:
@@ -78,19 +82,24 @@ class TensorFileReader:
         self._path, self._crc32 = path, crc32
         try:
             found = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path, CheckpointError) as file:
                 prefix = file.read(8)
-                self._head = prefix + file.read(min(struct.unpack("<Q", prefix)[0], num_bytes))
+                self._head = prefix + file.read(min(struct.unpack("<Q", prefix)[0], MAX_HEADER_BYTES))
             entries = json.loads(self._head[8:])
             self.metadata: dict[str, str] = entries.pop("__metadata__", {})
             """The metadata given to `TensorFileWriter.add_tensors`."""
             self._entries = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"])
+            end = len(self._head)
+            for _, entry in self._entries:
+                end += math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        except (ValueError, struct.error, KeyError, AttributeError) as error:
+            raise reading_error(path, error, CheckpointError) from error
+        except (ValueError, struct.error, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged, no header of tensors: {error!r}") from error
         if found != num_bytes:
             raise CheckpointError(f"{path}: expected {num_bytes} bytes, found {found}")
+        if end != found:
+            raise CheckpointError(f"{path}: damaged, its header describes {end} bytes, found {found}")
 
     def numel(self, name: str) -> int:
         """Elements of a tensor; 0 if the file does not have it."""
@@ -120,15 +129,13 @@ class TensorFileReader:
                         target.copy_(place)
                 checksum = crc32(before, checksum)
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be read: {error}") from error
+            raise reading_error(self._path, error, CheckpointError) from error
         if checksum != self._crc32:
             raise CheckpointError(f"{self._path}: damaged, its checksum differs from the manifest")
 
     def _place(self, entry: Mapping[str, Any], target: Tensor | None) -> Tensor:
         """The target itself where it can be written to directly, else memory of the same size and the file's type."""
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise CheckpointError(f"{self._path}: damaged, a tensor of type {entry['dtype']}")
+        dtype = DTYPES[entry["dtype"]]
         if target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             return target
         return torch.empty(entry["shape"], dtype=dtype)
@@ -148,4 +155,4 @@ def _write_and_sync(path: Path, parts: list[memoryview]) -> None:
             for block in _blocks(part):
                 while block:
                     block = block[file.write(block) :]
-        os.fsync(file.fileno())
+        durable.fsync(file.fileno(), path)

@@ -48,7 +48,7 @@ def demo(runs: Path, modality: str, data: Path | None, ranks: int, overrides: li
 
 def draw(folder: Path, config: str, modalities: list[str]) -> None:
     """The curves of a finished run, into `curves.png`."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = list(read_metrics(folder / "metrics.jsonl"))
     last = records[-1]
     prefixes = [f"{name}/" for name in modalities] if len(modalities) > 1 else [""]
     wanted = ("loss/regression", "target/effective_rank") if len(modalities) > 1 else (

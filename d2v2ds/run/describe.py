@@ -10,6 +10,8 @@ from d2v2ds.config.schema import RunConfig
 from d2v2ds.data.folders import folders_of
 from d2v2ds.data.loader import DataStream
 from d2v2ds.distributed import comm
+from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.io.read import parse_yaml, read_text
 from d2v2ds.run.prepare import Streams
 from d2v2ds.train.checkpointing import differing_fields
 
@@ -40,9 +42,10 @@ def warn_once(message: str) -> None:
 
 def changed_settings(config: RunConfig) -> list[str]:
     """Return `field: value before -> value now` for each setting that changed since the last start of this run."""
+    file = config.run.dir / "config.yaml"
     try:
-        before = yaml.safe_load((config.run.dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        before = parse_yaml(read_text(file, ConfigError), file, ConfigError)
+    except D2V2Error:
         return []
     found = differing_fields(before, yaml.safe_load(to_yaml(config))) if isinstance(before, dict) else []
     return [line for line in found if not line.startswith("run.dir:")]  # the folder has been moved

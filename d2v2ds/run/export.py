@@ -228,7 +228,7 @@ def _metrics(run_dir: Path) -> list[dict[str, float]]:
     """Read the records of the run; none, with a warning, if they cannot be read."""
     path = run_dir / "metrics.jsonl"
     try:
-        return read_metrics(path)
+        return list(read_metrics(path))
     except OSError as error:
         logger.warning("the model is exported without metrics and curves of the run: %s: %s", path, error)
         return []

@@ -12,7 +12,7 @@ from d2v2ds.distributed.checkpoint.format import (
     iterate_student,
     iterate_teacher,
     read_manifest,
-    read_plain,
+    read_settings,
 )
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.modalities.settings import read_trunk
@@ -56,7 +56,7 @@ def checkpoint_folder(run_dir: Path, tag: str | None = None) -> Path:
 
 def trunk_config(checkpoint: Path) -> TrunkConfig:
     """Read the settings of the trunk that a checkpoint was saved from; the run's may have changed since."""
-    return read_trunk(read_plain(checkpoint / "client.pt")["settings"]["model"], str(checkpoint))
+    return read_trunk(read_settings(checkpoint)["model"], str(checkpoint))
 
 
 def trunk_tensors(checkpoint: Path, *, teacher: bool = False) -> Iterator[tuple[str, Tensor]]:

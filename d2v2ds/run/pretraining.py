@@ -12,10 +12,10 @@ from d2v2ds.data.order import SamplerState
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.checkpoint.keep import Keep
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.lock import FolderLock
 from d2v2ds.run import provenance
 from d2v2ds.run.build import build_engines, build_validation, loop_config, recipe
 from d2v2ds.run.describe import changed_settings, describe, start_logging, warn_once
-from d2v2ds.run.lock import RunLock
 from d2v2ds.run.machine import tune_cpu
 from d2v2ds.run.preempt import StopRequest
 from d2v2ds.run.prepare import Prepared, prepare
@@ -27,6 +27,10 @@ from d2v2ds.train.loop import Trainer
 from d2v2ds.train.metrics import MetricNames, Metrics
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_S = 120.0
+"""Seconds to wait for a run that may be ending: one that saves, or that died with its node, whose locks expire on a
+network file system after a minute and a half."""
 
 
 def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) -> None:
@@ -45,10 +49,10 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     prepared = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     config = prepared.config
     timeout = timedelta(minutes=config.engine.timeout_minutes)
-    with StopRequest() as stop, comm.process_group(timeout), RunLock(config.run.dir) as lock:
+    with StopRequest() as stop, comm.process_group(timeout), FolderLock(config.run.dir / "lock", PATIENCE_S) as lock:
         start_logging(config.run.dir)
         if fault := comm.on_rank0(lock.take):
-            raise ConfigError(f"run.dir {config.run.dir}: {fault}")
+            raise ConfigError(f"run.dir {config.run.dir}: {fault}; let it end, or give another run.dir")
         if comm.device().type == "cpu":
             tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if config.data.num_workers > 0:

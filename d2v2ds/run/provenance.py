@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.distributed import comm
+from d2v2ds.errors import ConfigError
+from d2v2ds.io import durable
+from d2v2ds.io.read import json_lines
 
 PACKAGES = ("d2v2ds", "torch", "deepspeed", "numpy", "pyarrow")
 
@@ -53,15 +56,14 @@ def command() -> list[str]:
 
 def count_starts(run_dir: Path) -> int:
     """Number of starts so far."""
-    file = run_dir / "starts.jsonl"
-    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+    return sum(1 for _ in json_lines(run_dir / "starts.jsonl", ConfigError))
 
 
 def write(run_dir: Path, config_yaml: str, ds_config: dict[str, Any]) -> None:
     """Write `config.yaml`, `deepspeed.json` and append one line to `starts.jsonl`. On one rank alone."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
-    (run_dir / "deepspeed.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+    durable.replace_text(run_dir / "config.yaml", config_yaml)
+    durable.replace_text(run_dir / "deepspeed.json", json.dumps(ds_config, indent=2) + "\n")
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
@@ -70,5 +72,4 @@ def write(run_dir: Path, config_yaml: str, ds_config: dict[str, Any]) -> None:
         "versions": versions(),
         "machine": platform.platform(),
     }
-    with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    durable.append_line(run_dir / "starts.jsonl", json.dumps(start))

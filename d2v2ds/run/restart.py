@@ -23,11 +23,15 @@ from d2v2ds.errors import (
     CheckpointError,
     CollapseError,
     ConfigError,
+    D2V2Error,
     DamagedDataError,
+    MachineError,
     NonFiniteError,
     PreemptedError,
     SaveError,
 )
+from d2v2ds.io import durable
+from d2v2ds.io.read import json_lines, read_text
 
 FINISHED, SAVED = 0, PreemptedError.exit_code
 STOPS = {
@@ -39,6 +43,8 @@ STOPS = {
     SaveError.exit_code: "its checkpoints could not be written",
 }
 """Exit codes of `d2v2ds.pretrain` that another start would only repeat."""
+STARTS_AGAIN = {MachineError.exit_code}
+"""Exit codes of `d2v2ds.pretrain` that count as crashes: another node may do."""
 SAME_CRASHES = 3
 """Crashes in a row with one exit code and no new checkpoint after which a job stops."""
 FRUITLESS_CRASHES = 6
@@ -124,18 +130,22 @@ def _name(code: int) -> str:
 def newest_checkpoint(run_dir: Path) -> str:
     """Checkpoint that `latest` names, empty if there is none."""
     file = run_dir / "checkpoints" / "latest"
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    try:
+        return read_text(file, ConfigError, limit=4096).strip() if file.exists() else ""
+    except D2V2Error:
+        return ""  # for the run itself to say
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
     """Attempts so far; lines that were cut short by a full disk or a lost node are left out."""
-    file = run_dir / FILE_NAME
+    types = {"time": str, "job": int, "restart": int, "code": int, "checkpoint": str, "warned": str}
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            found.append(Attempt(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            continue
+    try:
+        for record in json_lines(run_dir / FILE_NAME, ConfigError):
+            if record.keys() == types.keys() and all(type(record[name]) is kind for name, kind in types.items()):
+                found.append(Attempt(**record))
+    except D2V2Error as error:
+        print(f"earlier attempts are not counted: {error}", file=sys.stderr)
     return found
 
 
@@ -160,8 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(verdict.action)
     print(f"{verdict.action}: {verdict.reason}", file=sys.stderr)
     try:
-        with (options.run / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(now)) + "\n")
+        durable.append_line(options.run / FILE_NAME, json.dumps(asdict(now)))
     except OSError as error:
         print(f"{options.run / FILE_NAME}: this attempt could not be noted: {error}", file=sys.stderr)
     return 0

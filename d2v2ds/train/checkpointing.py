@@ -6,7 +6,6 @@ integers for each modality.
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -24,6 +23,8 @@ from d2v2ds.distributed.checkpoint.save import SaveOutcome, Saver
 from d2v2ds.distributed.engine import Engine
 from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
+from d2v2ds.io import durable
+from d2v2ds.io.read import json_lines
 from d2v2ds.train.guard import Guard
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class Checkpoints:
         fault = f"checkpoint {outcome.path} was NOT written, earlier ones are intact:\n{outcome.fault}"
         if self._failures >= MAX_FAILURES:
             raise SaveError(
-                f"{fault}\nthis is failure {self._failures} in a row: free disk space, and start the same command"
+                f"{fault}\nthis is failure {self._failures} in a row; mend the cause, and start the same command"
             )
         logger.error("%s\nthe run continues; a second failure will end it", fault)
 
@@ -172,6 +173,8 @@ class Checkpoints:
         """
         restored = checkpoint.load(self.student, self.teacher, self.folder, accept=self._is_of_this_model)
         state = restored.client_state
+        if missing := {"step", "seen", "guard", "sampler"} - state.keys():
+            raise CheckpointError(f"{self.folder / restored.tag}: no run's checkpoint, {', '.join(missing)} missing")
         self.progress.step, self.progress.seen = state["step"], dict(state["seen"])
         self.guard.load_state_dict(state["guard"])
         stored = state["sampler"]
@@ -187,9 +190,8 @@ class Checkpoints:
 
     def _is_of_this_model(self, state: Mapping[str, Any]) -> bool:
         """Return True or raise ConfigError, which names the settings that differ; runs before weights are compared."""
-        differing = [
-            field for field in differing_fields(state["settings"], self.settings) if not FREE_FIELDS.match(field)
-        ]
+        saved = state.get("settings")
+        differing = [field for field in differing_fields(saved, self.settings) if not FREE_FIELDS.match(field)]
         if differing:
             raise ConfigError(
                 f"{self.folder}: the checkpoint has other settings than this configuration ({'; '.join(differing)}); "
@@ -232,7 +234,7 @@ class Checkpoints:
         }
         if fault := comm.on_rank0(lambda: self._write_rollback(record, restored.tag)):
             raise SaveError(
-                f"{self._rollbacks_file} cannot be written: {fault}; free disk space, and start the same command"
+                f"{self._rollbacks_file} cannot be written: {fault}; mend the cause, and start the same command"
             )
         logger.warning(
             "went back from step %d to step %d (return %d of %d), and skips the data between",
@@ -245,19 +247,15 @@ class Checkpoints:
 
     def _write_rollback(self, record: Mapping[str, Any], tag: str) -> None:
         """Record a rollback, so that a run that stops before its next save does not read the same data again."""
-        with self._rollbacks_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        durable.append_line(self._rollbacks_file, json.dumps(record))
         abandon_after(self.folder, tag)
 
     def _rollbacks_to(self, step: int) -> list[dict[str, Any]]:
         """Return the rollbacks to the checkpoint of a step, oldest first; the same on every rank."""
-        lines: list[str] = []
-        if comm.rank() == 0 and self._rollbacks_file.exists():
-            lines = self._rollbacks_file.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in comm.broadcast_object(lines)]
-        return [record for record in records if record["to_step"] == step]
+        records: list[dict[str, Any]] = []
+        if comm.rank() == 0:
+            records = [one for one in json_lines(self._rollbacks_file, ConfigError) if one.get("to_step") == step]
+        return comm.broadcast_object(records)
 
 
 def differing_fields(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -8,12 +8,16 @@ after the checkpoint's step are removed, so that the file equals that of a run t
 import json
 import logging
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from d2v2ds.errors import ConfigError
+from d2v2ds.io import durable
+from d2v2ds.io.read import json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +100,9 @@ class MetricNames:
         return name in self.modality or (name.count("/") == 1 and name.partition("/")[2] in HEALTH_UNITS)
 
 
+_TAIL_BYTES = 1 << 20
+
+
 class Metrics:
     """Writes records. Only rank 0 has one.
 
@@ -115,7 +122,6 @@ class Metrics:
         self._tensorboard_dir = run_dir / "tensorboard"
         self._warned: set[str] = set()
         self._known: set[Path] = set()
-        self._is_torn = False
         self._writer: SummaryWriter | None = None
         self.rewind(resume_step)
 
@@ -165,18 +171,15 @@ class Metrics:
 
     def _append(self, path: Path, record: Mapping[str, Any]) -> None:
         """Append one line and sync it. Opens the file each time, because it may have been removed."""
-        line = json.dumps(record) + "\n"
+        line = json.dumps(record)
 
         def append() -> None:
             if path in self._known and not path.exists():
                 logger.warning("%s is gone; writing a new one", path)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(("\n" if self._is_torn else "") + line)
-                file.flush()
-                os.fsync(file.fileno())
+            durable.append_line(path, line)
             self._known.add(path)
 
-        self._is_torn = not self._attempt(path.name, append)
+        self._attempt(path.name, append)
 
     def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
         def attempt() -> None:
@@ -202,26 +205,51 @@ class Metrics:
         return True
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the records of a `metrics.jsonl`, in order; skip incomplete lines with a warning."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line:
-            continue  # between an incomplete line and the next
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s line %d is not a whole record (cut off by a crash?), skipped", path, number)
-    return records
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """Yield the records of a `metrics.jsonl`, in order, one at a time; incomplete lines are left out with a warning.
+
+    Raises:
+        ConfigError: it is no file that can be read.
+    """
+    return (record for record in json_lines(path, ConfigError) if isinstance(record.get("step"), int | float))
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    """Cut off the records after a step. Reads from the end, for a long run's file has gigabytes."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        kept = end
+        for start, line in _lines_backwards(file, end):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and isinstance(record.get("step"), int | float) and record["step"] <= step:
+                break
+            kept = start
+        if kept < end:
+            file.truncate(kept)
+            durable.fsync(file.fileno(), path)
+
+
+def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield where each line begins, and the line without its end, from the last line to the first."""
+    rest = b""
+    while end > 0:
+        start = max(0, end - _TAIL_BYTES)
+        file.seek(start)
+        first, *lines = (file.read(end - start) + rest).split(b"\n")
+        place = start + len(first) + sum(len(line) + 1 for line in lines)
+        for line in reversed(lines):
+            place -= len(line)
+            if line:
+                yield place, line
+            place -= 1
+        rest, end = first, start
+    if rest:
+        yield 0, rest
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from d2v2ds.data.schema import move_into_place
 from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.io import durable
 
 WORK_NAME = ".download"
 """Folder beside the fetched files; hidden, so that the packers skip it."""
@@ -123,7 +123,7 @@ class Transfer:
         verdict = "as expected" if source.checksum else "not checked, for no checksum was given"
         say(f"{source.name}: {source.algorithm} {found}, {verdict}")
         self.record(self.path)
-        move_into_place(self._part, self.path)
+        durable.move_into_place(self._part, self.path)
 
     def _fetch_bytes(self) -> bool:
         """Request bytes until the partial file is complete; return whether it holds bytes of an earlier request."""
@@ -174,7 +174,7 @@ class Transfer:
                 part.write(block)
                 self.report(len(block))
             part.flush()
-            os.fsync(part.fileno())
+            durable.fsync(part.fileno(), self._part)
             messages = curl.stderr.read().decode(errors="replace")
         return self._problem(curl.returncode, messages)
 

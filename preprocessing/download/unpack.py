@@ -13,8 +13,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from d2v2ds.data.schema import move_into_place
 from d2v2ds.errors import D2V2Error
+from d2v2ds.io import durable
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, OverflowError,
@@ -48,7 +48,7 @@ def unpack(archive: Path, target: Path, temporary: Path) -> None:
     try:
         temporary.mkdir()
         (_unpack_zip if archive.suffix.lower() == ".zip" else _unpack_tar)(archive, temporary)
-        move_into_place(temporary, target)
+        durable.move_into_place(temporary, target)
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise errors without a number
             raise

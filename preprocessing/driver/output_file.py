@@ -4,7 +4,7 @@ Shards are written past the page cache where the system allows it (``O_DIRECT``)
 and would push everything else out of it, and filling cache pages costs more processor time than the rest of writing.
 """
 
-import errno
+import fcntl
 import io
 import mmap
 import os
@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from d2v2ds.data.schema import move_into_place
-from d2v2ds.errors import ShardError
+from d2v2ds.errors import MachineError
+from d2v2ds.io import durable
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.machine_faults import advice, is_machine_fault, is_unsupported, say_once
 
 BUFFER_BYTES = 4 << 20
 """A multiple of every disk's block size, in memory that `mmap` aligns to pages: what ``O_DIRECT`` asks for."""
@@ -42,6 +43,7 @@ class ChecksumFile(io.RawIOBase):
 
     def __init__(self, path: Path, background: ThreadPoolExecutor) -> None:
         super().__init__()
+        self._path = path
         self._descriptor = _open(path)
         self._background = background
         self._filling, self._writing = take_buffer(), take_buffer()
@@ -83,7 +85,7 @@ class ChecksumFile(io.RawIOBase):
         _use_page_cache(self._descriptor)  # the last piece is no whole number of blocks
         self._put(self._filling[: self._used])
         self._used = 0
-        os.fsync(self._descriptor)
+        durable.fsync(self._descriptor, self._path)
 
     def close(self) -> None:
         """Give the descriptor back; what was not synced is lost."""
@@ -99,7 +101,7 @@ class ChecksumFile(io.RawIOBase):
     def _put(self, piece: memoryview) -> None:
         """Sum and write the next piece; in the background thread, in order, one at a time."""
         self._crc = crc32(piece, self._crc)
-        _write_all(self._descriptor, piece)
+        _write_all(self._descriptor, piece, self._path)
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
@@ -112,18 +114,18 @@ def replacing(path: Path, temporary_folder: Path) -> Iterator[ChecksumFile]:
     """A file that appears under its name only when it is whole and on the disk; on any error nothing is left.
 
     Raises:
-        ShardError: if the disk is full or the quota used up.
+        MachineError: if the disk is full, the quota used up, or the file system failed.
     """
     temporary = temporary_folder / f"{path.name}.{os.getpid()}.tmp"
     try:
         with ThreadPoolExecutor(1) as background, ChecksumFile(temporary, background) as sink:
             yield sink
             sink.sync()
-        move_into_place(temporary, path)
+        durable.move_into_place(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ShardError(
-                f"{path}: {error.strerror} while writing; finished shards are intact: free space and run the same "
+        if is_machine_fault(error):
+            raise MachineError(
+                f"{path}: {error.strerror} while writing; finished shards are intact: {advice(error)}; run the same "
                 "command again to go on"
             ) from error
         raise
@@ -136,18 +138,26 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, flags | _DIRECT, 0o644)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems without direct writes answer
+        if not is_unsupported(error):
             raise
     return os.open(path, flags, 0o644)
 
 
 def _use_page_cache(descriptor: int) -> None:
     if _DIRECT:
-        import fcntl
-
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_DIRECT)
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def _write_all(descriptor: int, data: memoryview, path: Path) -> None:
     while len(data):
-        data = data[os.write(descriptor, data) :]
+        try:
+            data = data[os.write(descriptor, data) :]
+        except OSError as error:  # some file systems open a file for direct writes and refuse the first of them
+            if not (is_unsupported(error) and _is_direct(descriptor)):
+                raise
+            say_once("O_DIRECT", "%s: no direct writes here (%s); writing through the page cache", path, error.strerror)
+            _use_page_cache(descriptor)
+
+
+def _is_direct(descriptor: int) -> bool:
+    return bool(_DIRECT and fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT)

@@ -7,12 +7,12 @@ them finished and writes the index. What a modality adds is its `Packer`.
 """
 
 import datetime
-import json
 import platform
 import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +25,14 @@ from d2v2ds.data.schema import (
     FileEntry,
     Index,
     file_crc32,
-    move_into_place,
     read_index,
     write_index,
     write_json,
 )
 from d2v2ds.errors import ConfigError
+from d2v2ds.io import durable
+from d2v2ds.io.lock import FolderLock
+from d2v2ds.io.read import read_json
 from preprocessing.driver.input_files import utf8
 from preprocessing.driver.progress import Progress, Report
 from preprocessing.driver.protocol import Packer
@@ -77,9 +79,21 @@ def pack(
         ConfigError: if settings or the output folder do not fit; nothing has been packed then.
         ShardError: if the disk is full.
     """
-    results = team.share(lambda: _prepare(output, packer, plan, part))
-    if isinstance(results, Index):
-        return results
+    with ExitStack() as held:
+        results = team.share(lambda: _prepare(output, packer, plan, part, held))
+        return results if isinstance(results, Index) else _pack(team, plan, output, packer, results, command, part)
+
+
+def _pack(
+    team: Team,
+    plan: Plan,
+    output: Path,
+    packer: Packer,
+    results: list[ShardResult | None],
+    command: str,
+    part: tuple[int, int] | None,
+) -> Index | None:
+    """Pack the shards that are not finished yet, and write the index."""
     beside = team.share(lambda: packer.make_beside(output, plan))
     first, step = part or (0, 1)
     todo = [number for number in range(first, len(results), step) if results[number] is None]
@@ -121,12 +135,13 @@ def read_all(
 
 
 def _prepare(
-    output: Path, packer: Packer, plan: Plan, part: tuple[int, int] | None
+    output: Path, packer: Packer, plan: Plan, part: tuple[int, int] | None, held: ExitStack
 ) -> Index | list[ShardResult | None]:
     """Make or recognise the output folder: the index if it is finished, else what is finished of each shard.
 
     Raises:
-        ConfigError: if the folder holds anything but the beginning of this very packing.
+        ConfigError: if the folder holds anything but the beginning of this very packing, or another command is at
+            work there; this one keeps others away as long as `held` is open.
     """
     own = {"modality": packer.layout.name, "files": plan.files, "plan_sha256": plan.sha256}
     wanted = packer.settings.as_json() | own
@@ -139,7 +154,8 @@ def _prepare(
     # looked for before the plan: another part may begin meanwhile, and writes its plan before its first shard
     is_foreign = output.exists() and any(path.name != PACKING_NAME for path in output.iterdir())
     if (packing / _PLAN_NAME).exists():
-        _check_same(output, json.loads((packing / _PLAN_NAME).read_text(encoding="utf-8")), wanted)
+        _check_same(output, read_json(packing / _PLAN_NAME, ConfigError), wanted)
+        _lock(packing, part, held)
         for leftover in packing.glob("*.tmp") if part is None else ():  # another part may be writing them
             leftover.unlink(missing_ok=True)
         return [finished_shard(output, packer.layout.name, number) for number in range(len(plan.shards))]
@@ -148,11 +164,22 @@ def _prepare(
             f"--output {output}: expected an empty folder or an unfinished packing, found other files; "
             "take another folder or empty this one"
         )
-    packing.mkdir(parents=True, exist_ok=True)
+    _lock(packing, part, held)
     draft = packing / f"{secrets.token_hex(8)}.tmp"  # parts on two machines may have the same process id
     write_json(draft, wanted)
-    move_into_place(draft, packing / _PLAN_NAME)
+    durable.move_into_place(draft, packing / _PLAN_NAME)
     return [None] * len(plan.shards)
+
+
+def _lock(packing: Path, part: tuple[int, int] | None, held: ExitStack) -> None:
+    """Keep other packers away: all of them from a whole packing, those of the same part from a part."""
+    names = ["lock"] if part is None else ["lock", f"lock-{part[0]}-{part[1]}"]
+    for name in names:
+        lock = held.enter_context(FolderLock(packing / name, shared=part is not None and name == "lock"))
+        try:
+            lock.take()
+        except BlockingIOError as error:
+            raise ConfigError(f"{error}; let it end, or take another --output") from None
 
 
 def _check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

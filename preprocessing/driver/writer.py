@@ -4,7 +4,6 @@ A shard is written under a temporary name in ``.packing/``, synced and renamed; 
 finished. A restart trusts a shard only with its sidecar. The checksum is computed while writing.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,9 @@ from d2v2ds.data.schema import (
     shard_schema,
     write_json,
 )
+from d2v2ds.errors import ShardError
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.read import read_json, validate
 from preprocessing.driver.input_files import utf8
 from preprocessing.driver.output_file import BUFFER_BYTES, ChecksumFile, give_buffer, replacing, take_buffer
 from preprocessing.driver.progress import Report
@@ -85,14 +86,14 @@ def pack_shard(job: ShardJob, report: Report) -> ShardResult:
 
 def finished_shard(folder: Path, modality: str, number: int) -> ShardResult | None:
     """Return the result that the sidecar of a shard stores, or None if the shard is not packed yet."""
+    name = shard_name(modality, number)
+    path = _sidecar_path(folder, name)
     try:
-        values = json.loads(_sidecar_path(folder, shard_name(modality, number)).read_text(encoding="utf-8"))
-        entry = ShardEntry(**values["entry"])
-        if (folder / entry.file).stat().st_size != entry.bytes:
-            return None
-    except FileNotFoundError:
-        return None
-    return ShardResult(entry=entry, skipped=tuple(Skipped(**one) for one in values["skipped"]), counts=values["counts"])
+        result = validate(ShardResult, read_json(path, ShardError), path, ShardError)
+        is_whole = result.entry.file == name and (folder / name).stat().st_size == result.entry.bytes
+    except (ShardError, FileNotFoundError):
+        return None  # not finished, or damaged: packed again
+    return result if is_whole else None
 
 
 def _sidecar_path(folder: Path, shard: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from d2v2ds.data import shards as shards_module
-from d2v2ds.data.schema import ROW_DTYPE, FileEntry, Index, write_index
+from d2v2ds.data.schema import ROW_DTYPE, FileEntry, Index, ShardEntry, write_index
 from d2v2ds.errors import ShardError
 from d2v2ds.modalities.audio.shards import AudioShards
 from preprocessing.pack_audio import main as pack
@@ -124,7 +124,8 @@ def test_a_hundred_million_rows_open_without_being_read(tmp_path: Path) -> None:
         tmp_path,
         Index(
             modality="audio", format={"sample_rate_hz": 16000, "codec": "pcm16"}, settings={}, files=0,
-            files_skipped=0, plan_sha256="", rows=count, totals={"samples": 0, "hours": 0.0}, shards=(),
+            files_skipped=0, plan_sha256="", rows=count, totals={"samples": 0, "hours": 0.0},
+            shards=(ShardEntry(file="audio-00000.arrow", rows=count, size=0, bytes=0, crc32="00000000"),),
             rows_file=FileEntry(file="rows.npy", bytes=size, crc32=""),
         ),
     )  # fmt: skip

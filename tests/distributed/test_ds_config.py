@@ -139,7 +139,7 @@ def test_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load_ds_config("zero4")
     broken = tmp_path / "x.json"
     broken.write_text("{,")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(ConfigError, match="expected JSON"):
         load_ds_config(broken)
 
 

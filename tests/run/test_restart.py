@@ -11,7 +11,17 @@ import pytest
 from d2v2ds import pretrain
 from d2v2ds.errors import D2V2Error
 from d2v2ds.run import restart
-from d2v2ds.run.restart import FINISHED, FRUITLESS_CRASHES, SAVED, STOPS, Attempt, decide, main, read_attempts
+from d2v2ds.run.restart import (
+    FINISHED,
+    FRUITLESS_CRASHES,
+    SAVED,
+    STARTS_AGAIN,
+    STOPS,
+    Attempt,
+    decide,
+    main,
+    read_attempts,
+)
 
 
 def attempt(code: int, checkpoint: str = "step00000004", job: int = 7, warned: str = "") -> Attempt:
@@ -26,7 +36,8 @@ def exit_codes(error: type[D2V2Error] = D2V2Error) -> set[int]:
 
 
 def test_the_policy_knows_every_exit_code_of_a_run() -> None:
-    assert exit_codes() == {SAVED, *STOPS}
+    assert exit_codes() == {SAVED, *STOPS, *STARTS_AGAIN}
+    assert decide([attempt(code) for code in STARTS_AGAIN]).action == "requeue"
     assert decide([attempt(FINISHED)]).action == "stop"
     assert decide([attempt(SAVED)]).action == "requeue"
     for code, meaning in STOPS.items():

@@ -15,7 +15,7 @@ from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.train.figures import alibi_figure, mask_figure, save_curves
 from d2v2ds.train.guard import Guard, HealthConfig
 from d2v2ds.train.health import Sample, effective_rank, exact_position_share, position_share
-from d2v2ds.train.metrics import MetricNames, Metrics, gradient_metric, read_metrics
+from d2v2ds.train.metrics import MetricNames, Metrics, _drop_lines_after, gradient_metric, read_metrics
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig
 from d2v2ds.train.schedule import LearningRateConfig, learning_rate
 
@@ -235,7 +235,7 @@ def test_metrics_reach_both_files_and_resume_drops_later_lines(tmp_path: Path) -
     resumed = Metrics(tmp_path, NAMES, resume_step=20)
     resumed.write(30, {"loss/regression": 5.0})
     resumed.close()
-    records = read_metrics(tmp_path / "metrics.jsonl")
+    records = list(read_metrics(tmp_path / "metrics.jsonl"))
     assert [(r["step"], r["loss/regression"]) for r in records] == [(10, 0.1), (20, 0.05), (30, 5.0)]
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
@@ -297,3 +297,18 @@ def test_metrics_survive_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert sum("metrics.jsonl cannot be written" in message for message in caplog.messages) == 1
     assert sum("metrics.jsonl can be written again" in message for message in caplog.messages) == 1
     assert [record["step"] for record in read_metrics(metrics.path)] == [1, 4]
+
+
+def test_records_are_dropped_from_the_end_as_a_whole_reading_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of any size; torn, empty and damaged lines at the end go too, records of before a rollback stay."""
+    lines = [b'{"step": 1, "x": "' + b"y" * 50 + b'"}', b'{"step": 5}', b'{"step": 3}', b"\xff", b'{"step": 4}', b"[1]"]
+    path = tmp_path / "metrics.jsonl"
+    for block in (1, 3, 7, 64, 1 << 20):
+        monkeypatch.setattr("d2v2ds.train.metrics._TAIL_BYTES", block)
+        for step, kept in ((0, 0), (2, 1), (3, 3), (4, 5), (9, 5)):
+            for end in (b"\n", b"", b"\n\n"):
+                path.write_bytes(b"\n".join(lines) + end)
+                _drop_lines_after(path, step)
+                assert path.read_bytes() == b"".join(line + b"\n" for line in lines[:kept])

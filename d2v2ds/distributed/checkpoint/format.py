@@ -15,20 +15,26 @@ number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/la
 """
 
 import json
+import logging
 import math
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from d2v2ds.errors import CheckpointError
+from d2v2ds.errors import CheckpointError, MachineError
+from d2v2ds.io import read
 from d2v2ds.io.crc import crc32
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -38,6 +44,17 @@ PARTIAL = ".partial"
 """Ending of a folder that is being written."""
 
 
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""The engine's counts."""
+MAX_PLAIN_BYTES = 256 << 20
+"""Largest `client.pt`, unpacked."""
+_NO_PLAIN_VALUES = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
+    ArithmeticError, MemoryError, ImportError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What reading anything but plain values raises."""
+
+
 class OtherFormatError(CheckpointError):
     """A checkpoint of another format version: it is whole, but cannot be read here."""
 
@@ -45,6 +62,8 @@ class OtherFormatError(CheckpointError):
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Contents of a checkpoint folder."""
+
+    __pydantic_config__ = {"extra": "forbid"}
 
     format_version: int
     tag: str
@@ -74,18 +93,17 @@ class Manifest:
         return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True)
 
     @staticmethod
-    def from_json(text: str, where: str) -> "Manifest":
+    def from_json(data: bytes, where: str) -> "Manifest":
         """Parse manifest.json.
 
         Raises:
             CheckpointError: if it is not valid.
             OtherFormatError: if it is of another format version.
         """
-        try:
-            content = json.loads(text)
-            version = content["format_version"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{where}: not a checkpoint manifest: {error!r}") from error
+        content = read.parse_json(data, where, CheckpointError)
+        if not isinstance(content, dict) or "format_version" not in content:
+            raise CheckpointError(f"{where}: expected a checkpoint manifest, found other JSON")
+        version = content["format_version"]
         if version != FORMAT_VERSION:
             raise OtherFormatError(
                 f"{where}: expected checkpoint format {FORMAT_VERSION}, found {version!r}; read it with the version "
@@ -93,10 +111,14 @@ class Manifest:
             )
         if content.pop("checksum", None) != _checksum(content):
             raise CheckpointError(f"{where}: damaged, its checksum differs from its content")
-        try:
-            return Manifest(**content)
-        except TypeError as error:
-            raise CheckpointError(f"{where}: not a checkpoint manifest: {error}") from error
+        manifest = read.validate(Manifest, content, where, CheckpointError)
+        for name, record in manifest.files.items():
+            read.check_name(name, where, CheckpointError)
+            if record.keys() != {"bytes", "crc32"}:
+                raise CheckpointError(f"{where}: expected bytes and crc32 of {name}, found {', '.join(record)}")
+        if COUNTERS[0] not in manifest.counters or not set(COUNTERS) >= manifest.counters.keys():
+            raise CheckpointError(f"{where}: expected the counters {COUNTERS}, found {tuple(manifest.counters)}")
+        return manifest
 
 
 def _checksum(content: dict[str, Any]) -> int:
@@ -121,13 +143,22 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{path}: no {MANIFEST}; the folder is no checkpoint, or its saving was interrupted")
-    return Manifest.from_json(file.read_text(encoding="utf-8"), str(file))
+    return Manifest.from_json(read.read_bytes(file, CheckpointError), str(file))
 
 
 def named_tag(folder: Path, name: str) -> str | None:
-    """The tag that `latest` or `best` names, if there is one."""
+    """The tag that `latest` or `best` names; None, with a warning, if the file is damaged."""
     file = folder / name
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    if not file.exists():
+        return None
+    try:
+        tag = read.read_text(file, CheckpointError, limit=4096).strip()
+        read.check_name(tag, file, CheckpointError)
+    except CheckpointError as error:
+        if file.exists():
+            logger.warning("%s; going by step numbers", error)
+        return None
+    return tag
 
 
 def steps_by_tag(folder: Path) -> dict[str, int]:
@@ -137,8 +168,9 @@ def steps_by_tag(folder: Path) -> dict[str, int]:
         if (path / MANIFEST).is_file():
             try:
                 steps[path.name] = read_manifest(path).counters["global_steps"]
-            except CheckpointError:
-                steps[path.name] = -1
+            except (CheckpointError, MachineError):
+                if path.is_dir():  # else removed meanwhile
+                    steps[path.name] = -1
     return steps
 
 
@@ -153,9 +185,13 @@ def tags_without_manifest(folder: Path) -> list[str]:
 
     A save that was interrupted leaves none: its folder has another name until it is whole.
     """
-    lost = {path.name for path in _checkpoint_folders(folder) if not (path / MANIFEST).is_file()}
-    named = (named_tag(folder, LATEST), named_tag(folder, BEST))
-    return sorted(lost | {tag for tag in named if tag is not None and not (folder / tag / MANIFEST).is_file()})
+    lost = {path.name for path in _checkpoint_folders(folder) if not (path / MANIFEST).is_file() and path.is_dir()}
+    for name in (LATEST, BEST):
+        tag = named_tag(folder, name)
+        # a run at work removes an old `best` once it names another
+        if tag is not None and not (folder / tag / MANIFEST).is_file() and named_tag(folder, name) == tag:
+            lost.add(tag)
+    return sorted(lost)
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
@@ -172,7 +208,7 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 def crc32_of(path: Path) -> int:
     """Checksum of a file."""
     checksum = 0
-    with path.open("rb") as file:
+    with read.open_regular(path, CheckpointError) as file:
         while block := file.read(1 << 22):
             checksum = crc32(block, checksum)
     return checksum
@@ -184,10 +220,16 @@ def read_plain(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file holds anything else; nothing in it is run.
     """
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: expected plain values, refused to read anything else: {error}") from error
+    with read.open_regular(path, CheckpointError) as file:
+        try:
+            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+            if unpacked > MAX_PLAIN_BYTES:
+                raise CheckpointError(f"{path}: expected at most {MAX_PLAIN_BYTES:,} bytes, found {unpacked:,}")
+            file.seek(0)
+            state = torch.load(file, weights_only=True, map_location="cpu")
+        except _NO_PLAIN_VALUES as error:
+            said = str(error).partition("\n")[0]
+            raise CheckpointError(f"{path}: expected plain values, refused to read anything else: {said}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a dictionary, found {type(state).__name__}")
     return state
@@ -200,11 +242,29 @@ def file_faults(path: Path, manifest: Manifest, names: Iterable[str]) -> list[st
         expected, file = manifest.files[name], path / name
         if not file.is_file():
             faults.append(f"{file}: missing")
-        elif file.stat().st_size != expected["bytes"]:
-            faults.append(f"{file}: expected {expected['bytes']} bytes, found {file.stat().st_size}")
-        elif crc32_of(file) != expected["crc32"]:
-            faults.append(f"{file}: damaged, its checksum differs from the manifest")
+            continue
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                faults.append(f"{file}: expected {expected['bytes']} bytes, found {size}")
+            elif crc32_of(file) != expected["crc32"]:
+                faults.append(f"{file}: damaged, its checksum differs from the manifest")
+        except (FileNotFoundError, CheckpointError) as error:
+            faults.append(f"{file}: {error}")
     return faults
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """Settings of network and objective with which a checkpoint was saved, as plain values.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    path = checkpoint / "client.pt"
+    settings = read_plain(path).get("settings")
+    if not isinstance(settings, dict) or not {"model", "objective"} <= settings.keys():
+        raise CheckpointError(f"{path}: expected the settings of model and objective, found none; no run's checkpoint")
+    return settings
 
 
 class ShardReader:
@@ -224,11 +284,8 @@ class ShardReader:
         self._pieces: dict[str, list[tuple[int, int, Path]]] = {}
         for rank in range(manifest.world_size) if ranks is None else ranks:
             file = path / shard_file(kind, rank)
-            with safe_open(file, "pt") as handle:
-                offsets = json.loads(handle.metadata()["offsets"])
-                for name, offset in offsets.items():
-                    numel = handle.get_slice(name).get_shape()[0]
-                    self._pieces.setdefault(name, []).append((offset, numel, file))
+            for name, (offset, numel) in _pieces_of(file).items():
+                self._pieces.setdefault(name, []).append((offset, numel, file))
 
     def names(self) -> list[str]:
         """Parameters that these files hold, sorted."""
@@ -257,8 +314,23 @@ class ShardReader:
 
     def whole(self, name: str) -> Tensor:
         """The parameter in its full shape, fp32, on the CPU."""
+        if name not in self._shapes:
+            raise CheckpointError(f"{self._path}: the manifest does not list {self._kind} {name}")
         shape = self._shapes[name]
         return self.read(name, 0, math.prod(shape)).float().reshape(shape)
+
+
+def _pieces_of(file: Path) -> dict[str, tuple[int, int]]:
+    """Where the pieces of a shard file begin in the whole parameters, and how many elements each has."""
+    try:
+        with safe_open(file, "pt") as handle:
+            offsets = json.loads((handle.metadata() or {})["offsets"])
+            found = {name: (int(offset), handle.get_slice(name).get_shape()) for name, offset in offsets.items()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: damaged, no flat pieces with their offsets: {error!r}") from error
+    if bad := [name for name, (offset, shape) in found.items() if offset < 0 or len(shape) != 1]:
+        raise CheckpointError(f"{file}: damaged, expected flat pieces, found others: {', '.join(bad[:5])}")
+    return {name: (offset, shape[0]) for name, (offset, shape) in found.items()}
 
 
 def iterate_student(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -284,9 +356,13 @@ def _iterate(path: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
     faults = file_faults(path, manifest, own_files)
     if faults:
         raise CheckpointError("\n".join(faults))
-    reader = ShardReader(path, manifest, kind)
-    for name in reader.names():
-        yield name, reader.whole(name)
-    with safe_open(path / buffers, "pt") as handle:
-        for name in sorted(handle.keys()):
-            yield name, handle.get_tensor(name)
+    try:
+        reader = ShardReader(path, manifest, kind)
+        for name in reader.names():
+            yield name, reader.whole(name)
+        with safe_open(path / buffers, "pt") as handle:
+            for name in sorted(handle.keys()):
+                yield name, handle.get_tensor(name)
+    except (SafetensorError, FileNotFoundError) as error:
+        gone = "removed while it was read; a run at work keeps few: take another tag" if not path.is_dir() else error
+        raise CheckpointError(f"{path}: {gone}") from error

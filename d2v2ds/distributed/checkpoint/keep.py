@@ -22,12 +22,12 @@ KEEP_ALL = Keep()
 
 
 def superseded_tags(folder: Path, keep: Keep) -> list[str]:
-    """Finished checkpoints that the policy does not keep, oldest first."""
+    """Finished checkpoints that the policy does not keep, oldest first; never one that its owner moved and linked."""
     if keep.last is None:
         return []
     newest_first = finished_tags(folder)
     kept = {*newest_first[: max(keep.last, 1)], named_tag(folder, LATEST), named_tag(folder, BEST)}
-    dropped = [tag for tag in reversed(newest_first) if tag not in kept]
+    dropped = [tag for tag in reversed(newest_first) if tag not in kept and not (folder / tag).is_symlink()]
     if keep.every_steps is None:
         return dropped
     steps = steps_by_tag(folder)
@@ -37,8 +37,17 @@ def superseded_tags(folder: Path, keep: Keep) -> list[str]:
 def remove(path: Path) -> None:
     """Delete a checkpoint; under another name first, so that a removal that is interrupted leaves no half one."""
     doomed = path.with_name(f"{path.name}.old{PARTIAL}")
+    remove_tree(doomed)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    remove_tree(doomed)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder, a file or a link; what a link leads to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def abandon_after(folder: Path, tag: str) -> None:

@@ -32,7 +32,7 @@ from d2v2ds.distributed.checkpoint.format import (
     tags_without_manifest,
 )
 from d2v2ds.distributed.teacher import Teacher
-from d2v2ds.errors import CheckpointError
+from d2v2ds.errors import CheckpointError, D2V2Error, MachineError
 from d2v2ds.io.tensor_file import BLOCK_BYTES, TensorFileReader
 
 logger = logging.getLogger(__name__)
@@ -127,16 +127,16 @@ def _read_manifest(path: Path) -> tuple[Manifest | None, list[str]]:
     """Read a manifest on rank 0 for all ranks; None with a fault where it is damaged. Collective.
 
     Raises:
-        OtherFormatError: on all ranks.
+        OtherFormatError, MachineError: on all ranks.
     """
-    found: Manifest | CheckpointError | None = None
+    found: Manifest | D2V2Error | None = None
     if comm.rank() == 0:
         try:
             found = read_manifest(path)
-        except CheckpointError as error:
+        except (CheckpointError, MachineError) as error:
             found = error
     found = comm.broadcast_object(found)
-    if isinstance(found, OtherFormatError):
+    if isinstance(found, (OtherFormatError, MachineError)):
         raise found
     return (found, []) if isinstance(found, Manifest) else (None, [str(found)])
 
@@ -186,7 +186,10 @@ def _read_own_file(
     """Read the pieces that this rank saved itself into their places; returns which those are."""
     name = shard_file(kind, comm.rank())
     file = TensorFileReader(path / name, manifest.files[name]["bytes"], manifest.files[name]["crc32"])
-    saved = json.loads(file.metadata["offsets"])
+    try:
+        saved = dict(json.loads(file.metadata["offsets"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / name}: damaged, no offsets of its pieces: {error!r}") from error
     own = {
         parameter: tensor
         for parameter, tensor in tensors.items()

@@ -43,8 +43,9 @@ def list_checkpoints(run_dir: Path) -> bool:
         try:
             print(_line(read_manifest(folder / tag)), *(n for n, t in ((LATEST, latest), (BEST, best)) if t == tag))
         except CheckpointError as error:
-            print(f"{tag:<16} DAMAGED: {error}")
-            is_whole = False
+            if (folder / tag).is_dir():  # else removed meanwhile, by the run
+                print(f"{tag:<16} DAMAGED: {error}")
+                is_whole = False
     for tag in tags_without_manifest(folder):
         print(f"{tag:<16} LOST: no manifest")
         is_whole = False
@@ -78,6 +79,9 @@ def verify_checkpoints(run_dir: Path, tag: str | None) -> bool:
         else:
             names = tqdm(sorted(manifest.files), desc=one, unit="file", leave=False, disable=None)
             faults = file_faults(folder / one, manifest, names)
+        if faults and tag is None and not (folder / one).is_dir() and one not in tags_without_manifest(folder):
+            print(f"{one}: removed meanwhile")
+            continue
         print(f"{one}: {'whole' if not faults else 'DAMAGED'}")
         for fault in faults:
             print(f"  {fault}")

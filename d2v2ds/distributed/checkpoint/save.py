@@ -33,6 +33,7 @@ from torch import Tensor
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.checkpoint.format import (
     BEST,
+    COUNTERS,
     FORMAT_VERSION,
     LATEST,
     MANIFEST,
@@ -43,15 +44,14 @@ from d2v2ds.distributed.checkpoint.format import (
     read_manifest,
     shard_file,
 )
-from d2v2ds.distributed.checkpoint.keep import KEEP_ALL, Keep, remove, superseded_tags
+from d2v2ds.distributed.checkpoint.keep import KEEP_ALL, Keep, remove, remove_tree, superseded_tags
 from d2v2ds.distributed.teacher import Teacher
-from d2v2ds.errors import CheckpointError
+from d2v2ds.errors import CheckpointError, D2V2Error, MachineError
 from d2v2ds.io import durable
+from d2v2ds.io.machine_faults import advice
 from d2v2ds.io.tensor_file import TensorFileWriter
 
 logger = logging.getLogger(__name__)
-
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _write_files(snapshot: _Snapshot, partial: Path) -> _WrittenFiles:
             writer.add_bytes(partial / name, [memoryview(blob)])
         return writer.finish(), ""
     except OSError as error:
-        return {}, f"rank {comm.rank()}: {error}"
+        return {}, f"rank {comm.rank()}: {error}; {advice(error)}"
 
 
 def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
@@ -285,10 +285,13 @@ def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
         durable.replace_text(folder / LATEST, target.name)
         if manifest.validation_loss is not None and _is_best(folder, manifest.validation_loss):
             durable.replace_text(folder / BEST, target.name)
+    except OSError as error:
+        return f"rank 0: {error}; {advice(error)}"
+    try:
         for tag in superseded_tags(folder, keep):
             remove(folder / tag)
-    except OSError as error:
-        return f"rank 0: {error}"
+    except (OSError, D2V2Error) as error:  # this checkpoint is whole
+        logger.warning("%s: older checkpoints are not removed: %s", folder, error)
     return ""
 
 
@@ -300,7 +303,7 @@ def _is_best(folder: Path, validation_loss: float) -> bool:
         return True
     try:
         before = read_manifest(folder / best).validation_loss
-    except CheckpointError:
+    except (CheckpointError, MachineError):
         return True  # it is gone or damaged
     return before is None or validation_loss < before
 
@@ -308,7 +311,7 @@ def _is_best(folder: Path, validation_loss: float) -> bool:
 def _make_partial_folder(folder: Path, partial: Path) -> None:
     """Remove what interrupted saves left, and make the folder to write into."""
     for leftover in folder.glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover)
+        remove_tree(leftover)
     partial.mkdir(parents=True)
 
 

@@ -201,7 +201,8 @@ def test_after_an_error_no_worker_is_left_and_new_ones_start() -> None:
 @pytest.mark.distributed
 def test_ctrl_c_while_workers_start_is_heard_by_their_parent_only(tmp_path: Path) -> None:
     """A terminal sends it to all of them, and workers import for a while before their own code runs."""
-    slow = "import sys, time\nif 'spawn_main' in ' '.join(sys.orig_argv): print('begun'); time.sleep(3)\n"
+    # one write, for two processes share the pipe
+    slow = "import os, sys, time\nif 'spawn_main' in ' '.join(sys.orig_argv): os.write(1, b'begun\\n'); time.sleep(3)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
     code = (
         "import sys; from tests.preprocessing.driver.test_parallel import LocalTeam, work_on\n"

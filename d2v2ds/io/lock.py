@@ -1,0 +1,72 @@
+"""One writer per folder: a record lock (`lockf`), which network file systems know too.
+
+It belongs to the process, not to its children, and the kernel lets go of it even after SIGKILL. The file stays; what it
+says is only read while somebody holds the lock.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Self
+
+logger = logging.getLogger(__name__)
+
+
+class FolderLock:
+    """Held from `take` to the end of the ``with`` block."""
+
+    def __init__(self, path: Path, patience_s: float = 0.0, *, shared: bool = False) -> None:
+        """
+        Args:
+            path: of the lock's file.
+            patience_s: seconds to wait for a holder that may be ending.
+            shared: let others hold it that share it too.
+        """
+        self.path, self._patience_s = path, patience_s
+        self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def take(self) -> None:
+        """Take it; where the file system has no locks, warn and do without.
+
+        Raises:
+            BlockingIOError: another process has it; says which.
+            OSError: the file cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644), "r+")
+        deadline, has_warned = time.monotonic() + self._patience_s, False
+        while True:
+            try:
+                fcntl.lockf(file, self._kind | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):  # it depends on the file system how a held lock shows
+                holder = self.path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "unknown"
+                if time.monotonic() > deadline:
+                    file.close()
+                    raise BlockingIOError(f"{self.path}: another one is at work there ({holder})") from None
+                if not has_warned:
+                    logger.warning("%s is held by another one (%s); waiting for its end", self.path, holder)
+                has_warned = True
+                time.sleep(min(1.0, self._patience_s / 10))
+            except OSError as error:
+                logger.warning("%s: no lock (%s); a second one there would not be noticed", self.path, error)
+                break
+        if self._kind == fcntl.LOCK_EX:
+            file.truncate(0)
+            file.write(
+                f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}\n"
+            )
+            file.flush()
+        self._file = file
