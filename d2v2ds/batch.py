@@ -106,6 +106,14 @@ class Batch:
         """Return the same batch in page-locked memory; the DataLoader calls this."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
+    def share_memory(self) -> "Batch":
+        """Return the same batch in memory that other processes can read.
+
+        Raises:
+            RuntimeError: there is not enough of it.
+        """
+        return self._mapped(lambda tensor: tensor.share_memory_())
+
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         masks = self.masks
         return replace(

@@ -29,11 +29,11 @@ ALLOWED = {
     "tasks": {"objectives.protocol", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
     "modalities": {"model", "data", "masking", "rng", "shapes", "io", "bounds", "errors"},
     "distributed": {"io", "errors"},
-    "train": {"objectives.protocol", "data", "distributed", "batch", "bounds", "errors"},
+    "train": {"objectives.protocol", "data", "distributed", "batch", "io", "bounds", "errors"},
     "inference": {"model", "modalities", "interop", "data", "io", "shapes", "errors"},
     "interop": {"model", "modalities", "objectives", "data.codecs", "masking", "io", "shapes", "errors"},
     "evals": {"model", "data", "batch", "distributed.comm", "errors"},
-    "config": {"model", "data", "masking", "objectives", "tasks", "modalities", "distributed", "train", "shapes", "bounds", "errors"},  # noqa: E501
+    "config": {"model", "data", "masking", "objectives", "tasks", "modalities", "distributed", "train", "io", "shapes", "bounds", "errors"},  # noqa: E501
     "api": {"model", "modalities", "data", "inference", "interop", "shapes", "errors"},
     "run": _BELOW_RUN,
     "verify": _BELOW_RUN,

@@ -81,6 +81,9 @@ class DataSection:
 
     num_workers: CountOrZero = 2
     """Loader processes on each rank; 0 loads in the training process."""
+    max_wait_seconds: Annotated[float, Bounds(gt=0, le=86400)] = 900.0
+    """Seconds that a rank waits for its loader processes before it saves and ends; less than engine.timeout_minutes,
+    after which the other ranks stop waiting for it."""
     modalities: Mapping[str, Any] = field(default_factory=dict)
     """`DataSettings` of each modality in use, by name, in the order in which a step sees them."""
 
@@ -156,6 +159,11 @@ class RunConfig:
         of_run = self.run.check()
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
+        if self.data.max_wait_seconds >= 60 * self.engine.timeout_minutes:
+            problems.append(
+                f"data.max_wait_seconds {self.data.max_wait_seconds:g} must be less than engine.timeout_minutes "
+                f"{self.engine.timeout_minutes:g}, or the other ranks give up first"
+            )
         problems += of_run + self.data.check() + self._modality_faults()
         save, validate = self.run.save_every_steps, self.valid.every_steps
         if self.valid.modalities and max(save, validate) % min(save, validate):

@@ -9,8 +9,10 @@ numbers alone decide the content of a batch, so the number of workers does not.
 """
 
 import atexit
+import logging
+import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +27,24 @@ from d2v2ds.data.workers import (
     job_signals_blocked,
     main_module_hidden,
     prepare_worker,
+    shared,
     start_server,
     stop_workers,
     worker_context,
 )
+from d2v2ds.errors import MachineError
+from d2v2ds.io.machine_faults import advice
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 2
+"""Seconds between two looks at workers and signals while a batch is waited for."""
+WARN_S = 60.0
+"""Seconds of waiting before a warning."""
+
+
+class WaitEndedError(Exception):
+    """The run is to stop while it waits for data; nothing is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +55,8 @@ class LoaderConfig:
     """Data workers (processes) of each rank; 0 reads in the training process."""
     prefetch_factor: int = 4
     """Micro-batches that each worker reads ahead."""
+    max_wait_s: float = 900.0
+    """Seconds to wait for a micro-batch of the workers before the run ends."""
 
     def check(self) -> None:
         """Raise ValueError for counts out of range."""
@@ -76,6 +94,7 @@ def build_loader(
     world: int,
     config: LoaderConfig,
     pin_memory: bool = False,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> "StepLoader":
     """Read batches from a position on.
 
@@ -86,6 +105,7 @@ def build_loader(
         world: number of ranks.
         config: workers and reading ahead.
         pin_memory: place batches in page-locked memory, for copies to a GPU.
+        is_stopping: asked while a batch is waited for; True ends the wait.
 
     Returns:
         An endless iterator; it closes at the end of the program at the latest.
@@ -104,6 +124,7 @@ def build_loader(
             "multiprocessing_context": worker_context(__name__),
             "prefetch_factor": config.prefetch_factor,
             "worker_init_fn": prepare_worker,
+            "timeout": POLL_S,
         }
     return StepLoader(
         DataLoader(
@@ -115,7 +136,9 @@ def build_loader(
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else a new loader draws from the model's generator
             **workers,
-        )
+        ),
+        config.max_wait_s,
+        is_stopping,
     )
 
 
@@ -127,23 +150,58 @@ def start_worker_server() -> None:
 class StepLoader(Iterator[StepData]):
     """Collects micro-batches into steps, and stops the workers."""
 
-    def __init__(self, loader: DataLoader) -> None:
-        with job_signals_blocked(), main_module_hidden():
-            running = [iter(loader)]
+    def __init__(self, loader: DataLoader, max_wait_s: float, is_stopping: Callable[[], bool]) -> None:
+        self._max_wait_s, self._is_stopping = max_wait_s, is_stopping
+        try:
+            with job_signals_blocked(), main_module_hidden():
+                running = [iter(loader)]
+        except OSError as error:  # workers need semaphores, which lie in /dev/shm, and descriptors
+            raise MachineError(f"the data workers cannot be started: {error}; {advice(error)}") from error
         self._running = running
         self.close = weakref.finalize(self, stop_workers, running)
         """Stop the workers. Runs automatically at exit, or when the loader is garbage-collected."""
         atexit.register(self.close)  # before multiprocessing's own, which would wait for workers for ever
 
     def __next__(self) -> StepData:
+        """Wait for the data of the next step.
+
+        Raises:
+            ShardError: no row of a micro-batch can be read.
+            WaitEndedError: the run is to stop.
+            MachineError: a worker ended, nothing came for `max_wait_s`, or the machine is at fault.
+        """
         if not self._running:
             raise RuntimeError("StepLoader: expected an open loader, found a closed one; build another")
         micro: list[Batch] = []
         while True:
-            batch, state_after = next(self._running[0])
+            batch, state_after = self._receive()
             micro.append(batch)
             if state_after is not None:
                 return StepData(state_after, micro)
+
+    def _receive(self) -> tuple[Batch, dict[str, SamplerState] | None]:
+        """Wait for a micro-batch, a few seconds at a time: a worker may have ended, or lost one on its way."""
+        began, has_warned = time.monotonic(), False
+        while True:
+            try:
+                found: tuple[Batch, dict[str, SamplerState] | None] = next(self._running[0])
+                return found
+            except RuntimeError as error:
+                if "exited unexpectedly" in str(error):
+                    raise MachineError(f"{error}; the system kills processes when memory runs out") from error
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            waited = time.monotonic() - began
+            if self._is_stopping():
+                raise WaitEndedError
+            if waited > self._max_wait_s:
+                raise MachineError(
+                    f"no data came from the data workers for {waited:.0f} s, though they live; what they printed says "
+                    "why, else the file system hangs. Raise data.max_wait_seconds if it is only slow"
+                )
+            if waited > WARN_S and not has_warned:
+                has_warned = True
+                logger.warning("no data for %.0f s; waiting for the data workers up to %g s", waited, self._max_wait_s)
 
 
 @dataclass(frozen=True)
@@ -183,7 +241,10 @@ class _MicroBatches(Dataset[tuple[Batch, dict[str, SamplerState] | None]]):
         self.collators = dict(collators)
 
     def __getitem__(self, request: _Request) -> tuple[Batch, dict[str, SamplerState] | None]:
-        return self.collators[request.modality](request.micro), request.state_after
+        batch = self.collators[request.modality](request.micro)
+        if torch.utils.data.get_worker_info() is not None:
+            batch = shared(batch)
+        return batch, request.state_after
 
 
 def _unchanged(item: Any) -> Any:

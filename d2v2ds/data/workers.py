@@ -2,14 +2,22 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
+
+from d2v2ds.batch import Batch
+from d2v2ds.io.machine_faults import say_once
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a scheduler or a terminal sends to every process of a job. The training process finishes its step and
@@ -39,6 +47,30 @@ def prepare_worker(worker: int) -> None:
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_training_process, daemon=True).start()
+
+
+def shared(batch: Batch) -> Batch:
+    """Move a batch into shared memory here, where a failure can be met; else it goes by value, through a pipe.
+
+    The thread that sends batches would only print the failure and lose the batch. In containers shared memory is often
+    64 MB.
+    """
+    try:
+        return batch.share_memory()
+    except RuntimeError as error:
+        if "shared memory" not in str(error) and "shm" not in str(error):
+            raise
+        ForkingPickler.register(torch.Tensor, _by_value)
+        free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+        say_once(
+            "shared memory", "/dev/shm has %.1f MB left; batches go through pipes, which is slower: mount a larger one",
+            free / 1e6,
+        )  # fmt: skip
+        return batch
+
+
+def _by_value(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 def _end_with_training_process() -> None:

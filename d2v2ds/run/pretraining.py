@@ -101,8 +101,9 @@ def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> No
         state=checkpoints.progress.sampler,
         rank=comm.rank(),
         world=comm.world(),
-        config=LoaderConfig(num_workers=config.data.num_workers),
+        config=LoaderConfig(num_workers=config.data.num_workers, max_wait_s=config.data.max_wait_seconds),
         pin_memory=comm.device().type == "cuda",
+        is_stopping=lambda: stop.received is not None,
     )
     restarts = provenance.count_starts(config.run.dir) - 1
     metrics = None

@@ -13,12 +13,20 @@ from signal import Signals
 from typing import Any, Protocol
 
 from d2v2ds.batch import Batch
-from d2v2ds.data.loader import StepData
+from d2v2ds.data.loader import StepData, WaitEndedError
 from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.engine import Engine
 from d2v2ds.distributed.gradient_norms import PartNorms
-from d2v2ds.errors import DamagedDataError, MissingExtraError, NonFiniteError, PreemptedError, ShardError
+from d2v2ds.errors import (
+    D2V2Error,
+    DamagedDataError,
+    MachineError,
+    MissingExtraError,
+    NonFiniteError,
+    PreemptedError,
+    ShardError,
+)
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
@@ -60,13 +68,12 @@ class _Fetched:
     """Data of one step, or the error of reading it."""
 
     data: StepData | None
-    fault: str
+    error: Exception | None
     wait_s: float
 
     def step_data(self) -> StepData:
-        """Return the data; raise DamagedDataError if there is none."""
-        if self.data is None:
-            raise DamagedDataError(self.fault)
+        """Return the data; there are some unless an error was met by all ranks."""
+        assert self.data is not None, self.error
         return self.data
 
 
@@ -74,9 +81,9 @@ def _fetch(data: Iterator[StepData]) -> _Fetched:
     """Read the next step's data; return errors, because a rank that raises alone leaves the others waiting."""
     started = time.perf_counter()
     try:
-        return _Fetched(next(data), "", time.perf_counter() - started)
-    except ShardError as error:
-        return _Fetched(None, str(error), time.perf_counter() - started)
+        return _Fetched(next(data), None, time.perf_counter() - started)
+    except (ShardError, MachineError, WaitEndedError) as error:
+        return _Fetched(None, error, time.perf_counter() - started)
 
 
 class Trainer:
@@ -127,12 +134,13 @@ class Trainer:
             CollapseError: a health limit was crossed and `stop_on_collapse` is set.
             DamagedDataError: too many rows could not be read.
             SaveError: two checkpoints in a row could not be written.
+            MachineError: data workers ended or sent nothing; everything is saved.
         """
         config, progress = self.config, self.progress
         sums, began, first = self._new_sums(), time.perf_counter(), progress.step
         fetched = _fetch(data)
         if progress.step < config.total_steps and self._exchange(None, fetched):
-            raise PreemptedError(f"stopped by {self._signals()} before the first step, nothing was lost")
+            raise self._end(fetched, "nothing was lost")
         while progress.step < config.total_steps:
             step_data, wait_s = fetched.step_data(), fetched.wait_s
             self._part_norms.ask(self._has_part_norms(progress.step + 1))
@@ -171,10 +179,7 @@ class Trainer:
                 sums.started = time.perf_counter()
             if is_stopping and not is_last:
                 self.checkpoints.finish()
-                raise PreemptedError(
-                    f"step {progress.step}: stopped by {self._signals()}, everything is saved; "
-                    "start the same command to continue"
-                )
+                raise self._end(fetched, "everything is saved; start the same command to continue")
         self.checkpoints.finish()
         if progress.step > 0 and self.guard.nonfinite_total == progress.step:
             raise NonFiniteError(self.guard.nonfinite(progress.step, "all that the run had"))
@@ -192,18 +197,29 @@ class Trainer:
         """
         faults = [] if data is None else [fault for batch in data.micro for fault in batch.faults]
         is_needed = self.progress.step < self.config.total_steps
-        no_data = bool(fetched.fault) and is_needed
-        own = [self.stop.received is not None, self.checkpoints.is_busy, len(faults), no_data]
-        signalled, busy, damaged, unreadable = comm.all_reduce_sum(own)
+        no_data = isinstance(fetched.error, ShardError) and is_needed
+        failed = isinstance(fetched.error, MachineError) and is_needed
+        own = [self.stop.received is not None, self.checkpoints.is_busy, len(faults), no_data, failed]
+        signalled, busy, damaged, unreadable, num_failed = comm.all_reduce_sum(own)
         for fault in faults:
             logger.warning("step %d: skipped a row: %s", self.progress.step, fault)
         self.guard.after_reading(int(damaged))
         if unreadable:
             raise DamagedDataError(
-                fetched.fault or f"step {self.progress.step}: no data can be read on {unreadable:.0f} other ranks"
+                str(fetched.error)
+                if no_data
+                else f"step {self.progress.step}: no data can be read on {unreadable:.0f} other ranks"
             )
         self.checkpoints.advance(any_busy=busy > 0)
-        return signalled > 0
+        return signalled + num_failed > 0
+
+    def _end(self, fetched: _Fetched, result: str) -> D2V2Error:
+        """Make the error that ends a run early. Collective."""
+        faults = comm.gather_objects(str(fetched.error) if isinstance(fetched.error, MachineError) else "")
+        for rank, fault in enumerate(faults):
+            if fault:
+                return MachineError(f"step {self.progress.step}: rank {rank}: {fault}; {result}")
+        return PreemptedError(f"step {self.progress.step}: stopped by {self._signals()}, {result}")
 
     def _signals(self) -> str:
         """List the signals that ranks received. Collective."""
