@@ -14,6 +14,7 @@ from d2v2ds.distributed.checkpoint.keep import Keep
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.lock import FolderLock
 from d2v2ds.run import provenance
+from d2v2ds.run.agreement import assumptions, compare
 from d2v2ds.run.build import build_engines, build_validation, loop_config, recipe
 from d2v2ds.run.describe import changed_settings, describe, start_logging, warn_once
 from d2v2ds.run.machine import tune_cpu
@@ -50,6 +51,7 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     config = prepared.config
     timeout = timedelta(minutes=config.engine.timeout_minutes)
     with StopRequest() as stop, comm.process_group(timeout), FolderLock(config.run.dir / "lock", PATIENCE_S) as lock:
+        compare(assumptions(prepared))
         start_logging(config.run.dir)
         if fault := comm.on_rank0(lock.take):
             raise ConfigError(f"run.dir {config.run.dir}: {fault}; let it end, or give another run.dir")

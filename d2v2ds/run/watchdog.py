@@ -124,15 +124,15 @@ def describe(words: list[dict[str, Any] | None]) -> str:
     waiting = [rank for rank, word in enumerate(words) if word is not None and word["waits"]]
     parts = []
     if silent:
-        parts.append(f"no word from ranks {_ranges(silent)}: stopped, gone, or not late themselves")
+        parts.append(f"no word from ranks {ranges(silent)}: stopped, gone, or not late themselves")
     for rank in busy[:4]:
         word = words[rank]
         assert word is not None
         parts.append(f"rank {rank} is late in\n{word['stack']}")
     if len(busy) > 4:
-        parts.append(f"ranks {_ranges(busy[4:])} are late as well")
+        parts.append(f"ranks {ranges(busy[4:])} are late as well")
     if waiting:
-        parts.append(f"ranks {_ranges(waiting)} wait for others")
+        parts.append(f"ranks {ranges(waiting)} wait for others")
     if not silent and not busy and words[0] is not None:
         parts.append(
             f"nobody is late: the network hangs, or ranks call different collectives; rank 0\n{words[0]['stack']}"
@@ -156,7 +156,7 @@ def _is_waiting(stack: traceback.StackSummary) -> bool:
     return in_deepspeed or any(part in frame.filename for frame in stack[-4:] for part in WAITING_FILES)
 
 
-def _ranges(ranks: list[int]) -> str:
+def ranges(ranks: list[int]) -> str:
     """`0-2, 4`: ascending numbers, neighbours joined."""
     runs: list[list[int]] = []
     for rank in ranks:
