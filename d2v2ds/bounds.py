@@ -6,6 +6,7 @@ torch.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 
@@ -23,10 +24,26 @@ class Bounds:
     """Value that the number must stay below."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Add the limits to the schema of an int or a float."""
-        return handler(source) | {name: limit for name, limit in asdict(self).items() if limit is not None}
+        """Add the limits to the schema of an int or a float; integers stay below 2^53, which a float can hold."""
+        schema = handler(source)
+        limits = {name: limit for name, limit in asdict(self).items() if limit is not None}
+        if schema["type"] == "int" and not {"le", "lt"} & limits.keys():
+            limits["lt"] = 1 << 53
+        return schema | limits
 
 
+@dataclass(frozen=True)
+class _Expanded:
+    """Expands a leading `~` of a path."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Add the expansion to the schema of a path."""
+        expand = {"type": "no-info", "function": Path.expanduser}
+        return {"type": "function-after", "function": expand, "schema": handler(source)}
+
+
+UserPath = Annotated[Path, _Expanded()]
+"""Path that a user gives; `~` is the home folder."""
 Count = Annotated[int, Bounds(ge=1)]
 """1 or more."""
 CountOrZero = Annotated[int, Bounds(ge=0)]

@@ -81,7 +81,9 @@ def _message(fault: Mapping[str, Any], prefix: str) -> str:
     where = prefix + ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
     if fault["type"] == "missing":
         return f"{where}: required, not given"
-    return f"{where}: {fault['msg']}, found {fault['input']!r}"
+    said = "expected a path" if fault["type"] == "path_type" else fault["msg"]
+    found = repr(fault["input"])
+    return f"{where}: {said}, found {found if len(found) < 200 else found[:200] + '...'}"
 
 
 def _restore(values: dict[Any, Any], shipped: Any, place: Sequence[int | str]) -> None:

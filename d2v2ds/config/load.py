@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from d2v2ds.config.faults import drop_unknown_keys, validated
 from d2v2ds.config.modalities import build_modalities, fold, unfold
 from d2v2ds.config.schema import RunConfig
+from d2v2ds.config.words import read_word
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.read import parse_yaml, read_text
 from d2v2ds.modalities.known import known_modalities
@@ -30,7 +31,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         name_or_path: name of a file in `d2v2ds/configs/` without its ending, or a path to a YAML file.
-        overrides: `section.field=value`; the value is read as YAML.
+        overrides: `section.field=value`; the value is read as the type of its field.
 
     Raises:
         ConfigError: listing everything that is wrong.
@@ -96,14 +97,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: expected section.field=value")
     if parts == ["data", "shards"]:
         parts = _shards_of_the_only_modality(values, override)
+    field = tuple(parts)
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
-    try:
-        values[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    values[parts[-1]] = read_word(text, field)
 
 
 def _shards_of_the_only_modality(values: dict[str, Any], override: str) -> list[str]:

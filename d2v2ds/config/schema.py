@@ -7,10 +7,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
-from d2v2ds.bounds import Bounds, Count, CountOrZero, Positive
+from d2v2ds.bounds import Bounds, Count, CountOrZero, Positive, UserPath
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives import ObjectiveConfig
@@ -28,7 +27,7 @@ LENGTHS = ("total_steps", "hours", "epochs", "tokens")
 class RunSection:
     """Length and folder of the run, and intervals of logging and saving."""
 
-    dir: Path
+    dir: UserPath
     """Folder of the run: resolved configuration, checkpoints, metrics."""
     total_steps: Count | None = None
     """Optimizer steps of the whole run; the learning rate reaches its minimum there. Or let them follow from one of
@@ -105,7 +104,7 @@ class DataSection:
 class ValidSection:
     """Held-out packed folders, and how often the objective is evaluated on them. In YAML: `valid.audio=FOLDER`."""
 
-    modalities: Mapping[str, Path] = field(default_factory=dict)
+    modalities: Mapping[str, UserPath] = field(default_factory=dict)
     """Held-out folder of each modality that is validated, by name."""
     every_steps: Count = 1000
     """Optimizer steps between validations."""
@@ -117,7 +116,7 @@ class ValidSection:
 class InitSection:
     """Initial weights; drawn from the seed if nothing is given."""
 
-    weights: Path | None = None
+    weights: UserPath | None = None
     """Folder written by `d2v2ds.export` or `d2v2ds.interop.fairseq`. Its student and teacher are taken, optimizer and
     warm-up begin anew; a run that has checkpoints goes on from those."""
     skip: tuple[str, ...] = ()

@@ -12,10 +12,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v2ds.bounds import UserPath
 from d2v2ds.data.mixture import DATASET_BITS, Dataset, split_row_numbers
 from d2v2ds.errors import ShardError
 
-Folders = Path | tuple[Path, ...]
+Folders = UserPath | tuple[UserPath, ...]
 """One packed folder or several."""
 
 Part = TypeVar("Part", bound=Sized)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as torch_dist
 from deepspeed.utils import logger as deepspeed_logger
 
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import ConfigError, MachineError
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -77,7 +77,8 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         timeout: how long a collective waits for a rank that does not answer.
 
     Raises:
-        ConfigError: if the launcher's environment is incomplete.
+        ConfigError: if the launcher's environment is incomplete, or there are fewer GPUs than ranks.
+        MachineError: if the ranks cannot reach each other.
     """
     os.environ.update(launcher_environment(dict(os.environ)))
     use_cuda = torch.cuda.is_available()
@@ -85,13 +86,21 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames: one warning per call and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if use_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device())
     else:
         # The shared-memory operator would be compiled here (80 s and a compiler); plain gloo needs neither.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False
+        )
+    except torch_dist.DistError as error:
+        said = str(error).partition("\n")[0]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise MachineError(
+            f"rank {os.environ['RANK']}: no connection at {where}: {said}; if another run there has the port, choose "
+            "one with `--master_port` of the launcher or MASTER_PORT"
+        ) from error
 
 
 def shutdown() -> None:
@@ -121,13 +130,26 @@ def world() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its node, which is also its GPU."""
+    """This process's number on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def device() -> torch.device:
-    """Device on which this rank computes."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """Device on which this rank computes: the only GPU that it sees (`--gpus-per-task=1`), or that of its local rank.
+
+    Raises:
+        ConfigError: it sees several GPUs, and fewer than there are ranks on this node.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count, number = torch.cuda.device_count(), local_rank()
+    if count > 1 and number >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise ConfigError(
+            f"local rank {number}: expected a GPU for each rank of this node, found {count} visible "
+            f"(CUDA_VISIBLE_DEVICES {visible}); start as many ranks as GPUs"
+        )
+    return torch.device("cuda", 0 if count == 1 else number)
 
 
 def barrier() -> None:

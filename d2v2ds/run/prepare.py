@@ -19,6 +19,7 @@ from d2v2ds.data.order import BatchPlan
 from d2v2ds.data.reader import Reader
 from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
+from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import open_reader
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.run.warm_start import open_warm_start
@@ -120,12 +121,16 @@ def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Re
 
 
 def run_dir_faults(run_dir: Path) -> list[str]:
-    """Return a message if the run's folder cannot be written; makes it if it is absent."""
+    """Return messages if the run's folder, which is made if absent, cannot be written or holds what is no file."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return [f"run.dir {run_dir}: cannot be made: {error}"]
-    return [] if os.access(run_dir, os.W_OK) else [f"run.dir {run_dir}: not writable"]
+    if not os.access(run_dir, os.W_OK):
+        return [f"run.dir {run_dir}: not writable"]
+    # a FIFO would hold up whoever opens it, for ever
+    kinds = {path: irregular(path.stat().st_mode) for path in run_dir.iterdir() if path.exists() and not path.is_dir()}
+    return [f"{path}: expected a file, found {kind}; remove it" for path, kind in sorted(kinds.items()) if kind]
 
 
 def resolve_ds_config(config: RunConfig, plans: Mapping[str, BatchPlan], world: int) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def numbers(annotation: Any, name: str) -> Iterator[tuple[str, Bounds | None]]:
     """Each number that an annotation holds, with its bounds: itself, or items of a tuple, or fields further down."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        yield name, next((found for found in arguments[1:] if isinstance(found, Bounds)), None)
+        if arguments[0] in (int, float):
+            yield name, next((found for found in arguments[1:] if isinstance(found, Bounds)), None)
     elif origin in (typing.Union, types.UnionType):
         for member in arguments:
             yield from numbers(member, name)

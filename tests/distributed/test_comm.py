@@ -2,10 +2,14 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.comm import launcher_environment
@@ -92,3 +96,38 @@ def test_runner_shows_the_failing_rank_and_leaves_no_process(tmp_path: Path) -> 
         run_distributed(one_rank_hangs, 2, tmp_path, timeout_s=5)
     for file in tmp_path.iterdir():
         assert not Path(f"/proc/{file.read_text()}").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "local_rank", "index"), [(8, 3, 3), (1, 0, 0), (1, 3, 0), (4, 3, 3), (4, 4, None), (2, 7, None)]
+)
+def test_a_rank_takes_the_gpu_that_it_sees(
+    monkeypatch: pytest.MonkeyPatch, count: int, local_rank: int, index: int | None
+) -> None:
+    """`--gpus-per-task=1` shows every rank one GPU, number 0, whatever its local rank."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    if index is None:
+        with pytest.raises(ConfigError, match=f"expected a GPU for each rank of this node, found {count} visible"):
+            comm.device()
+    else:
+        assert comm.device() == torch.device("cuda", index)
+
+
+@pytest.mark.distributed
+def test_a_port_in_use_is_a_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code = "from d2v2ds.distributed import comm\nfrom d2v2ds.errors import MachineError\n"
+        code += "try: comm.initialise()\nexcept MachineError as error: print(error)"
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **variables, "MASTER_PORT": str(taken.getsockname()[1])},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("rank 0: no connection at 127.0.0.1:")
+    assert "choose one with `--master_port`" in done.stdout
