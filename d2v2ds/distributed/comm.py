@@ -19,7 +19,8 @@ import torch
 import torch.distributed as torch_dist
 from deepspeed.utils import logger as deepspeed_logger
 
-from d2v2ds.errors import ConfigError, MachineError
+from d2v2ds.errors import ConfigError, D2V2Error, MachineError
+from d2v2ds.io.machine_faults import advice, is_machine_fault
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -187,8 +188,27 @@ def on_rank0(action: Callable[[], object]) -> str:
         try:
             action()
         except OSError as error:
-            fault = f"rank 0: {error}"
+            fault = f"rank 0: {error}; {advice(error)}"
     return broadcast_object(fault)
+
+
+def require_on_rank0(action: Callable[[], object], where: str) -> None:
+    """Let rank 0 touch the disk while the others wait, where a run cannot go on without.
+
+    Raises:
+        MachineError, ConfigError: on every rank, if it failed; by whose fault it did.
+    """
+    fault: D2V2Error | None = None
+    if rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            is_machine = is_machine_fault(error)
+            said = f"{where}: rank 0: {error}"
+            fault = MachineError(f"{said}; {advice(error)}") if is_machine else ConfigError(said)
+    fault = broadcast_object(fault)
+    if fault is not None:
+        raise fault
 
 
 def side_store(timeout: timedelta = timedelta(seconds=10)) -> torch_dist.Store:

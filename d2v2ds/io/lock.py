@@ -55,7 +55,9 @@ class FolderLock:
                 holder = self.path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "unknown"
                 if time.monotonic() > deadline:
                     file.close()
-                    raise BlockingIOError(f"{self.path}: another one is at work there ({holder})") from None
+                    raise BlockingIOError(
+                        f"{self.path}: another one is at work there ({holder}); let it end, or take another folder"
+                    ) from None
                 if not has_warned:
                     logger.warning("%s is held by another one (%s); waiting for its end", self.path, holder)
                 has_warned = True

@@ -48,7 +48,7 @@ def is_unsupported(error: OSError) -> bool:
 
 def advice(error: OSError) -> str:
     """Return what to do about an error."""
-    return ADVICE.get(error.errno or 0, "mend the cause, and start the same command")
+    return ADVICE.get(error.errno or 0, "mend the cause")
 
 
 def reading_error(path: Path | str, error: OSError, kind: type[D2V2Error]) -> D2V2Error:

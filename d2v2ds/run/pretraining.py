@@ -11,7 +11,6 @@ from d2v2ds.data.loader import LoaderConfig, build_loader, start_worker_server
 from d2v2ds.data.order import SamplerState
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.checkpoint.keep import Keep
-from d2v2ds.errors import ConfigError
 from d2v2ds.io.lock import FolderLock
 from d2v2ds.run import provenance
 from d2v2ds.run.agreement import assumptions, compare
@@ -53,8 +52,7 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     with StopRequest() as stop, comm.process_group(timeout), FolderLock(config.run.dir / "lock", PATIENCE_S) as lock:
         compare(assumptions(prepared))
         start_logging(config.run.dir)
-        if fault := comm.on_rank0(lock.take):
-            raise ConfigError(f"run.dir {config.run.dir}: {fault}; let it end, or give another run.dir")
+        comm.require_on_rank0(lock.take, f"run.dir {config.run.dir}")
         if comm.device().type == "cpu":
             tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if config.data.num_workers > 0:
@@ -87,8 +85,9 @@ def start(prepared: Prepared, config_name: str, allow_grown: bool) -> Checkpoint
         checkpoints.resume(allow_grown)
         for change in changed_settings(config):
             warn_once(f"changed since the last start: {change}")
-    if fault := comm.on_rank0(lambda: provenance.write(config.run.dir, to_yaml(config), prepared.ds_config)):
-        raise ConfigError(f"run.dir {config.run.dir}: cannot be written: {fault}")
+    comm.require_on_rank0(
+        lambda: provenance.write(config.run.dir, to_yaml(config), prepared.ds_config), f"run.dir {config.run.dir}"
+    )
     describe(config, streams)
     for advice in batch_advice(config_name, config):
         warn_once(advice)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from d2v2ds.data.schema import SKIPPED_NAME, Index
 from d2v2ds.errors import D2V2Error
+from d2v2ds.io.machine_faults import advice
 from preprocessing.driver.exit_codes import EXIT_INTERRUPTED, EXIT_TOO_MANY_SKIPPED, exit_code
 from preprocessing.driver.input_files import said_ignored
 from preprocessing.driver.packing import pack
@@ -100,7 +101,8 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
             print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
     except OSError as error:
-        print(f"error: {error}; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        todo = f"{advice(error)}; finished shards are kept, the same command goes on from there"
+        print(f"error: {error}; {todo}", file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)

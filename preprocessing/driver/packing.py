@@ -179,7 +179,7 @@ def _lock(packing: Path, part: tuple[int, int] | None, held: ExitStack) -> None:
         try:
             lock.take()
         except BlockingIOError as error:
-            raise ConfigError(f"{error}; let it end, or take another --output") from None
+            raise ConfigError(str(error)) from None
 
 
 def _check_same(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
