@@ -6,6 +6,8 @@
 # make test-all  everything but slow tests, as CI runs it
 # make golden  write the kept first steps of the tiny configurations anew and print what changed
 # make faults  every way of dying that a run survives, slow ones too (half an hour)
+# make hostile  flip every byte of small packed folders, a run and an export, and use each copy (hours)
+# make soak    500 steps with saves, validations and rollbacks: nothing may grow
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RUNS ?= runs
@@ -16,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxpro
 DEMO := $(RUNS)/demo-$(MODALITY)
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-all check golden faults
+.PHONY: setup demo test test-all check golden faults hostile soak
 
 setup: $(STAMP)
 
@@ -45,6 +47,12 @@ golden: $(STAMP)
 faults: $(STAMP)
 	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/runs/test_faults.py tests/slurm \
 		tests/preprocessing/test_pack_audio.py::test_full_disk_is_a_clear_error_and_finished_shards_go_on
+
+hostile: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.sweep
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 demo: $(STAMP)
 	$(BIN)/python -m d2v2ds.demo --modality $(MODALITY) --runs $(DEMO) $(if $(DATA),--data '$(DATA)')
