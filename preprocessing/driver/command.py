@@ -1,7 +1,7 @@
 """The command line that all packers share: options, exit codes, and the last line of a packing.
 
 Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
-than --max-skipped were skipped, or more than --max-noted of the content is lost; 4 a file could not be written or an
+than --max-skipped were skipped, or notes on more than --max-noted of the content; 4 a file could not be written or an
 input vanished, run again; 130 interrupted, run again.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2v2ds.data.schema import SKIPPED_NAME, Index
-from d2v2ds.errors import D2V2Error
+from d2v2ds.errors import D2V2Error, MachineError
 from preprocessing.driver.exit_codes import EXIT_INTERRUPTED, EXIT_TOO_MANY_SKIPPED, exit_code
 from preprocessing.driver.input_files import said_ignored
 from preprocessing.driver.notes import NOTES_NAME, excess_notes, said_notes
@@ -22,6 +22,7 @@ from preprocessing.driver.protocol import Packer
 from preprocessing.driver.team.choose import choose_team
 
 DEFAULT_SHARD_BYTES = 256 << 20
+_KEPT = "finished shards are kept, the same command goes on from there"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -100,13 +101,17 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
             )
     except D2V2Error as error:
         if leads:
-            print(f"error: {error}", file=sys.stderr)
+            kept = f"; {_KEPT}" if isinstance(error, MachineError) else ""
+            print(f"error: {error}{kept}", file=sys.stderr)
         return exit_code(error)
+    except MemoryError:
+        print(f"error: no memory left: use fewer --workers; {_KEPT}", file=sys.stderr)
+        return exit_code(MachineError())
     except OSError as error:
-        print(f"error: {error}; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        print(f"error: {error}; {_KEPT}", file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt:
-        print("interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        print(f"interrupted; {_KEPT}", file=sys.stderr)
         return EXIT_INTERRUPTED
     if index is None:
         if leads:
