@@ -1,7 +1,8 @@
 """Recordings to pack: folder trees, LibriSpeech trees and TSV manifests become one list of `Clip`; headers are read.
 
 A folder becomes a sorted list of its audio files. Inside it, a folder ``S/C`` that holds ``S-C.trans.txt`` is read as
-LibriSpeech's: transcripts from that file, the speaker from the path, the file's stem as id. A manifest keeps its order.
+LibriSpeech's: transcripts from that file, the speaker from the path, the file's stem as id. A manifest keeps its
+order; it may be one of fairseq's.
 """
 
 import os
@@ -17,6 +18,7 @@ from d2v2ds.io.machine_faults import retried
 from d2v2ds.modalities.audio.mixing import rate_fault
 from d2v2ds.modalities.audio.sound_bytes import BadAudioError, open_bytes
 from d2v2ds.modalities.audio.sound_file import open_sound
+from preprocessing.audio.fairseq_manifest import read_fairseq_manifest
 from preprocessing.driver.input_files import (
     check_unique,
     not_there,
@@ -46,6 +48,8 @@ class Clip:
     text: str | None = None
     label: str | None = None
     speaker: str | None = None
+    samples: int | None = None
+    """Length of the file, in samples at its own rate, as its manifest says."""
 
     @property
     def in_manifest(self) -> bool:
@@ -166,6 +170,15 @@ def _librispeech_transcripts(folder: Path) -> dict[str, str] | None:
 
 
 def _clips_of_manifest(manifest: Path, label_column: str) -> list[Clip]:
+    if (lines := read_fairseq_manifest(manifest)) is not None:
+        if label_column != "label":
+            raise ConfigError(
+                f"{manifest}: a manifest of fairseq has no column {label_column!r}; give one with columns"
+            )
+        return [
+            Clip(id=line.path, path=line.full_path, source=line.path, place=line.place, samples=line.samples)
+            for line in lines
+        ]
     required = [] if label_column == "label" else [label_column]
     return [
         Clip(
