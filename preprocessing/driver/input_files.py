@@ -85,7 +85,7 @@ def said_ignored(ignored: Mapping[str, int]) -> str:
     if not ignored:
         return ""
     counts = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:MAX_LISTED]]
+    parts = [f"{count:,} {utf8(suffix) or 'without suffix'}" for suffix, count in counts[:MAX_LISTED]]
     if others := sum(count for _, count in counts[MAX_LISTED:]):
         parts.append(f"{others:,} others")
     return f"{sum(ignored.values()):,} files ignored: {', '.join(parts)}"

@@ -130,6 +130,8 @@ def _prepare(
     Raises:
         ConfigError: if the folder holds anything but the beginning of this very packing.
     """
+    if utf8(str(output)) != str(output):
+        raise ConfigError(f"--output {utf8(str(output))}: expected a name in UTF-8, others cannot be read again")
     own = {"modality": packer.layout.name, "files": plan.files, "plan_sha256": plan.sha256}
     wanted = packer.settings.as_json() | own
     packing = output / PACKING_NAME

@@ -15,6 +15,7 @@ import soundfile
 from preprocessing import inspect, verify
 from preprocessing.audio.levels import Levels
 from preprocessing.audio.waveform import BadAudioError, Decoder
+from preprocessing.driver.input_files import said_ignored
 from preprocessing.pack_audio import main
 from tests.odd_sounds import RATE, encoded, hum, with_flac_length, with_rate, with_size
 
@@ -132,6 +133,17 @@ def test_names_that_are_no_utf8_are_packed(suffix: str, tmp_path: Path) -> None:
     code, output = pack(tmp_path, {name: encoded(hum(2.0), suffix.upper()), "fine.wav": FINE})
     assert code == 0
     assert json.loads((output / "index.json").read_text())["rows"] == 2
+
+
+def test_an_output_of_such_a_name_is_refused_before_packing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    assert pack(folder, {"fine.wav": FINE})[0] == 2
+    assert "expected a name in UTF-8" in capsys.readouterr().err
+
+
+def test_suffixes_that_are_no_utf8_can_be_printed() -> None:
+    assert said_ignored({os.fsdecode(b".t\xe9"): 2}).encode("utf-8") == b"2 files ignored: 2 .t\\udce9"
 
 
 def test_a_librispeech_tree_of_such_names_is_packed(tmp_path: Path) -> None:
