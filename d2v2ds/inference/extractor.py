@@ -140,8 +140,10 @@ class FeatureExtractor:
     def __call__(self, inputs: Any, *, sample_rate: int | None = None, modality: str | None = None) -> Features:
         """
         Args:
-            inputs: a list of inputs, or one. Recordings: paths, or samples (S,), (C, S), (S, C) as array or tensor.
-                Pictures: paths of image files or PIL images. Texts: strings, or ids (S,) with <s> and </s>.
+            inputs: a list of inputs, or one. Recordings: paths, or samples (S,), (C, S), (S, C) as array or tensor;
+                (C, S) only in a list, for alone it may be several. Dicts of `datasets` with `array` and
+                `sampling_rate`, and sound files as bytes or file objects, are recordings too. Pictures: paths of image
+                files or PIL images. Texts: strings, or ids (S,) with <s> and </s>.
             sample_rate: of samples (Hz).
             modality: which encoder; needed where the model has several.
 
@@ -150,10 +152,13 @@ class FeatureExtractor:
             MissingExtraError: a package that reads such inputs is not installed.
         """
         name = self._modality(modality)
-        items = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        if isinstance(inputs, Iterator) and not hasattr(inputs, "read"):
+            raise ValueError(f"inputs: expected one or a list, found a {type(inputs).__name__}; give list(...) of it")
+        in_list = isinstance(inputs, list | tuple)
+        items = list(inputs) if in_list else [inputs]
         if not items:
             raise ValueError("no inputs")
-        reader, options = self.inference(name), replace(self._options, sample_rate=sample_rate)
+        reader, options = self.inference(name), replace(self._options, sample_rate=sample_rate, in_list=in_list)
         return self.encode(name, [reader.read(item, options, f"input {i}") for i, item in enumerate(items)])
 
     def inference(self, modality: str) -> Inference:

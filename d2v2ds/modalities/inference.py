@@ -21,6 +21,8 @@ class InputOptions:
     """Shorter recordings are refused: they are clicks or cut-off files more often than sounds."""
     window_seconds: float = 40.0
     """Longer recordings are cut into windows."""
+    in_list: bool = True
+    """True if the inputs were given as a list, so that each is one; an array that was given alone may be several."""
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
 """Recordings to pack: folder trees, LibriSpeech trees and TSV manifests become one list of `Clip`; headers are read.
 
 A folder becomes a sorted list of its audio files. Inside it, a folder ``S/C`` that holds ``S-C.trans.txt`` is read as
-LibriSpeech's: transcripts from that file, the speaker from the path, the file's stem as id. A manifest keeps its order.
+LibriSpeech's: transcripts from that file, the speaker from the path, the file's stem as id. A manifest keeps its
+order; it may be one of fairseq's.
 """
 
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import soundfile
-
-from d2v2ds.data.codecs.flac import STREAMINFO_BYTES, parse_streaminfo
+from d2v2ds.data.codecs.flac import LARGEST_RATIO, STREAMINFO_BYTES, parse_streaminfo
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.machine_faults import retried
+from d2v2ds.modalities.audio.mixing import rate_fault
+from d2v2ds.modalities.audio.sound_bytes import BadAudioError, open_bytes
+from d2v2ds.modalities.audio.sound_file import open_sound
+from preprocessing.audio.fairseq_manifest import read_fairseq_manifest
 from preprocessing.driver.input_files import (
     check_unique,
+    not_there,
     read_manifest,
     source_name,
     text_lines,
@@ -25,8 +31,6 @@ from preprocessing.driver.input_files import (
 )
 from preprocessing.driver.progress import Report
 
-_LARGEST_RATIO = 1 << 13
-"""Samples per byte of file that not even silence reaches: above it a header's length is not believed."""
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 
 
@@ -44,6 +48,8 @@ class Clip:
     text: str | None = None
     label: str | None = None
     speaker: str | None = None
+    samples: int | None = None
+    """Length of the file, in samples at its own rate, as its manifest says."""
 
     @property
     def in_manifest(self) -> bool:
@@ -82,7 +88,9 @@ def find_clips(inputs: Sequence[Path], label_column: str = "label", ignored: Cou
         elif root.is_file():
             found = _clips_of_manifest(root, label_column)
         else:
-            raise ConfigError(f"--input {root}: expected a folder or a TSV manifest, found nothing there")
+            raise ConfigError(
+                f"--input {utf8(str(root))}: expected a folder or a TSV manifest, found {not_there(root)}"
+            )
         if not found:
             raise ConfigError(f"--input {root}: expected audio ({', '.join(sorted(AUDIO_SUFFIXES))}), found none")
         clips.extend(found)
@@ -94,35 +102,46 @@ def read_headers(paths: Sequence[str], report: Report) -> list[Header]:
     """Open every file once and read its header; nothing is decoded."""
     headers = []
     for path in paths:
-        headers.append(_read_header(path))
+        headers.append(retried(partial(_read_header, path)))
         report(1, 0)
     return headers
 
 
 def _read_header(path: str) -> Header:
+    """Open a recording.
+
+    Raises:
+        MachineError: the machine is at fault.
+    """
     try:
-        size = os.stat(path).st_size  # noqa: PTH116  (a Path per file costs a tenth of the scan)
-        if size == 0:
-            return Header(fault="empty file (0 bytes)")
-        with open(path, "rb") as start:  # noqa: PTH123
-            info = parse_streaminfo(start.read(STREAMINFO_BYTES))
-        if info is not None:
+        with open_bytes(path) as data:
+            size, info = data.size, parse_streaminfo(data.read_at(0, STREAMINFO_BYTES))
+        if info is not None and info.frames <= size * LARGEST_RATIO:
             frames, rate, channels = info.frames, info.sample_rate_hz, info.channels
         else:
-            with soundfile.SoundFile(path) as file:
-                frames, rate, channels = file.frames, file.samplerate, file.channels
-    except soundfile.LibsndfileError as error:
-        said = error.error_string  # of an MP3 that is none: "File does not exist or is not a regular file"
-        reason = f"not audio that libsndfile can read, or its beginning is damaged (libsndfile: {said})"
-        return Header(bytes=size, fault=reason)
-    except OSError as error:
-        return Header(fault=unreadable(path, error), missing=isinstance(error, FileNotFoundError))
-    if channels < 1:
-        return Header(bytes=size, fault="zero channels")
-    if frames > size * _LARGEST_RATIO:  # a stream that was never closed has no length; the plan needs only an estimate
-        frames = size
-    fault = "no samples" if frames < 1 else None
+            with open_sound(path) as sound:
+                frames, rate, channels = sound.frames, sound.rate, sound.channels
+    except BadAudioError as error:
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        return Header(bytes=_size_of(path), fault=reason(path, error), missing=missing)
+    fault = rate_fault(rate) or (None if frames else f"no samples: its header says none, the file has {size} bytes")
     return Header(bytes=size, num_frames=frames, sample_rate_hz=rate, channels=channels, fault=fault)
+
+
+def reason(path: str, error: BadAudioError) -> str:
+    """Return why a file is skipped."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno:
+        return unreadable(path, cause)
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _size_of(path: str) -> int:
+    """Return the size of a file, 0 if there is none."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116
+    except OSError:
+        return 0
 
 
 def _clips_of_folder(root: Path, ignored: Counter[str]) -> Iterator[Clip]:
@@ -137,7 +156,7 @@ def _clips_of_folder(root: Path, ignored: Counter[str]) -> Iterator[Clip]:
                 yield Clip(id=source, path=path, source=source, place=path)
             else:
                 stem = utf8(Path(name).stem)
-                speaker = Path(folder).parent.name
+                speaker = utf8(Path(folder).parent.name)
                 yield Clip(id=stem, path=path, source=source, place=path, text=transcripts.get(stem), speaker=speaker)
 
 
@@ -151,6 +170,15 @@ def _librispeech_transcripts(folder: Path) -> dict[str, str] | None:
 
 
 def _clips_of_manifest(manifest: Path, label_column: str) -> list[Clip]:
+    if (lines := read_fairseq_manifest(manifest)) is not None:
+        if label_column != "label":
+            raise ConfigError(
+                f"{manifest}: a manifest of fairseq has no column {label_column!r}; give one with columns"
+            )
+        return [
+            Clip(id=line.path, path=line.full_path, source=line.path, place=line.place, samples=line.samples)
+            for line in lines
+        ]
     required = [] if label_column == "label" else [label_column]
     return [
         Clip(

@@ -12,7 +12,7 @@ from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.audio.shards import Codec
 from preprocessing.audio.clips import Clip, Header
 from preprocessing.driver.input_files import check_present, listed
-from preprocessing.driver.shard_plan import Plan, Skipped, cut_shards, fingerprint
+from preprocessing.driver.shard_plan import Noted, Plan, Skipped, cut_shards, fingerprint
 
 SAMPLE_RATE_HZ = 16000
 """Sampling rate of every row, as in every published speech recipe."""
@@ -88,9 +88,12 @@ def make_plan(clips: Sequence[Clip], headers: Sequence[Header], settings: AudioS
             or clips are to be joined whose speaker is not known.
     """
     _check_headers(clips, headers, settings)
-    units, skipped = [], []
+    units, skipped, noted = [], [], []
     for order, (clip, header) in enumerate(zip(clips, headers, strict=True)):
         reason = header.fault
+        if reason is None and clip.samples not in (None, header.num_frames):
+            detail = f"the manifest says {clip.samples} samples, the file has {header.num_frames}"
+            noted.append(Noted(order=order, source=clip.source, kind="other length", detail=detail, lost=0.0))
         if reason is None and header.num_frames < settings.min_seconds * header.sample_rate_hz:
             seconds = header.num_frames / header.sample_rate_hz
             reason = f"{seconds:.3f} s is shorter than --min-seconds {settings.min_seconds:g}"
@@ -104,6 +107,7 @@ def make_plan(clips: Sequence[Clip], headers: Sequence[Header], settings: AudioS
     return Plan(
         shards=cut_shards(units, settings.shard_bytes, _PLANNED_BYTES[settings.codec]),
         skipped=tuple(skipped),
+        noted=tuple(noted),
         files=len(clips),
         sha256=fingerprint(
             (

@@ -5,30 +5,25 @@ Stored samples are int16. A mono 16-bit file of the right rate is decoded straig
 only one block is in memory.
 """
 
-import os
-from collections.abc import Iterator
-
 import numpy as np
-import soundfile
-import soxr
 from numpy.typing import NDArray
 
 from d2v2ds.data.codecs.flac import decode_mono16
+from d2v2ds.io.machine_faults import retried
+from d2v2ds.modalities.audio.extent import Remark
 from d2v2ds.modalities.audio.shards import SAMPLE_SCALE
-from preprocessing.driver.input_files import unreadable
+from d2v2ds.modalities.audio.sound_bytes import BadAudioError, open_bytes
+from d2v2ds.modalities.audio.sound_file import Sound, most_samples, open_sound, resampled
+from preprocessing.audio.levels import Levels
 
 Samples = NDArray[np.int16]
 
 _EXACT_SUBTYPES = frozenset({"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
 """Sample formats that libsndfile turns into int16 without loss; others lose bits or clip and are rounded here."""
-_BLOCK_FRAMES = 1 << 18
 _LARGEST_PIECE = 1 << 26
 """Samples that are read at a time where a header may promise more than there is."""
-_UNKNOWN_LENGTH = 1 << 62
 _PLAUSIBLE_RATIO = 64
 """Samples per byte of file up to which memory is taken for as many as a header promises."""
-_STREAMED_WAV_BYTES = 0x7FFFF000
-"""Sizes from this one on stand in headers whose writer did not know the length."""
 _WHOLE_FILE_BYTES = 32 << 20
 """FLAC files below this size, about half an hour, are decoded from memory."""
 _STATS_BLOCK = 1 << 15
@@ -36,10 +31,6 @@ _STATS_BLOCK = 1 << 15
 _STATS_ROW = 1 << 12
 _HOP_SECONDS = 0.01
 _QUIET_HOPS = 10
-
-
-class BadAudioError(Exception):
-    """A file cannot be packed; the text is the reason that goes to ``skipped.tsv``."""
 
 
 class Decoder:
@@ -52,83 +43,79 @@ class Decoder:
     def __init__(self, sample_rate_hz: int) -> None:
         self._sample_rate_hz = sample_rate_hz
         self._buffer: Samples = np.empty(0, dtype=np.int16)
+        self._most = 0
+        self.remarks: list[Remark] = []
+        """What the last recording lost, and how it differs from its header."""
 
     def decode(self, path: str) -> Samples:
         """The whole file as (S,) int16, mono: read-only, or a view that the next call overwrites.
 
         Raises:
-            BadAudioError: if the file cannot be decoded to its end or holds NaN or infinity.
+            BadAudioError: if the file cannot be decoded to its end, holds NaN or infinity, or if nothing like it
+                would be left: it is clipped, its channels cancel each other, or it is weaker than one bit.
+            MachineError: the machine is at fault.
         """
+        return retried(lambda: self._decode(path))
+
+    def _decode(self, path: str) -> Samples:
+        self.remarks = []
         samples = self._read_flac(path) if path[-5:].lower() == ".flac" else None
         return self._read(path) if samples is None else samples
 
     def _read_flac(self, path: str) -> Samples | None:
         """A mono 16-bit FLAC file of the right rate; None if the other way has to try."""
-        try:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123  (a Path per file costs more than opening it)
-                data = file.read(_WHOLE_FILE_BYTES)
-                return decode_mono16(data, self._sample_rate_hz) if len(data) < _WHOLE_FILE_BYTES else None
-        except OSError:  # said by the other way, which meets it again
-            return None
+        with open_bytes(path) as data:
+            if data.size >= _WHOLE_FILE_BYTES:
+                return None
+            return decode_mono16(data.read_at(0, _WHOLE_FILE_BYTES), self._sample_rate_hz)
 
     def _read(self, path: str) -> Samples:
-        try:
-            size = os.stat(path).st_size  # noqa: PTH116
-            if path[-4:].lower() == ".wav":
-                _check_wav(path, size)
-            with soundfile.SoundFile(path) as file:
-                if file.frames >= _UNKNOWN_LENGTH:  # soundfile would seek to the end, which then fails
-                    file.seekable = lambda: False
-                elif file.frames <= size * _PLAUSIBLE_RATIO:  # in one piece: growing would take twice the memory
-                    self._reserve(0, file.frames)
-                if file.samplerate == self._sample_rate_hz and file.channels == 1 and file.subtype in _EXACT_SUBTYPES:
-                    samples = self._read_exact(file)
-                else:
-                    samples = self._read_float(file)
-        except soundfile.LibsndfileError as error:
-            said = error.error_string
-            raise BadAudioError(f"damaged or cut off: does not decode (libsndfile: {said})") from error
-        except OSError as error:
-            raise BadAudioError(unreadable(path, error)) from error
+        with open_sound(path) as sound:
+            self._most = most_samples(sound.bytes)
+            if sound.frames <= sound.bytes * _PLAUSIBLE_RATIO:  # in one piece: growing would take twice the memory
+                self._reserve(0, sound.frames)
+            is_exact = sound.rate == self._sample_rate_hz and sound.channels == 1
+            if is_exact and sound.file.subtype in _EXACT_SUBTYPES:
+                samples = self._read_exact(sound)
+            else:
+                samples = self._read_float(sound)
+            self.remarks = sound.remarks
         if not len(samples):
             raise BadAudioError("no samples")
         return samples
 
-    def _read_exact(self, file: soundfile.SoundFile) -> Samples:
+    def _read_exact(self, sound: Sound) -> Samples:
         """A header's length is right or an upper bound, except that of an unfinished stream: then grow."""
-        length = 0
-        wanted = min(file.frames, _LARGEST_PIECE)
+        length, one = 0, np.empty(1, dtype=np.int16)
         while True:
-            got: int = len(file.read(out=self._reserve(length, wanted)))
+            wanted = max(1, min(sound.frames, _LARGEST_PIECE, self._most - length))
+            got = sound.read_exact(self._reserve(length, wanted))
             length += got
-            if got < wanted or length == file.frames:
+            if got < wanted or (length >= sound.frames and not sound.read_exact(one)):
                 break
-        _check_length(file, length)
+            if length >= sound.frames:
+                self._reserve(length, 1)[:] = one
+                length += 1
+        sound.finish(length)
         return self._buffer[:length]
 
-    def _read_float(self, file: soundfile.SoundFile) -> Samples:
-        length = 0
-        for block in _resampled(_mono_blocks(file), file.samplerate, self._sample_rate_hz):
-            part = self._reserve(length, len(block))
-            part[:] = to_int16(block)
+    def _read_float(self, sound: Sound) -> Samples:
+        length, levels = 0, Levels()
+        for block in resampled(sound.blocks(), sound.rate, self._sample_rate_hz):
+            levels.store(block, self._reserve(length, len(block)))
             length += len(block)
+        sound.remarks += levels.remarks()
         return self._buffer[:length]
 
     def _reserve(self, start: int, count: int) -> Samples:
         """Room for `count` samples from `start` on; what stands before is kept."""
+        if start + count > self._most:
+            raise BadAudioError(f"more than {self._most:,} samples, which no recording of its bytes has")
         if len(self._buffer) < start + count:
             grown: Samples = np.empty(max(start + count, 2 * len(self._buffer)), dtype=np.int16)
             grown[:start] = self._buffer[:start]
             self._buffer = grown
         return self._buffer[start : start + count]
-
-
-def to_int16(samples: NDArray[np.float32]) -> Samples:
-    """Round [-1, 1) to int16; what lies outside is clipped."""
-    stored: Samples = np.clip(np.rint(samples * np.float32(SAMPLE_SCALE)), -SAMPLE_SCALE, SAMPLE_SCALE - 1).astype(
-        np.int16
-    )
-    return stored
 
 
 def mean_and_variance(samples: Samples) -> tuple[float, float]:
@@ -187,46 +174,3 @@ def _quietest(samples: Samples, first: int, last: int, hop: int) -> int:
     around = energy[_QUIET_HOPS:] - energy[:-_QUIET_HOPS]
     latest = len(around) - 1 - int(np.argmin(around[::-1]))
     return last - hops * hop + (latest + _QUIET_HOPS // 2) * hop
-
-
-def _mono_blocks(file: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:
-    length = 0
-    while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-        if not np.isfinite(block).all():
-            raise BadAudioError("NaN or infinite samples")
-        length += len(block)
-        yield block.mean(axis=1, dtype=np.float32) if file.channels > 1 else block[:, 0]
-    _check_length(file, length)
-
-
-def _resampled(blocks: Iterator[NDArray[np.float32]], rate: int, target: int) -> Iterator[NDArray[np.float32]]:
-    if rate == target:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(rate, target, 1, dtype="float32")
-    for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block))
-    yield stream.resample_chunk(np.empty(0, dtype=np.float32), last=True)
-
-
-def _check_length(file: soundfile.SoundFile, found: int) -> None:
-    """A file that ends early was cut off. MP3 lengths are estimates, and unfinished streams have none."""
-    if found < file.frames and file.format != "MP3" and file.frames < _UNKNOWN_LENGTH:
-        raise BadAudioError(f"cut off: its header says {file.frames} samples, found {found}")
-
-
-def _check_wav(path: str, size: int) -> None:
-    """Raise a `BadAudioError` if a RIFF file is shorter than its own header says; libsndfile takes what is there."""
-    with open(path, "rb") as file:  # noqa: PTH123
-        start = file.read(12)
-        if start[:4] != b"RIFF" or start[8:] != b"WAVE":
-            return
-        while len(head := file.read(8)) == 8:
-            length = int.from_bytes(head[4:], "little")
-            if head[:4] != b"data":
-                file.seek(length + length % 2, os.SEEK_CUR)
-                continue
-            found = size - file.tell()
-            if found < length < _STREAMED_WAV_BYTES:
-                raise BadAudioError(f"cut off: its header says {length} bytes of samples, found {found}")
-            return

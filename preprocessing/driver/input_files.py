@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.machine_faults import is_machine_fault, reading_error
+from d2v2ds.io.read import irregular, read_text
 
 MAX_LISTED = 5
 """Files or lines named in one error message."""
+_MANIFEST_BYTES = 4 << 30
+"""Largest manifest: of some ten million files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,13 @@ def listed(places: Iterable[str], total: int) -> str:
 
 
 def unreadable(path: str, error: OSError) -> str:
-    """Return why an input file cannot be read, to stand behind its name."""
+    """Return why an input file cannot be read, to stand behind its name.
+
+    Raises:
+        MachineError: the machine is at fault, not the file.
+    """
+    if is_machine_fault(error):
+        raise reading_error(path, error, ConfigError) from error
     if not isinstance(error, FileNotFoundError):
         return f"unreadable: {error.strerror}"
     if os.path.islink(path):  # noqa: PTH114
@@ -75,10 +85,20 @@ def said_ignored(ignored: Mapping[str, int]) -> str:
     if not ignored:
         return ""
     counts = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:MAX_LISTED]]
+    parts = [f"{count:,} {utf8(suffix) or 'without suffix'}" for suffix, count in counts[:MAX_LISTED]]
     if others := sum(count for _, count in counts[MAX_LISTED:]):
         parts.append(f"{others:,} others")
     return f"{sum(ignored.values()):,} files ignored: {', '.join(parts)}"
+
+
+def not_there(root: Path) -> str:
+    """Return what an input is that is neither folder nor file."""
+    try:
+        return irregular(root.stat().st_mode) or "a file"
+    except FileNotFoundError:
+        return "a link to nowhere" if root.is_symlink() else "nothing there"
+    except OSError as error:
+        return unreadable(str(root), error)
 
 
 def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> list[tuple[str, list[str]]]:
@@ -89,9 +109,12 @@ def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> list[t
 
     Raises:
         ConfigError: a folder cannot be read; what it holds would be missing without a trace.
+        MachineError: the machine is at fault.
     """
 
     def refuse(error: OSError) -> None:
+        if is_machine_fault(error):
+            raise reading_error(error.filename, error, ConfigError) from error
         raise ConfigError(
             f"--input {root}: {error.filename} cannot be read: {error.strerror}; allow it, or give folders without it"
         ) from error
@@ -124,10 +147,22 @@ def source_name(root: Path, path: str) -> str:
     return utf8(os.path.relpath(path, root).replace(os.sep, "/"))
 
 
-def text_lines(path: Path, encoding: str = "utf-8") -> list[str]:
-    """Lines that end with a newline. `str.splitlines` ends them at U+2028 and others too, which texts contain."""
-    lines = path.read_text(encoding=encoding).split("\n")  # reading has turned the other two line ends into this one
+def text_lines(path: Path) -> list[str]:
+    """Read the lines of a UTF-8 text. `str.splitlines` ends them at U+2028 and others too, which texts contain.
+
+    Raises:
+        ConfigError: it is absent, no file, or no UTF-8.
+        MachineError: the machine is at fault.
+    """
+    text = read_text(path, ConfigError, _MANIFEST_BYTES).replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def manifest_lines(manifest: Path) -> list[str]:
+    """Read the lines of a manifest, as `text_lines`, without a byte order mark."""
+    lines = text_lines(manifest)
+    return [lines[0].removeprefix("\ufeff"), *lines[1:]] if lines else []
 
 
 def read_manifest(manifest: Path, optional: Sequence[str], required: Sequence[str] = ()) -> Iterator[ManifestLine]:
@@ -140,13 +175,9 @@ def read_manifest(manifest: Path, optional: Sequence[str], required: Sequence[st
 
     Raises:
         ConfigError: if it is malformed; lines are named.
+        MachineError: the machine is at fault.
     """
-    try:
-        lines = text_lines(manifest, "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{manifest}: expected UTF-8 text, found {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{manifest}: cannot be read: {error.strerror}") from error
+    lines = manifest_lines(manifest)
     columns = lines[0].split("\t") if lines else []
     if absent := [name for name in ("path", *required) if name not in columns]:
         raise ConfigError(

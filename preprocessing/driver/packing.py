@@ -34,6 +34,7 @@ from d2v2ds.io import durable
 from d2v2ds.io.lock import FolderLock
 from d2v2ds.io.read import read_json
 from preprocessing.driver.input_files import utf8
+from preprocessing.driver.notes import count_notes
 from preprocessing.driver.progress import Progress, Report
 from preprocessing.driver.protocol import Packer
 from preprocessing.driver.shard_plan import Plan
@@ -44,6 +45,7 @@ from preprocessing.driver.writer import (
     ShardResult,
     finished_shard,
     pack_shard,
+    write_notes,
     write_rows,
     write_skipped,
 )
@@ -143,6 +145,8 @@ def _prepare(
         ConfigError: if the folder holds anything but the beginning of this very packing, or another command is at
             work there; this one keeps others away as long as `held` is open.
     """
+    if utf8(str(output)) != str(output):
+        raise ConfigError(f"--output {utf8(str(output))}: expected a name in UTF-8, others cannot be read again")
     own = {"modality": packer.layout.name, "files": plan.files, "plan_sha256": plan.sha256}
     wanted = packer.settings.as_json() | own
     packing = output / PACKING_NAME
@@ -212,7 +216,10 @@ def _finish(
     counts: Counter[str] = Counter()
     for result in results:
         counts.update(result.counts)
+    noted = sorted([*plan.noted, *(one for result in results for one in result.noted)], key=lambda one: one.order)
     write_skipped(output, skipped)
+    if noted:
+        write_notes(output, noted)
     index = Index(
         modality=packer.layout.name,
         format=packer.format(output),
@@ -225,6 +232,7 @@ def _finish(
         rows_file=write_rows(output, shards),
         files_beside=tuple(_file_entry(output / name) for name in beside),
         shards=shards,
+        notes=count_notes(noted, plan.files),
         created_by={
             "command": utf8(command),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -116,8 +116,20 @@ def test_sound_files_of_any_kind_are_read(exported: Path, tmp_path: Path) -> Non
     assert both.padding.sum() == 0
     assert (both.layers[0][0] - both.layers[0][1])[5:-5].abs().max() < 0.05, "the same tone, but for resampling"
     file, _ = soundfile.read(tmp_path / "stereo.wav", dtype="float32")
-    for given in (file, file.T, torch.from_numpy(file)):
+    for given in (file, [file.T], torch.from_numpy(file)):
         close(extractor(given, sample_rate=44100, modality="audio").unpadded(0), both.unpadded(0))
+
+
+def test_what_may_be_several_inputs_is_no_single_one(exported: Path) -> None:
+    extractor = FeatureExtractor(exported)
+    several = torch.from_numpy(np.stack([noise(0.5), noise(0.6)[: RATE // 2]]))
+    with pytest.raises(ValueError, match=r"may be 2 recordings, or one of 2 channels; give list\(x\)"):
+        extractor(several, sample_rate=RATE, modality="audio")
+    assert len(extractor(list(several), sample_rate=RATE, modality="audio")) == 2
+    assert len(extractor([several], sample_rate=RATE, modality="audio")) == 1
+    for lazy in ((wave for wave in several), map(str, ["fox"]), iter(["fox"])):
+        with pytest.raises(ValueError, match=r"expected one or a list, found a \w+; give list\(...\) of it"):
+            extractor(lazy, sample_rate=RATE, modality="audio")
 
 
 def test_sixteen_bit_samples_are_the_floats_they_stand_for(exported: Path) -> None:

@@ -18,6 +18,8 @@ DECODER = "libsndfile" if miniaudio is None else f"miniaudio {miniaudio.__versio
 """Decoder of plain FLAC files on this machine."""
 STREAMINFO_BYTES = 42
 """Bytes of a file that `parse_streaminfo` reads."""
+LARGEST_RATIO = 1 << 13
+"""Samples per byte of file that not even silence reaches: above it a header's length is not believed."""
 _MOST_SAMPLES = 1 << 26
 """Most samples decoded in one call, 70 minutes: they are in memory twice, and a header may be wrong."""
 
@@ -57,10 +59,10 @@ def decode_mono16(data: bytes, sample_rate_hz: int) -> NDArray[np.int16] | None:
     info = parse_streaminfo(data[:STREAMINFO_BYTES])
     if miniaudio is None or info is None or (info.sample_rate_hz, info.channels, info.bits) != (sample_rate_hz, 1, 16):
         return None
-    if info.frames > _MOST_SAMPLES:
+    if info.frames > min(_MOST_SAMPLES, LARGEST_RATIO * len(data)):
         return None
     try:
         samples = np.frombuffer(miniaudio.flac_read_s16(data).samples, dtype=np.int16)
-    except miniaudio.DecodeError:
+    except (miniaudio.MiniaudioError, ValueError, MemoryError):
         return None
     return samples if len(samples) == info.frames else None

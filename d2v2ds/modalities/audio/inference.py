@@ -1,8 +1,8 @@
 """Recordings of any rate and channel count -> waveforms that a speech encoder reads."""
 
 import math
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v2ds.errors import MissingExtraError
+from d2v2ds.modalities.audio.mixing import Mixer, rate_fault
 from d2v2ds.modalities.audio.network import AudioNetwork
+from d2v2ds.modalities.audio.sound_bytes import BadAudioError
 from d2v2ds.modalities.inference import CONTEXT_SHARE, InputOptions, Piece, windows
 from d2v2ds.shapes import shortest_input
 
-_MOST_CHANNELS = 32
+MOST_CHANNELS = 8
+"""Channels of samples that are given as an array."""
+_MOST_RATIO = 32
+"""Samples for each channel from which on it is plain which axis is which."""
 
 
 class AudioInference:
@@ -35,7 +40,7 @@ class AudioInference:
 
     def read(self, item: Any, options: InputOptions, place: str) -> Tensor:
         """Read a sound file or samples: mono, at the model's rate, zero mean and unit variance."""
-        samples = read_waveform(item, options.sample_rate, self._rate, place)
+        samples = read_waveform(item, options.sample_rate, self._rate, place, options.in_list)
         if len(samples) < options.min_seconds * self._rate:
             raise ValueError(
                 f"{place}: a recording of {len(samples) / self._rate:.3f} s, expected {options.min_seconds:g} s or "
@@ -61,70 +66,143 @@ class AudioInference:
         ]
 
 
-def read_waveform(given: Any, sample_rate_hz: int | None, wanted_hz: int, place: str) -> NDArray[np.float32]:
+def read_waveform(
+    given: Any, sample_rate_hz: float | None, wanted_hz: int, place: str, in_list: bool = True
+) -> NDArray[np.float32]:
     """A recording, mixed to one channel and brought to the model's rate.
 
     Args:
-        given: path of a sound file; or samples as array or tensor (S,), (C, S) or (S, C), floating in [-1, 1] or int16.
-        sample_rate_hz: of samples; of a file it is read there.
+        given: path of a sound file; its content as bytes or file object; samples as array or tensor (S,), (C, S) or
+            (S, C), floating in [-1, 1] or int16; a dict of `datasets` with `array` and `sampling_rate`, or with
+            `bytes` or `path`.
+        sample_rate_hz: of samples; of a file or dict it is read there.
         wanted_hz: the model's.
         place: how messages call the input.
+        in_list: False if an array (C, S) may be several recordings instead.
 
     Returns:
         (S,) float32 at `wanted_hz`.
 
     Raises:
         ValueError: the input is empty, not finite, of no known rate, or no sound at all.
+        MachineError: a file cannot be read, for the machine is at fault.
         MissingExtraError: soundfile or soxr is not installed.
     """
-    if isinstance(given, str | Path):
-        samples, rate = _read_sound_file(Path(given), place)
-        if sample_rate_hz not in (None, rate):
-            raise ValueError(
-                f"{place}: the file says {rate} Hz, sample_rate is {sample_rate_hz}; leave sample_rate out"
-            )
-    else:
-        if isinstance(given, Tensor):  # NumPy has no bfloat16
-            given = (given.float() if given.is_floating_point() else given).numpy(force=True)
-        samples = _one_channel(np.asarray(given), place)
-        if sample_rate_hz is None:
-            raise ValueError(
-                f"{place}: samples without a rate; give sample_rate=, the model is made for {wanted_hz} Hz"
-            )
-        if not isinstance(sample_rate_hz, int | float | np.integer | np.floating) or not 0 < sample_rate_hz < np.inf:
-            raise ValueError(f"{place}: expected sample_rate in Hz, found {sample_rate_hz!r}")
-        rate = sample_rate_hz
-    if not len(samples):
-        raise ValueError(f"{place}: expected samples, found none")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{place}: expected finite samples, found NaN or infinity")
+    said = None
+    if isinstance(given, Mapping):
+        given, said = _from_dict(given, place)
+    if hasattr(given, "read"):
+        given = given.read()
+    if isinstance(given, str | os.PathLike | bytes | bytearray | memoryview):
+        encoded = given if isinstance(given, str | os.PathLike) else bytes(given)
+        samples, said = _read_sound(encoded, wanted_hz, place)
+        _one_rate(said, sample_rate_hz, place)
+        return _not_empty(samples, place)
+    rate = _one_rate(said, sample_rate_hz, place)
+    if isinstance(given, Tensor):  # NumPy has no bfloat16
+        given = (given.float() if given.is_floating_point() else given).numpy(force=True)
+    samples = _not_empty(_one_channel(_as_array(given, place), place, in_list), place)
+    if rate is None:
+        raise ValueError(f"{place}: samples without a rate; give sample_rate=, the model is made for {wanted_hz} Hz")
     return samples if rate == wanted_hz else _soxr().resample(samples, rate, wanted_hz)
 
 
-def _one_channel(samples: NDArray[Any], place: str) -> NDArray[np.float32]:
+def _from_dict(given: Mapping[Any, Any], place: str) -> tuple[Any, Any]:
+    """Take samples and rate, or a file, out of a dict as the library `datasets` makes them."""
+    if given.get("array") is not None and given.get("sampling_rate") is not None:
+        return given["array"], given["sampling_rate"]
+    for name in ("bytes", "path"):
+        if given.get("array") is None and given.get(name) is not None:
+            return given[name], None
+    raise ValueError(f"{place}: expected a dict with 'array' and 'sampling_rate', found {sorted(map(str, given))}")
+
+
+def _one_rate(said: Any, asked: Any, place: str) -> float | None:
+    """Return the rate of a recording: what it says itself, else what the caller says.
+
+    Raises:
+        ValueError: they differ, or it is no rate.
+    """
+    if said is not None and asked is not None and said != asked:
+        raise ValueError(f"{place}: the file says {said} Hz, sample_rate is {asked}; leave sample_rate out")
+    rate = asked if said is None else said
+    if rate is None:
+        return None
+    is_number = isinstance(rate, int | float | np.integer | np.floating) and not isinstance(rate, bool)
+    if not is_number or (fault := rate_fault(rate)):
+        raise ValueError(f"{place}: expected sample_rate in Hz, found {rate!r}" + (f"; {fault}" if is_number else ""))
+    return float(rate)
+
+
+def _as_array(given: Any, place: str) -> NDArray[Any]:
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # a list of lists of several lengths
+        raise ValueError(f"{place}: expected samples of one recording, found {error}") from None
+    if array.dtype == object:
+        raise ValueError(
+            f"{place}: expected a path, samples, a dict with 'array' and 'sampling_rate', or a sound file as bytes, "
+            f"found {type(given).__name__}"
+        )
+    return array
+
+
+def _one_channel(samples: NDArray[Any], place: str, in_list: bool) -> NDArray[np.float32]:
+    """Mix samples of any type and order of axes to (S,) float32."""
     if samples.dtype == np.int16:
         samples = samples.astype(np.float32) / 32768
     elif not np.issubdtype(samples.dtype, np.floating):
         raise ValueError(f"{place}: expected floating samples in [-1, 1] or int16, found {samples.dtype}")
-    if samples.ndim == 2 and min(samples.shape) <= _MOST_CHANNELS:
-        samples = samples.mean(axis=int(np.argmin(samples.shape)))
-    if samples.ndim != 1:
-        raise ValueError(f"{place}: expected samples (S,), (C, S) or (S, C), found {samples.shape}")
-    return samples.astype(np.float32, copy=False)
-
-
-def _read_sound_file(path: Path, place: str) -> tuple[NDArray[np.float32], int]:
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{place}: expected finite samples, found NaN or infinity")
+    if samples.ndim == 1:
+        return samples.astype(np.float32, copy=False)
+    channels, length = sorted(samples.shape)[:2] if samples.ndim == 2 else (0, 0)
+    if not 0 < channels <= MOST_CHANNELS or channels * _MOST_RATIO > length:
+        raise ValueError(
+            f"{place}: expected samples (S,), or (C, S) or (S, C) of up to {MOST_CHANNELS} channels, found "
+            f"{samples.shape}; give list(x) for several recordings"
+        )
+    if not in_list and 1 < channels == samples.shape[0]:
+        raise ValueError(
+            f"{place}: an array {samples.shape} may be {channels} recordings, or one of {channels} channels; give "
+            "list(x) for several recordings, [x] for one"
+        )
+    mixer = Mixer(channels)
     try:
-        import soundfile
+        mono = mixer.mix(np.ascontiguousarray(samples.T if channels == samples.shape[0] else samples, dtype=np.float32))
+        mixer.remarks()
+    except BadAudioError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return mono
+
+
+def _read_sound(encoded: str | os.PathLike[str] | bytes, wanted_hz: int, place: str) -> tuple[NDArray[np.float32], int]:
+    """Decode a sound file, or its content, and resample it: (S,) and the rate that it had."""
+    try:
+        from d2v2ds.modalities.audio.sound_file import most_samples, open_sound, resampled
     except ImportError as error:
-        raise MissingExtraError("sound files need soundfile", "audio") from error
-    if not path.is_file():
-        raise ValueError(f"{place}: no file {path}")
+        raise MissingExtraError("sound files need soundfile and soxr", "audio") from error
+    name = f"a file of {len(encoded):,} bytes" if isinstance(encoded, bytes) else os.fspath(encoded)
+    parts, length = [np.empty(0, dtype=np.float32)], 0
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, C)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{place}: {path} cannot be decoded: {error.error_string}") from error
-    return samples.mean(axis=1), rate
+        with open_sound(encoded) as sound:
+            for block in resampled(sound.blocks(), sound.rate, wanted_hz):
+                parts.append(block)
+                length += len(block)
+                if length > most_samples(sound.bytes):
+                    raise BadAudioError(f"more than {length:,} samples, which no recording of its bytes has")
+            return np.concatenate(parts), sound.rate
+    except BadAudioError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ValueError(f"{place}: no file {name}") from None
+        raise ValueError(f"{place}: {name} cannot be decoded: {str(error).removeprefix(f'{name}: ')}") from error
+
+
+def _not_empty(samples: NDArray[np.float32], place: str) -> NDArray[np.float32]:
+    if not len(samples):
+        raise ValueError(f"{place}: expected samples, found none")
+    return samples
 
 
 def _soxr() -> Any:

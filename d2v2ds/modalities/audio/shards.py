@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.data.codecs.flac import STREAMINFO_BYTES, decode_mono16, parse_streaminfo
+from d2v2ds.data.codecs.flac import LARGEST_RATIO, STREAMINFO_BYTES, decode_mono16, parse_streaminfo
 from d2v2ds.data.schema import Layout, column
 from d2v2ds.data.shards import Shards
 from d2v2ds.errors import MissingExtraError, ShardError
@@ -146,6 +146,8 @@ def decode_flac(encoded: NDArray[np.uint8], start: int, stop: int, place: str) -
     Raises:
         ShardError: if the stream is damaged.
     """
+    if stop > max(1, len(encoded)) * LARGEST_RATIO:
+        raise ShardError(f"{place}: expected a FLAC stream of {stop:,} samples, found {len(encoded):,} bytes")
     info = parse_streaminfo(bytes(encoded[:STREAMINFO_BYTES]))
     if info is not None and stop - start > _MOST * info.frames:
         whole = decode_mono16(bytes(encoded), info.sample_rate_hz)

@@ -10,7 +10,8 @@ import soundfile
 
 from d2v2ds.data.codecs import flac
 from d2v2ds.data.codecs.flac import StreamInfo, decode_mono16, parse_streaminfo
-from d2v2ds.modalities.audio.shards import AudioShards
+from d2v2ds.errors import ShardError
+from d2v2ds.modalities.audio.shards import AudioShards, decode_flac
 from preprocessing.audio.waveform import Decoder
 from preprocessing.pack_audio import main as pack
 from tests.preprocessing.helpers import noise
@@ -148,6 +149,7 @@ def test_shards_are_the_same_without_miniaudio(codec: str, tmp_path: Path, monke
         (tmp_path / "in" / f"{number} {kind}.flac").write_bytes(encoded(samples))
     (tmp_path / "in" / "cut.flac").write_bytes(encoded(noise(1.0, 4))[:9000])
     arguments = ["--input", str(tmp_path / "in"), "--codec", codec, "--min-seconds", "0.1", "--max-skipped", "1"]
+    arguments += ["--max-noted", "1"]
     assert pack([*arguments, "--output", str(tmp_path / "with")]) == 0
     monkeypatch.setattr(flac, "miniaudio", None)
     assert pack([*arguments, "--output", str(tmp_path / "without")]) == 0
@@ -171,3 +173,11 @@ def test_shards_give_any_part(
         pytest.importorskip("miniaudio")
         monkeypatch.setattr(soundfile, "SoundFile", _Untouchable())
     np.testing.assert_array_equal(AudioShards(tmp_path / "out").read_audio(0, start, stop), samples[start:stop])
+
+
+def test_a_row_of_more_samples_than_its_bytes_can_have_takes_no_memory() -> None:
+    data = encoded(noise(0.1, 0))
+    packed = int.from_bytes(data[18:26], "big") >> 36 << 36 | (1 << 36) - 1
+    lying = np.frombuffer(data[:18] + packed.to_bytes(8, "big") + data[26:], dtype=np.uint8)
+    with pytest.raises(ShardError, match="row 7: expected a FLAC stream of 68,719,476,000 samples"):
+        decode_flac(lying, 0, 68_719_476_000, "row 7")

@@ -8,7 +8,8 @@ import pytest
 import soundfile
 import soxr
 
-from preprocessing.audio.waveform import BadAudioError, Decoder, cut_points, mean_and_variance, to_int16
+from preprocessing.audio.levels import to_int16
+from preprocessing.audio.waveform import BadAudioError, Decoder, cut_points, mean_and_variance
 from tests.preprocessing.helpers import noise
 
 
