@@ -12,6 +12,7 @@ from typing import Any
 
 from d2v2ds.data.schema import SKIPPED_NAME, Index
 from d2v2ds.errors import D2V2Error
+from preprocessing.driver.notes import NOTES_NAME, said_notes
 from preprocessing.formats import format_of, open_shards
 
 EXIT_UNREADABLE = 2
@@ -49,6 +50,8 @@ def summary(folder: Path, shards: Any) -> str:
         f"  rows      {index.rows:,} in {len(index.shards)} shards, {size / (1 << 20):,.1f} MiB",
         f"  files     {index.files:,}, of these skipped {index.files_skipped:,} (reasons in {SKIPPED_NAME})",
     ]
+    if index.notes:
+        lines.append(f"  notes     {said_notes(index)} (files in {NOTES_NAME})")
     return "\n".join([*lines, *(f"  {line}" for line in report.lines(shards))])
 
 

@@ -30,6 +30,7 @@ from d2v2ds.data.schema import (
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.errors import D2V2Error, ShardError
 from preprocessing.driver.exit_codes import EXIT_INTERRUPTED
+from preprocessing.driver.notes import NOTES_NAME, said_notes
 from preprocessing.driver.progress import Progress, Report
 from preprocessing.driver.report_lines import fault
 from preprocessing.driver.team.local import LocalTeam
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for found in faults:
         print(found)
     index = read_index(options.folder)
+    if index.notes:
+        print(f"noted when it was packed: {said_notes(index)} (files in {NOTES_NAME})")
     print(f"{options.folder}: {index.rows:,} rows in {len(index.shards)} shards checked, {len(faults)} faults")
     return EXIT_FAULTY if faults else 0
 

@@ -1,8 +1,8 @@
 """The command line that all packers share: options, exit codes, and the last line of a packing.
 
 Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
-than --max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run
-again.
+than --max-skipped were skipped, or more than --max-noted of the content is lost; 4 a file could not be written or an
+input vanished, run again; 130 interrupted, run again.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from d2v2ds.data.schema import SKIPPED_NAME, Index
 from d2v2ds.errors import D2V2Error
 from preprocessing.driver.exit_codes import EXIT_INTERRUPTED, EXIT_TOO_MANY_SKIPPED, exit_code
 from preprocessing.driver.input_files import said_ignored
+from preprocessing.driver.notes import NOTES_NAME, excess_notes, said_notes
 from preprocessing.driver.packing import pack
 from preprocessing.driver.protocol import Packer
 from preprocessing.driver.team.choose import choose_team
@@ -65,7 +66,9 @@ def common_parser(
         help="pack every N-th shard from shard I on and write no index, beside N - 1 commands that pack the others; "
         "the same command without --part, after all of them, writes it",
     )
-    add("--max-skipped", type=float, default=0.01, metavar="SHARE", help="exit 3 above this share (%(default)s)")
+    add("--max-skipped", type=parse_share, default=0.01, metavar="SHARE", help="exit 3 above this share (%(default)s)")
+    add("--max-noted", type=parse_share, default=0.01, metavar="SHARE",
+        help=f"exit 3 if one kind of {NOTES_NAME} lost more than this share of the content (%(default)s)")  # fmt: skip
     return parser
 
 
@@ -109,21 +112,28 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
         if leads:
             print(f"{options.output}: part {'/'.join(map(str, options.part))} is packed; no index yet")
         return 0
-    share = index.files_skipped / max(1, index.files)
-    reasons = f"reasons are in {options.output / SKIPPED_NAME}"
-    fault = None
-    if not index.rows:
-        fault = f"no rows came out of {index.files:,} files; {reasons}"
-    elif share > options.max_skipped:
-        fault = (
-            f"{share:.2%} of the files were skipped, --max-skipped allows {options.max_skipped:.2%}; {reasons}. "
-            "The folder is complete and usable."
-        )
+    faults = _excesses(index, options)
     if leads:
-        print("; ".join(filter(None, [summary(options.output, index, packer), ignored])))
-        if fault:
+        print("; ".join(filter(None, [summary(options.output, index, packer), said_notes(index), ignored])))
+        for fault in faults:
             print(f"error: {fault}", file=sys.stderr)
-    return EXIT_TOO_MANY_SKIPPED if fault else 0
+    return EXIT_TOO_MANY_SKIPPED if faults else 0
+
+
+def _excesses(index: Index, options: argparse.Namespace) -> list[str]:
+    """Return one message for each limit that a finished folder exceeds."""
+    reasons = f"reasons are in {options.output / SKIPPED_NAME}"
+    if not index.rows:
+        return [f"no rows came out of {index.files:,} files; {reasons}"]
+    usable = "The folder is complete and usable."
+    faults = []
+    share = index.files_skipped / max(1, index.files)
+    if share > options.max_skipped:
+        allowed = f"--max-skipped allows {options.max_skipped:.2%}"
+        faults.append(f"{share:.2%} of the files were skipped, {allowed}; {reasons}. {usable}")
+    if excess := excess_notes(index, options.max_noted):
+        faults.append(f"{excess}; the files are in {options.output / NOTES_NAME}. {usable}")
+    return faults
 
 
 def summary(output: Path, index: Index, packer: Packer) -> str:
@@ -141,6 +151,17 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"expected bytes such as 64M, 256MiB or 1G, found {text!r}")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_share(text: str) -> float:
+    """Parse a share from 0 to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text!r}")
+    return share
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from d2v2ds.data.schema import (
 )
 from d2v2ds.errors import ConfigError
 from preprocessing.driver.input_files import utf8
+from preprocessing.driver.notes import count_notes
 from preprocessing.driver.progress import Progress, Report
 from preprocessing.driver.protocol import Packer
 from preprocessing.driver.shard_plan import Plan
@@ -42,6 +43,7 @@ from preprocessing.driver.writer import (
     ShardResult,
     finished_shard,
     pack_shard,
+    write_notes,
     write_rows,
     write_skipped,
 )
@@ -185,7 +187,10 @@ def _finish(
     counts: Counter[str] = Counter()
     for result in results:
         counts.update(result.counts)
+    noted = sorted([*plan.noted, *(one for result in results for one in result.noted)], key=lambda one: one.order)
     write_skipped(output, skipped)
+    if noted:
+        write_notes(output, noted)
     index = Index(
         modality=packer.layout.name,
         format=packer.format(output),
@@ -198,6 +203,7 @@ def _finish(
         rows_file=write_rows(output, shards),
         files_beside=tuple(_file_entry(output / name) for name in beside),
         shards=shards,
+        notes=count_notes(noted, plan.files),
         created_by={
             "command": utf8(command),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from d2v2ds.data.schema import Index, Layout
 from preprocessing.driver.progress import Measure, Report
-from preprocessing.driver.shard_plan import Plan, Skipped
+from preprocessing.driver.shard_plan import Noted, Plan, Skipped
 from preprocessing.driver.team.protocol import Team
 
 Buffer = Any
@@ -42,6 +42,20 @@ class Notes:
     """Files that turned out bad."""
     counts: Counter[str] = field(default_factory=Counter)
     """Sums that `Packer.totals` wants, by any names."""
+    noted: list[Noted] = field(default_factory=list)
+    """Files that lost something and are in the shards all the same."""
+
+    def note(self, kind: str, detail: str, *, order: int, source: str, lost: float = 1.0) -> None:
+        """Note a file that is in the shards, but not as it was; arguments as in `Noted`.
+
+        Args:
+            kind: a word or two, the same for all such files.
+            detail: how much of this file.
+            order: position of the file among all input files.
+            source: name of the file in the shards.
+            lost: share of the file that is lost, 0 to 1; 0 only counts the file.
+        """
+        self.noted.append(Noted(order=order, source=source, kind=kind, detail=detail, lost=lost))
 
 
 class Settings(Protocol):

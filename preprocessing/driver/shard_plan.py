@@ -37,6 +37,21 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted:
+    """A file that is in the shards, but not as it was or not as its header says."""
+
+    order: int
+    """Position of the file among all input files."""
+    source: str
+    kind: str
+    """What happened, the same words for all such files: ``clipped``."""
+    detail: str
+    """How much of this file."""
+    lost: float = 1.0
+    """Share of the file that is lost, 0 to 1; 0 if the note is only counted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The units of every shard, and the files that the plan already rules out."""
@@ -49,6 +64,8 @@ class Plan:
     """`fingerprint` of everything that the bytes of the shards depend on, beside the settings."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Files of the input folders that are not read, by suffix."""
+    noted: tuple[Noted, ...] = ()
+    """Notes that need no decoding."""
 
 
 def cut_shards(

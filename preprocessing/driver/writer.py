@@ -1,4 +1,4 @@
-"""Writes one shard, its sidecar, and at the end ``rows.npy`` and ``skipped.tsv``; the same for all modalities.
+"""Writes one shard, its sidecar, and at the end ``rows.npy`` and the tables beside it; the same for all modalities.
 
 A shard is written under a temporary name in ``.packing/``, synced and renamed; then its sidecar says that it is
 finished. A restart trusts a shard only with its sidecar. The checksum is computed while writing.
@@ -6,7 +6,7 @@ finished. A restart trusts a shard only with its sidecar. The checksum is comput
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from d2v2ds.data.schema import (
 )
 from d2v2ds.io.crc import crc32
 from preprocessing.driver.input_files import utf8
+from preprocessing.driver.notes import NOTES_NAME
 from preprocessing.driver.output_file import BUFFER_BYTES, ChecksumFile, give_buffer, replacing, take_buffer
 from preprocessing.driver.progress import Report
 from preprocessing.driver.protocol import Notes, Packer, Row
-from preprocessing.driver.shard_plan import Skipped
+from preprocessing.driver.shard_plan import Noted, Skipped
 
 BATCH_BYTES = BUFFER_BYTES
 """Payload bytes after which a record batch ends; a longer row has a batch of its own."""
@@ -59,6 +60,7 @@ class ShardResult:
     entry: ShardEntry
     skipped: tuple[Skipped, ...]
     counts: Mapping[str, int]
+    noted: tuple[Noted, ...] = ()
 
 
 def pack_shard(job: ShardJob, report: Report) -> ShardResult:
@@ -78,7 +80,7 @@ def pack_shard(job: ShardJob, report: Report) -> ShardResult:
     with replacing(_sizes_path(job.folder, name), job.folder / PACKING_NAME) as sizes:
         sizes.write(np.array(writer.sizes, dtype=np.int64).tobytes())
     entry = ShardEntry(file=name, rows=len(writer.sizes), size=sum(writer.sizes), bytes=sink.bytes, crc32=sink.crc32)
-    result = ShardResult(entry=entry, skipped=tuple(notes.skipped), counts=dict(notes.counts))
+    result = ShardResult(entry=entry, skipped=tuple(notes.skipped), counts=dict(notes.counts), noted=tuple(notes.noted))
     write_json(_sidecar_path(job.folder, name), asdict(result))
     return result
 
@@ -92,7 +94,12 @@ def finished_shard(folder: Path, modality: str, number: int) -> ShardResult | No
             return None
     except FileNotFoundError:
         return None
-    return ShardResult(entry=entry, skipped=tuple(Skipped(**one) for one in values["skipped"]), counts=values["counts"])
+    return ShardResult(
+        entry=entry,
+        skipped=tuple(Skipped(**one) for one in values["skipped"]),
+        counts=values["counts"],
+        noted=tuple(Noted(**one) for one in values.get("noted", ())),
+    )
 
 
 def _sidecar_path(folder: Path, shard: str) -> Path:
@@ -214,8 +221,18 @@ def write_rows(folder: Path, shards: Sequence[ShardEntry]) -> FileEntry:
 
 def write_skipped(folder: Path, skipped: Sequence[Skipped]) -> None:
     """Write ``skipped.tsv``: one line per file that is not in the shards."""
-    with replacing(folder / SKIPPED_NAME, folder / PACKING_NAME) as sink:
-        sink.write(b"path\treason\n")
-        for one in skipped:
-            fields = (text.replace("\t", "\\t").replace("\n", "\\n") for text in (one.source, one.reason))
-            sink.write(utf8("\t".join(fields) + "\n").encode())
+    _write_table(folder, SKIPPED_NAME, ("path", "reason"), ((one.source, one.reason) for one in skipped))
+
+
+def write_notes(folder: Path, noted: Sequence[Noted]) -> None:
+    """Write ``notes.tsv``: one line per note on a file that is in the shards."""
+    lines = ((one.source, one.kind, one.detail, f"{one.lost:.6g}") for one in noted)
+    _write_table(folder, NOTES_NAME, ("path", "note", "detail", "lost"), lines)
+
+
+def _write_table(folder: Path, name: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """Write tab-separated lines; tabs and line ends in a field are escaped."""
+    with replacing(folder / name, folder / PACKING_NAME) as sink:
+        for fields in (header, *lines):
+            escaped = (text.replace("\t", "\\t").replace("\n", "\\n") for text in fields)
+            sink.write(utf8("\t".join(escaped) + "\n").encode())

@@ -1,7 +1,7 @@
 """A packer of made-up tokens: the smallest thing that the driver can pack, and shards of text without a tokenizer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class TinySettings:
     dtype: str = "uint16"
     vocab_size: int = 1000
     shard_bytes: int = 1 << 20
+    noted: Mapping[int, float] = field(default_factory=dict)
+    """Length of rows that get a note -> share that they lost."""
 
     def check(self) -> None:
         """Everything is fine."""
@@ -80,6 +82,11 @@ class TinyPacker:
             if not unit.size:
                 notes.skipped.append(Skipped(order=unit.number, source=f"{unit.number}", reason="no tokens"))
                 continue
+            if unit.size in self.settings.noted:
+                lost = self.settings.noted[unit.size]
+                notes.note(
+                    "unknown", f"{lost:.0%} of the tokens", order=unit.number, source=f"{unit.number}", lost=lost
+                )
             tokens = tokens_of(unit.number, unit.size, self.settings.vocab_size)
             notes.counts["documents"] += 2
             yield Row(
