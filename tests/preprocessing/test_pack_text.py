@@ -443,3 +443,89 @@ def test_inspect_shows_fill_frequent_tokens_and_text(
     pytest.importorskip("matplotlib")
     assert inspect.main([str(tmp_path / "out"), "--plot", str(tmp_path / "report.png")]) == 0
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+# --- what is lost on the way ------------------------------------------------------------------------------------------
+
+
+def notes_of(folder: Path) -> dict[str, list[str]]:
+    """Kind of note -> details."""
+    lines = (folder / "notes.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        found.setdefault(line.split("\t")[1], []).append(line.split("\t")[2])
+    return found
+
+
+@pytest.fixture
+def narrow_model(tmp_path: Path) -> Path:
+    """A sentencepiece model that knows letters and no bytes."""
+    from io import BytesIO
+
+    import sentencepiece
+
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the sea the ship the whale"] * 50),
+        model_writer=model,
+        vocab_size=13,
+        model_type="char",
+        minloglevel=2,
+    )
+    (tmp_path / "narrow.model").write_bytes(model.getvalue())
+    return tmp_path / "narrow.model"
+
+
+@pytest.mark.parametrize("rows", [(), ("--one-row-per-document",)])
+def test_a_tokenizer_that_does_not_know_the_text_is_an_error_beyond_a_share(
+    tmp_path: Path, narrow_model: Path, rows: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "known.txt").write_text("the sea\n\nthe ship")
+    (tmp_path / "in" / "unknown.txt").write_text("日 本 語 日")
+    options = (tmp_path / "in", tmp_path / "out", "--tokenizer", narrow_model, *rows)
+    assert pack(*options) == 3
+    said = capsys.readouterr()
+    assert "too much of the content is lost (unknown tokens 25.00%), --max-noted allows 1.00%" in said.err
+    assert "1 unknown tokens (25.00% of the folder lost)" in said.out
+    assert notes_of(tmp_path / "out") == {"unknown tokens": ["4 of 8 tokens"]}
+    assert pack(*options, "--max-noted", "0.5") == 0
+
+
+def test_the_usual_recipe_of_byte_pairs_packs_its_own_text_without_an_unknown_token(
+    stories: Path, tmp_path: Path
+) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+
+    recipe = ByteLevelBPETokenizer()
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    recipe.train([str(path) for path in stories.iterdir()], vocab_size=400, special_tokens=names, show_progress=False)
+    recipe.save(str(tmp_path / "recipe.json"))
+    assert pack(stories, tmp_path / "out", "--tokenizer", tmp_path / "recipe.json") == 0
+    assert index_of(tmp_path / "out")["format"]["vocab_size"] == 400 and not (tmp_path / "out" / "notes.tsv").exists()
+    assert {3, 399}.isdisjoint({id for row in rows_of(tmp_path / "out") for id in row["tokens"]})
+    assert verify_main([str(tmp_path / "out"), "--workers", "1"]) == 0
+
+
+def test_lines_whose_text_is_null_are_left_out_and_counted(tmp_path: Path, model: Path) -> None:
+    good, null = '{"text": "the sea"}\n', '{"text": null}\n'
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "some.jsonl").write_text(good * 3 + null)
+    (tmp_path / "in" / "none.jsonl").write_text(null * 2)
+    options = (tmp_path / "in", tmp_path / "out", "--tokenizer", model, "--max-skipped", "0.5")
+    assert pack(*options) == 3 and pack(*options, "--max-noted", "0.2") == 0
+    assert index_of(tmp_path / "out")["totals"]["documents"] == 3
+    assert notes_of(tmp_path / "out") == {"null texts": ["1 of 4 lines"]}
+    assert "none.jsonl\tonly lines whose text is null" in (tmp_path / "out" / "skipped.tsv").read_text()
+
+
+def test_replaced_characters_and_cut_documents_are_counted(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"caf\xe9 sea\n\n" + b"sea " * 100)
+    options = ("--tokenizer", model, "--one-row-per-document", "--errors", "replace")
+    assert pack(tmp_path / "in", tmp_path / "out", *options) == 0
+    characters = len("cafe sea") + 4 * 100 - 1
+    assert notes_of(tmp_path / "out") == {
+        "invalid characters": [f"1 of {characters} characters are U+FFFD"],
+        "cut documents": ["1 of 2 documents"],
+    }

@@ -254,8 +254,9 @@ BAD_JSON = {
     "[1]": "expected one JSON object, found '[1]'",
     '{"text": "x"}{"text": "y"}': "expected one JSON object, found",
     '{"words": "x"}': "expected text in field 'text', found the fields ['words']; name the field by --text-field",
-    '{"text": null}': "expected text in field 'text', found it is None",
     '{"text": ["x"]}': "expected text in field 'text', found it is ['x']",
+    '{"text": "x", "more": ' + "[" * 100_000: "expected one JSON object, found values nested too deeply",
+    '{"text": ' + "9" * 5000 + "}": "expected one JSON object, found Exceeds the limit",
     '{"text": "x \\ud83d"}': "expected whole characters, found half of one, \\ud83d; --errors replace",
 }
 
@@ -269,6 +270,19 @@ def test_bad_json_lines_are_named(tmp_path: Path, line: str, start: int) -> None
     with pytest.raises(ConfigError) as error:
         whole(read_documents(span, PARAGRAPHS))
     assert str(error.value).startswith(f"a.jsonl line 4: {BAD_JSON[line]}")
+
+
+@pytest.mark.parametrize("odd", ["", " ", "[1]"], ids=["decoded at once", "one by one", "with an odd field"])
+@pytest.mark.parametrize("options", [PARAGRAPHS, LABELS])
+def test_a_null_text_is_no_document_and_is_counted(tmp_path: Path, odd: str, options: DocumentOptions) -> None:
+    lines = ['{"text": "a", "label": "x"}', '{"text": null, "label": "y"}', '{"text": "b"}', '{"text": null}']
+    lines[0] = lines[0].replace("}", f', "more": {odd}}}') if odd.strip() else lines[0]
+    text = ("\n".join(lines) + ("\n" + odd) * (odd == " ")).encode()
+    batches = list(read_documents(TextSpan(file=text_file(write(tmp_path / "a.jsonl", text))), options))
+    assert [text for batch in batches for text in batch.texts] == ["a", "b"]
+    assert [line for batch in batches for line in batch.lines] == [0, 2]
+    assert sum(batch.nulls for batch in batches) == 2
+    assert [label for batch in batches for label in batch.labels] == (["x", None] if options is LABELS else [])
 
 
 def test_half_characters_are_replaced_on_demand_and_whole_ones_stay(tmp_path: Path) -> None:
