@@ -6,11 +6,16 @@ error stopped does not need room. Everything that meets an `OSError` asks here w
 
 import errno
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from d2v2ds.errors import D2V2Error, MachineError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ADVICE = {
     errno.EMFILE: "this process may not open more files; raise `ulimit -n`, or lower the number of workers",
@@ -32,6 +37,11 @@ ADVICE = {
     errno.ENXIO: "the device is gone; use another node",
 }
 """What to do about an errno that says nothing of the file's content."""
+TRANSIENT = {
+    errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ENFILE,
+}  # fmt: skip
+"""Errors of the machine that may be over a moment later."""
+_WAITS_S = (0.1, 0.5, 2.0)
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
 _said: set[str] = set()
 
@@ -61,6 +71,19 @@ def reading_error(path: Path | str, error: OSError, kind: type[D2V2Error]) -> D2
     """
     fault = f"{path}: cannot be read: {error.strerror or error}"
     return MachineError(f"{fault}; {advice(error)}") if is_machine_fault(error) else kind(fault)
+
+
+def retried(read: Callable[[], T]) -> T:
+    """Call `read`, and again after a moment as long as it raises a `MachineError` of `TRANSIENT`, up to three times."""
+    for wait_s in _WAITS_S:
+        try:
+            return read()
+        except MachineError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in TRANSIENT:
+                raise
+            logger.warning("%s; trying again in %g s", error, wait_s)
+            time.sleep(wait_s)
+    return read()
 
 
 def say_once(key: str, message: str, *values: object) -> None:

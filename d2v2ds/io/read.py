@@ -5,6 +5,7 @@ is no regular file, too large, not UTF-8, nested too deeply or of other types th
 the caller names, with the file and the place in it. An error of the machine is a `MachineError`, whatever the file.
 """
 
+import errno
 import json
 import logging
 import os
@@ -40,6 +41,8 @@ def open_regular(path: Path | str, kind: type[D2V2Error]) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV) and (fault := irregular(Path(path).stat().st_mode)):
+            raise kind(f"{path}: expected a file, found {fault}") from None
         raise reading_error(path, error, kind) from error
     if fault := irregular(os.fstat(descriptor).st_mode):
         os.close(descriptor)
