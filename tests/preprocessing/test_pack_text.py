@@ -1,6 +1,9 @@
 """The text packer from end to end: blocks, rows of documents, bad input, restarts, verify and inspect."""
 
+import errno
+import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +22,7 @@ from preprocessing import inspect
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.formats import open_shards
 from preprocessing.pack_text import main
-from preprocessing.text import read
+from preprocessing.text import read, stream
 from preprocessing.text.documents import DocumentKind, DocumentOptions, TextSpan
 from preprocessing.text.find import find_text_files
 from preprocessing.text.read import read_documents
@@ -529,3 +532,51 @@ def test_replaced_characters_and_cut_documents_are_counted(tmp_path: Path, model
         "invalid characters": [f"1 of {characters} characters are U+FFFD"],
         "cut documents": ["1 of 2 documents"],
     }
+
+
+# --- special files and the machine's faults --------------------------------------------------------------------------
+
+
+def test_special_files_are_refused_by_name(
+    stories: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    assert pack(tmp_path / "a.txt", tmp_path / "out", "--tokenizer", model) == 2
+    assert "a.txt: expected a folder or a file, found a FIFO" in capsys.readouterr().err
+    os.mkfifo(stories / "pipe.jsonl.gz")
+    assert pack(stories, tmp_path / "out", "--tokenizer", model) == 2
+    assert "pipe.jsonl.gz: expected a file, found a FIFO; remove it" in capsys.readouterr().err
+    (tmp_path / "m.tsv").write_text("path\na.txt\n")
+    assert pack(tmp_path / "m.tsv", tmp_path / "out", "--tokenizer", model) == 2
+    assert "a.txt: expected a file, found a FIFO" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("call", ["stat", "open", "read"])
+def test_a_fault_of_the_machine_ends_the_packing_and_is_tried_again_before(
+    stories: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], call: str, code: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("d2v2ds.io.machine_faults.time.sleep", lambda seconds: None)
+    left = [99]
+
+    def fail(path: object) -> None:
+        if str(path).endswith("book3.txt") and left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code), str(path))
+
+    class Failing(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            fail(self.name)
+            return super().read(size)
+
+    real = {"stat": os.stat, "open": os.open}
+    if call == "read":
+        monkeypatch.setitem(stream._OPENERS, None, Failing)
+    else:
+        monkeypatch.setattr(os, call, lambda path, *rest, **named: (fail(path), real[call](path, *rest, **named))[1])
+    options = (stories, tmp_path / "out", "--tokenizer", model)
+    assert pack(*options) == 4
+    assert f"book3.txt: cannot be read: {os.strerror(code)}" in capsys.readouterr().err
+    left[0] = 2 if code in (errno.EIO, errno.ESTALE) else 0
+    assert pack(*options) == 0 and left == [0]

@@ -151,6 +151,26 @@ def test_compressed_files_and_documents_that_are_files_stay_whole(tmp_path: Path
     assert not can_be_divided(packed, PARAGRAPHS)
 
 
+def test_white_space_of_any_length_between_paragraphs_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divide, "_SCAN_BYTES", 64)
+    longest = [0]
+
+    class Watched:
+        """The pattern of a blank line; notes the longest text that it is given."""
+
+        def search(self, data: bytes) -> re.Match[bytes] | None:
+            longest[0] = max(longest[0], len(data))
+            return re.search(rb"\n[ \t\r\f\v]*\n", data)
+
+    monkeypatch.setitem(divide._BOUNDARIES, "paragraph", Watched())
+    text = b"one\n" + b" " * 10_000 + b"\ntwo\n\n"
+    file = text_file(write(tmp_path / "a.txt", text))
+    assert document_boundaries(file, [1, 20, 10_006], PARAGRAPHS) == [10_005, 10_005, len(text)]
+    assert longest[0] <= 65
+
+
 def test_a_stretch_without_boundary_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = text_file(write(tmp_path / "a.txt", b"x" * 1000 + b"\n\nend"))
     scan, scanned = divide._next_boundary, []
@@ -409,5 +429,5 @@ def test_a_line_that_never_ends_and_a_file_that_shrank_are_errors(
     with pytest.raises(ShardError, match="expected 50 bytes, found an end at byte 40; the file changed"):
         whole(read_documents(TextSpan(file=file, stop=50), PARAGRAPHS))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(ConfigError, match="a.txt: expected a readable file, found No such file"):
+    with pytest.raises(ConfigError, match="a.txt: cannot be read: No such file"):
         whole(read_documents(TextSpan(file=file, stop=50), PARAGRAPHS))
