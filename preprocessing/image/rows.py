@@ -7,16 +7,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from PIL import Image
 
-from d2v2ds.data.codecs.imagefile import DecodeError, to_rgb, upright
+from d2v2ds.data.codecs.imagefile import DecodeError, check_bytes, read_image_file, to_rgb, upright
 from d2v2ds.data.codecs.pixels import ImageFacts, examine, facts_of, opened
-from d2v2ds.errors import ConfigError, ShardError
-from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
-from d2v2ds.io.read import irregular
+from d2v2ds.errors import ConfigError, MachineError, ShardError
+from d2v2ds.io.machine_faults import ADVICE
 from preprocessing.driver.input_files import unreadable, utf8
 from preprocessing.driver.protocol import Notes, Row
 from preprocessing.driver.shard_plan import Skipped
@@ -31,9 +29,6 @@ _DRAFT_FACTOR = 2
 """A JPEG is decoded at a reduced scale that leaves so many times the wanted side: the rest is filtered away."""
 LABEL_BYTES = 1 << 20
 """Longest label: a caption; longer ones are no labels."""
-_BYTES_PER_PIXEL = 4
-_METADATA_BYTES = 64 << 20
-"""Bytes of a file beside its pixels: profiles, previews, texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +62,6 @@ class ImageSettings:
         if faults:
             raise ConfigError("\n".join(faults))
 
-    @property
-    def max_bytes(self) -> int:
-        """Bytes of the largest file: of `max_pixels` without compression, and what lies beside them."""
-        return _BYTES_PER_PIXEL * self.max_pixels + _METADATA_BYTES
-
     def as_json(self) -> dict[str, Any]:
         """The settings as they stand in ``index.json``."""
         return dict(vars(self))
@@ -97,7 +87,7 @@ def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[
         try:
             if found.fault is not None:
                 raise DecodeError(found.fault)
-            data, facts = reencode(found.data, settings) or (found.data, examine(found.data, settings.max_pixels))
+            data, facts = _decoded(found, settings)
         except DecodeError as error:
             notes.skipped.append(Skipped(order=unit.order + number, source=found.source, reason=str(error)))
             continue
@@ -117,6 +107,21 @@ def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[
                 "source": found.source,
             },
         )
+
+
+def _decoded(found: Found, settings: ImageSettings) -> tuple[bytes, ImageFacts]:
+    """Decode an image; return what is stored of it.
+
+    Raises:
+        DecodeError: it does not decode.
+        MachineError: the machine has no memory for it.
+    """
+    try:
+        return reencode(found.data, settings) or (found.data, examine(found.data, settings.max_pixels))
+    except MachineError as error:
+        raise MachineError(f"{found.source}: {error}") from error
+    except MemoryError as error:
+        raise MachineError(f"{found.source}: {ADVICE[errno.ENOMEM]}") from error
 
 
 def reencode(data: bytes, settings: ImageSettings) -> tuple[bytes, ImageFacts] | None:
@@ -150,36 +155,11 @@ def _read_files(unit: FileRun, settings: ImageSettings) -> Iterator[Found]:
             id, label = unit.ids[number] or source, unit.labels[number]
         path = os.path.join(unit.root, name)  # noqa: PTH118  (a million)
         try:
-            yield Found(source, id, retried(partial(_read_file, path, settings.max_bytes)), label)
+            yield Found(source, id, read_image_file(path, settings.max_pixels), label)
         except DecodeError as error:
-            yield Found(source, id, b"", label, str(error))
-
-
-def _read_file(path: str, max_bytes: int) -> bytes:
-    """Read a whole image file.
-
-    Raises:
-        DecodeError: it is absent, no regular file, or too large.
-        MachineError: the machine is at fault.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would block for ever
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
-            facts = os.fstat(descriptor)
-            if fault := irregular(facts.st_mode) or _too_large(facts.st_size, max_bytes):
-                raise DecodeError(f"expected an image file, found {fault}")
-            return file.readall()
-    except OSError as error:
-        if error.errno == errno.ENXIO and (fault := irregular(os.stat(path).st_mode)):  # noqa: PTH116
-            raise DecodeError(f"expected an image file, found {fault}") from None
-        if is_machine_fault(error):
-            raise reading_error(path, error, ConfigError) from error
-        raise DecodeError(unreadable(path, error)) from error
-
-
-def _too_large(size: int, max_bytes: int) -> str:
-    """Return why a file is not read into memory, empty if it is."""
-    return f"{size:,} bytes, more than --max-pixels allows ({max_bytes:,})" if size > max_bytes else ""
+            cause = error.__cause__
+            reason = unreadable(path, cause) if isinstance(cause, FileNotFoundError) else str(error)
+            yield Found(source, id, b"", label, reason)
 
 
 def _read_tar(unit: TarRun, settings: ImageSettings) -> Iterator[Found]:
@@ -191,13 +171,24 @@ def _read_tar(unit: TarRun, settings: ImageSettings) -> Iterator[Found]:
             try:
                 label = _tar_label(archive, beside, settings) if beside else folder_label(member.name)
                 found.label = None if label is None else utf8(label)
-                if fault := member.kind or _too_large(member.size, settings.max_bytes):
-                    found.fault = f"expected an image file, found {fault}" + "; unpack the archive" * bool(member.kind)
-                else:
-                    found.data = archive.read(member.data, member.size)
             except ValueError as error:
                 found.fault = f"its label is unreadable: {error}"
+            if member.kind:
+                found.fault = f"expected an image file, found {member.kind}; unpack the archive"
+            elif found.fault is None:
+                found.fault = _too_large(member.size, settings)
+            if found.fault is None:
+                found.data = archive.read(member.data, member.size)
             yield found
+
+
+def _too_large(size: int, settings: ImageSettings) -> str | None:
+    """Return why the bytes of an image are not read, None if they are."""
+    try:
+        check_bytes(size, settings.max_pixels)
+    except DecodeError as error:
+        return str(error)
+    return None
 
 
 @contextmanager
@@ -250,16 +241,16 @@ def _read_table(unit: RowGroup, settings: ImageSettings) -> Iterator[Found]:
     """Images of a row group; behind damage, all rows that are left of it have a fault."""
     row = unit.first_row
     stop = row + unit.files
-    fault = ""
+    fault: str | None = None
     try:
         with open_table(unit.path) as table:
             for data, label in table_rows(table, unit.number, settings.image_column, settings.label_column):
                 source = f"{unit.source}#{row}"
-                fault = "no bytes in this row" if data is None else _too_large(len(data), settings.max_bytes)
+                fault = "no bytes in this row" if data is None else _too_large(len(data), settings)
                 if label is not None and len(label) > LABEL_BYTES:
                     fault, label = f"its label is unreadable: {len(label):,} characters", None
                 row += 1
-                yield Found(source, source, data or b"", None if label is None else utf8(label), fault or None)
+                yield Found(source, source, data or b"", None if label is None else utf8(label), fault)
     except ConfigError as error:
         fault = f"cannot be read: {error}"
     for left in range(row, stop):

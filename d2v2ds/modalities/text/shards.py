@@ -14,11 +14,15 @@ from d2v2ds.data.schema import Layout, column
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.data.shards import Shards
 from d2v2ds.errors import ShardError
+from d2v2ds.modalities.text.tokenizers import MOST_IDS
 
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 """Stored tokens by the index' `token_dtype`: the smallest that holds the vocabulary."""
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
+MOST_BLOCK_TOKENS = 1 << 20
+"""Longest row, in tokens."""
 
 TEXT_LAYOUT = Layout(
     name="text",
@@ -53,8 +57,15 @@ class TextShards(Shards):
 
     def __init__(self, folder: Path | str) -> None:
         super().__init__(folder)
-        if (name := self.index.format["token_dtype"]) not in TOKEN_DTYPES:
-            raise ShardError(f"{self.folder}: token_dtype is {name!r}, expected one of {', '.join(TOKEN_DTYPES)}")
+        if (name := self.index.format["token_dtype"]) not in tuple(TOKEN_DTYPES):
+            raise ShardError(f"{self.folder}: token_dtype is {name!r:.40}, expected one of {', '.join(TOKEN_DTYPES)}")
+        for field, (least, most) in {"vocab_size": (6, MOST_IDS), "block_tokens": (3, MOST_BLOCK_TOKENS)}.items():
+            if type(found := self.index.format[field]) is not int or not least <= found <= most:
+                raise ShardError(f"{self.folder}: {field} is {found!r:.40}, expected {least} to {most:,}")
+        special = self.index.format["special"]
+        ids = special.values() if isinstance(special, dict) else [special]
+        if not all(type(id) is int and 0 <= id < self.vocab_size for id in ids):
+            raise ShardError(f"{self.folder}: special is {special!r:.80}, expected ids below {self.vocab_size}")
 
     @cached_property
     def _dtype(self) -> np.dtype[Any]:
@@ -80,8 +91,15 @@ class TextShards(Shards):
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer that made the tokens, inside the folder."""
-        return self.folder / str(self.index.format["tokenizer_file"])
+        """The tokenizer that made the tokens, inside the folder.
+
+        Raises:
+            ShardError: the index names a file that is not one of the folder.
+        """
+        name, beside = self.index.format["tokenizer_file"], [entry.file for entry in self.index.files_beside]
+        if name not in beside or Path(name).name != name:
+            raise ShardError(f"{self.folder}: expected a tokenizer among its files {beside}, found {name!r:.60}")
+        return self.folder / str(name)
 
     def read_tokens(self, index: int) -> Tokens:
         """(size,) tokens of row `index`: a read-only view of the mapped file, in the smallest type that fits."""
