@@ -7,6 +7,7 @@ A modality adds a subclass with its layout and a function that reads a row. `pre
 """
 
 import errno
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import fields
@@ -60,6 +61,8 @@ class Shards:
                 f"{self.folder}: expected {', '.join(absent)} in 'format' of its index, found "
                 f"{sorted(self.index.format)}"
             )
+        if odd := {name: value for name, value in self.index.totals.items() if not _is_amount(value)}:
+            raise ShardError(f"{self.folder}: expected numbers as 'totals' of its index, found {odd!r:.200}")
         self._map()
 
     def __len__(self) -> int:
@@ -171,6 +174,10 @@ class Shards:
         say_once("open shards", "this process may not map %d shards at a time; it opens some again", len(self._open))
         self._open.clear()
         return ShardFile(self.folder, self.index, self.layout, number)
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _map_array(path: Path, header: int, num_rows: int) -> NDArray[np.void]:

@@ -51,7 +51,8 @@ def headline(index: Index) -> str:
 def lines(shards: ImageShards) -> list[str]:
     """Pixels, bytes, labels."""
     totals = shards.index.totals
-    found = [f"images    {totals['pixels'] / 1e6:,.1f} megapixels, {totals['bytes'] / (1 << 20):,.1f} MiB encoded"]
+    pixels, encoded = totals.get("pixels", 0), totals.get("bytes", 0)
+    found = [f"images    {pixels / 1e6:,.1f} megapixels, {encoded / (1 << 20):,.1f} MiB encoded"]
     if len(shards):
         side = np.sqrt(shards.sizes)
         found.append("side      " + percentiles(side, "smallest", "largest", 0) + " (square root of pixels)")

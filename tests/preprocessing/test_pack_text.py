@@ -410,7 +410,8 @@ def test_verify_finds_every_kind_of_damage(stories: Path, model: Path, tmp_path:
     ],
 )
 def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
-    form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": {"bos": 0}}
+    special = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}
+    form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": special}
     entry = FileEntry(file="", bytes=0, crc32="")
     index = Index(modality="text", format=form, settings={}, files=1, files_skipped=0, plan_sha256="", rows=2,
                   totals={}, rows_file=entry, shards=())  # fmt: skip

@@ -23,6 +23,7 @@ Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 MOST_BLOCK_TOKENS = 1 << 20
 """Longest row, in tokens."""
+_SPECIAL = {"bos", "pad", "eos", "unk"}
 
 TEXT_LAYOUT = Layout(
     name="text",
@@ -49,6 +50,20 @@ class TextLabels:
     label: str | None
 
 
+def format_fault(format: Mapping[str, Any]) -> str:
+    """Return what is wrong with `Index.format` of a folder of text, empty if nothing is."""
+    if (name := format.get("token_dtype")) not in tuple(TOKEN_DTYPES):
+        return f"token_dtype is {name!r:.40}, expected one of {', '.join(TOKEN_DTYPES)}"
+    for field, (least, most) in {"vocab_size": (6, MOST_IDS), "block_tokens": (3, MOST_BLOCK_TOKENS)}.items():
+        if type(found := format.get(field)) is not int or not least <= found <= most:
+            return f"{field} is {found!r:.40}, expected {least} to {most:,}"
+    special = format.get("special")
+    ids = special if isinstance(special, dict) else {}
+    if not ids.keys() >= _SPECIAL or not all(type(id) is int and 0 <= id < format["vocab_size"] for id in ids.values()):
+        return f"special is {special!r:.80}, expected ids of {', '.join(sorted(_SPECIAL))} below {format['vocab_size']}"
+    return ""
+
+
 class TextShards(Shards):
     """Rows of a folder that `preprocessing.pack_text` has finished, by number."""
 
@@ -57,15 +72,8 @@ class TextShards(Shards):
 
     def __init__(self, folder: Path | str) -> None:
         super().__init__(folder)
-        if (name := self.index.format["token_dtype"]) not in tuple(TOKEN_DTYPES):
-            raise ShardError(f"{self.folder}: token_dtype is {name!r:.40}, expected one of {', '.join(TOKEN_DTYPES)}")
-        for field, (least, most) in {"vocab_size": (6, MOST_IDS), "block_tokens": (3, MOST_BLOCK_TOKENS)}.items():
-            if type(found := self.index.format[field]) is not int or not least <= found <= most:
-                raise ShardError(f"{self.folder}: {field} is {found!r:.40}, expected {least} to {most:,}")
-        special = self.index.format["special"]
-        ids = special.values() if isinstance(special, dict) else [special]
-        if not all(type(id) is int and 0 <= id < self.vocab_size for id in ids):
-            raise ShardError(f"{self.folder}: special is {special!r:.80}, expected ids below {self.vocab_size}")
+        if fault := format_fault(self.index.format):
+            raise ShardError(f"{self.folder}: {fault}; pack the folder again")
 
     @cached_property
     def _dtype(self) -> np.dtype[Any]:
@@ -102,10 +110,15 @@ class TextShards(Shards):
         return self.folder / str(name)
 
     def read_tokens(self, index: int) -> Tokens:
-        """(size,) tokens of row `index`: a read-only view of the mapped file, in the smallest type that fits."""
+        """(size,) tokens of row `index`: a read-only view of the mapped file, in the smallest type that fits.
+
+        Raises:
+            ShardError: the row is damaged, or has ids that the tokenizer lacks.
+        """
         batch, row = self.locate(index)
         start, stop = self._bounds(batch, row, int(self.sizes[index]))
         tokens: Tokens = batch.data[start:stop].view(self._dtype)
+        self._check_ids(tokens, batch.where(row))
         return tokens
 
     def read_blocks(self, rows: NDArray[np.int64], out: NDArray[np.int64], pad_id: int) -> None:
@@ -115,6 +128,9 @@ class TextShards(Shards):
             rows: (B,) numbers of rows.
             out: (B, S) int64, overwritten; S must hold the longest of these rows.
             pad_id: written after the end of a shorter row.
+
+        Raises:
+            ShardError: a row is damaged, or has ids that the tokenizer lacks.
         """
         width = out.shape[1]
         for line, (batch, row, length) in enumerate(self.locate_all(rows)):
@@ -124,6 +140,15 @@ class TextShards(Shards):
             out[line, :length] = batch.data[start:stop].view(self._dtype)
             if length < width:
                 out[line, length:] = pad_id
+        self._check_ids(out, f"{self.folder}: rows {rows.tolist()[:5]}")
+
+    def _check_ids(self, ids: NDArray[Any], where: str) -> None:
+        """Raise a `ShardError` for ids that no embedding of the vocabulary has; on a GPU they would end the process."""
+        if ids.size and int(ids.max()) >= self.vocab_size:
+            raise ShardError(
+                f"{where}: expected ids below {self.vocab_size}, found {int(ids.max())}; run python -m "
+                "preprocessing.verify on the folder"
+            )
 
     def _bounds(self, batch: RowBatch, row: int, length: int) -> tuple[int, int]:
         """First and last byte of a row's `length` tokens in its batch."""
