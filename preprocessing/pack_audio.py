@@ -4,7 +4,7 @@ Headers are read, a plan is made, each shard is packed by one process, and the l
 Killed and started again with the same command, it keeps finished shards and ends with the same bytes.
 
 Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
-than --max-skipped were skipped, or more than --max-noted of the content is lost; 4 a file could not be written or an
+than --max-skipped were skipped, or notes on more than --max-noted of the content; 4 a file could not be written or an
 input vanished, run again; 130 interrupted, run again.
 """
 

@@ -5,7 +5,7 @@ bytes are kept as they are unless --shorter-side re-encodes what is larger. Kill
 command, it keeps finished shards and ends with the same bytes.
 
 Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
-than --max-skipped were skipped, or more than --max-noted of the content is lost; 4 a file could not be written, an
+than --max-skipped were skipped, or notes on more than --max-noted of the content; 4 a file could not be written, an
 input vanished or the machine failed, run again; 130 interrupted, run again.
 """
 

@@ -10,7 +10,7 @@ Killed and started again with the same command, it keeps finished shards and end
 Lines whose text is null are left out; they, unknown tokens and characters that --errors replaced are counted.
 
 Exit codes: 0 done; 2 wrong input or settings; 3 the folder is complete, but all files or more than --max-skipped were
-skipped, or more than --max-noted of the content is lost; 4 a file could not be written, an input vanished or the
+skipped, or notes on more than --max-noted of the content; 4 a file could not be written, an input vanished or the
 machine failed, run again; 130 interrupted, run again.
 """
 

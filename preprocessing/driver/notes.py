@@ -27,20 +27,21 @@ def count_notes(noted: Iterable[Noted], files: int) -> dict[str, dict[str, float
         noted: all notes of a packing.
         files: number of input files.
     """
-    worst: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    worst: defaultdict[str, dict[tuple[int, str], float]] = defaultdict(dict)
     for one in noted:
         if not 0 <= one.lost <= 1:
             raise ValueError(f"{one.source}: {one.kind}: expected a lost share from 0 to 1, found {one.lost}")
-        worst[one.kind][one.order] = max(one.lost, worst[one.kind].get(one.order, 0.0))
+        file = one.order, one.source
+        worst[one.kind][file] = max(one.lost, worst[one.kind].get(file, 0.0))
     return {
         kind: {FILES: len(lost), LOST: math.fsum(lost.values()) / max(1, files)} for kind, lost in sorted(worst.items())
     }
 
 
 def said_notes(index: Index) -> str:
-    """Return ``3 clipped (0.52% of the folder lost), 1 streamed``; empty if there are no notes."""
+    """Return ``3 clipped (0.52% of the content), 1 streamed``; empty if there are no notes."""
     return ", ".join(
-        f"{kind['files']:,} {name}" + (f" ({_percent(kind['lost'])} of the folder lost)" if kind["lost"] else "")
+        f"{kind['files']:,} {name}" + (f" ({_percent(kind['lost'])} of the content)" if kind["lost"] else "")
         for name, kind in index.notes.items()
     )
 
@@ -48,7 +49,7 @@ def said_notes(index: Index) -> str:
 def excess_notes(index: Index, most: float) -> str:
     """Return which kinds of notes lost more than a share of the folder; empty if none did."""
     above = [f"{name} {_percent(kind['lost'])}" for name, kind in index.notes.items() if kind["lost"] > most]
-    return f"too much of the content is lost ({', '.join(above)}), --max-noted allows {most:.2%}" if above else ""
+    return f"too much of the content has notes ({', '.join(above)}), --max-noted allows {most:.2%}" if above else ""
 
 
 def _percent(share: float) -> str:

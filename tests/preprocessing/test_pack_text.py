@@ -490,8 +490,8 @@ def test_a_tokenizer_that_does_not_know_the_text_is_an_error_beyond_a_share(
     options = (tmp_path / "in", tmp_path / "out", "--tokenizer", narrow_model, *rows)
     assert pack(*options) == 3
     said = capsys.readouterr()
-    assert "too much of the content is lost (unknown tokens 25.00%), --max-noted allows 1.00%" in said.err
-    assert "1 unknown tokens (25.00% of the folder lost)" in said.out
+    assert "unknown tokens 25.00%), --max-noted allows 1.00%" in said.err
+    assert "1 unknown tokens (25.00% of the content)" in said.out
     assert notes_of(tmp_path / "out") == {"unknown tokens": ["4 of 8 tokens"]}
     assert pack(*options, "--max-noted", "0.5") == 0
 

@@ -15,7 +15,7 @@ from tests.preprocessing.tiny_text import TinyPacker, TinySettings, pack_tiny
 
 NOTED = {33: 0.5, 44: 0.0}
 LENGTHS = [100, 33, 100, 44, 33, 100]
-SAID = "3 unknown (16.67% of the folder lost)"
+SAID = "3 unknown (16.67% of the content)"
 
 
 def command(output: Path, *options: str, lengths: list[int] = LENGTHS) -> int:
@@ -61,7 +61,7 @@ def test_more_than_the_allowed_share_is_an_error_after_the_index_and_again_on_th
     for _ in range(2):
         assert command(tmp_path / "out", "--max-noted", "0.1") == 3
         said = capsys.readouterr().err
-        assert "too much of the content is lost (unknown 16.67%), --max-noted allows 10.00%" in said
+        assert "too much of the content has notes (unknown 16.67%), --max-noted allows 10.00%" in said
         assert f"{tmp_path}/out/notes.tsv" in said and "complete and usable" in said
     assert (tmp_path / "out" / "index.json").exists()
 
