@@ -1,5 +1,6 @@
 """Parquet tables of images: row groups as parts, and the rows of one. Tables may come from strangers."""
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2v2ds.errors import ConfigError
-from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
+from d2v2ds.data.codecs.imagefile import has_memory
+from d2v2ds.errors import ConfigError, MachineError
+from d2v2ds.io.machine_faults import ADVICE, is_machine_fault, reading_error, retried
 from d2v2ds.io.read import open_regular
 from preprocessing.image.units import Part
 
@@ -41,9 +43,11 @@ def table_faults(path: str) -> Iterator[None]:
     """Raise a `ConfigError` for whatever Arrow raises on a damaged table, a `MachineError` for the machine's faults."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         if isinstance(error, OSError) and is_machine_fault(error):
             raise reading_error(path, error, ConfigError) from error
+        if isinstance(error, MemoryError) and not has_memory():  # else a damaged page asks for too much
+            raise MachineError(f"{path}: {ADVICE[errno.ENOMEM]}") from error
         raise ConfigError(f"damaged: {str(error).splitlines()[0]}") from error
 
 

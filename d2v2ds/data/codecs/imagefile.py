@@ -95,7 +95,7 @@ def decoding() -> Iterator[None]:
     except PILLOW_ERRORS as error:
         if isinstance(error, OSError) and is_machine_fault(error):
             raise reading_error(error.filename or "image", error, MachineError) from error
-        if _asks_for_memory(error) and not _has_memory():
+        if _asks_for_memory(error) and not has_memory():
             raise MachineError(f"an image cannot be decoded: {ADVICE[errno.ENOMEM]}") from error
         reason = "cut off" if isinstance(error.__cause__ or error, struct.error) else str(error)
         raise DecodeError(f"does not decode: {reason}".splitlines()[0]) from error
@@ -106,7 +106,8 @@ def _asks_for_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or str(error).endswith(("error -9", "out of memory error"))
 
 
-def _has_memory() -> bool:
+def has_memory() -> bool:
+    """Return True if this process may take as much memory as decoding a large image needs."""
     try:
         mmap.mmap(-1, _MEMORY_PROBE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except (OSError, MemoryError):
