@@ -5,8 +5,8 @@ bytes are kept as they are unless --shorter-side re-encodes what is larger. Kill
 command, it keeps finished shards and ends with the same bytes.
 
 Exit codes: 0 done; 2 wrong input or settings, nothing was packed; 3 the folder is complete, but all files or more
-than --max-skipped were skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run
-again.
+than --max-skipped were skipped, or notes on more than --max-noted of the content; 4 a file could not be written, an
+input vanished or the machine failed, run again; 130 interrupted, run again.
 """
 
 import argparse
@@ -30,23 +30,11 @@ from preprocessing.driver.input_files import check_present, check_unique, listed
 from preprocessing.driver.packing import read_all
 from preprocessing.driver.progress import MEBIBYTES
 from preprocessing.driver.protocol import Notes, Row
-from preprocessing.driver.shard_plan import Plan, cut_shards, fingerprint
+from preprocessing.driver.shard_plan import Noted, Plan, cut_shards, fingerprint
 from preprocessing.driver.team.protocol import Team
-from preprocessing.image.find import (
-    IMAGE_SUFFIXES,
-    MISSING,
-    Archive,
-    ArchiveFacts,
-    ArchiveScan,
-    FileRun,
-    ImageUnit,
-    Listing,
-    file_sizes,
-    find_images,
-    make_units,
-    part_bytes,
-)
+from preprocessing.image.find import ArchiveScan, file_sizes, find_images, make_units, part_bytes
 from preprocessing.image.rows import ImageSettings, rows_of
+from preprocessing.image.units import IMAGE_SUFFIXES, MISSING, Archive, ArchiveFacts, FileRun, ImageUnit, Listing
 
 _FILES_PER_JOB = 1 << 15
 """Files whose size one process asks for in one go: less does not pay for starting it."""
@@ -88,6 +76,8 @@ class ImagePacker:
             label_column=settings.label_column,
         )
         facts = read_all(team, scan, archives, "reading archives", items_per_job=1) if archives else []
+        for one in facts:
+            ignored.update(one.left_out)
         return team.share(lambda: replace(_make_plan(found, sizes, facts, settings, len(inputs)), ignored=ignored))
 
     def make_beside(self, folder: Path, plan: Plan) -> tuple[str, ...]:
@@ -149,7 +139,18 @@ def _make_plan(
         skipped=(),
         files=sum(unit.files for unit in units),
         sha256=fingerprint(chain((unit.identity for unit in units), sizes, (fact.bytes for fact in facts))),
+        noted=tuple(_left_out(found, facts)),
     )
+
+
+def _left_out(found: Sequence[Listing | Archive], facts: Sequence[ArchiveFacts]) -> Iterator[Noted]:
+    """Yield a note for each archive of which members are not read."""
+    for order, (archive, fact) in enumerate(
+        zip((one for one in found if isinstance(one, Archive)), facts, strict=True)
+    ):
+        if fact.left_out:
+            detail = ", ".join(f"{count:,} {kind or 'without suffix'}" for kind, count in sorted(fact.left_out.items()))
+            yield Noted(order=order, source=archive.source, kind="archives with other members", detail=detail, lost=0.0)
 
 
 def _ids(found: Sequence[Listing | Archive], units: Sequence[ImageUnit]) -> Iterator[tuple[str, str]]:

@@ -7,8 +7,11 @@ the last block of a shard may be shorter. The tokenizer is trained on the corpus
 
 Killed and started again with the same command, it keeps finished shards and ends with the same bytes.
 
+Lines whose text is null are left out; they, unknown tokens and characters that --errors replaced are counted.
+
 Exit codes: 0 done; 2 wrong input or settings; 3 the folder is complete, but all files or more than --max-skipped were
-skipped; 4 a file could not be written or an input vanished, run again; 130 interrupted, run again.
+skipped, or notes on more than --max-noted of the content; 4 a file could not be written, an input vanished or the
+machine failed, run again; 130 interrupted, run again.
 """
 
 import argparse

@@ -2,11 +2,13 @@
 
 In: the path, its entry in the index, and the number of a row. Out: views of that row's bytes, after a check of their
 checksums. The check also finds damaged structure: a wrong offset or swapped batches give other checksums. Every fault
-of a file or of its file system raises `ShardError`.
+of a file raises `ShardError`. A fault of the machine, such as no descriptors left, is tried again and then raises
+`MachineError`, which no caller takes for a damaged row.
 """
 
 import os
 from bisect import bisect_right
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2v2ds.data.schema import FIELDS_CRC32, PAYLOAD_CRC32, TEXTS_CRC32, Index, Layout, shard_schema
-from d2v2ds.errors import ShardError
+from d2v2ds.errors import D2V2Error, ShardError
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
+from d2v2ds.io.read import irregular
 
 WHAT_TO_DO = "copy the file again from where the folder was packed, or pack the folder again"
 
@@ -32,6 +36,7 @@ class ShardFile:
 
     Raises:
         ShardError: the file is absent, cannot be read, or differs from its entry in the index.
+        MachineError: the machine is at fault.
     """
 
     def __init__(self, folder: Path, index: Index, layout: Layout, number: int) -> None:
@@ -39,7 +44,16 @@ class ShardFile:
         self.path = folder / entry.file
         self._number, self._layout, self._bytes = number, layout, entry.bytes
         check_size(self.path, entry.bytes)
-        expected = shard_schema(layout, index.format)
+        counts = retried(partial(self._open, shard_schema(layout, index.format)))
+        if sum(counts) != entry.rows:
+            raise ShardError(
+                f"shard file {self.path}: expected {entry.rows} rows, found {sum(counts)}; pack the folder again"
+            )
+        self._starts: list[int] = np.cumsum([0, *counts]).tolist()
+        self._batches: dict[int, RowBatch] = {}
+
+    def _open(self, expected: pa.Schema) -> list[int]:
+        """Map the file; return the rows of each record batch."""
         try:
             self._source = pa.memory_map(str(self.path))
             self._reader = pa.ipc.open_file(self._source)
@@ -47,17 +61,16 @@ class ShardFile:
             found = self._reader.schema
             differences = "" if found.equals(expected, check_metadata=True) else _differences(expected, found)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ShardError(
-                f"shard file {self.path}: expected an Arrow IPC file, found: {error}; {WHAT_TO_DO}"
-            ) from error
+            raise self._fault(f"shard file {self.path}: expected an Arrow IPC file, found", error) from error
         if differences:
             raise ShardError(f"shard file {self.path}: {differences}; the file belongs to another folder or version")
-        if sum(counts) != entry.rows:
-            raise ShardError(
-                f"shard file {self.path}: expected {entry.rows} rows, found {sum(counts)}; pack the folder again"
-            )
-        self._starts: list[int] = np.cumsum([0, *counts]).tolist()
-        self._batches: dict[int, RowBatch] = {}
+        return counts
+
+    def _fault(self, what: str, error: Exception) -> D2V2Error:
+        """Make the error of a failed read: the machine's, or one of the file that begins with `what`."""
+        if isinstance(error, OSError) and is_machine_fault(error):
+            return reading_error(f"shard file {self.path}", error, ShardError)
+        return ShardError(f"{what}: {error}; {WHAT_TO_DO}")
 
     def is_whole(self) -> bool:
         """Return True if the mapped file still has all its bytes; reading truncated ones would kill the process."""
@@ -73,7 +86,7 @@ class ShardFile:
         number = bisect_right(self._starts, row) - 1
         batch = self._batches.get(number)
         if batch is None:
-            batch = self._batches[number] = self._open_batch(number)
+            batch = self._batches[number] = retried(partial(self._open_batch, number))
         return batch, row - self._starts[number]
 
     def _open_batch(self, number: int) -> "RowBatch":
@@ -82,7 +95,7 @@ class ShardFile:
             batch = self._reader.get_batch(number)
             return RowBatch(batch, self._layout, self._number, self._starts[number], name)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise ShardError(f"{name} batch {number}: {error}; {WHAT_TO_DO}") from error
+            raise self._fault(f"{name} batch {number}", error) from error
 
 
 class RowBatch:
@@ -193,18 +206,31 @@ class _Texts:
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Raise `ShardError` if a file is missing, unreadable, or has another size in bytes than in the index."""
+    """Check that a file has the size in bytes that the index states.
+
+    Raises:
+        ShardError: it is missing, no regular file, or of another size.
+        MachineError: the machine is at fault.
+    """
+    facts = retried(partial(_facts, path, expected))
+    if fault := irregular(facts.st_mode):
+        raise ShardError(f"shard file {path}: expected a file, found {fault}; {WHAT_TO_DO}")
+    if facts.st_size != expected:
+        raise ShardError(
+            f"shard file {path}: expected {expected} bytes, found {facts.st_size}; the file was cut off or "
+            f"overwritten: {WHAT_TO_DO}"
+        )
+
+
+def _facts(path: Path, expected: int) -> os.stat_result:
     try:
-        found = path.stat().st_size
+        return path.stat()
     except OSError as error:
+        if is_machine_fault(error):
+            raise reading_error(f"shard file {path}", error, ShardError) from error
         raise ShardError(
             f"shard file {path}: expected {expected} bytes, found: {error.strerror}; {WHAT_TO_DO}"
         ) from error
-    if found != expected:
-        raise ShardError(
-            f"shard file {path}: expected {expected} bytes, found {found}; the file was cut off or overwritten: "
-            f"{WHAT_TO_DO}"
-        )
 
 
 def _view(buffer: pa.Buffer | None, kind: str, count: int = -1) -> NDArray[Any]:

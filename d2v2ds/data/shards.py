@@ -6,9 +6,12 @@ A modality adds a subclass with its layout and a function that reads a row. `pre
 `d2v2ds.data.schema` defines.
 """
 
+import errno
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,10 +20,13 @@ from numpy.typing import NDArray
 
 from d2v2ds.data.schema import ROW_DTYPE, Layout, read_index
 from d2v2ds.data.shardfile import RowBatch, ShardFile, check_size
-from d2v2ds.errors import ShardError
+from d2v2ds.errors import MachineError, ShardError
+from d2v2ds.io.machine_faults import reading_error, retried, say_once
 
 MAX_OPEN_SHARDS = 256
 """Most shards mapped at a time; each needs one file descriptor, and 1024 is a usual limit of a process."""
+_SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors of the machine that closing shards may end."""
 _HEADER_ALIGNMENT = 64
 """Alignment of the header of a NumPy array."""
 
@@ -33,6 +39,7 @@ class Shards:
 
     Raises:
         ShardError: the folder is unfinished, of another version or modality, or its files differ from its index.
+        MachineError: the machine is at fault; also of every function that reads rows.
 
     Instances can be pickled and survive a fork; each process maps the shards it uses.
     """
@@ -54,6 +61,8 @@ class Shards:
                 f"{self.folder}: expected {', '.join(absent)} in 'format' of its index, found "
                 f"{sorted(self.index.format)}"
             )
+        if odd := {name: value for name, value in self.index.totals.items() if not _is_amount(value)}:
+            raise ShardError(f"{self.folder}: expected numbers as 'totals' of its index, found {odd!r:.200}")
         self._map()
 
     def __len__(self) -> int:
@@ -138,10 +147,7 @@ class Shards:
                 f"{path}: expected the header of a NumPy array and {num_rows} records of {ROW_DTYPE.itemsize} bytes, "
                 f"found {entry.bytes} bytes; pack the folder again"
             )
-        try:
-            return np.memmap(path, dtype=ROW_DTYPE, mode="r", offset=header, shape=(num_rows,))
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: expected {entry.bytes} bytes, found: {error}; pack the folder again") from error
+        return retried(partial(_map_array, path, header, num_rows))
 
     def _shard(self, number: int, row: int, index: int) -> ShardFile:
         """Return the file of a shard; check that row `index` of the folder is row `row` of it."""
@@ -152,8 +158,33 @@ class Shards:
             )
         shard = self._open.get(number)
         if shard is None or not shard.is_whole():  # opens a replaced file again
-            shard = self._open[number] = ShardFile(self.folder, self.index, self.layout, number)
+            shard = self._open[number] = self._open_shard(number)
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return shard
+
+    def _open_shard(self, number: int) -> ShardFile:
+        """Map a shard; if the process has no descriptors or memory left for it, without all others."""
+        try:
+            return ShardFile(self.folder, self.index, self.layout, number)
+        except MachineError as error:
+            if not self._open or not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _SCARCE:
+                raise
+        say_once("open shards", "this process may not map %d shards at a time; it opens some again", len(self._open))
+        self._open.clear()
+        return ShardFile(self.folder, self.index, self.layout, number)
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _map_array(path: Path, header: int, num_rows: int) -> NDArray[np.void]:
+    """Map the records of ``rows.npy`` behind its header."""
+    try:
+        return np.memmap(path, dtype=ROW_DTYPE, mode="r", offset=header, shape=(num_rows,))
+    except OSError as error:
+        raise reading_error(path, error, ShardError) from error
+    except ValueError as error:
+        raise ShardError(f"{path}: expected {num_rows} records, found: {error}; pack the folder again") from error

@@ -10,8 +10,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.read import read_bytes, read_text
 from preprocessing.download.fetch import ALGORITHMS, DownloadError, Source
 
+_LIST_BYTES = 64 << 20
+"""Largest list of checksums or URLs."""
 _LONGEST_NAME_BYTES = 200
 """File systems allow 255, suffixes of unfinished files included."""
 
@@ -93,7 +96,7 @@ def with_published_md5(sources: Sequence[Source], md5_list: Path) -> list[Source
     Raises:
         DownloadError: if the list lacks one.
     """
-    text = md5_list.read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(md5_list, DownloadError, _LIST_BYTES).decode("utf-8", "replace")
     md5 = {name: value.lower() for value, name in re.findall(r"(?m)^([0-9a-fA-F]{32})\s+\*?(?:\./)?(\S+)\s*$", text)}
     if missing := [source.name for source in sources if source.name not in md5]:
         raise DownloadError(
@@ -111,10 +114,7 @@ def read_url_list(path: Path) -> list[Source]:
     Raises:
         ConfigError: if the list cannot be read, or a line is malformed.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--list {path}: expected UTF-8 text with one URL a line: {error}") from error
+    lines = read_text(path, ConfigError, _LIST_BYTES).removeprefix("\ufeff").splitlines()
     sources = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):

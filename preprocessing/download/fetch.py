@@ -93,7 +93,9 @@ class Transfer:
             self._command("--head", "--max-time", str(SILENCE_S)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         size = _fields(answer.stdout).get("content-length", "") if answer.returncode == 0 else ""
-        return max(int(size) - self._present(), 0) if size.isdecimal() and not self.path.exists() else 0
+        return (
+            max(int(size) - self._present(), 0) if size.isdecimal() and len(size) < 19 and not self.path.exists() else 0
+        )
 
     def fetch(self) -> None:
         """Fetch the file, check it and move it into place; return at once if it is there.

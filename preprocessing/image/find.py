@@ -5,145 +5,37 @@ another, or one row group of a parquet table. So even one single archive is spre
 and sizes are in memory.
 """
 
-import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
+from d2v2ds.io.read import irregular
 from preprocessing.driver.input_files import listed, read_manifest, source_name, utf8, walk
 from preprocessing.driver.progress import Report
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"}
+from preprocessing.image.tables import open_table, table_parts
+from preprocessing.image.tar_examples import scan_tar
+from preprocessing.image.tar_members import ArchiveError, TarFile
+from preprocessing.image.units import (
+    ARCHIVE_SUFFIXES,
+    IMAGE_SUFFIXES,
+    MANIFEST_SUFFIXES,
+    MISSING,
+    Archive,
+    ArchiveFacts,
+    FileRun,
+    ImageUnit,
+    Listing,
+    RowGroup,
+    TarRun,
 )
-LABEL_SUFFIXES = frozenset({"cls", "json", "txt"})
-"""Members of a tar file that may hold the label of the image of the same key, best first: see `MemberReader`."""
-ARCHIVE_SUFFIXES = (".tar", ".parquet")
-MANIFEST_SUFFIXES = frozenset({".tsv", ".txt"})
-MISSING = -1
-"""Size of a file that does not exist."""
+
 _UNITS_PER_SHARD = 64
 _MAX_UNIT_FILES = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRun:
-    """Image files that follow one another."""
-
-    order: int
-    """Position of the first file among all images."""
-    size: int
-    """Bytes."""
-    root: str
-    names: tuple[str, ...]
-    """Paths below `root`."""
-    ids: tuple[str | None, ...] | None
-    """Ids that a manifest gives; None: the names."""
-    labels: tuple[str | None, ...] | None
-    """Labels that a manifest gives; None: the folders that hold the files."""
-
-    @property
-    def files(self) -> int:
-        """Images in it."""
-        return len(self.names)
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """Everything that the rows depend on beside the bytes of the files; the folder's location is left out."""
-        return self.names, self.ids, self.labels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TarRun:
-    """Members of a tar file that follow one another; members of one key stay together."""
-
-    order: int
-    size: int
-    files: int
-    path: str
-    source: str
-    start: int
-    """Offset of the first header."""
-    stop: int
-    """Offset behind the last member."""
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """Same as `FileRun.identity`."""
-        return self.source, self.files, self.size, self.start, self.stop
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowGroup:
-    """One row group of a parquet table."""
-
-    order: int
-    size: int
-    files: int
-    path: str
-    source: str
-    number: int
-    first_row: int
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """Same as `FileRun.identity`."""
-        return self.source, self.files, self.size, self.number
-
-
-ImageUnit = FileRun | TarRun | RowGroup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listing:
-    """Files of one folder tree or manifest, in order."""
-
-    root: str
-    names: list[str]
-    ids: list[str | None] | None = None
-    labels: list[str | None] | None = None
-    places: list[str] | None = None
-    """Location for messages; only a manifest's files must exist."""
-
-    def paths(self) -> Iterator[str]:
-        """Paths of the files."""
-        return (os.path.join(self.root, name) for name in self.names)  # noqa: PTH118  (a million)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Archive:
-    """A tar file or parquet table."""
-
-    path: str
-    source: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Part of an archive that becomes one unit."""
-
-    files: int
-    size: int
-    start: int
-    """Offset in a tar file, or number of a row group."""
-    stop: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArchiveFacts:
-    """Findings from opening an archive."""
-
-    bytes: int = 0
-    parts: tuple[Part, ...] = ()
-    fault: str | None = None
 
 
 def find_images(inputs: Sequence[Path], label_column: str, ignored: Counter[str]) -> list[Listing | Archive]:
@@ -163,7 +55,10 @@ def find_images(inputs: Sequence[Path], label_column: str, ignored: Counter[str]
         if root.is_dir():
             inside = _listings_of_folder(root, ignored)
         elif not root.is_file():
-            raise ConfigError(f"--input {root}: expected a folder, manifest, tar file or parquet table, found nothing")
+            found_there = irregular(root.stat().st_mode) if root.exists() else "nothing"
+            raise ConfigError(
+                f"--input {root}: expected a folder, manifest, tar file or parquet table, found {found_there}"
+            )
         elif suffix in ARCHIVE_SUFFIXES:
             inside = [Archive(path=str(root), source=utf8(root.name))]
         elif suffix in MANIFEST_SUFFIXES:
@@ -183,15 +78,25 @@ def find_images(inputs: Sequence[Path], label_column: str, ignored: Counter[str]
 
 
 def file_sizes(paths: Sequence[str], report: Report) -> list[int]:
-    """Bytes of every file; `MISSING` where there is none."""
+    """Bytes of every file; `MISSING` where there is none.
+
+    Raises:
+        MachineError: the machine is at fault.
+    """
     sizes = []
     for path in paths:
-        try:
-            sizes.append(os.stat(path).st_size)  # noqa: PTH116  (a Path per file costs a tenth of the scan)
-        except OSError:
-            sizes.append(MISSING)
+        sizes.append(retried(partial(_file_size, path)))
         report(1, 0)
     return sizes
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116  (a Path per file costs a tenth of the scan)
+    except OSError as error:
+        if is_machine_fault(error):
+            raise reading_error(path, error, ConfigError) from error
+        return MISSING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,52 +113,18 @@ class ArchiveScan:
         facts = []
         for archive in archives:
             try:
-                is_table = archive.path.lower().endswith(".parquet")
-                parts = self._parts_of_table(archive.path) if is_table else self._parts_of_tar(archive.path)
-                facts.append(ArchiveFacts(bytes=os.stat(archive.path).st_size, parts=parts))  # noqa: PTH116
-            except (tarfile.TarError, pa.ArrowException, OSError, ConfigError) as error:
+                if archive.path.lower().endswith(".parquet"):
+                    with open_table(archive.path) as table:
+                        size = os.stat(archive.path).st_size  # noqa: PTH116
+                        parts = table_parts(table, size, self.image_column, self.label_column)
+                        facts.append(ArchiveFacts(bytes=size, parts=parts))
+                else:
+                    with TarFile(archive.path) as tar:
+                        facts.append(scan_tar(tar, self.part_bytes))
+            except (ArchiveError, ConfigError) as error:
                 facts.append(ArchiveFacts(fault=str(error).splitlines()[0]))
             report(1, 0)
         return facts
-
-    def _parts_of_tar(self, path: str) -> tuple[Part, ...]:
-        parts: list[Part] = []
-        names: set[str] = set()
-        start, size, files, key = 0, 0, 0, ""
-        for member in tar_members(path, 0):
-            if files and size >= self.part_bytes and member_key(member.name) != key:
-                parts.append(Part(files=files, size=size, start=start, stop=member.offset))
-                start, size, files = member.offset, 0, 0
-            key = member_key(member.name)
-            if is_image_member(member.name):
-                if member.name in names:
-                    raise ConfigError(f"member {member.name!r} occurs more than once")
-                names.add(member.name)
-                size += member.size
-                files += 1
-        if files:
-            parts.append(Part(files=files, size=size, start=start, stop=os.stat(path).st_size))  # noqa: PTH116
-        return tuple(parts)
-
-    def _parts_of_table(self, path: str) -> tuple[Part, ...]:
-        with pq.ParquetFile(path) as table:
-            names = image_field(table.schema_arrow, self.image_column)
-            if self.label_column != "label" and self.label_column not in names:
-                raise ConfigError(f"expected a column {self.label_column!r}, found {names}")
-            groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
-            return tuple(
-                Part(files=group.num_rows, size=self._image_bytes(group), start=number)
-                for number, group in enumerate(groups)
-            )
-
-    def _image_bytes(self, group: Any) -> int:
-        """Bytes of the images in a row group, as stored (encoded images hardly compress)."""
-        columns = [group.column(number) for number in range(group.num_columns)]
-        return sum(
-            column.total_uncompressed_size
-            for column in columns
-            if column.path_in_schema in (self.image_column, f"{self.image_column}.bytes")
-        )
 
 
 def make_units(
@@ -276,8 +147,8 @@ def make_units(
     archives = [one for one in found if isinstance(one, Archive)]
     if bad := [f"{one.path}: {fact.fault}" for one, fact in zip(archives, facts, strict=True) if fact.fault]:
         raise ConfigError(
-            f"{len(bad)} archives cannot be read to their end; repair or fetch them again, or take them out of the "
-            f"input:\n{listed(bad, len(bad))}"
+            f"{len(bad)} archives cannot be packed for these reasons; mend them, or take them out of the input:\n"
+            f"{listed(bad, len(bad))}"
         )
     units: list[ImageUnit] = []
     order, first = 0, 0
@@ -285,7 +156,7 @@ def make_units(
     for one in found:
         inside: list[FileRun] | list[TarRun | RowGroup]
         if isinstance(one, Archive):
-            inside = list(_archive_units(one, next(remaining).parts, order))
+            inside = list(_archive_units(one, next(remaining), order))
         else:
             inside = list(_file_runs(one, sizes[first : first + len(one.names)], order, part_bytes(shard_bytes)))
             first += len(one.names)
@@ -297,87 +168,6 @@ def make_units(
 def part_bytes(shard_bytes: int) -> int:
     """Bytes after which a unit ends."""
     return max(1, shard_bytes // _UNITS_PER_SHARD)
-
-
-def tar_members(path: str, start: int) -> Iterator[tarfile.TarInfo]:
-    """Regular, visible members from the header at offset `start` on.
-
-    Raises:
-        tarfile.TarError: if this is no uncompressed tar file, or it was cut off.
-    """
-    with open(path, "rb") as file:  # noqa: PTH123
-        file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # else all headers of the archive stay in memory
-                if member.isreg() and not os.path.basename(member.name).startswith("."):  # noqa: PTH119
-                    yield member
-            # `next` takes a damaged header and the end of the file for the end mark, which is a block of zeros
-            file.seek(archive.offset)
-            block = file.read(tarfile.BLOCKSIZE)
-            if any(block):
-                raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
-            if len(block) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(
-                    f"cut off: expected the end mark at byte {archive.offset}, found {len(block)} bytes"
-                )
-
-
-def member_key(name: str) -> str:
-    """Key that members of one example share: the name up to the first dot behind the folders (webdataset)."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
-def is_image_member(name: str) -> bool:
-    """Return True if the suffix of a tar file's member is that of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
-
-
-def folder_label(name: str) -> str | None:
-    """The label of a class folder: the folder that holds the file; None for files that lie in none."""
-    return name.rpartition("/")[0].rpartition("/")[2] or None
-
-
-def json_label(data: bytes, column: str) -> str | None:
-    """The label in a JSON object, None if it has none.
-
-    Raises:
-        ValueError: if this is no JSON object.
-    """
-    values = json.loads(data)
-    if not isinstance(values, dict):
-        raise ValueError("no JSON object")
-    value = values.get(column)
-    return None if value is None else str(value)
-
-
-def image_field(schema: pa.Schema, column: str) -> list[str]:
-    """Check the column of a parquet table that holds encoded images; returns the names of all columns.
-
-    Raises:
-        ConfigError: if there is none, or it holds something else.
-    """
-    index = schema.get_field_index(column)
-    if index < 0:
-        raise ConfigError(f"expected a column {column!r}, found {schema.names}; give --image-column")
-    field = schema.field(index)
-    kind = field.type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise ConfigError(f"column {column!r}: expected binary, or a struct with 'bytes', found {field.type}")
-    return list(schema.names)
-
-
-def class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Names of the numbered classes of a column, where the library `datasets` has left them in a table's metadata."""
-    described = (schema.metadata or {}).get(b"huggingface")
-    if not described:
-        return None
-    feature = json.loads(described).get("info", {}).get("features", {}).get(column, {})
-    names = feature.get("names") if isinstance(feature, dict) else None
-    return list(names) if names else None
 
 
 def _listings_of_folder(root: Path, ignored: Counter[str]) -> list[Listing | Archive]:
@@ -423,9 +213,9 @@ def _file_runs(listing: Listing, sizes: Sequence[int], order: int, limit: int) -
             start, total = at + 1, 0
 
 
-def _archive_units(archive: Archive, parts: Sequence[Part], order: int) -> Iterator[TarRun | RowGroup]:
+def _archive_units(archive: Archive, facts: ArchiveFacts, order: int) -> Iterator[TarRun | RowGroup]:
     first_row = 0
-    for part in parts:
+    for part in facts.parts:
         if archive.path.lower().endswith(".parquet"):
             yield RowGroup(
                 order=order, size=part.size, files=part.files, path=archive.path, source=archive.source,
@@ -434,7 +224,8 @@ def _archive_units(archive: Archive, parts: Sequence[Part], order: int) -> Itera
         else:
             yield TarRun(
                 order=order, size=part.size, files=part.files, path=archive.path, source=archive.source,
-                start=part.start, stop=part.stop,
+                start=part.start, stop=part.stop, begins_inside=part.begins_inside, ends_inside=part.ends_inside,
+                has_stray_labels=facts.stray_labels > 0,
             )  # fmt: skip
         first_row += part.files
         order += part.files

@@ -11,9 +11,9 @@ from PIL import Image
 
 from d2v2ds.data.codecs.imagefile import DecodeError, to_rgb, upright
 from d2v2ds.data.codecs.pixels import examine, opened
-from d2v2ds.data.schema import Index
-from d2v2ds.errors import MissingExtraError
-from d2v2ds.modalities.image.shards import ImageShards
+from d2v2ds.data.schema import INDEX_NAME, Index
+from d2v2ds.errors import MissingExtraError, ShardError
+from d2v2ds.modalities.image.shards import ImageShards, pixel_limit
 from preprocessing.driver.report_lines import distinct_line, fault, percentiles, sampled_labels, spread
 
 _SHEET = (4, 8)
@@ -25,7 +25,11 @@ def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> 
     """Rows whose image does not decode, or is not what the columns say."""
     columns = ("format", "width", "height", "orientation")
     stated = list(zip(*(batch.column(column).to_pylist() for column in columns), strict=True))
-    limit = index.settings["max_pixels"]
+    try:
+        limit = pixel_limit(index)
+    except ShardError as error:
+        yield f"{INDEX_NAME}: {error}"
+        return
     for row, image in enumerate(batch.column("image")):
         where = f"{name} row {first + row}"
         try:
@@ -47,7 +51,8 @@ def headline(index: Index) -> str:
 def lines(shards: ImageShards) -> list[str]:
     """Pixels, bytes, labels."""
     totals = shards.index.totals
-    found = [f"images    {totals['pixels'] / 1e6:,.1f} megapixels, {totals['bytes'] / (1 << 20):,.1f} MiB encoded"]
+    pixels, encoded = totals.get("pixels", 0), totals.get("bytes", 0)
+    found = [f"images    {pixels / 1e6:,.1f} megapixels, {encoded / (1 << 20):,.1f} MiB encoded"]
     if len(shards):
         side = np.sqrt(shards.sizes)
         found.append("side      " + percentiles(side, "smallest", "largest", 0) + " (square root of pixels)")

@@ -1,40 +1,34 @@
 """Turn units of images into rows: read the encoded bytes, decode them, re-encode large ones, annotate."""
 
+import errno
 import io
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 from PIL import Image
 
-from d2v2ds.data.codecs.imagefile import DecodeError, to_rgb, upright
+from d2v2ds.data.codecs.imagefile import DecodeError, check_bytes, read_image_file, to_rgb, upright
 from d2v2ds.data.codecs.pixels import ImageFacts, examine, facts_of, opened
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import ConfigError, MachineError, ShardError
+from d2v2ds.io.machine_faults import ADVICE
 from preprocessing.driver.input_files import unreadable, utf8
 from preprocessing.driver.protocol import Notes, Row
 from preprocessing.driver.shard_plan import Skipped
-from preprocessing.image.find import (
-    LABEL_SUFFIXES,
-    FileRun,
-    ImageUnit,
-    RowGroup,
-    TarRun,
-    class_names,
-    folder_label,
-    is_image_member,
-    json_label,
-    member_key,
-    tar_members,
-)
+from preprocessing.image.tables import open_table, table_rows
+from preprocessing.image.tar_examples import LABEL_SUFFIXES, tar_examples
+from preprocessing.image.tar_members import ArchiveError, TarFile, TarMember
+from preprocessing.image.units import FileRun, ImageUnit, RowGroup, TarRun
 
 PILLOW_MAX_PIXELS = 89_478_485
 """Pixels from which on Pillow warns of decompression bombs: a quarter of a GiB in RGB."""
 _DRAFT_FACTOR = 2
 """A JPEG is decoded at a reduced scale that leaves so many times the wanted side: the rest is filtered away."""
-_TABLE_BATCH_ROWS = 64
-_TABLE_BUFFER_BYTES = 1 << 20
+LABEL_BYTES = 1 << 20
+"""Longest label: a caption; longer ones are no labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +77,8 @@ class Found:
     label: str | None = None
     fault: str | None = None
     """Reason why it cannot be read."""
+    is_label_missing: bool = False
+    """It has no label, but its archive has labels that belong to no image."""
 
 
 def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[Row]:
@@ -91,11 +87,14 @@ def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[
         try:
             if found.fault is not None:
                 raise DecodeError(found.fault)
-            data, facts = reencode(found.data, settings) or (found.data, examine(found.data, settings.max_pixels))
+            data, facts = _decoded(found, settings)
         except DecodeError as error:
             notes.skipped.append(Skipped(order=unit.order + number, source=found.source, reason=str(error)))
             continue
         notes.counts["bytes"] += len(data)
+        if found.is_label_missing:
+            detail = "its archive has labels that belong to no image"
+            notes.note("without label", detail, order=unit.order + number, source=found.source)
         yield Row(
             data,
             {
@@ -108,6 +107,21 @@ def rows_of(unit: ImageUnit, settings: ImageSettings, notes: Notes) -> Iterator[
                 "source": found.source,
             },
         )
+
+
+def _decoded(found: Found, settings: ImageSettings) -> tuple[bytes, ImageFacts]:
+    """Decode an image; return what is stored of it.
+
+    Raises:
+        DecodeError: it does not decode.
+        MachineError: the machine has no memory for it.
+    """
+    try:
+        return reencode(found.data, settings) or (found.data, examine(found.data, settings.max_pixels))
+    except MachineError as error:
+        raise MachineError(f"{found.source}: {error}") from error
+    except MemoryError as error:
+        raise MachineError(f"{found.source}: {ADVICE[errno.ENOMEM]}") from error
 
 
 def reencode(data: bytes, settings: ImageSettings) -> tuple[bytes, ImageFacts] | None:
@@ -141,80 +155,107 @@ def _read_files(unit: FileRun, settings: ImageSettings) -> Iterator[Found]:
             id, label = unit.ids[number] or source, unit.labels[number]
         path = os.path.join(unit.root, name)  # noqa: PTH118  (a million)
         try:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                yield Found(source, id, file.readall(), label)
-        except OSError as error:
-            yield Found(source, id, b"", label, unreadable(path, error))
+            yield Found(source, id, read_image_file(path, settings.max_pixels), label)
+        except DecodeError as error:
+            cause = error.__cause__
+            reason = unreadable(path, cause) if isinstance(cause, FileNotFoundError) else str(error)
+            yield Found(source, id, b"", label, reason)
 
 
 def _read_tar(unit: TarRun, settings: ImageSettings) -> Iterator[Found]:
     """Images of a part of a tar file with the labels of their keys; without such, the folder inside is the label."""
-    descriptor = os.open(unit.path, os.O_RDONLY)
-    try:
-        group: list[tuple[str, bytes]] = []
-        key = None
-        for member in tar_members(unit.path, unit.start):
-            if member.offset >= unit.stop:
-                break
-            if member_key(member.name) != key:
-                yield from _found_in_group(unit, group, settings)
-                group, key = [], member_key(member.name)
-            if is_image_member(member.name) or _suffix(member.name) in LABEL_SUFFIXES:
-                group.append((member.name, os.pread(descriptor, member.size, member.offset_data)))
-        yield from _found_in_group(unit, group, settings)
-    finally:
-        os.close(descriptor)
-
-
-def _found_in_group(unit: TarRun, group: list[tuple[str, bytes]], settings: ImageSettings) -> Iterator[Found]:
-    """The images among members of one key."""
-    beside = {_suffix(name): data for name, data in group if not is_image_member(name)}
-    for name, data in group:
-        if is_image_member(name):
-            source = utf8(f"{unit.source}/{name}")
-            label, fault = folder_label(name), None
+    with tar_faults(unit.path), TarFile(unit.path) as archive:
+        for member, beside in tar_examples(archive, unit):
+            source = utf8(f"{unit.source}/{member.name}")
+            found = Found(source, source, b"", is_label_missing=unit.has_stray_labels and not beside)
             try:
-                if "cls" in beside:
-                    label = beside["cls"].decode().strip() or None
-                elif "json" in beside:
-                    label = json_label(beside["json"], settings.label_column)
-                elif "txt" in beside:
-                    label = beside["txt"].decode().strip() or None
+                label = _tar_label(archive, beside, settings) if beside else folder_label(member.name)
+                found.label = None if label is None else utf8(label)
             except ValueError as error:
-                fault = f"its label is unreadable: {error}"
-            yield Found(source, source, data, None if label is None else utf8(label), fault)
+                found.fault = f"its label is unreadable: {error}"
+            if member.kind:
+                found.fault = f"expected an image file, found {member.kind}; unpack the archive"
+            elif found.fault is None:
+                found.fault = _too_large(member.size, settings)
+            if found.fault is None:
+                found.data = archive.read(member.data, member.size)
+            yield found
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()  # noqa: PTH122
+def _too_large(size: int, settings: ImageSettings) -> str | None:
+    """Return why the bytes of an image are not read, None if they are."""
+    try:
+        check_bytes(size, settings.max_pixels)
+    except DecodeError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def tar_faults(path: str) -> Iterator[None]:
+    """Raise a `ShardError` if an archive, which was whole when it was listed, is damaged now."""
+    try:
+        yield
+    except ArchiveError as error:
+        raise ShardError(
+            f"{path}: {error}; the file changed while it was packed: run the same command again"
+        ) from error
+
+
+def _tar_label(archive: TarFile, beside: Mapping[str, TarMember], settings: ImageSettings) -> str | None:
+    """Read the label of an image from the best member beside it.
+
+    Raises:
+        ValueError: the member holds none.
+    """
+    suffix = next(suffix for suffix in LABEL_SUFFIXES if suffix in beside)
+    member = beside[suffix]
+    if member.size > LABEL_BYTES:
+        raise ValueError(f"expected at most {LABEL_BYTES:,} bytes, found {member.size:,}")
+    data = archive.read(member.data, member.size)
+    return json_label(data, settings.label_column) if suffix == "json" else data.decode().strip() or None
+
+
+def json_label(data: bytes, column: str) -> str | None:
+    """The label in a JSON object, None if it has none.
+
+    Raises:
+        ValueError: if this is no JSON object.
+    """
+    try:
+        values = json.loads(data)
+    except RecursionError:
+        raise ValueError("values nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError("no JSON object")
+    value = values.get(column)
+    return None if value is None else str(value)
+
+
+def folder_label(name: str) -> str | None:
+    """The label of a class folder: the folder that holds the file; None for files that lie in none."""
+    return name.rpartition("/")[0].rpartition("/")[2] or None
 
 
 def _read_table(unit: RowGroup, settings: ImageSettings) -> Iterator[Found]:
-    # without these two, the whole row group is read before its first row comes out
-    with pq.ParquetFile(unit.path, pre_buffer=False, buffer_size=_TABLE_BUFFER_BYTES) as table:
-        labelled = settings.label_column in table.schema_arrow.names
-        names = class_names(table.schema_arrow, settings.label_column)
-        columns = [settings.image_column, *([settings.label_column] if labelled else [])]
-        batches = table.iter_batches(_TABLE_BATCH_ROWS, row_groups=[unit.number], columns=columns, use_threads=False)
-        row = unit.first_row
-        for batch in batches:
-            images = batch.column(settings.image_column)
-            labels = batch.column(settings.label_column).to_pylist() if labelled else [None] * batch.num_rows
-            for image, label in zip(images, labels, strict=True):
-                value = image.as_py()
-                data = value.get("bytes") if isinstance(value, dict) else value
+    """Images of a row group; behind damage, all rows that are left of it have a fault."""
+    row = unit.first_row
+    stop = row + unit.files
+    fault: str | None = None
+    try:
+        with open_table(unit.path) as table:
+            for data, label in table_rows(table, unit.number, settings.image_column, settings.label_column):
                 source = f"{unit.source}#{row}"
-                fault = "no bytes in this row" if data is None else None
-                yield Found(source, source, data or b"", _label_of(label, names), fault)
+                fault = "no bytes in this row" if data is None else _too_large(len(data), settings)
+                if label is not None and len(label) > LABEL_BYTES:
+                    fault, label = f"its label is unreadable: {len(label):,} characters", None
                 row += 1
-
-
-def _label_of(value: Any, names: list[str] | None) -> str | None:
-    if value is None:
-        return None
-    if names and isinstance(value, int) and 0 <= value < len(names):
-        return utf8(names[value])
-    return utf8(str(value))
+                yield Found(source, source, data or b"", None if label is None else utf8(label), fault)
+    except ConfigError as error:
+        fault = f"cannot be read: {error}"
+    for left in range(row, stop):
+        source = f"{unit.source}#{left}"
+        yield Found(source, source, b"", None, fault or "fewer rows than the table states")
 
 
 READERS: dict[type, Callable[[Any, ImageSettings], Iterator[Found]]] = {

@@ -48,8 +48,10 @@ def _next_boundary(stream: Any, offset: int, pattern: re.Pattern[bytes], size: i
         data += chunk
         if match := pattern.search(data):
             return offset + match.end()
-        last = data.rfind(b"\n")  # a blank line may have begun there
-        kept = data[last:] if last >= 0 and not data[last:].strip() else b""
+        last = data.rfind(
+            b"\n"
+        )  # a blank line may have begun there; of its white space nothing is kept, it may be long
+        kept = b"\n" if last >= 0 and not data[last:].strip() else b""
         offset += len(data) - len(kept)
         data = kept
     return size

@@ -84,3 +84,5 @@ class DocumentBatch:
     """Line numbers inside the span, from 0; empty for plain text."""
     labels: list[str | None] = field(default_factory=list)
     """Labels of the documents; empty unless `DocumentOptions.label_field` is set."""
+    nulls: int = 0
+    """Lines among them whose text is null; they are no documents."""

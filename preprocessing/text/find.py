@@ -3,9 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
+from d2v2ds.io.read import irregular
 from preprocessing.driver.input_files import check_present, read_manifest, source_name, unreadable, walk
 from preprocessing.text.documents import DocumentOptions, Form, TextFile
 from preprocessing.text.tsv import check_columns, tsv_columns, wanted_columns
@@ -39,7 +42,8 @@ def find_text_files(
             file = _text_file(str(root), root.parent)
             found = _files_of_manifest(root, options) if file.form == "tsv" and _is_manifest(file, options) else [file]
         else:
-            raise ConfigError(f"--input {root}: expected a folder or a file, found nothing there")
+            there = irregular(root.stat().st_mode) if root.exists() else "nothing there"
+            raise ConfigError(f"--input {root}: expected a folder or a file, found {there}")
         if not found:
             known = ", ".join(sorted(FORMS))
             raise ConfigError(f"--input {root}: expected text ({known}, each also with .gz or .zst), found none")
@@ -68,7 +72,7 @@ def _is_manifest(file: TextFile, options: DocumentOptions) -> bool:
 def _files_of_manifest(manifest: Path, options: DocumentOptions) -> list[TextFile]:
     optional = [options.label_field] if options.label_field else []
     lines = list(read_manifest(manifest, optional, required=optional))
-    check_present([line.place for line in lines if not (manifest.parent / line.path).is_file()])
+    check_present([line.place for line in lines if not (manifest.parent / line.path).exists()])
     return [
         _text_file(str(manifest.parent / line.path), manifest.parent, label=next(iter(line.values.values()), None))
         for line in lines
@@ -84,10 +88,7 @@ def _split_name(name: str) -> tuple[str, str | None]:
 
 def _text_file(path: str, root: Path, label: str | None = None) -> TextFile:
     suffix, compression = _split_name(path)
-    try:
-        size = os.stat(path).st_size  # noqa: PTH116
-    except OSError as error:
-        raise ConfigError(f"{path}: {unreadable(path, error)}; mend or remove it") from error
+    size = retried(partial(_file_size, path))
     return TextFile(
         path=path,
         source=source_name(root, path),
@@ -96,3 +97,21 @@ def _text_file(path: str, root: Path, label: str | None = None) -> TextFile:
         compression=compression,
         label=label,
     )
+
+
+def _file_size(path: str) -> int:
+    """Return the bytes of a text file.
+
+    Raises:
+        ConfigError: it is absent or no regular file.
+        MachineError: the machine is at fault.
+    """
+    try:
+        facts = os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        if is_machine_fault(error):
+            raise reading_error(path, error, ConfigError) from error
+        raise ConfigError(f"{path}: {unreadable(path, error)}; mend or remove it") from error
+    if fault := irregular(facts.st_mode):
+        raise ConfigError(f"{path}: expected a file, found {fault}; remove it")
+    return facts.st_size

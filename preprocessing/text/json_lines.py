@@ -1,6 +1,7 @@
 """Documents of JSON lines.
 
-Many lines are decoded in one call. Only if one of them needs attention are they decoded one by one.
+Many lines are decoded in one call. Only if one of them needs attention are they decoded one by one. A line whose text
+is null is no document; batches count such lines.
 """
 
 import functools
@@ -23,7 +24,7 @@ def read_json(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatc
         if batch is None:
             lines = decode_lines(data, position, span, options.errors)
             batch = _decode_one_by_one(first, lines, span, options)
-        if batch.texts:
+        if batch.texts or batch.nulls:
             yield batch
 
 
@@ -37,19 +38,23 @@ def _decode_at_once(first: int, data: bytes, options: DocumentOptions) -> Docume
         objects = _decoder(options.text_field, options.label_field).decode_lines(data)
         if not data.isascii():
             data.decode()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if len(objects) != _count_lines_of_one_object(data):
         return None
+    numbers: Sequence[int] = range(first, first + len(objects))
+    nulls = sum(values.text is None for values in objects)
+    if nulls:
+        numbers = [number for number, values in zip(numbers, objects, strict=True) if values.text is not None]
+        objects = [values for values in objects if values.text is not None]
     texts = [values.text.strip() for values in objects]
-    numbers: Sequence[int] = range(first, first + len(texts))
     if options.label_field is not None:
         labels = [None if values.label is None else str(values.label) for values in objects]
-        return DocumentBatch(texts=texts, lines=numbers, labels=labels)
+        return DocumentBatch(texts=texts, lines=numbers, labels=labels, nulls=nulls)
     if not all(texts):
         numbers = [number for number, text in zip(numbers, texts, strict=True) if text]
         texts = [text for text in texts if text]
-    return DocumentBatch(texts=texts, lines=numbers)
+    return DocumentBatch(texts=texts, lines=numbers, nulls=nulls)
 
 
 def _count_lines_of_one_object(data: bytes) -> int | None:
@@ -68,7 +73,7 @@ def _count_lines_of_one_object(data: bytes) -> int | None:
 @functools.cache
 def _decoder(text_field: str, label_field: str | None) -> msgspec.json.Decoder[Any]:
     """Return the decoder of lines with these fields; other fields become no objects."""
-    fields: list[Any] = [("text", str, msgspec.field(name=text_field))]
+    fields: list[Any] = [("text", str | None, msgspec.field(name=text_field))]
     if label_field is not None:
         fields.append(("label", str | int | None, msgspec.field(name=label_field, default=None)))
     return msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
@@ -76,11 +81,14 @@ def _decoder(text_field: str, label_field: str | None) -> msgspec.json.Decoder[A
 
 def _decode_one_by_one(first: int, lines: Sequence[str], span: TextSpan, options: DocumentOptions) -> DocumentBatch:
     """Return the documents of lines of which some are blank, hold half characters, or are malformed."""
-    texts, numbers, labels = [], [], []
+    texts, numbers, labels, nulls = [], [], [], 0
     for number, line in enumerate(map(str.strip, lines), start=first):
         if not line:
             continue
         values = _decode_line(line, options.text_field, span, number)
+        if values[options.text_field] is None:
+            nulls += 1
+            continue
         text = _without_half_characters(values[options.text_field].strip(), span, number, options.errors)
         if options.label_field is not None:
             labels.append(_label_in(values, options.label_field, span, number))
@@ -88,23 +96,27 @@ def _decode_one_by_one(first: int, lines: Sequence[str], span: TextSpan, options
             continue
         numbers.append(number)
         texts.append(text)
-    return DocumentBatch(texts=texts, lines=numbers, labels=labels)
+    return DocumentBatch(texts=texts, lines=numbers, labels=labels, nulls=nulls)
 
 
 def _decode_line(line: str, name: str, span: TextSpan, number: int) -> dict[str, Any]:
     """Decode one line with Python's decoder, which accepts half characters and reports the fault.
 
     Raises:
-        ConfigError: the line is not one JSON object, or has no text in field `name`.
+        ConfigError: the line is not one JSON object, or has neither text nor null in field `name`.
     """
     try:
         values = json.loads(line)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise ConfigError(
+            f"{place_of(span, number)}: expected one JSON object, found values nested too deeply"
+        ) from None
+    except ValueError as error:  # also a number of thousands of digits
         raise ConfigError(f"{place_of(span, number)}: expected one JSON object, found {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{place_of(span, number)}: expected one JSON object, found {line!r:.60}")
-    text = values.get(name)
-    if not isinstance(text, str):
+    text = values.get(name, ...)
+    if not isinstance(text, str | None):
         found = f"it is {text!r:.40}" if name in values else f"the fields {sorted(values)!r:.200}"
         raise ConfigError(
             f"{place_of(span, number)}: expected text in field {name!r}, found {found}; name the field by --text-field"

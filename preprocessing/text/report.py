@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.data.schema import Index
-from d2v2ds.errors import MissingExtraError
-from d2v2ds.modalities.text.shards import TOKEN_DTYPES, TextShards
+from d2v2ds.data.schema import INDEX_NAME, Index
+from d2v2ds.errors import MissingExtraError, ShardError
+from d2v2ds.modalities.text.shards import TOKEN_DTYPES, TextShards, format_fault
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
 from preprocessing.driver.report_lines import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
 
@@ -21,13 +21,16 @@ _SAMPLE_CHARS = 160
 
 def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> Iterator[str]:
     """Yield faults: rows of another length than stated, longer than a block, without ``<s>``, with ids out of range."""
+    if found := format_fault(index.format):
+        yield f"{INDEX_NAME}: {found}"
+        return
     dtype, vocab_size, bos = TOKEN_DTYPES[index.format["token_dtype"]], index.format["vocab_size"], _bos(index)
     _, offsets, data = batch.column("tokens").buffers()
     bounds = np.frombuffer(offsets, dtype=np.int64, count=batch.num_rows + 1)
     stated = batch.column("num_tokens").to_numpy()
     for row in np.flatnonzero(np.diff(bounds) != stated * dtype.itemsize).tolist():
-        found = int(bounds[row + 1] - bounds[row])
-        yield fault(f"{name} row {first + row}", "tokens", f"{stated[row]} of {dtype.itemsize} bytes", f"{found} bytes")
+        size = int(bounds[row + 1] - bounds[row])
+        yield fault(f"{name} row {first + row}", "tokens", f"{stated[row]} of {dtype.itemsize} bytes", f"{size} bytes")
         return  # the offsets of later rows are unknown
     for row in np.flatnonzero((stated < 1) | (stated > index.format["block_tokens"])).tolist():
         expected = f"1 to {index.format['block_tokens']}"
@@ -51,14 +54,16 @@ def headline(index: Index) -> str:
 def lines(shards: TextShards) -> list[str]:
     """Amounts, fill of the rows, frequent tokens, decoded beginnings of rows."""
     totals = shards.index.totals
-    documents, tokens = totals["documents"], totals["tokens"]
+    documents, tokens = totals.get("documents", 0), totals.get("tokens", 0)
     found = [f"tokens    {tokens:,}"]
     if not len(shards):
         return found
     each = f", {tokens / documents:.1f} tokens each" if documents else ""
-    found.append(f"documents {documents:,}{each}; {totals['bytes'] / tokens:.2f} bytes of text per token")
+    found.append(
+        f"documents {documents:,}{each}; {totals.get('bytes', 0) / max(1, tokens):.2f} bytes of text per token"
+    )
     found.append("fill      " + percentiles(100 * shards.sizes / shards.block_tokens, "least", "most", 1) + " %")
-    tokenizer = load_tokenizer(shards.index.format["tokenizer"], shards.tokenizer_file)
+    tokenizer = _tokenizer_of(shards)
     counts = token_counts(shards)
     share = counts / counts.sum()
     found.append(f"unknown   {share[shards.special['unk']]:.3%} of the tokens{_of(shards)}")
@@ -104,12 +109,12 @@ def plot(shards: TextShards, path: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes: Any = figure.subplots(2, 2)
     axes[0, 0].hist(shards.sizes, bins=60, range=(0, shards.block_tokens), log=True)
-    tokens = shards.index.totals["tokens"]
+    tokens = shards.index.totals.get("tokens", 0)
     axes[0, 0].set(title=f"{len(shards):,} rows, {tokens:,} tokens", xlabel="tokens of a row", ylabel="rows")
     for axis in axes[1]:
         axis.set_axis_off()
     if len(shards):
-        tokenizer = load_tokenizer(shards.index.format["tokenizer"], shards.tokenizer_file)
+        tokenizer = _tokenizer_of(shards)
         counts = token_counts(shards)
         used = np.sort(counts[counts > 0])[::-1]
         axes[0, 1].loglog(np.arange(1, len(used) + 1), used / used.sum())
@@ -122,6 +127,19 @@ def plot(shards: TextShards, path: Path) -> None:
             axis.text(0, 1, "\n".join(content), va="top", wrap=True, fontsize=7, family="monospace")
     axes[0, 1].set_title(f"{shards.vocab_size:,} ids")
     figure.savefig(path, dpi=100)
+
+
+def _tokenizer_of(shards: TextShards) -> Tokenizer:
+    """Read the tokenizer of a folder.
+
+    Raises:
+        ConfigError: it is none.
+        ShardError: it is not the one that made the tokens.
+    """
+    tokenizer = load_tokenizer(str(shards.index.format["tokenizer"]), shards.tokenizer_file)
+    if tokenizer.vocab_size != shards.vocab_size:
+        raise ShardError(f"{shards.tokenizer_file}: expected {shards.vocab_size} ids, found {tokenizer.vocab_size}")
+    return tokenizer
 
 
 def _bos(index: Index) -> int:

@@ -5,15 +5,17 @@ Token ids stay in NumPy arrays from the tokenizer to the shard; no Python loop r
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.modalities.text.tokenizers import BOS, EOS, Tokenizer
+from d2v2ds.modalities.text.tokenizers import BOS, EOS, UNK, Tokenizer
 from preprocessing.driver.protocol import Notes, Row
 from preprocessing.driver.shard_plan import Skipped
-from preprocessing.text.documents import TextSpan
+from preprocessing.text.documents import DocumentBatch, TextSpan
 from preprocessing.text.read import read_documents
 from preprocessing.text.shard_plan import TextSettings
 from preprocessing.text.tokenization import token_dtype
@@ -23,13 +25,13 @@ def block_rows(units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSe
     """Yield the blocks of one shard: its documents joined, cut, each with ``<s>`` in front; the last may be shorter."""
     blocks = Blocks(settings.block_tokens, token_dtype(tokenizer.vocab_size))
     for span in units:
-        documents = 0
+        tally = _Tally()
         blocks.source = span.file.source
         for batch in read_documents(span, settings.documents):
-            documents += len(batch.texts) - batch.begins_inside
-            notes.counts["bytes"] += _text_bytes(batch.texts)
-            yield from blocks.add(with_ends(*tokenizer.encode(batch.texts), open_end=batch.ends_inside))
-        _count(span, documents, notes)
+            ids, lengths = tokenizer.encode(batch.texts)
+            tally.add(batch, ids)
+            yield from blocks.add(with_ends(ids, lengths, open_end=batch.ends_inside))
+        tally.close(span, notes)
     yield from blocks.finish()
 
 
@@ -40,16 +42,18 @@ def document_rows(
     dtype = token_dtype(tokenizer.vocab_size)
     most = settings.block_tokens - 2
     for span in units:
+        tally = _Tally()
         documents = 0
         for batch in read_documents(span, settings.documents):
-            notes.counts["bytes"] += _text_bytes(batch.texts)
             ids, lengths = tokenizer.encode(batch.texts)
+            tally.add(batch, ids)
             stops = np.cumsum(lengths)
             for number, (stop, length) in enumerate(zip(stops.tolist(), lengths.tolist(), strict=True)):
                 if number == 0 and batch.begins_inside:
                     continue  # its row was made from its first piece, which is far longer than a row
                 start = stop - length
                 kept = min(length, most)
+                tally.cut += kept < length
                 tokens = np.empty(kept + 2, dtype=dtype)
                 tokens[0], tokens[1:-1], tokens[-1] = BOS, ids[start : start + kept], EOS
                 yield Row(
@@ -63,16 +67,56 @@ def document_rows(
                     },
                 )
                 documents += 1
-        _count(span, documents, notes)
+        tally.close(span, notes)
 
 
-def _count(span: TextSpan, documents: int, notes: Notes) -> None:
-    """Count the documents of a span; a whole file without a document counts as skipped."""
-    notes.counts["documents"] += documents
-    is_whole = span.start == 0 and span.stop in (None, span.file.bytes)
-    if is_whole and not documents:
-        notes.skipped.append(Skipped(order=span.order, source=span.file.source, reason="no text but white space"))
-    notes.report(span.files, span.size)
+@dataclass(slots=True)
+class _Tally:
+    """Counts of one span."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    unknown: int = 0
+    nulls: int = 0
+    characters: int = 0
+    invalid: int = 0
+    """U+FFFD, which `DocumentOptions.errors` puts in the place of invalid UTF-8."""
+    cut: int = 0
+    """Documents longer than a row."""
+
+    def add(self, batch: DocumentBatch, ids: NDArray[Any]) -> None:
+        """Count a batch and the (n,) ids of its texts."""
+        self.documents += len(batch.texts) - batch.begins_inside
+        self.bytes += _text_bytes(batch.texts)
+        self.tokens += len(ids)
+        self.unknown += int(np.count_nonzero(ids == UNK))
+        self.nulls += batch.nulls
+        self.characters += sum(map(len, batch.texts))
+        self.invalid += sum(text.count("\ufffd") for text in batch.texts)
+
+    def close(self, span: TextSpan, notes: Notes) -> None:
+        """Report the counts of a whole span; a whole file without a document counts as skipped."""
+        notes.counts["documents"] += self.documents
+        notes.counts["bytes"] += self.bytes
+        order, source = span.order, span.file.source
+        note = partial(notes.note, order=order, source=source)
+        is_whole = span.start == 0 and span.stop in (None, span.file.bytes)
+        if is_whole and not self.documents:
+            reason = "only lines whose text is null" if self.nulls else "no text but white space"
+            notes.skipped.append(Skipped(order=order, source=source, reason=reason))
+        elif self.nulls:
+            lines = self.nulls + self.documents
+            note("null texts", f"{self.nulls:,} of {lines:,} lines", lost=self.nulls / lines)
+        if self.unknown:
+            detail = f"{self.unknown:,} of {self.tokens:,} tokens"
+            note("unknown tokens", detail, lost=self.unknown / self.tokens)
+        if self.invalid:
+            detail = f"{self.invalid:,} of {self.characters:,} characters are U+FFFD"
+            note("invalid characters", detail, lost=self.invalid / self.characters)
+        if self.cut:
+            note("cut documents", f"{self.cut:,} of {self.documents:,} documents", lost=0.0)
+        notes.report(span.files, span.size)
 
 
 def _text_bytes(texts: Sequence[str]) -> int:

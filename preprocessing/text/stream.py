@@ -6,12 +6,15 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from d2v2ds.errors import ConfigError, ShardError
+from d2v2ds.errors import ConfigError, D2V2Error, ShardError
+from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
+from d2v2ds.io.read import open_regular
 from preprocessing.text.documents import Errors, TextFile, TextSpan
 
 CHUNK_BYTES = 512 << 10
@@ -31,14 +34,26 @@ def open_text(file: TextFile) -> Iterator[Any]:
     """Open a stream of the file's text, decompressed.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or is no regular one.
+        MachineError: the machine is at fault.
     """
-    try:
-        stream = _OPENERS[file.compression](file.path)
-    except OSError as error:
-        raise ConfigError(f"{file.source}: expected a readable file, found {error.strerror or error}") from error
-    with stream:
+    with retried(partial(_open, file)) as stream:
         yield stream
+
+
+def _open(file: TextFile) -> Any:
+    open_regular(file.path, ConfigError).close()  # a FIFO would block for ever
+    try:
+        return _OPENERS[file.compression](file.path)
+    except OSError as error:
+        raise _reading_error(file, error, "expected a readable file, found") from error
+
+
+def _reading_error(file: TextFile, error: Exception, what: str) -> D2V2Error:
+    """Make the error of a failed read: the machine's, or one of the file that begins with `what`."""
+    if isinstance(error, OSError) and is_machine_fault(error):
+        return reading_error(file.path, error, ConfigError)
+    return ConfigError(f"{file.source}: {what} {getattr(error, 'strerror', None) or error}")
 
 
 def read_bytes(stream: Any, size: int, file: TextFile, done: int) -> bytes:
@@ -46,14 +61,22 @@ def read_bytes(stream: Any, size: int, file: TextFile, done: int) -> bytes:
 
     Raises:
         ConfigError: the data is damaged.
+        MachineError: the machine is at fault.
     """
+    again = retried if file.compression is None else _once  # a decompressor has moved on
+    return again(partial(_read, stream, size, file, done))
+
+
+def _once(read: Callable[[], bytes]) -> bytes:
+    return read()
+
+
+def _read(stream: Any, size: int, file: TextFile, done: int) -> bytes:
     try:
         data: bytes = stream.read(size)
-    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
-        raise ConfigError(
-            f"{file.source}: expected {file.compression or 'readable'} data, found it damaged behind {done} bytes of "
-            f"text: {error}"
-        ) from error
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        what = f"expected {file.compression or 'readable'} data, found it damaged behind {done} bytes of text:"
+        raise _reading_error(file, error, what) from error
     return data
 
 

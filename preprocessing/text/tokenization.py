@@ -1,11 +1,10 @@
-"""Makes the tokenizers of text shards: trains sentencepiece here, reads one that is given, converts GPT-2's files.
+"""Makes the tokenizers of text shards: trains sentencepiece here, reads one that is given (`byte_pairs` renumbers it).
 
 What they obey and how they encode: `d2v2ds.modalities.text.tokenizers`. One process uses one core: the packer has a
 process per core.
 """
 
 import functools
-import json
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.machine_faults import reading_error
+from d2v2ds.io.read import read_bytes, read_text
 from d2v2ds.modalities.text.shards import TOKEN_DTYPES
 from d2v2ds.modalities.text.tokenizers import (
     BOS,
@@ -23,18 +24,18 @@ from d2v2ds.modalities.text.tokenizers import (
     MASK_NAME,
     PAD,
     SPECIAL_NAMES,
+    TOKENIZER_BYTES,
     UNK,
     BytePairTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     sentencepiece_library,
-    tokenizers_library,
 )
+from preprocessing.text.byte_pairs import GPT2_FILES, contract_json, gpt2_tokenizer_json
 from preprocessing.text.read import piece_end
 
 Normalization = Literal["nmt_nfkc", "identity"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("nmt_nfkc", "identity")
-GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 
 _SENTENCE_CHARS = 16 << 10
 """Longer documents are given to the trainer in pieces; it reads words, so nothing changes."""
@@ -46,90 +47,35 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer that a user gives; a process reads it once.
 
     Args:
-        path: a sentencepiece ``.model``, a Hugging Face ``.json`` with RoBERTa's ids, or a folder with GPT-2's
-            ``encoder.json`` and ``vocab.bpe`` and fairseq's ``dict.txt``.
+        path: a sentencepiece ``.model``, a ``tokenizer.json`` of the library `tokenizers`, or a folder with GPT-2's
+            ``encoder.json`` and ``vocab.bpe`` and fairseq's ``dict.txt``. Ids that are not those of the contract are
+            renumbered.
 
     Raises:
         ConfigError: if it is none of these, or its ids do not follow the contract and cannot be made to.
+        MachineError: the machine failed to read it.
     """
     files = [path / name for name in GPT2_FILES] if path.is_dir() else [path]
     try:
         changed = tuple(file.stat().st_mtime_ns for file in files)
-        return _given(path, changed)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--tokenizer {path}: expected a sentencepiece .model, a tokenizer.json, or a folder with "
-            f"{', '.join(GPT2_FILES)}; found: {error}"
+    except OSError as error:
+        what = f"a sentencepiece .model, a tokenizer.json, or a folder with {', '.join(GPT2_FILES)}"
+        raise reading_error(
+            f"--tokenizer {path}: expected {what}; found: {error.filename}", error, ConfigError
         ) from error
+    return _given(path, changed)
 
 
 @functools.lru_cache(maxsize=1)
 def _given(path: Path, changed_ns: tuple[int, ...]) -> Tokenizer:
+    place = f"--tokenizer {path}"
     if path.is_dir():
-        encoder, merges, dictionary = ((path / name).read_text(encoding="utf-8") for name in GPT2_FILES)
-        return BytePairTokenizer(gpt2_tokenizer_json(encoder, merges, dictionary, path), str(path))
-    kind = BytePairTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-    return kind(path.read_bytes(), f"--tokenizer {path}")
-
-
-# --- GPT-2's files ----------------------------------------------------------------------------------------------------
-
-
-def gpt2_tokenizer_json(encoder: str, merges: str, dictionary: str, place: Path) -> bytes:
-    """GPT-2's byte-pair encoding with the ids of a fairseq dictionary, as one ``tokenizer.json``.
-
-    Args:
-        encoder: contents of ``encoder.json``: token -> GPT-2's id.
-        merges: contents of ``vocab.bpe``: a version line, then one pair a line.
-        dictionary: contents of ``dict.txt``: lines ``GPT-2's id, count``; a token's id is 4 + its line number from 0.
-            Names that are no number (``madeupword0000``) hold a place.
-        place: how messages name the folder.
-
-    Raises:
-        ConfigError: naming file and line of what does not fit.
-    """
-    tokenizers = tokenizers_library()
-    token_of = {id: token for token, id in _json_object(encoder, place / GPT2_FILES[0]).items()}
-    vocabulary = {name: id for id, name in enumerate(SPECIAL_NAMES)}
-    for number, line in enumerate(dictionary.splitlines()):
-        name = line.split(" ")[0]
-        token = token_of.pop(int(name), None) if name.isdecimal() else name
-        if token is None or token in vocabulary or len(line.split(" ")) < 2:
-            raise ConfigError(
-                f"{place / GPT2_FILES[2]} line {number + 1}: expected '<id of {GPT2_FILES[0]}> <count>', each id once, "
-                f"found {line!r:.60}"
-            )
-        vocabulary[token] = len(vocabulary)
-    vocabulary[MASK_NAME] = len(vocabulary)
-    for id in sorted(token_of):  # what merges may need on the way, but the dictionary does not know
-        vocabulary[token_of[id]] = len(vocabulary)
-    pairs = []
-    for number, line in enumerate(merges.splitlines(), start=1):
-        if line.startswith("#version") or not line:
-            continue
-        pair = tuple(line.split(" "))
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-            raise ConfigError(
-                f"{place / GPT2_FILES[1]} line {number}: expected two tokens of {GPT2_FILES[0]} whose union is one, "
-                f"found {line!r:.60}"
-            )
-        pairs.append(pair)
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=pairs))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    model.add_special_tokens([*SPECIAL_NAMES, MASK_NAME])
-    text: str = model.to_str()
-    return text.encode()
-
-
-def _json_object(text: str, place: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{place}: expected JSON, found {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{place}: expected a JSON object, found {type(values).__name__}")
-    return values
+        encoder, merges, dictionary = (read_text(path / name, ConfigError, TOKENIZER_BYTES) for name in GPT2_FILES)
+        return BytePairTokenizer(gpt2_tokenizer_json(encoder, merges, dictionary, path), place)
+    data = read_bytes(path, ConfigError, TOKENIZER_BYTES)
+    if path.suffix == ".json":
+        return BytePairTokenizer(contract_json(data, place), place)
+    return SentencePieceTokenizer(data, place)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

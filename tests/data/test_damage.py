@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import soundfile
 
 from d2v2ds.data.shardfile import RowBatch
-from d2v2ds.errors import ShardError
+from d2v2ds.errors import MachineError, ShardError
 from d2v2ds.modalities.audio.shards import AudioShards
 from d2v2ds.modalities.image.shards import ImageShards
 from d2v2ds.modalities.text.shards import TEXT_LAYOUT, TextShards
@@ -157,7 +159,7 @@ def test_a_file_cut_off_while_mapped_is_an_error_and_is_read_again_once_it_is_wh
     program = """
 import os, sys
 from pathlib import Path
-from d2v2ds.errors import ShardError
+from d2v2ds.errors import MachineError, ShardError
 from d2v2ds.modalities.audio.shards import AudioShards
 
 folder = Path(sys.argv[1])
@@ -219,19 +221,75 @@ def test_offsets_outside_of_the_batch_are_named(bounds: tuple[int, int], tmp_pat
         batch.payload(0)
 
 
-@pytest.mark.parametrize("name", ["stat", "open"])
-def test_errors_of_the_file_system_name_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Failing:
+    """Raises an error of the system in the place of a function, the first `times` times, then calls it."""
+
+    def __init__(self, real: Callable[..., Any], code: int, times: int = 99) -> None:
+        self.real, self.code, self.left = real, code, times
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.left:
+            self.left -= 1
+            raise OSError(self.code, os.strerror(self.code))
+        return self.real(*arguments, **named)
+
+
+def patch(monkeypatch: pytest.MonkeyPatch, name: str, code: int, times: int = 99) -> None:
+    """Let a function that opens shards fail."""
+    monkeypatch.setattr("d2v2ds.io.machine_faults.time.sleep", lambda seconds: None)
+    holder, attribute = {"stat": (os, "stat"), "map": (pa, "memory_map"), "rows": (np, "memmap")}[name]
+    failing = Failing(getattr(holder, attribute), code, times)
+    if name == "stat":
+        monkeypatch.setattr(Path, "stat", lambda path, **named: failing(path, **named))
+    else:
+        monkeypatch.setattr(holder, attribute, failing)
+
+
+@pytest.mark.parametrize("name", ["stat", "map"])
+def test_an_error_of_the_file_names_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = open_shards(pack_folder("text", tmp_path))
+    patch(monkeypatch, name, errno.EACCES)
+    with pytest.raises(ShardError, match=r"text-00000\.arrow: .*Permission denied"):
+        contents(shards, 0)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENODEV])
+@pytest.mark.parametrize("name", ["stat", "map", "rows"])
+def test_an_error_of_the_machine_is_no_damaged_row(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = pack_folder("text", tmp_path)
     shards = open_shards(folder)
+    patch(monkeypatch, name, code)
+    with pytest.raises(MachineError, match=rf"(text-00000\.arrow|rows\.npy): cannot be read: {os.strerror(code)}"):
+        open_shards(folder) if name == "rows" else contents(shards, 0)
+    assert not issubclass(MachineError, ShardError) and MachineError.exit_code == 8
 
-    def fail(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.ESTALE, "Stale file handle")
 
-    if name == "stat":
-        monkeypatch.setattr(Path, "stat", fail)
-    else:
-        monkeypatch.setattr(pa, "memory_map", fail)
-    with pytest.raises(ShardError, match=r"text-00000\.arrow: .*Stale file handle"):
+@pytest.mark.parametrize("name", ["stat", "map", "rows"])
+def test_an_error_that_passes_is_tried_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pack_folder("text", tmp_path)
+    expected = contents(open_shards(folder), 0)
+    patch(monkeypatch, name, errno.ESTALE, times=2)
+    assert contents(open_shards(folder), 0) == expected
+
+
+def test_shards_are_closed_where_a_process_may_open_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = open_shards(pack_folder("image", tmp_path))
+    expected = [contents(shards, row) for row in range(len(shards))]
+    shards = open_shards(tmp_path / "image")
+    contents(shards, 0)
+    shards._open[99] = shards._open.pop(0)  # another shard, in place of many
+    patch(monkeypatch, "map", errno.EMFILE, times=1)
+    assert [contents(shards, row) for row in range(len(shards))] == expected and 99 not in shards._open
+
+
+def test_a_fifo_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    folder = pack_folder("text", tmp_path)
+    shards = open_shards(folder)
+    (folder / "text-00000.arrow").unlink()
+    os.mkfifo(folder / "text-00000.arrow")
+    with pytest.raises(ShardError, match=r"text-00000\.arrow: expected a file, found a FIFO"):
         contents(shards, 0)
 
 

@@ -507,3 +507,40 @@ def test_a_cut_or_damaged_tar_file_is_not_taken_for_a_smaller_one(tmp_path: Path
     for data in (b"<html>not found</html>", b"", gzip.compress(whole)[:-50], gzip.compress(whole)[:-8] + bytes(8)):
         (tmp_path / "a.tar").write_bytes(data)
         refused(tmp_path / "a.tar", "expected a whole archive")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("a")
+    header.type, header.size = kind, 8 << 30
+    with gzip.open(tmp_path / "a.tar", "wb", 1) as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(200):
+            file.write(bytes(1 << 20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(tmp_path / "a.tar", "has a header of 8,589,934,592 bytes")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_a_zip_file_that_states_more_bytes_than_are_free_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a", b"x")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    at = data.index(b"PK\1\2")
+    extra = b"\x01\0\x08\0" + (1 << 60).to_bytes(8, "little")  # the size in 64 bits
+    data[at + 24 : at + 28] = b"\xff" * 4
+    data[at + 30 : at + 32] = len(extra).to_bytes(2, "little")
+    data[at + 47 : at + 47] = extra
+    end = data.index(b"PK\5\6")
+    data[end + 12 : end + 16] = (end - at).to_bytes(4, "little")
+    (tmp_path / "a.zip").write_bytes(data)
+    refused(tmp_path / "a.zip", "1,152,921,504,606,846,976 bytes of files")
+
+
+def test_a_list_that_is_a_fifo_or_not_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "list")
+    assert main(["urls", "--list", str(tmp_path / "list"), "--to", str(tmp_path / "to")]) == 2
+    (tmp_path / "other").write_bytes(b"\xff")
+    assert main(["urls", "--list", str(tmp_path / "other"), "--to", str(tmp_path / "to")]) == 2
+    said = capsys.readouterr().err
+    assert "expected a file, found a FIFO" in said and "expected UTF-8, found byte 0xff" in said

@@ -1,13 +1,18 @@
 """The image packer from end to end: layouts, bad input, re-encoding, restarts, verify and inspect."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +25,7 @@ from d2v2ds.modalities.image.shards import ImageShards
 from preprocessing import inspect
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.formats import open_shards
+from preprocessing.image.rows import LABEL_BYTES
 from preprocessing.pack_images import main
 from preprocessing.verify import main as verify_main
 from preprocessing.verify import verify
@@ -138,13 +144,18 @@ def test_parts_of_a_tar_hold_every_member_once_whatever_its_header(tmp_path: Pat
     assert len(list((tmp_path / "out").glob("*.arrow"))) > 3
 
 
-@pytest.mark.parametrize("kind", ["struct", "binary", "large_binary"])
+@pytest.mark.parametrize(
+    "kind", ["struct", "binary", "large_binary", "binary_view", "dictionary", "struct of a dictionary"]
+)
 def test_parquet_columns_of_either_kind(tmp_path: Path, kind: str) -> None:
     images = [encoded(picture(20 + number, 30), "JPEG") for number in range(10)]
     column = {
         "struct": pa.array([{"bytes": data, "path": None} for data in images]),
         "binary": pa.array(images, pa.binary()),
         "large_binary": pa.array(images, pa.large_binary()),
+        "binary_view": pa.array(images, pa.binary_view()),
+        "dictionary": pa.array(images).dictionary_encode(),
+        "struct of a dictionary": pa.StructArray.from_arrays([pa.array(images).dictionary_encode()], ["bytes"]),
     }[kind]
     table = pa.table({"image": column, "label": [number % 3 for number in range(10)]})
     if kind == "struct":
@@ -161,6 +172,49 @@ def test_parquet_columns_of_either_kind(tmp_path: Path, kind: str) -> None:
     assert len(list((tmp_path / "out").glob("*.arrow"))) > 1
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_labels_of_a_table_may_be_texts_of_every_kind(tmp_path: Path, kind: pa.DataType) -> None:
+    image = encoded(picture(9, 9), "PNG")
+    table = pa.table({"image": [image] * 3, "label": pa.array(["ape", None, "bee"]).cast(kind)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 0
+    assert table_of(tmp_path / "out")["label"].to_pylist() == ["ape", None, "bee"]
+
+
+def test_a_table_that_is_damaged_behind_its_header_loses_only_the_rows_behind_the_damage(tmp_path: Path) -> None:
+    images = [encoded(picture(40 + number, 40, seed=number), "JPEG") for number in range(12)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "t.parquet", row_group_size=4, compression="none",
+                   use_dictionary=False)  # fmt: skip
+    data = bytearray((tmp_path / "t.parquet").read_bytes())
+    data[data.index(images[4]) - 30 : data.index(images[4])] = b"\xff" * 30  # the header of a page
+    (tmp_path / "t.parquet").write_bytes(data)
+    assert pack(tmp_path / "t.parquet", tmp_path / "out", "--max-skipped", "0.5") == 0
+    assert table_of(tmp_path / "out")["image"].to_pylist() == images[:4] + images[8:]
+    reasons = skipped(tmp_path / "out")
+    assert list(reasons) == [f"t.parquet#{row}" for row in range(4, 8)]
+    assert all(reason.startswith("cannot be read: damaged: ") for reason in reasons.values())
+
+
+def test_a_table_of_more_rows_than_its_bytes_can_hold_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"image": pa.array([None] * 500_000, pa.binary())}), tmp_path / "t.parquet")
+    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
+    assert "t.parquet: expected images in every row, found 500,000 in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "features", [b"[" * 100_000, b'{"info": []}', b'{"info": {"features": {"label": {"names": [1]}}}}']
+)
+def test_odd_metadata_of_a_table_are_no_class_names(tmp_path: Path, features: bytes) -> None:
+    table = pa.table({"image": [encoded(picture(9, 9), "PNG")], "label": [0]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": features}), tmp_path / "t.parquet")
+    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 0
+    assert table_of(tmp_path / "out")["label"].to_pylist() == ["0"]
+
+
 def test_parquet_rows_without_bytes_are_skipped_and_labels_are_optional(tmp_path: Path) -> None:
     images = [{"bytes": encoded(picture(9, 9), "PNG"), "path": "a"}, {"bytes": None, "path": "b.png"}, None]
     pq.write_table(pa.table({"picture": images}), tmp_path / "t.parquet")
@@ -175,6 +229,133 @@ def test_files_and_archives_of_one_folder_are_packed_together(photos: Path, tmp_
     assert pack(photos, tmp_path / "out") == 0
     ids = table_of(tmp_path / "out")["id"].to_pylist()
     assert len(ids) == 38 and {"more.tar/x.jpg", "ape/more.parquet#0"} < set(ids)
+
+
+# --- tar files -------------------------------------------------------------------------------------------------------
+
+
+def test_names_with_dots_keep_their_labels_and_the_archive_is_divided(tmp_path: Path) -> None:
+    members = {}
+    for number in range(40):
+        members[f"set/photo.{number:04d}.jpg"] = encoded(picture(40, 30, seed=number), "JPEG")
+        members[f"set/photo.{number:04d}.json"] = b'{"label": "c%d"}' % number
+    assert pack(write_tar(tmp_path / "a.tar", members), tmp_path / "out", "--shard-bytes", "8K") == 0
+    rows = table_of(tmp_path / "out").to_pylist()
+    assert [row["label"] for row in rows] == [f"c{number}" for number in range(40)]
+    assert len(list((tmp_path / "out").glob("*.arrow"))) > 2
+
+
+def test_labels_that_belong_to_no_image_are_an_error_beyond_a_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = encoded(picture(20, 10), "JPEG")
+    members = {f"a/{number}.jpg": image for number in range(5)} | {f"a/{number}.cls": b"1" for number in range(5)}
+    write_tar(tmp_path / "a.tar", {"0.jpg": image, "0.cls": b"1", **members})
+    assert pack(tmp_path / "a.tar", tmp_path / "out") == 3
+    said = capsys.readouterr()
+    assert "without label 83.33%" in said.err and "5 labels without image" in said.out
+    notes = (tmp_path / "out" / "notes.tsv").read_text().splitlines()
+    assert "a.tar\tarchives with other members\t5 labels without image\t0" in notes and len(notes) == 7
+    assert pack(tmp_path / "a.tar", tmp_path / "out", "--max-noted", "1") == 0
+
+
+def test_members_that_are_no_plain_files_are_skipped_or_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": encoded(picture(20, 10), "JPEG"), "0.npy": b"x"})
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        for name, kind in (("1.jpg", tarfile.SYMTYPE), ("2.jpg", tarfile.FIFOTYPE), ("3", tarfile.BLKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.jpg"
+            archive.addfile(member)
+    assert pack(tmp_path / "a.tar", tmp_path / "out") == 3
+    assert skipped(tmp_path / "out") == {
+        "a.tar/1.jpg": "expected an image file, found symbolic link; unpack the archive",
+        "a.tar/2.jpg": "expected an image file, found FIFO; unpack the archive",
+    }
+    assert "2 files ignored: 1 .npy, 1 devices" in capsys.readouterr().out
+
+
+def test_labels_of_absurd_size_or_depth_and_images_larger_than_their_pixels_are_skipped(tmp_path: Path) -> None:
+    image = encoded(picture(20, 10), "JPEG")
+    members = {
+        "0.jpg": image, "0.json": b"[" * 100_000, "1.jpg": image, "1.cls": bytes(LABEL_BYTES + 1), "2.jpg": image,
+        "3.jpg": image + bytes(65 << 20), "4.jpg": image, "4.json": b'{"label": %s}' % (b"9" * 5000),
+    }  # fmt: skip
+    options = ("--max-pixels", "1000", "--max-skipped", "1")
+    assert pack(write_tar(tmp_path / "a.tar", members), tmp_path / "out", *options) == 0
+    assert table_of(tmp_path / "out")["id"].to_pylist() == ["a.tar/2.jpg"]
+    reasons = skipped(tmp_path / "out")
+    assert "values nested too deeply" in reasons["a.tar/0.jpg"]
+    assert "found 1,048,577" in reasons["a.tar/1.jpg"] and "for 1,000 pixels" in reasons["a.tar/3.jpg"]
+    assert "its label is unreadable: Exceeds the limit" in reasons["a.tar/4.jpg"]
+
+
+# --- special files and the machine's faults --------------------------------------------------------------------------
+
+
+def test_special_files_in_a_folder_are_skipped_and_as_input_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(photos / "ape" / "pipe.jpg")
+    (photos / "ape" / "folder.jpg").mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(photos / "ape" / "s.jpg"))
+        assert pack(photos, tmp_path / "out", "--max-skipped", "0.1") == 0
+    reasons = skipped(tmp_path / "out")
+    assert reasons == dict.fromkeys(
+        ("ape/pipe.jpg", "ape/s.jpg"), "expected an image file, found a folder, FIFO, socket or device"
+    )
+    for name in ("a.tar", "a.parquet", "a.tsv"):
+        os.mkfifo(tmp_path / name)
+        assert pack(tmp_path / name, tmp_path / "other") == 2
+        assert (
+            f"{name}: expected a folder, manifest, tar file or parquet table, found a FIFO" in capsys.readouterr().err
+        )
+    os.mkfifo(photos / "a.tar")
+    os.mkfifo(photos / "a.parquet")
+    assert pack(photos, tmp_path / "other") == 2
+    assert capsys.readouterr().err.count("expected a file, found a FIFO") == 2
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2v2ds.io.machine_faults.time.sleep", lambda seconds: None)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, call: str, code: int, name: str, times: int) -> None:
+    """Let a call of `os` fail for files of this name the first `times` times."""
+    real, left = getattr(os, call), [times]
+
+    def fail(path: Any, *rest: Any, **named: Any) -> Any:
+        is_wanted = str(Path(f"/proc/self/fd/{path}").readlink()) if isinstance(path, int) else os.fspath(path)
+        if is_wanted.endswith(name) and left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code), is_wanted)
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, call, fail)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize(
+    ("call", "name"), [("open", "000.jpg"), ("stat", "000.jpg"), ("pread", "a.tar"), ("open", "a.tar")]
+)
+def test_a_fault_of_the_machine_is_no_damaged_image(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    no_waiting: None, code: int, call: str, name: str,
+) -> None:  # fmt: skip
+    write_tar(photos / "a.tar", {"x.jpg": encoded(picture(9, 9), "JPEG")})
+    with monkeypatch.context() as patched:
+        failing(patched, call, code, name, 99)
+        assert pack(photos, tmp_path / "out") == 4
+    message = capsys.readouterr().err
+    assert name in message and os.strerror(code) in message
+    assert not (tmp_path / "out" / "index.json").exists()
+    with monkeypatch.context() as patched:
+        failing(patched, call, code, name, 1 if code in (errno.EIO, errno.ESTALE) else 0)
+        assert pack(photos, tmp_path / "out") == 0, "what is over a moment later is tried again"
+    assert skipped(tmp_path / "out") == {}
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

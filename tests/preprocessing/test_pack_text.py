@@ -1,6 +1,9 @@
 """The text packer from end to end: blocks, rows of documents, bad input, restarts, verify and inspect."""
 
+import errno
+import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +22,7 @@ from preprocessing import inspect
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.formats import open_shards
 from preprocessing.pack_text import main
-from preprocessing.text import read
+from preprocessing.text import read, stream
 from preprocessing.text.documents import DocumentKind, DocumentOptions, TextSpan
 from preprocessing.text.find import find_text_files
 from preprocessing.text.read import read_documents
@@ -407,7 +410,8 @@ def test_verify_finds_every_kind_of_damage(stories: Path, model: Path, tmp_path:
     ],
 )
 def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
-    form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": {"bos": 0}}
+    special = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}
+    form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": special}
     entry = FileEntry(file="", bytes=0, crc32="")
     index = Index(modality="text", format=form, settings={}, files=1, files_skipped=0, plan_sha256="", rows=2,
                   totals={}, rows_file=entry, shards=())  # fmt: skip
@@ -443,3 +447,137 @@ def test_inspect_shows_fill_frequent_tokens_and_text(
     pytest.importorskip("matplotlib")
     assert inspect.main([str(tmp_path / "out"), "--plot", str(tmp_path / "report.png")]) == 0
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+# --- what is lost on the way ------------------------------------------------------------------------------------------
+
+
+def notes_of(folder: Path) -> dict[str, list[str]]:
+    """Kind of note -> details."""
+    lines = (folder / "notes.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        found.setdefault(line.split("\t")[1], []).append(line.split("\t")[2])
+    return found
+
+
+@pytest.fixture
+def narrow_model(tmp_path: Path) -> Path:
+    """A sentencepiece model that knows letters and no bytes."""
+    from io import BytesIO
+
+    import sentencepiece
+
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the sea the ship the whale"] * 50),
+        model_writer=model,
+        vocab_size=13,
+        model_type="char",
+        minloglevel=2,
+    )
+    (tmp_path / "narrow.model").write_bytes(model.getvalue())
+    return tmp_path / "narrow.model"
+
+
+@pytest.mark.parametrize("rows", [(), ("--one-row-per-document",)])
+def test_a_tokenizer_that_does_not_know_the_text_is_an_error_beyond_a_share(
+    tmp_path: Path, narrow_model: Path, rows: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "known.txt").write_text("the sea\n\nthe ship")
+    (tmp_path / "in" / "unknown.txt").write_text("日 本 語 日")
+    options = (tmp_path / "in", tmp_path / "out", "--tokenizer", narrow_model, *rows)
+    assert pack(*options) == 3
+    said = capsys.readouterr()
+    assert "unknown tokens 25.00%), --max-noted allows 1.00%" in said.err
+    assert "1 unknown tokens (25.00% of the content)" in said.out
+    assert notes_of(tmp_path / "out") == {"unknown tokens": ["4 of 8 tokens"]}
+    assert pack(*options, "--max-noted", "0.5") == 0
+
+
+def test_the_usual_recipe_of_byte_pairs_packs_its_own_text_without_an_unknown_token(
+    stories: Path, tmp_path: Path
+) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+
+    recipe = ByteLevelBPETokenizer()
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    recipe.train([str(path) for path in stories.iterdir()], vocab_size=400, special_tokens=names, show_progress=False)
+    recipe.save(str(tmp_path / "recipe.json"))
+    assert pack(stories, tmp_path / "out", "--tokenizer", tmp_path / "recipe.json") == 0
+    assert index_of(tmp_path / "out")["format"]["vocab_size"] == 400 and not (tmp_path / "out" / "notes.tsv").exists()
+    assert {3, 399}.isdisjoint({id for row in rows_of(tmp_path / "out") for id in row["tokens"]})
+    assert verify_main([str(tmp_path / "out"), "--workers", "1"]) == 0
+
+
+def test_lines_whose_text_is_null_are_left_out_and_counted(tmp_path: Path, model: Path) -> None:
+    good, null = '{"text": "the sea"}\n', '{"text": null}\n'
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "some.jsonl").write_text(good * 3 + null)
+    (tmp_path / "in" / "none.jsonl").write_text(null * 2)
+    options = (tmp_path / "in", tmp_path / "out", "--tokenizer", model, "--max-skipped", "0.5")
+    assert pack(*options) == 3 and pack(*options, "--max-noted", "0.2") == 0
+    assert index_of(tmp_path / "out")["totals"]["documents"] == 3
+    assert notes_of(tmp_path / "out") == {"null texts": ["1 of 4 lines"]}
+    assert "none.jsonl\tonly lines whose text is null" in (tmp_path / "out" / "skipped.tsv").read_text()
+
+
+def test_replaced_characters_and_cut_documents_are_counted(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"caf\xe9 sea\n\n" + b"sea " * 100)
+    options = ("--tokenizer", model, "--one-row-per-document", "--errors", "replace")
+    assert pack(tmp_path / "in", tmp_path / "out", *options) == 0
+    characters = len("cafe sea") + 4 * 100 - 1
+    assert notes_of(tmp_path / "out") == {
+        "invalid characters": [f"1 of {characters} characters are U+FFFD"],
+        "cut documents": ["1 of 2 documents"],
+    }
+
+
+# --- special files and the machine's faults --------------------------------------------------------------------------
+
+
+def test_special_files_are_refused_by_name(
+    stories: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    assert pack(tmp_path / "a.txt", tmp_path / "out", "--tokenizer", model) == 2
+    assert "a.txt: expected a folder or a file, found a FIFO" in capsys.readouterr().err
+    os.mkfifo(stories / "pipe.jsonl.gz")
+    assert pack(stories, tmp_path / "out", "--tokenizer", model) == 2
+    assert "pipe.jsonl.gz: expected a file, found a FIFO; remove it" in capsys.readouterr().err
+    (tmp_path / "m.tsv").write_text("path\na.txt\n")
+    assert pack(tmp_path / "m.tsv", tmp_path / "out", "--tokenizer", model) == 2
+    assert "a.txt: expected a file, found a FIFO" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("call", ["stat", "open", "read"])
+def test_a_fault_of_the_machine_ends_the_packing_and_is_tried_again_before(
+    stories: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], call: str, code: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("d2v2ds.io.machine_faults.time.sleep", lambda seconds: None)
+    left = [99]
+
+    def fail(path: object) -> None:
+        if str(path).endswith("book3.txt") and left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code), str(path))
+
+    class Failing(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            fail(self.name)
+            return super().read(size)
+
+    real = {"stat": os.stat, "open": os.open}
+    if call == "read":
+        monkeypatch.setitem(stream._OPENERS, None, Failing)
+    else:
+        monkeypatch.setattr(os, call, lambda path, *rest, **named: (fail(path), real[call](path, *rest, **named))[1])
+    options = (stories, tmp_path / "out", "--tokenizer", model)
+    assert pack(*options) == 4
+    assert f"book3.txt: cannot be read: {os.strerror(code)}" in capsys.readouterr().err
+    left[0] = 2 if code in (errno.EIO, errno.ESTALE) else 0
+    assert pack(*options) == 0 and left == [0]

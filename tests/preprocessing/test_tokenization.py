@@ -1,14 +1,23 @@
 """Tokenizers: ids by the model's contract, round trips, and GPT-2's encoding against a slow one."""
 
 import json
+import os
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from d2v2ds.errors import ConfigError
-from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
+from d2v2ds.modalities.text.tokenizers import (
+    TOKENIZER_BYTES,
+    BytePairTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from preprocessing.text.read import PIECE_CHARS, piece_end
 from preprocessing.text.tokenization import read_tokenizer, token_dtype, train_sentencepiece
 from tests.oracles import byte_pairs as oracle
@@ -214,7 +223,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     from tokenizers import models
 
     Model(models.BPE(vocab=encoder, merges=merges)).save(str(tmp_path / "b.json"))
-    with pytest.raises(ConfigError, match=r"b.json: expected the ids of RoBERTa .* found \{'<s>': None"):
+    with pytest.raises(ConfigError, match=r"b.json: expected the special tokens of RoBERTa .* found \{'<s>': None"):
         read_tokenizer(tmp_path / "b.json")
 
 
@@ -243,3 +252,168 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(tmp_path: Path, 
 
 def test_ids_take_the_smallest_type_that_holds_them() -> None:
     assert [token_dtype(size).name for size in (300, 65536, 65537)] == ["uint16", "uint16", "uint32"]
+
+
+# --- files of other producers -----------------------------------------------------------------------------------------
+
+RECIPE = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def recipe_json(specials: tuple[str, ...] = RECIPE, alphabet: bool = True) -> dict[str, Any]:
+    """Values of a byte-level tokenizer.json trained with these special tokens first, as the usual recipe does."""
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    model = Model(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [],
+        show_progress=False,
+    )
+    model.train_from_iterator([story(seed, 60) for seed in range(60)], trainer)
+    values: dict[str, Any] = json.loads(model.to_str())
+    return values
+
+
+def given(tmp_path: Path, values: Any) -> Tokenizer:
+    path = tmp_path / "given.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return read_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "specials", [RECIPE, tuple(reversed(RECIPE)), ("<mask>", "<unk>", "<s>", "</s>", "<pad>", "<extra>")]
+)
+def test_a_byte_pair_file_of_another_id_order_is_renumbered(tmp_path: Path, specials: tuple[str, ...]) -> None:
+    from tokenizers import Tokenizer as Model
+
+    values = recipe_json(specials)
+    theirs, ours = Model.from_str(json.dumps(values)), given(tmp_path, values)
+    assert ours.vocab_size == theirs.get_vocab_size() and ours.token(ours.vocab_size - 1) == "<mask>"
+    assert [ours.token(id) for id in range(4)] == list(RECIPE[:4])
+    for text in (story(1, 50), "plain words", "日本語"):
+        ids = one_by_one(ours, text)
+        assert [ours.token(id) for id in ids] == theirs.encode(text).tokens and min(ids) > 3
+        assert ours.decode(ids) == text
+    (tmp_path / "tokenizer.json").write_bytes(ours.data)
+    assert load_tokenizer("bpe", tmp_path / "tokenizer.json").encode(["sea"])[0].tolist() == one_by_one(ours, "sea")
+    assert read_tokenizer(tmp_path / "tokenizer.json").data == ours.data, "what follows the contract stays as it is"
+
+
+def test_tokens_that_a_converted_file_marks_as_unknown_stay_unknown(tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(write_gpt2_files(tmp_path / "gpt2", 30))
+    again = given(tmp_path, tokenizer.data.decode())
+    assert again.data == tokenizer.data and again.vocab_size == tokenizer.vocab_size
+    assert 3 in one_by_one(again, story(1, 200))
+
+
+def test_bytes_that_the_vocabulary_lacks_become_unknown_tokens_and_are_not_lost(tmp_path: Path) -> None:
+    tokenizer = given(tmp_path, recipe_json(alphabet=False))
+    assert one_by_one(tokenizer, "\x07\x07") == [3, 3]
+
+
+def test_dropout_of_a_given_file_is_switched_off(tmp_path: Path) -> None:
+    values = recipe_json(("<s>", "<pad>", "</s>", "<unk>"))
+    values["model"] |= {"dropout": 0.5, "vocab": values["model"]["vocab"] | {"<mask>": 500}}
+    tokenizer = given(tmp_path, values)
+    assert len({tuple(one_by_one(tokenizer, story(1, 50))) for _ in range(9)}) == 1
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    values = recipe_json()
+    values["model"] |= changes.pop("model", {})
+    return values | changes
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": 4, "vocab": [[name, -1.0] for name in ("<mask>", *RECIPE[:4], "a")]}
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: "", "expected a tokenizer.json, found none"),
+        (lambda: "[" * 100_000, "expected a tokenizer.json, found none"),
+        (lambda: changed(model={"vocab": {}, "merges": []}), "expected tokens besides the special ones"),
+        (lambda: changed(model={"vocab": dict.fromkeys(recipe_json()["model"]["vocab"], 7)}), "tokens with 1 ids"),
+        (lambda: changed(model={"unk_token": "[UNK]"}), r"found .*'\[UNK\]'"),
+        (
+            lambda: changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "found none: Precompiled",  # a panic, which is no Exception
+        ),
+        (lambda: changed(model=UNIGRAM | {"merges": []}), "a Unigram cannot be renumbered"),
+        (lambda: changed(model=UNIGRAM | {"unk_id": None}), "found none: Encountered an unknown token"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_used_is_named(tmp_path: Path, make: Callable[[], Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"given.json: .*{expected}"):
+        given(tmp_path, make())
+
+
+def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path) -> None:
+    values = recipe_json(("<s>", "<pad>", "</s>", "<unk>"))
+    values["model"]["vocab"]["<mask>"] = 4_000_000_000
+    with pytest.raises(ConfigError, match="given.json: expected the ids of RoBERTa"):
+        given(tmp_path, values)
+
+
+def test_a_library_that_fails_on_one_text_is_an_error_of_the_file(tmp_path: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = given(tmp_path, changed(pre_tokenizer=pattern))
+    with pytest.raises(ConfigError, match="given.json: the tokenizer fails on a text: Onig"):
+        tokenizer.encode(["a" * 40 + "b"])
+
+
+def pieces_only(data: bytes) -> bytes:
+    """A sentencepiece model cut off behind its pieces, without the one that names bytes."""
+    end = data.index(b"\x12", data.index("▁".encode()) + 1)
+    return data[:end]
+
+
+@pytest.mark.parametrize("cut", [lambda data: b"", lambda data: data[:500], lambda data: bytes(500), pieces_only])
+def test_a_sentencepiece_model_that_is_not_whole_is_named(tmp_path: Path, cut: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "given.model").write_bytes(cut(foreign_model()))
+    with pytest.raises(ConfigError, match=r"given.model: expected a (whole )?sentencepiece model, found"):
+        read_tokenizer(tmp_path / "given.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("encoder.json", '{"a": [1]}', "expected a whole number for each token"),
+        ("encoder.json", '{"a": 1, "b": 1}', "expected one id for each token"),
+        ("encoder.json", '{"a": ' + "1" * 5000 + "}", "expected JSON"),
+        ("dict.txt", "9" * 5000 + " 1", "line 1: expected '<id of encoder.json>"),
+        ("dict.txt", b"\xff 1", "expected UTF-8"),
+        ("vocab.bpe", "a b c", "line 1: expected two tokens"),
+    ],
+)
+def test_gpt2_files_that_contradict_each_other_are_named(
+    tmp_path: Path, name: str, content: str | bytes, expected: str
+) -> None:
+    folder = write_gpt2_files(tmp_path / "gpt2")
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=f"{name}.*{expected}"):
+        read_tokenizer(folder)
+
+
+def test_a_token_of_gpt2_that_is_a_special_one_is_refused(tmp_path: Path) -> None:
+    folder = write_gpt2_files(tmp_path / "gpt2")
+    encoder = json.loads((folder / "encoder.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps(encoder | {"<pad>": 9999}))
+    with pytest.raises(ConfigError, match="expected each token once, found '<pad>'"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["given.json", "given.model"])
+def test_a_fifo_or_an_endless_file_given_as_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="expected a file, found a FIFO"):
+        read_tokenizer(tmp_path / name)
+    (tmp_path / name).unlink()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(TOKENIZER_BYTES + 1)
+    with pytest.raises(ConfigError, match="expected at most"):
+        read_tokenizer(tmp_path / name)

@@ -2,19 +2,25 @@
 
 Packing, `preprocessing.verify`, training, feature extraction and the exported image processor take these answers from
 here, so that they agree on every file. Export folders hold a copy of this module, so it imports no more than Pillow.
+Files may come from strangers: what a header says is bounded before memory is taken, and a machine without memory or
+descriptors is a `MachineError`, not a damaged image.
 """
 
+import errno
 import io
+import mmap
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
-from d2v2ds.errors import MissingExtraError
+from d2v2ds.errors import MachineError, MissingExtraError
+from d2v2ds.io.machine_faults import ADVICE, is_machine_fault, reading_error, retried
 
 try:
     from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
@@ -54,6 +60,17 @@ PILLOW_ERRORS = (
 )
 """Errors of Pillow's readers on damaged files."""
 
+MAX_SCANS = 100
+"""Most scans of a JPEG: each is a pass over all pixels, and encoders write about ten."""
+BYTES_PER_PIXEL = 4
+"""Bytes of a pixel without compression, for the largest file that is read; of 16 bits and more it is smaller."""
+_METADATA_BYTES = 64 << 20
+"""Bytes of a file beside its pixels: profiles, previews, texts."""
+_MEMORY_PROBE_BYTES = 1 << 30
+"""Address space that decoding the largest image takes about."""
+_SCAN = b"\xff\xda"
+_NO_FILE = "expected an image file, found a folder, FIFO, socket or device"
+
 _JPEG, _END_OF_JPEG, _PNG = b"\xff\xd8\xff", b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
 _PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"})
 """Chunks of a PNG that its pixels and its orientation depend on."""
@@ -68,7 +85,7 @@ class DecodeError(ValueError):
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Raise a `DecodeError` for whatever Pillow raises."""
+    """Raise a `DecodeError` for whatever Pillow raises, a `MachineError` if the machine is at fault."""
     try:
         yield
     except DecodeError:
@@ -76,8 +93,61 @@ def decoding() -> Iterator[None]:
     except Image.UnidentifiedImageError as error:
         raise DecodeError(f"not an image of JPEG, PNG, {', '.join(OTHER_FORMATS)}") from error
     except PILLOW_ERRORS as error:
+        if isinstance(error, OSError) and is_machine_fault(error):
+            raise reading_error(error.filename or "image", error, MachineError) from error
+        if _asks_for_memory(error) and not has_memory():
+            raise MachineError(f"an image cannot be decoded: {ADVICE[errno.ENOMEM]}") from error
         reason = "cut off" if isinstance(error.__cause__ or error, struct.error) else str(error)
         raise DecodeError(f"does not decode: {reason}".splitlines()[0]) from error
+
+
+def _asks_for_memory(error: Exception) -> bool:
+    """Return True if an allocation failed: for want of memory, or because a damaged file asks for too much."""
+    return isinstance(error, MemoryError) or str(error).endswith(("error -9", "out of memory error"))
+
+
+def has_memory() -> bool:
+    """Return True if this process may take as much memory as decoding a large image needs."""
+    try:
+        mmap.mmap(-1, _MEMORY_PROBE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, MemoryError):
+        return False
+    return True
+
+
+def read_image_file(path: str | PathLike[str], max_pixels: int | None) -> bytes:
+    """Read a whole image file of at most so many pixels without compression.
+
+    Raises:
+        DecodeError: it is absent, no regular file, or larger.
+        MachineError: the machine is at fault; what may pass is tried again before.
+    """
+    return retried(lambda: _read_image_file(path, max_pixels))
+
+
+def _read_image_file(path: str | PathLike[str], max_pixels: int | None) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would block for ever
+        try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise DecodeError(_NO_FILE)
+            check_bytes(facts.st_size, max_pixels)
+            return io.FileIO(descriptor, closefd=False).readall()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise DecodeError(_NO_FILE) from error
+        if is_machine_fault(error):
+            raise reading_error(os.fspath(path), error, MachineError) from error
+        raise DecodeError(f"unreadable: {error.strerror}") from error
+
+
+def check_bytes(size: int, max_pixels: int | None) -> None:
+    """Raise a `DecodeError` if a file has more bytes than the pixels that are allowed."""
+    if max_pixels is not None and size > (most := BYTES_PER_PIXEL * max_pixels + _METADATA_BYTES):
+        raise DecodeError(f"a file of {size:,} bytes, expected at most {most:,} for {max_pixels:,} pixels")
 
 
 def open_image(data: bytes | bytearray | memoryview, whole: bool = True) -> Image.Image:
@@ -96,6 +166,8 @@ def open_image(data: bytes | bytearray | memoryview, whole: bool = True) -> Imag
     if not data.startswith(_JPEG):
         return Image.open(stream, formats=OTHER_FORMATS)
     image = JpegImagePlugin.JpegImageFile(stream)  # not by Image.open, which looks for further pictures and may fail
+    if data.count(_SCAN) > MAX_SCANS:
+        raise DecodeError(f"decompression bomb: {data.count(_SCAN):,} scans, expected at most {MAX_SCANS}")
     if whole and data.rfind(_END_OF_JPEG, stream.tell()) < 0:  # Pillow has read up to the pixels
         raise DecodeError("cut off: a JPEG without end marker")
     return image
@@ -141,7 +213,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("mode F: the brightness of floating point pixels is not defined; convert the file first")
     if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64) >> 8
+        wide = np.asarray(image) >> 8
         return Image.fromarray(wide.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
@@ -164,7 +236,10 @@ def read_rgb(given: str | PathLike[str] | Image.Image) -> Image.Image:
     if not isinstance(given, str | PathLike | Image.Image):
         raise DecodeError(f"expected a path or a PIL image, found {type(given).__name__}")
     with decoding():
-        image = _anew(given) if isinstance(given, Image.Image) else open_image(Path(given).read_bytes())
+        if not isinstance(given, Image.Image):
+            image = open_image(read_image_file(given, Image.MAX_IMAGE_PIXELS))
+        else:
+            image = _anew(given)
         check_pixels(image, Image.MAX_IMAGE_PIXELS, "PIL.Image.MAX_IMAGE_PIXELS")
         image.load()
         return upright(to_rgb(image), orientation_of(image))

@@ -145,14 +145,16 @@ def examine(data: bytes, max_pixels: int) -> ImageFacts:
 
     Raises:
         DecodeError: it cannot be packed.
+        MachineError: the machine has no memory for it.
     """
     with opened(data, max_pixels) as image:
         facts = facts_of(image)
-        whole = Box(0, 0, image.width, image.height)
+        # decoders make all pixels in front of the last one; to copy and convert them all would take thrice the memory
+        last = Box(image.width - 1, image.height - 1, image.width, image.height)
         if facts.format == "jpeg":
-            decode_box(data, image.size, whole, None)
+            decode_box(data, image.size, last, None)
         else:
-            _part_of(image, whole)
+            _part_of(image, last)
     return facts
 
 

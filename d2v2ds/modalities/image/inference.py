@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from d2v2ds.errors import CheckpointError
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.modalities.image.reader import resize, whole_view
 from d2v2ds.modalities.inference import InputOptions, Piece
@@ -21,9 +22,17 @@ class ImageInference:
         Args:
             network: settings of the encoder.
             preprocessing: `side` of the export.
+
+        Raises:
+            CheckpointError: they contradict each other.
         """
         self._network = network
         self._side: int = preprocessing["side"]
+        if self._side != network.image_size:
+            raise CheckpointError(
+                f"expected pictures of the network's {network.image_size} pixels a side, found preprocessing to "
+                f"{self._side!r:.40}; export the model again"
+            )
 
     def read(self, item: Any, options: InputOptions, place: str) -> Tensor:
         """Read a file or a PIL image: (3, Y, X) uint8, the middle of the picture."""

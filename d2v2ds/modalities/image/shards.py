@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from d2v2ds.data.schema import Layout, column
+from d2v2ds.data.schema import Index, Layout, column
 from d2v2ds.data.shards import Shards
+from d2v2ds.errors import ShardError
 
 IMAGE_LAYOUT = Layout(
     name="image",
@@ -47,6 +48,18 @@ class EncodedImage:
     height: int
 
 
+def pixel_limit(index: Index) -> int:
+    """Return the most pixels of an image of a folder: its packer skipped larger ones.
+
+    Raises:
+        ShardError: the folder does not say it.
+    """
+    limit = index.settings.get("max_pixels")
+    if type(limit) is not int or limit < 1:
+        raise ShardError(f"expected a number of pixels as 'max_pixels' in 'settings' of the index, found {limit!r:.40}")
+    return limit
+
+
 class ImageShards(Shards):
     """Rows of a folder that `preprocessing.pack_images` has finished, by number."""
 
@@ -54,9 +67,19 @@ class ImageShards(Shards):
     labels = ImageLabels
 
     def read_image(self, index: int) -> EncodedImage:
-        """The encoded image of row `index`; nothing is decoded or copied."""
+        """The encoded image of row `index`; nothing is decoded or copied.
+
+        Raises:
+            ShardError: the row is damaged, or it states what no packer writes.
+        """
         batch, row = self.locate(index)
         data = batch.payload(row).data
         orientation, width, height = (batch.number(row, name) for name in ("orientation", "width", "height"))
         self.check_size(index, width * height)
+        limit = pixel_limit(self.index)
+        if not (1 <= orientation <= 8 and min(width, height) >= 1 and width * height <= limit):
+            raise ShardError(
+                f"{batch.where(row)}: expected an orientation of 1 to 8 and at most {limit:,} pixels, found "
+                f"{orientation} and {width} x {height}; pack the folder again"
+            )
         return EncodedImage(data=data, orientation=orientation, width=width, height=height)

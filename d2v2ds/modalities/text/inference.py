@@ -35,7 +35,8 @@ class TextInference:
         """Tokenizer of the export.
 
         Raises:
-            CheckpointError: the export has none.
+            CheckpointError: the export has none, or it is another model's.
+            ConfigError: its file is no tokenizer.
         """
         kind, file = self._preprocessing["tokenizer"], self._preprocessing["file"]
         if file is None:
@@ -43,9 +44,17 @@ class TextInference:
                 f"{self._folder}: has no tokenizer; export again where the run's shards can be read, or import the "
                 "official file with --tokenizer"
             )
-        if kind not in TOKENIZERS:
+        if kind not in tuple(TOKENIZERS):
             raise CheckpointError(f"{self._folder}: tokenizer of kind {kind!r}, expected {' or '.join(TOKENIZERS)}")
-        return load_tokenizer(kind, self._folder / file)
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+            raise CheckpointError(f"{self._folder}: expected the name of a file of the export, found {file!r:.60}")
+        tokenizer = load_tokenizer(kind, self._folder / file)
+        if tokenizer.vocab_size > self._network.vocab_size:
+            raise CheckpointError(
+                f"{self._folder / file}: has {tokenizer.vocab_size} ids, the model embeds {self._network.vocab_size}; "
+                "it is another model's"
+            )
+        return tokenizer
 
     def read(self, item: Any, options: InputOptions, place: str) -> Tensor:
         """Tokenize a string, or check given ids: (S,) int64 with <s> and </s>."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from d2v2ds.data.reader import DataSettings
 from d2v2ds.data.schema import Index, read_index
-from d2v2ds.errors import MissingExtraError
+from d2v2ds.errors import CheckpointError, MissingExtraError, ShardError
+from d2v2ds.io.read import read_bytes
 from d2v2ds.modalities.demo import Prepared
 from d2v2ds.modalities.inference import GraphInput, HubInput
 from d2v2ds.modalities.modality import Baseline, Modality, ProbeDefaults
@@ -18,6 +19,7 @@ from d2v2ds.modalities.text.inference import TextInference
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.modalities.text.reader import TOKENS, TextDataConfig, TextReader
 from d2v2ds.modalities.text.shards import TextShards
+from d2v2ds.modalities.text.tokenizers import TOKENIZER_BYTES
 from d2v2ds.shapes import PAD_ID
 
 
@@ -113,8 +115,9 @@ class Text(Modality):
     def packed_faults(self, model_folder: Path, preprocessing: Mapping[str, Any], shards: Path) -> list[str]:
         """Compare the tokenizer of packed rows with the model's; nothing is said where one of them is unknown."""
         file = preprocessing.get("file")
-        beside = [(shards / entry.file).read_bytes() for entry in read_index(shards).files_beside]
-        if file is None or not beside or (model_folder / file).read_bytes() in beside:
+        entries = read_index(shards).files_beside
+        beside = [read_bytes(shards / entry.file, ShardError, TOKENIZER_BYTES) for entry in entries]
+        if file is None or not beside or read_bytes(model_folder / file, CheckpointError, TOKENIZER_BYTES) in beside:
             return []
         own = model_folder / file
         return [f"{shards}: was packed with another tokenizer than the model's; pack with --tokenizer {own}"]

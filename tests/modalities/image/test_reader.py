@@ -18,13 +18,13 @@ import d2v2ds.modalities.image
 import d2v2ds.modalities.image.reader as image_module
 from d2v2ds.config.load import load_config
 from d2v2ds.data.codecs.imagefile import to_rgb, upright
-from d2v2ds.data.codecs.pixels import SCALES, Box, displayed, stored_box
+from d2v2ds.data.codecs.pixels import SCALES, Box, ImageFacts, displayed, stored_box
 from d2v2ds.data.collate import Collator
 from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import BatchPlan, MicroBatch
-from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
+from d2v2ds.errors import CheckpointError, ConfigError, MissingExtraError, ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
-from d2v2ds.modalities.image.inference import read_picture
+from d2v2ds.modalities.image.inference import ImageInference, read_picture
 from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader, augmentation_numbers, draw_crops, resize
 from d2v2ds.modalities.image.shards import ImageShards
 from preprocessing.pack_images import main as pack_images
@@ -381,3 +381,23 @@ INVERSES = {
     8: Image.Transpose.ROTATE_270,
 }
 """How a camera stores an image that this EXIF orientation makes upright."""
+
+
+@pytest.mark.parametrize("facts", [(40, 30, 0), (40, 30, 9), (0, 30, 1), (-40, -30, 1), (40_000, 30_000, 1)])
+def test_rows_that_state_what_no_packer_writes_are_damaged(
+    facts: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jpg").write_bytes(encode(photo(40, 30), "JPEG"))
+    monkeypatch.setattr("preprocessing.image.rows.examine", lambda data, most: ImageFacts("jpeg", *facts))
+    assert pack_images(["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
+    with pytest.raises(
+        ShardError, match="row 0: expected an orientation of 1 to 8 and at most 89,478,485 pixels, found"
+    ):
+        ImageShards(tmp_path / "out").read_image(0)
+
+
+@pytest.mark.parametrize("side", [0, -1, 10**9, "224", None])
+def test_an_export_whose_pictures_do_not_fit_its_network_is_refused(side: object) -> None:
+    with pytest.raises(CheckpointError, match="expected pictures of the network's 32 pixels"):
+        ImageInference(FakeNetwork(), {"side": side})

@@ -3,12 +3,14 @@
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from d2v2ds.data.schema import write_index
 from d2v2ds.errors import ConfigError, ShardError
 from d2v2ds.modalities.audio.shards import AudioShards
 from d2v2ds.modalities.image.shards import ImageShards
@@ -110,3 +112,56 @@ def test_readers_travel_to_child_processes(text: TextShards, method: str) -> Non
     with get_context(method).Pool(1) as pool:
         assert pool.apply(_sum_of, (text,)) == expected
     assert len(pickle.dumps(text)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("token_dtype", ["uint16"], "token_dtype is"),
+        ("token_dtype", "int64", "token_dtype is 'int64'"),
+        ("vocab_size", "1000", "vocab_size is '1000', expected 6 to"),
+        ("vocab_size", 10**400, "vocab_size is 1000"),
+        ("vocab_size", None, "vocab_size is None"),
+        ("block_tokens", 1 << 40, "block_tokens is 1099511627776, expected 3 to"),
+        ("block_tokens", -1, "block_tokens is -1"),
+        ("special", {"unk": 5000}, "special is"),
+        ("special", {"unk": "3"}, "special is"),
+        ("special", [0, 1], "special is"),
+        ("special", None, "special is None"),
+        ("special", {"unk": 3}, "expected ids of bos, eos, pad, unk below 1000"),
+    ],
+)
+def test_values_of_an_index_that_cannot_be_true_are_named(
+    tmp_path: Path, name: str, value: object, expected: str
+) -> None:
+    index = pack_tiny(tmp_path / "text", [5, 6])
+    write_index(tmp_path / "text", replace(index, format={**index.format, name: value}))
+    with pytest.raises(ShardError, match=expected):
+        open_shards(tmp_path / "text")
+
+
+@pytest.mark.parametrize("name", ["../secret.model", "/etc/passwd", "other.txt", ["tokenizer.txt"], None, ".."])
+def test_a_tokenizer_outside_of_the_folder_is_not_taken(tmp_path: Path, name: object) -> None:
+    index = pack_tiny(tmp_path / "text", [5, 6])
+    write_index(tmp_path / "text", replace(index, format={**index.format, "tokenizer_file": name}))
+    with pytest.raises(ShardError, match="expected a tokenizer among its files"):
+        open_shards(tmp_path / "text").tokenizer_file  # noqa: B018  (a property that checks)
+
+
+@pytest.mark.parametrize("totals", [{"tokens": "many"}, {"tokens": -1}, {"tokens": None}, {"bytes": [1]}, {"x": True}])
+def test_totals_that_are_no_amounts_are_named(tmp_path: Path, totals: dict[str, object]) -> None:
+    index = pack_tiny(tmp_path / "text", [5, 6])
+    write_index(tmp_path / "text", replace(index, totals={**index.totals, **totals}))
+    with pytest.raises(ShardError, match="expected numbers as 'totals' of its index, found"):
+        open_shards(tmp_path / "text")
+
+
+def test_ids_that_the_tokenizer_lacks_are_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_tiny(tmp_path / "text", [50, 60])
+    shards = open_shards(tmp_path / "text")
+    most = max(int(shards.read_tokens(row).max()) for row in (0, 1))
+    monkeypatch.setattr(TextShards, "vocab_size", most)
+    with pytest.raises(ShardError, match=f"rows .0, 1.: expected ids below {most}, found {most}"):
+        shards.read_blocks(np.array([0, 1]), np.zeros((2, 60), dtype=np.int64), pad_id=1)
+    with pytest.raises(ShardError, match=rf"arrow row [01]: expected ids below {most}, found {most}"):
+        [shards.read_tokens(row) for row in (0, 1)]

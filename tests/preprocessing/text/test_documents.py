@@ -151,6 +151,26 @@ def test_compressed_files_and_documents_that_are_files_stay_whole(tmp_path: Path
     assert not can_be_divided(packed, PARAGRAPHS)
 
 
+def test_white_space_of_any_length_between_paragraphs_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divide, "_SCAN_BYTES", 64)
+    longest = [0]
+
+    class Watched:
+        """The pattern of a blank line; notes the longest text that it is given."""
+
+        def search(self, data: bytes) -> re.Match[bytes] | None:
+            longest[0] = max(longest[0], len(data))
+            return re.search(rb"\n[ \t\r\f\v]*\n", data)
+
+    monkeypatch.setitem(divide._BOUNDARIES, "paragraph", Watched())
+    text = b"one\n" + b" " * 10_000 + b"\ntwo\n\n"
+    file = text_file(write(tmp_path / "a.txt", text))
+    assert document_boundaries(file, [1, 20, 10_006], PARAGRAPHS) == [10_005, 10_005, len(text)]
+    assert longest[0] <= 65
+
+
 def test_a_stretch_without_boundary_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = text_file(write(tmp_path / "a.txt", b"x" * 1000 + b"\n\nend"))
     scan, scanned = divide._next_boundary, []
@@ -254,8 +274,9 @@ BAD_JSON = {
     "[1]": "expected one JSON object, found '[1]'",
     '{"text": "x"}{"text": "y"}': "expected one JSON object, found",
     '{"words": "x"}': "expected text in field 'text', found the fields ['words']; name the field by --text-field",
-    '{"text": null}': "expected text in field 'text', found it is None",
     '{"text": ["x"]}': "expected text in field 'text', found it is ['x']",
+    '{"text": "x", "more": ' + "[" * 100_000: "expected one JSON object, found values nested too deeply",
+    '{"text": ' + "9" * 5000 + "}": "expected one JSON object, found Exceeds the limit",
     '{"text": "x \\ud83d"}': "expected whole characters, found half of one, \\ud83d; --errors replace",
 }
 
@@ -269,6 +290,19 @@ def test_bad_json_lines_are_named(tmp_path: Path, line: str, start: int) -> None
     with pytest.raises(ConfigError) as error:
         whole(read_documents(span, PARAGRAPHS))
     assert str(error.value).startswith(f"a.jsonl line 4: {BAD_JSON[line]}")
+
+
+@pytest.mark.parametrize("odd", ["", " ", "[1]"], ids=["decoded at once", "one by one", "with an odd field"])
+@pytest.mark.parametrize("options", [PARAGRAPHS, LABELS])
+def test_a_null_text_is_no_document_and_is_counted(tmp_path: Path, odd: str, options: DocumentOptions) -> None:
+    lines = ['{"text": "a", "label": "x"}', '{"text": null, "label": "y"}', '{"text": "b"}', '{"text": null}']
+    lines[0] = lines[0].replace("}", f', "more": {odd}}}') if odd.strip() else lines[0]
+    text = ("\n".join(lines) + ("\n" + odd) * (odd == " ")).encode()
+    batches = list(read_documents(TextSpan(file=text_file(write(tmp_path / "a.jsonl", text))), options))
+    assert [text for batch in batches for text in batch.texts] == ["a", "b"]
+    assert [line for batch in batches for line in batch.lines] == [0, 2]
+    assert sum(batch.nulls for batch in batches) == 2
+    assert [label for batch in batches for label in batch.labels] == (["x", None] if options is LABELS else [])
 
 
 def test_half_characters_are_replaced_on_demand_and_whole_ones_stay(tmp_path: Path) -> None:
@@ -395,5 +429,5 @@ def test_a_line_that_never_ends_and_a_file_that_shrank_are_errors(
     with pytest.raises(ShardError, match="expected 50 bytes, found an end at byte 40; the file changed"):
         whole(read_documents(TextSpan(file=file, stop=50), PARAGRAPHS))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(ConfigError, match="a.txt: expected a readable file, found No such file"):
+    with pytest.raises(ConfigError, match="a.txt: cannot be read: No such file"):
         whole(read_documents(TextSpan(file=file, stop=50), PARAGRAPHS))
