@@ -198,7 +198,7 @@ class Index:
     files_beside: tuple[FileEntry, ...] = ()
     """Other files that belong to the folder, such as a tokenizer."""
     shards: tuple[ShardEntry, ...]
-    notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
     """Kind of note -> ``files`` that have it and the share of the folder that is ``lost``; ``notes.tsv`` names them."""
     created_by: Mapping[str, Any] = field(default_factory=dict)
     """Command, date, worker count and library versions: the only part that may differ between equal folders."""

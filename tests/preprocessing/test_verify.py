@@ -92,9 +92,12 @@ def test_wrong_rows_file_is_named(packed: Path) -> None:
 
 def test_wrong_totals_are_named(packed: Path) -> None:
     edit_index(packed, lambda values: values["shards"][0].update(rows=values["shards"][0]["rows"] + 1))
-    faults = verify(packed)
-    assert any("audio-00000.arrow: rows" in fault for fault in faults)
-    assert any("total rows" in fault for fault in faults)
+    with pytest.raises(ShardError, match="rows in all shards, found"):
+        verify(packed)
+    edit_index(packed, lambda values: values.update(rows=values["rows"] + 1))
+    assert any("audio-00000.arrow: rows" in fault for fault in verify(packed))
+    edit_index(packed, lambda values: values["totals"].update(samples=1))
+    assert any("total samples" in fault for fault in verify(packed))
 
 
 def test_an_unfinished_folder_is_an_error_of_its_own(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
