@@ -18,8 +18,8 @@ from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import ModelFolder, load_trunk
 from d2v2ds.interop.fairseq.__main__ import main
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
-from d2v2ds.interop.fairseq.pickles import read_pickled
 from d2v2ds.interop.fairseq.read import OWN_LICENCE, OfficialCheckpoint, read_official
+from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.modalities.text.tokenizers import load_tokenizer
 from d2v2ds.objectives.data2vec2 import Data2Vec2Network
 from d2v2ds.objectives.teacher_network import TeacherNetwork
@@ -251,6 +251,7 @@ def test_fields_of_the_network_are_kept_and_all_others_listed(audio: dict[str, A
         ({"recon_loss": 1}, UnsupportedOptionError, r"recon_loss=1"),
         ({"num_heads": 5}, CheckpointError, "width 16 is not divisible by num_heads 5"),
         ({"depth": "many"}, CheckpointError, "not the configuration of a network"),
+        ({"depth": {"a": [[]] * 300_000}}, CheckpointError, "plain values, found more than 200,000 values"),
         (
             {"modalities": None},
             CheckpointError,
@@ -264,6 +265,43 @@ def test_configuration_that_cannot_be_followed_is_named(
     section = OmegaConf.to_container(audio["cfg"])["model"] | change
     with pytest.raises(error, match=message):
         read_official(save(tmp_path / "x.pt", audio | {"cfg": {"model": section}}))
+
+
+@pytest.mark.parametrize(
+    "spec", ["[(512, 10, 5)] * 999999999", "(1,) * 9999 * 9999", "[" + "(1, 1, 1)," * 200 + "]", "[" * 900]
+)
+def test_a_list_of_convolutions_that_multiplies_is_refused(spec: str, audio: dict[str, Any], tmp_path: Path) -> None:
+    cfg = OmegaConf.to_container(audio["cfg"])
+    cfg["model"]["modalities"]["audio"]["feature_encoder_spec"] = spec
+    with pytest.raises(CheckpointError, match="not the configuration of a network"):
+        read_official(save(tmp_path / "x.pt", audio | {"cfg": cfg}))
+
+
+def test_weights_that_share_their_bytes_many_times_are_refused(audio: dict[str, Any], tmp_path: Path) -> None:
+    one = torch.zeros(10_000)
+    many = {f"head.{number}": one for number in range(30)}
+    with pytest.raises(CheckpointError, match="expected weights of at most .* by the size of the file"):
+        read_official(save(tmp_path / "x.pt", audio | {"model": audio["model"] | many}))
+
+
+def test_weights_without_content_are_refused(
+    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {name: one if name == "_ema" else one.to("meta") for name, one in audio["model"].items()}
+    file = save(tmp_path / "x.pt", audio | {"model": model})
+    assert main(["import", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "x.pt: expected weights, found names and shapes alone" in capsys.readouterr().err
+
+
+def test_what_is_not_needed_of_a_file_can_be_left_out(
+    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save(tmp_path / "x.pt", audio | {"extra_state": Harm()}, pickle_protocol=4)
+    command = ["import", str(file), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "found a wish to use posix.system" in capsys.readouterr().err
+    assert main([*command, "--only-model"]) == 0
+    assert load_model(tmp_path / "out").config == read_official(file, only_model=True).network.trunk
 
 
 def test_other_models_are_named_as_such(audio: dict[str, Any], tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
     preprocessing = {name: modality_of(name, file_name).describe_preprocessing(model.modalities[name], None, None)}
     if tokenizer is not None:
         preprocessing[name] |= {"tokenizer": tokenizer.kind, "file": tokenizer.file_name}
+    if any(tensor.is_meta for tensor in checkpoint.trunk.values()):
+        raise CheckpointError(f"{file_name}: expected weights, found names and shapes alone (of torch's device meta)")
     official = {
         "file": file_name,
         "modality": checkpoint.modality,
@@ -101,7 +103,7 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
 
 
 def import_file(
-    file: Path, folder: Path, drop_unknown: bool = False, tokenizer: Path | None = None
+    file: Path, folder: Path, drop_unknown: bool = False, tokenizer: Path | None = None, only_model: bool = False
 ) -> OfficialCheckpoint:
     """Read an official file and write our folder.
 
@@ -110,6 +112,7 @@ def import_file(
         folder: to write.
         drop_unknown: leave out tensors of the encoder that our network lacks.
         tokenizer: of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only.
+        only_model: read nothing but weights and configuration, whatever else is in the file.
 
     Returns:
         What was read, with warnings about it.
@@ -119,7 +122,7 @@ def import_file(
         UnsupportedOptionError: see `read_official`.
         ConfigError: the tokenizer cannot be read.
     """
-    checkpoint = read_official(file, drop_unknown)
+    checkpoint = read_official(file, drop_unknown, only_model)
     loaded = None
     if tokenizer is not None:
         loaded = _tokenizer_of(checkpoint, tokenizer)

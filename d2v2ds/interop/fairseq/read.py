@@ -24,7 +24,8 @@ from d2v2ds.interop.fairseq.keymap import (
 )
 from d2v2ds.interop.fairseq.official_config import OfficialNetwork, read_section
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
-from d2v2ds.interop.fairseq.pickles import plain, read_pickled
+from d2v2ds.interop.fairseq.pickles import plain
+from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.modalities.settings import read_trunk
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, ModalityConfig
@@ -61,6 +62,8 @@ DECODERS = "decoders."
 _ANY_EMA = EmaConfig(start_decay=0.999, end_decay=0.999, anneal_steps=0)
 """For checks alone: an official file of weights says nothing of the schedule that matters here."""
 _MODALITY = re.compile(r"modality_encoders\.([A-Z0-9_]+)\.")
+_MOST_SHARED = 2
+"""Times that the bytes of a file may be used, on average."""
 _MOST_NESTED = 12
 """Levels of the official configuration that are searched."""
 
@@ -95,23 +98,25 @@ class OfficialCheckpoint:
         return bool(self.decoder)
 
 
-def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
+def read_official(path: Path, drop_unknown: bool = False, only_model: bool = False) -> OfficialCheckpoint:
     """Read an official file without running anything in it.
 
     Args:
         path: of the file, as `torch.save` wrote it.
         drop_unknown: leave out tensors of the encoder that our network lacks instead of refusing the file.
+        only_model: read nothing but weights and configuration, whatever else is in the file.
 
     Raises:
         CheckpointError: it is damaged, wants to run code, or is no data2vec 2.0; or its tensors are not those of
             its own configuration, with every difference.
         UnsupportedOptionError: its network computes something that ours does not, with the option.
-        OSError: it cannot be opened.
+        MachineError: the machine is at fault.
     """
-    content = read_pickled(path)
+    content = read_pickled(path, only_model)
     weights = content.get("model")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: expected official weights under `model`, found the keys {_listed(content)}")
+    _require_bytes(path, weights)
     prefix, modality = _where(path, weights)
     encoder, head, ignored = _divided(weights, prefix)
     averaged = weights.get(prefix + TEACHER)
@@ -124,7 +129,7 @@ def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
     states = network_states(network, modality, has_decoder=has_decoder)
     student = _translated(encoder, _layout(states.student), "", faults, unknown)
     teacher, warnings = None, []
-    if isinstance(averaged, dict) and averaged:
+    if isinstance(averaged, dict) and averaged and all(isinstance(name, str) for name in averaged):
         layout = _layout(states.teacher, bare_blocks=has_bare_blocks(section))
         teacher = _translated(averaged, layout, f"{TEACHER}.", faults, unknown)
     elif has_decoder:
@@ -150,6 +155,17 @@ def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
         licence=_licence(modality, content.get("cfg")),
         warnings=warnings,
     )
+
+
+def _require_bytes(path: Path, weights: Mapping[str, Any]) -> None:
+    """Refuse weights that share their bytes so often that the file holds a small part of what they would become."""
+    inner = [value for value in weights.values() if isinstance(value, dict)]
+    tensors = [one for values in (weights, *inner) for one in values.values() if isinstance(one, Tensor)]
+    size, room = sum(one.nbytes for one in tensors if not one.is_meta), _MOST_SHARED * path.stat().st_size
+    if size > room:
+        raise CheckpointError(
+            f"{path}: expected weights of at most {room:,} bytes by the size of the file, found {size:,}"
+        )
 
 
 def _listed(names: Any, most: int = 8) -> str:
@@ -196,8 +212,8 @@ def _network(
     """The network that the file's configuration describes, the fields that do, and the names of all others."""
     try:
         roots = {key: plain(content.get(key)) for key in ("cfg", "args")}
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: its configuration contains itself") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected a configuration of plain values, found {error}") from error
     found = next(_sections(roots, modality), None)
     if found is None:
         raise CheckpointError(
@@ -214,7 +230,7 @@ def _network(
         problems = network.trunk.check() + objective.check(network.trunk)
     except UnsupportedOptionError as error:
         raise UnsupportedOptionError(f"{path}: {place}: not supported: {error}") from error
-    except (ValidationError, TypeError, ValueError, AttributeError, SyntaxError, MemoryError) as error:
+    except (ValidationError, TypeError, ValueError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
         raise CheckpointError(f"{path}: {place}: not the configuration of a network: {error}") from error
     if problems:
         raise CheckpointError(f"{path}: {place}: not the configuration of a network: {'; '.join(problems)}")
