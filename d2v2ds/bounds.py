@@ -27,10 +27,23 @@ class Bounds:
         return handler(source) | {name: limit for name, limit in asdict(self).items() if limit is not None}
 
 
-Count = Annotated[int, Bounds(ge=1)]
+MOST_LAYERS = 1000
+"""Most layers of any stack: a number from a file that decides how much is built."""
+_MOST_WIDTH = 65_536
+_MOST_COUNT = 2**31 - 1
+
+Count = Annotated[int, Bounds(ge=1, le=_MOST_COUNT)]
 """1 or more."""
-CountOrZero = Annotated[int, Bounds(ge=0)]
+CountOrZero = Annotated[int, Bounds(ge=0, le=_MOST_COUNT)]
 """0 or more."""
+Depth = Annotated[int, Bounds(ge=1, le=MOST_LAYERS)]
+"""Number of layers."""
+DepthOrZero = Annotated[int, Bounds(ge=0, le=MOST_LAYERS)]
+"""Number of layers, or none."""
+Width = Annotated[int, Bounds(ge=1, le=_MOST_WIDTH)]
+"""Channels, heads, groups or taps of a layer."""
+WidthRatio = Annotated[float, Bounds(gt=0, le=1000)]
+"""Width of a layer over that of another."""
 Positive = Annotated[float, Bounds(gt=0)]
 """Above 0."""
 PositiveOrZero = Annotated[float, Bounds(ge=0)]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v2ds.bounds import MOST_LAYERS
+
 
 class _StridedConv(torch.autograd.Function):
     """Strided convolution without padding whose backward on a CPU is a few large matrix products.
@@ -111,11 +113,13 @@ class ConvPositions(nn.Module):
         """
         Args:
             width: D.
-            depth: number of layers.
+            depth: number of layers, at most `MOST_LAYERS`.
             total_kernel: each layer's kernel is max(3, total_kernel // depth).
             groups: of each convolution.
         """
         super().__init__()
+        if depth > MOST_LAYERS:
+            raise ValueError(f"expected at most {MOST_LAYERS} position convolutions, found {depth}")
         kernel = max(3, total_kernel // depth)
         self.layers = nn.ModuleList(SameConv(width, width, kernel, groups) for _ in range(depth))
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
-from d2v2ds.bounds import Count, Rate
+from d2v2ds.bounds import Depth, Rate
 from d2v2ds.model.block import Block, BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, run_blocks
 from d2v2ds.model.network import NetworkSettings
@@ -22,7 +22,7 @@ class TrunkConfig:
 
     block: BlockConfig
     """Settings of every transformer block."""
-    shared_depth: Count
+    shared_depth: Depth
     """Blocks after the prenet, shared by all modalities."""
     modalities: Mapping[str, Any]
     """`NetworkSettings` of each modality in use, by name."""

@@ -30,6 +30,7 @@ from tests.interop.folders import tiny_config
 from tests.interop.folders import write_folder as write_tiny_folder
 from tests.interop.official_files import PUBLISHED, content_of, save
 from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, student_of, write_back
+from tests.interop.test_folder import changed
 from tests.oracles import official_image_text, official_step
 from tests.verify.test_verify_oracle_cases import CASES, case
 
@@ -249,6 +250,10 @@ def test_fields_of_the_network_are_kept_and_all_others_listed(audio: dict[str, A
             r"x\.pt: cfg\.model: not supported: layer_norm_first=True",
         ),
         ({"recon_loss": 1}, UnsupportedOptionError, r"recon_loss=1"),
+        ({"depth": 10**9}, CheckpointError, "depth: Input should be less than or equal to 1000"),
+        ({"depth": 10**5000}, CheckpointError, "not the configuration of a network"),
+        ({"norm_eps": float("nan")}, CheckpointError, "not the configuration of a network"),
+        ({"embed_dim": 10**30}, CheckpointError, "width: Input should be"),
         ({"num_heads": 5}, CheckpointError, "width 16 is not divisible by num_heads 5"),
         ({"depth": "many"}, CheckpointError, "not the configuration of a network"),
         ({"depth": {"a": [[]] * 300_000}}, CheckpointError, "plain values, found more than 200,000 values"),
@@ -425,6 +430,38 @@ def test_export_of_a_joint_network_needs_a_modality_and_gives_its_part(
         kept = (f"encoders.{modality}.", f"decoders.{modality}.", "blocks.")
         for part, tensors in parts.items():
             assert_same_tensors(found[part], {k: v for k, v in tensors.items() if k.startswith(kept)})
+
+
+@pytest.mark.parametrize(
+    "place, value, said",
+    [
+        ("origin.official.section", {"depth": 1}, "origin.official.section: not"),
+        ("origin.official.section.depth", 10**9, "depth: Input should be less than or equal to 1000"),
+        ("origin.official.section", "x", "origin: expected the fields of _Origin, found official.section"),
+        ("origin.official", None, "found official"),
+        ("origin.official.prefix", 3, "found official.prefix"),
+    ],
+)
+def test_export_of_a_folder_with_a_strange_origin_is_refused_by_name(
+    place: str, value: Any, said: str, audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = save(tmp_path / "official.pt", audio), tmp_path / "folder"
+    assert main(["import", str(file), "--out", str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(changed(config, place, value)))
+    assert main(["export", str(folder), "--out", str(tmp_path / "x.pt")]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [3, [], {"audio": 3}, {"audio": {"decoder": {}}}, {"audio": None}])
+def test_export_of_a_folder_with_a_strange_objective_is_refused_by_name(
+    value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_folder(tmp_path / "folder", tiny_config("audio"))
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(changed(config, "objective.modalities", value)))
+    assert main(["export", str(tmp_path / "folder"), "--out", str(tmp_path / "x.pt")]) == 2
+    assert f"{tmp_path / 'folder'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from d2v2ds.errors import CheckpointError
+from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.interop.fairseq.keymap import (
     is_alibi_scale,
     official_names,
@@ -62,6 +62,11 @@ DECODERS = "decoders."
 _ANY_EMA = EmaConfig(start_decay=0.999, end_decay=0.999, anneal_steps=0)
 """For checks alone: an official file of weights says nothing of the schedule that matters here."""
 _MODALITY = re.compile(r"modality_encoders\.([A-Z0-9_]+)\.")
+_NO_NETWORK = (
+    ConfigError, ValidationError, TypeError, ValueError, AttributeError, KeyError, SyntaxError, MemoryError,
+    RecursionError,
+)  # fmt: skip
+"""Errors on values that are no configuration."""
 _MOST_SHARED = 2
 """Times that the bytes of a file may be used, on average."""
 _MOST_NESTED = 12
@@ -126,7 +131,7 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
     faults: list[str] = []
     unknown: list[str] = []
     has_decoder = any(".decoder." in name for name in encoder)
-    states = network_states(network, modality, has_decoder=has_decoder)
+    states = network_states(network, modality, str(path), has_decoder=has_decoder)
     student = _translated(encoder, _layout(states.student), "", faults, unknown)
     teacher, warnings = None, []
     if isinstance(averaged, dict) and averaged and all(isinstance(name, str) for name in averaged):
@@ -222,19 +227,40 @@ def _network(
         )
     place, official = found
     tokens = encoder.get("modality_encoders.TEXT.local_encoder.embed_tokens.weight")
+    network, section, ignored = checked_section(official, modality, tokens, f"{path}: {place}")
+    return network, section, [f"{place}.{name}" for name in ignored] + _beside(roots, place)
+
+
+def checked_section(
+    official: Any, modality: str, tokens: Tensor | None, where: str
+) -> tuple[OfficialNetwork, dict[str, Any], list[str]]:
+    """Translate an official section from a file, and check every number in it.
+
+    Args:
+        official: plain values.
+        modality: of the network.
+        tokens: embedding of text.
+        where: file and place, for messages.
+
+    Returns:
+        As `read_section`.
+
+    Raises:
+        UnsupportedOptionError, CheckpointError: naming what does not fit.
+    """
     try:
         network, section, ignored = read_section(official, modality, None if tokens is None else len(tokens))
-        read_trunk(asdict(network.trunk), place)  # for the bounds of single fields
+        read_trunk(asdict(network.trunk), where)  # for the bounds of single fields
         TypeAdapter(ModalityConfig).validate_python(asdict(network.objective()))
         objective = Data2Vec2Config(ema=_ANY_EMA, modalities={modality: network.objective()})
         problems = network.trunk.check() + objective.check(network.trunk)
     except UnsupportedOptionError as error:
-        raise UnsupportedOptionError(f"{path}: {place}: not supported: {error}") from error
-    except (ValidationError, TypeError, ValueError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {place}: not the configuration of a network: {error}") from error
+        raise UnsupportedOptionError(f"{where}: not supported: {error}") from error
+    except _NO_NETWORK as error:
+        raise CheckpointError(f"{where}: not the configuration of a network: {error}") from error
     if problems:
-        raise CheckpointError(f"{path}: {place}: not the configuration of a network: {'; '.join(problems)}")
-    return network, section, [f"{place}.{name}" for name in ignored] + _beside(roots, place)
+        raise CheckpointError(f"{where}: not the configuration of a network: {'; '.join(problems)}")
+    return network, section, ignored
 
 
 def _beside(roots: dict[str, Any], place: str) -> list[str]:
@@ -298,11 +324,19 @@ class _States:
     teacher: Tensors
 
 
-def network_states(network: OfficialNetwork, modality: str, *, has_decoder: bool) -> _States:
+def network_states(network: OfficialNetwork, modality: str, where: str, *, has_decoder: bool) -> _States:
+    """Build both networks of an official file, without memory for their weights.
+
+    Raises:
+        CheckpointError: naming the file `where` the settings come from, if no tensor can have their sizes.
+    """
     own = network.objective()
-    with torch.device("meta"):
-        student = Data2Vec2Network(network.trunk, {modality: own}).state_dict()
-        teacher = Trunk(network.trunk, with_local={modality: not own.share_local_encoder}).state_dict()
+    try:
+        with torch.device("meta"):
+            student = Data2Vec2Network(network.trunk, {modality: own}).state_dict()
+            teacher = Trunk(network.trunk, with_local={modality: not own.share_local_encoder}).state_dict()
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        raise CheckpointError(f"{where}: its settings describe no network: {error}") from error
     names = {name.removeprefix("trunk."): name for name in student}
     kept = {ours: student[name] for ours, name in names.items() if has_decoder or not ours.startswith(DECODERS)}
     return _States(kept, teacher)
