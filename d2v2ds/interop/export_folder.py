@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
-from d2v2ds.io.read import open_regular, parse_json, read_json, validate
+from d2v2ds.io.read import open_regular, parse_json, read_bytes, read_json, validate
 from d2v2ds.io.safetensors_header import DTYPES
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.modalities.settings import MOST_NUMBER, read_trunk, write_trunk
@@ -41,6 +41,8 @@ FILE_SUFFIX = ".safetensors"
 DESCRIPTION_KEY = "d2v2ds"
 """Metadata key of a single file for what config.json holds in a folder."""
 CONFIG_NAME = "config.json"
+FILES_KEY = "files"
+"""Key of config.json with the names of all files of the export: a later export replaces these and no others."""
 PIECE_BYTES = 5_000_000_000
 """Weights of more bytes are divided into several files."""
 
@@ -313,9 +315,22 @@ def plain_name(where: Path, name: Any) -> str:
     Raises:
         CheckpointError: it leads out of the folder.
     """
-    if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
         raise CheckpointError(f"{where}: expected the name of a file beside it, found {name!r:.80}")
     return name
+
+
+def read_beside(folder: Path, name: Any) -> bytes:
+    """Read a file that a folder from elsewhere names, in order to copy it.
+
+    Raises:
+        CheckpointError: it lies outside of the folder, by its name or by a link, or is no file.
+        MachineError: the machine is at fault.
+    """
+    file = folder / plain_name(folder, name)
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{file}: expected a file of its folder, found a link that leads out of it")
+    return read_bytes(file, CheckpointError)
 
 
 _MOST_HEADER_BYTES = 100_000_000

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk
+from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk, read_beside
 from d2v2ds.interop.export_write import new_folder, write_file, write_tensors
 from tests.interop.folders import drawn, tiny_config, write_folder
+from tests.io.test_output import another_writer
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -401,3 +402,97 @@ def test_a_folder_whose_files_are_links_of_its_owner_is_read(tmp_path: Path) -> 
     for file in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(file)
     assert same(load_trunk(ModelFolder(tmp_path / "snapshot")).state_dict(), parts["model"])
+
+
+def test_files_that_no_export_wrote_keep_an_export_from_being_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("audio"))
+    (path / "notes.txt").write_text("mine")
+    (path / ".git").mkdir()
+    with pytest.raises(CheckpointError, match=r"found \.git, notes\.txt, which no export wrote"):
+        write_folder(path, tiny_config("text"))
+    assert list(ModelFolder(path).description.model.modalities) == ["audio"]
+    assert (path / "notes.txt").read_text() == "mine"
+    (path / ".git").rmdir()
+    (path / "notes.txt").unlink()
+    (path / "config.json").write_text(_change(json.loads((path / "config.json").read_text()), "files", None))
+    write_folder(path, tiny_config("text"))  # an export of before there was a list
+    (path / "model.onnx").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"found model\.onnx, which no export wrote"):
+        write_folder(path, tiny_config("text"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+def test_links_and_files_of_others_beside_an_export_lose_nothing(kind: str, tmp_path: Path) -> None:
+    path, mine = tmp_path / "model", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    (tmp_path / f".model.{kind}").symlink_to(mine)
+    for _ in range(2):
+        write_folder(path, tiny_config("text"))
+    assert (mine / "thesis.tex").read_text() == "x"
+    shutil.copytree(mine, tmp_path / f".model.{kind}")
+    with pytest.raises(CheckpointError, match=f".model.{kind}: expected nothing, or .* files of somebody else"):
+        write_folder(path, tiny_config("audio"))
+    assert (tmp_path / f".model.{kind}" / "thesis.tex").read_text() == "x"
+    assert list(ModelFolder(path).description.model.modalities) == ["text"]
+
+
+def test_links_inside_of_an_export_are_removed_and_not_followed(tmp_path: Path) -> None:
+    path, disk = tmp_path / "model", tmp_path / "disk.safetensors"
+    write_folder(path, tiny_config("text"))
+    (path / "model.safetensors").rename(disk)
+    (path / "model.safetensors").symlink_to(disk)
+    write_folder(path, tiny_config("audio"))
+    assert not (path / "model.safetensors").is_symlink()
+    assert disk.is_file()
+
+
+def test_a_link_beside_a_single_file_is_not_written_through(tmp_path: Path) -> None:
+    trunk = write_folder(tmp_path / "model", tiny_config("audio"))["model"]
+    description, layout = ModelFolder(tmp_path / "model").description, {n: Kind.of(t) for n, t in trunk.items()}
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".x.safetensors.partial").symlink_to("mine")
+    for _ in range(2):
+        write_file(tmp_path / "x.safetensors", description, layout, trunk.items())
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert same(load_file(tmp_path / "x.safetensors"), trunk)
+
+
+def test_two_exports_to_one_name_do_not_mix(tmp_path: Path) -> None:
+    trunk = write_folder(tmp_path / "model", tiny_config("audio"))["model"]
+    description, layout = ModelFolder(tmp_path / "model").description, {n: Kind.of(t) for n, t in trunk.items()}
+    for name in ("model", "x.safetensors"):
+        said = f"{name}: another process is at work on it"
+        with another_writer(tmp_path / name), pytest.raises(CheckpointError, match=said):
+            if name == "model":
+                write_folder(tmp_path / name, tiny_config("text"))
+            else:
+                write_file(tmp_path / name, description, layout, trunk.items())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert same(load_trunk(ModelFolder(tmp_path / "model")).state_dict(), trunk)
+
+
+def test_a_file_is_copied_from_its_own_folder_alone(tmp_path: Path) -> None:
+    packed, key = tmp_path / "packed", tmp_path / "id_rsa"
+    packed.mkdir()
+    key.write_text("secret")
+    (packed / "real.json").write_text("{}")
+    (packed / "inner.json").symlink_to("real.json")
+    (packed / "tokenizer.json").symlink_to(key)
+    os.mkfifo(packed / "fifo.json")
+    (tmp_path / "moved").symlink_to(packed)
+    assert read_beside(tmp_path / "moved", "inner.json") == b"{}"
+    for name, said in {
+        "tokenizer.json": "a link that leads out of it",
+        "../id_rsa": "the name of a file beside it",
+        str(key): "the name of a file beside it",
+        "..": "the name of a file beside it",
+        "": "the name of a file beside it",
+        "a\0b": "the name of a file beside it",
+        "fifo.json": "found a FIFO",
+        "none.json": "No such file",
+    }.items():
+        with pytest.raises(CheckpointError, match=said):
+            read_beside(packed, name)
