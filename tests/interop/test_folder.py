@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
+from d2v2ds.interop.card import card
 from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk, read_beside
 from d2v2ds.interop.export_write import new_folder, write_file, write_tensors
 from tests.interop.folders import drawn, tiny_config, write_folder
@@ -496,3 +497,13 @@ def test_a_file_is_copied_from_its_own_folder_alone(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CheckpointError, match=said):
             read_beside(packed, name)
+
+
+@pytest.mark.parametrize("modalities", [("text",), ("audio",), ("audio", "image", "text")])
+def test_a_card_says_whom_to_trust_beside_code_that_runs_code(modalities: tuple[str, ...], tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", tiny_config(*modalities))
+    text = card(ModelFolder(tmp_path / "model").description, "model", 7, has_curves=False)
+    assert 'AutoModel.from_pretrained("model", trust_remote_code=True)' in text
+    assert "runs the Python files of this folder with all your rights" in text
+    assert ('AutoImageProcessor.from_pretrained("model"' in text) == ("image" in modalities)
+    assert ("`AutoProcessor` gives one alone" in text) == (len(modalities) > 1)
