@@ -158,6 +158,10 @@ def _description(values: dict[str, Any], path: Path) -> Description:
     )
 
 
+_MOST_TIMES = 16
+"""Rates and sizes of an input are at most so many times those of published weights: they decide the work."""
+
+
 def _require_like(expected: Any, found: Any, where: str) -> None:
     """Compare plain values with those of published weights: keys and types, and numbers above 0 where those are.
 
@@ -177,7 +181,8 @@ def _require_like(expected: Any, found: Any, where: str) -> None:
     elif isinstance(expected, int | float) and not isinstance(expected, bool):
         kinds = int if isinstance(expected, int) else int | float
         fits = isinstance(found, kinds) and not isinstance(found, bool)
-        if not fits or not -MOST_NUMBER <= found <= MOST_NUMBER or (expected > 0 and found <= 0):
+        most = _MOST_TIMES * abs(expected) if isinstance(expected, int) else MOST_NUMBER
+        if not fits or not -most <= found <= most or (expected > 0 and found <= 0):
             raise ConfigError(f"{where}: expected a number such as {expected}, found {found!r:.80}")
     elif not isinstance(found, str | type(None) if expected is None else type(expected)):
         raise ConfigError(f"{where}: expected text, found {found!r:.80}")

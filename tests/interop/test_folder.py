@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -327,6 +328,7 @@ STRANGE: dict[str, tuple[Any, str]] = {
     "preprocessing.audio": ({}, "preprocessing.audio: expected sample_rate_hz, variance_eps, found none"),
     "preprocessing.audio.sample_rate_hz": (10**12, "expected a number such as 16000, found 1000000000000"),
     "preprocessing.audio.variance_eps": ("small", "expected a number such as 1e-05, found 'small'"),
+    "preprocessing.image.shorter_side": (10**6, "expected a number such as"),
     "preprocessing.image.side": (True, "expected a number such as"),
     "preprocessing.image.mean": ([0.5, "x"], "expected a number such as"),
     "preprocessing.text.file": (7, "expected text, found 7"),
@@ -507,3 +509,38 @@ def test_a_card_says_whom_to_trust_beside_code_that_runs_code(modalities: tuple[
     assert "runs the Python files of this folder with all your rights" in text
     assert ('AutoImageProcessor.from_pretrained("model"' in text) == ("image" in modalities)
     assert ("`AutoProcessor` gives one alone" in text) == (len(modalities) > 1)
+
+
+def test_a_description_with_any_byte_changed_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("audio"))
+    whole, refused = (path / "config.json").read_bytes(), 0
+    rng = np.random.default_rng(0)
+    for place in range(0, len(whole), 11):
+        changed = bytearray(whole)
+        changed[place] ^= int(rng.integers(1, 256))
+        (path / "config.json").write_bytes(changed)
+        try:
+            ModelFolder(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_weights_with_any_byte_of_their_header_changed_are_read_or_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("audio"))
+    file, refused = path / "model.safetensors", 0
+    whole = file.read_bytes()
+    folder, rng = ModelFolder(path), np.random.default_rng(0)
+    for place in range(0, 8 + int.from_bytes(whole[:8], "little"), 37):
+        changed = bytearray(whole)
+        changed[place] ^= int(rng.integers(1, 256))
+        file.write_bytes(changed)
+        try:
+            load_trunk(folder)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 80
