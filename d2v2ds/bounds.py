@@ -42,12 +42,27 @@ class _Expanded:
         return {"type": "function-after", "function": expand, "schema": handler(source)}
 
 
+MOST_LAYERS = 1000
+"""Most layers of any stack: a number from a file that decides how much is built."""
+_MOST_WIDTH = 65_536
+_MOST_COUNT = 2**31 - 1
+
 UserPath = Annotated[Path, _Expanded()]
 """Path that a user gives; `~` is the home folder."""
-Count = Annotated[int, Bounds(ge=1)]
+Amount = Annotated[int, Bounds(ge=0)]
+"""0 or more, without the limit of a count: bytes, samples, rows of a corpus."""
+Count = Annotated[int, Bounds(ge=1, le=_MOST_COUNT)]
 """1 or more."""
-CountOrZero = Annotated[int, Bounds(ge=0)]
+CountOrZero = Annotated[int, Bounds(ge=0, le=_MOST_COUNT)]
 """0 or more."""
+Depth = Annotated[int, Bounds(ge=1, le=MOST_LAYERS)]
+"""Number of layers."""
+DepthOrZero = Annotated[int, Bounds(ge=0, le=MOST_LAYERS)]
+"""Number of layers, or none."""
+Width = Annotated[int, Bounds(ge=1, le=_MOST_WIDTH)]
+"""Channels, heads, groups or taps of a layer."""
+WidthRatio = Annotated[float, Bounds(gt=0, le=1000)]
+"""Width of a layer over that of another."""
 Positive = Annotated[float, Bounds(gt=0)]
 """Above 0."""
 PositiveOrZero = Annotated[float, Bounds(ge=0)]

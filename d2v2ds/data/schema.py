@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2v2ds.bounds import CountOrZero
+from d2v2ds.bounds import Amount
 from d2v2ds.errors import ShardError
 from d2v2ds.io import durable, read
 from d2v2ds.io.crc import crc32
@@ -155,10 +155,10 @@ class ShardEntry:
     __pydantic_config__ = _STRICT
 
     file: str
-    rows: CountOrZero
-    size: CountOrZero
+    rows: Amount
+    size: Amount
     """Sum of the rows' sizes: samples, pixels or tokens."""
-    bytes: CountOrZero
+    bytes: Amount
     crc32: str
     """CRC-32 (as in zlib and gzip) of the whole file, eight hexadecimal digits."""
 
@@ -170,7 +170,7 @@ class FileEntry:
     __pydantic_config__ = _STRICT
 
     file: str
-    bytes: CountOrZero
+    bytes: Amount
     crc32: str
 
 
@@ -186,12 +186,12 @@ class Index:
     """Properties that all rows share, by names of `Layout.format`, such as codec and rate of audio."""
     settings: Mapping[str, Any]
     """Options of the packer that change the bytes of the folder."""
-    files: CountOrZero
+    files: Amount
     """Number of input files, skipped ones included; each member of an archive counts."""
-    files_skipped: CountOrZero
+    files_skipped: Amount
     plan_sha256: str
     """Fingerprint of the list of input files, their headers and annotations."""
-    rows: CountOrZero
+    rows: Amount
     totals: Mapping[str, Any]
     """Sums over all rows; `Layout.total` is the name of the sum of sizes."""
     rows_file: FileEntry

@@ -5,14 +5,16 @@ them. Killed and started again, finished parts are kept. Rows stand in the order
 processes; `feature_file.py` says how to read them.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from d2v2ds.inference.extraction_options import DTYPES, PART_TOKENS, Options
 from d2v2ds.inference.extractor import FeatureExtractor, batches_by_size
 from d2v2ds.inference.feature_file import feature_schema, join_files, write_rows
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.output import sole_writer, whole_file
+from d2v2ds.io.read import open_regular, read_json
 from d2v2ds.modalities.known import modality_of, open_reader, open_shards
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 1 << 30
 """Features of a part that are not pooled."""
 PLAN_NAME = "plan.json"
+_PART = re.compile(r"part-\d{6}\.arrow|\.(part-\d{6}\.arrow|plan\.json)\.partial")
 
 
 class Extraction:
@@ -179,13 +184,18 @@ def extract(options: Options, out: Path, workers: int | None = None) -> int:
     """
     if not out.name or out.is_dir():
         raise ConfigError(f"--out {out}: expected the name of a file to write, found a folder")
+    with sole_writer(out, ConfigError):
+        return _extract(options, out, workers)
+
+
+def _extract(options: Options, out: Path, workers: int | None) -> int:
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     processes = workers or len(devices)
     own = Extraction(options, devices[0] if processes == 1 else "cpu")
     folder = out.with_name(out.name + ".parts")
     _check_plan(folder, own.fingerprint())
     paths = [folder / f"part-{number:06d}.arrow" for number in range(len(own.bounds) - 1)]
-    todo = [number for number, path in enumerate(paths) if not path.exists()]
+    todo = [number for number, path in enumerate(paths) if not _is_done(path)]
     if len(todo) < len(paths):
         logger.info("%s: %d of %d parts are there already", folder, len(paths) - len(todo), len(paths))
     with tqdm(total=own.bounds[-1], unit="row", disable=None, smoothing=0.1) as bar:
@@ -195,9 +205,26 @@ def extract(options: Options, out: Path, workers: int | None = None) -> int:
             amount += done
             bar.update(own.bounds[number + 1] - own.bounds[number])
             bar.set_postfix_str(f"{amount / max(bar.format_dict['elapsed'], 1e-9):,.1f} {own.reader.unit.name}/s")
-    join_files(paths, out, own.schema)
-    shutil.rmtree(folder)
+    rows = [range(first, last) for first, last in pairwise(own.bounds)]
+    join_files(dict(zip(paths, rows, strict=True)), out, own.schema)
+    _remove_parts(folder, paths)
     return own.bounds[-1]
+
+
+def _is_done(part: Path) -> bool:
+    """Return True if a part is there; a FIFO or folder of its name is refused."""
+    if not part.exists():
+        return False
+    open_regular(part, ConfigError).close()
+    return True
+
+
+def _remove_parts(folder: Path, parts: Sequence[Path]) -> None:
+    """Remove plan and parts, and the folder unless somebody else's files or a link of the owner keep it."""
+    for file in (folder / PLAN_NAME, *parts):  # first the plan: parts without one are of no extraction
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _finished(
@@ -229,19 +256,21 @@ def _check_plan(folder: Path, fingerprint: dict[str, Any]) -> None:
     """
     plan = folder / PLAN_NAME
     text = json.dumps(fingerprint, sort_keys=True)
-    if plan.is_file():
-        found = json.loads(plan.read_text(encoding="utf-8"))
-        expected = json.loads(text)
+    advice = "finish that one, remove the folder, or give another --out"
+    if plan.exists():
+        found, expected = read_json(plan, ConfigError), json.loads(text)
         different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         if different:
-            raise ConfigError(
-                f"{folder}: holds parts of an extraction with other {', '.join(different)}; finish that one, remove "
-                "the folder, or give another --out"
-            )
+            raise ConfigError(f"{folder}: holds parts of an extraction with other {', '.join(different)}; {advice}")
         return
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: expected no file, or the folder of an earlier extraction; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob("part-*"):  # of an extraction that was killed at its very end, while it removed them
+    # parts of an extraction that was killed at its very end, while it removed them
+    for part in folder.iterdir():
+        if not _PART.fullmatch(part.name):
+            raise ConfigError(f"{folder}: expected parts of an extraction, found {part.name}; {advice}")
+    for part in folder.iterdir():
         part.unlink()
-    temporary = plan.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(plan)
+    with whole_file(plan) as file:
+        file.write(text.encode())

@@ -9,7 +9,6 @@ Columns: `row` (number in the folder), `id`, the annotations that the shards hav
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from d2v2ds.errors import ShardError
+from d2v2ds.io.output import whole_file
 
 
 def feature_schema(
@@ -63,29 +65,38 @@ def _layer(vectors: Sequence[NDArray[np.float32]], kind: pa.DataType) -> pa.Arra
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
 
 
-def join_files(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
-    """Put files of some rows each one behind the other, batch by batch, whole or not at all."""
+def join_files(parts: Mapping[Path, range], path: Path, schema: pa.Schema) -> None:
+    """Put files of some rows each one behind the other, batch by batch, whole or not at all.
+
+    Args:
+        parts: files in their order, and the rows that each must have.
+        path: to write.
+        schema: of all of them.
+
+    Raises:
+        ShardError: a part is damaged or of something else.
+    """
     with _whole_file(path, schema) as writer:
-        for part in parts:
-            with pa.memory_map(str(part)) as source:
-                reader = pa.ipc.open_file(source)
-                for number in range(reader.num_record_batches):
-                    writer.write_batch(reader.get_batch(number))
+        for part, rows in parts.items():
+            try:
+                with pa.memory_map(str(part)) as source:
+                    reader = pa.ipc.open_file(source)
+                    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+                    found = [row for batch in batches for row in batch.column("row").to_pylist()]
+                    if found != list(rows):
+                        raise pa.ArrowInvalid(f"expected the rows {rows.start} to {rows.stop - 1}, found others")
+                    for batch in batches:
+                        writer.write_batch(batch)
+            except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowTypeError, KeyError) as error:
+                advice = "remove it, the same command makes it again"
+                raise ShardError(f"{part}: damaged: {error}; {advice}") from error
 
 
 @contextlib.contextmanager
 def _whole_file(path: Path, schema: pa.Schema) -> Iterator[Any]:
     """A writer of a file that takes its name when the block ends well; else nothing of it stays to fill the disk."""
-    temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with whole_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+            yield writer
     except OSError as error:
         raise OSError(error.errno, f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # there no more when all went well

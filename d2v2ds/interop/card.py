@@ -32,6 +32,7 @@ def card(description: Description, name: str, num_parameters: int, *, has_curves
         f"{model.block.num_heads} heads, blocks (own + shared) {depths}; {num_parameters:,} parameters are stored.",
         "",
         *_example(name, modalities[0]),
+        *_with_transformers(name, description),
         "## Where the weights come from",
         "",
         *_facts(origin),
@@ -50,6 +51,40 @@ def _example(name: str, modality: str) -> list[str]:
         return []
     use = ["from d2v2ds import FeatureExtractor", f'extractor = FeatureExtractor("{name}")', hub.example]
     return ["```python", *use, "```", ""]
+
+
+_PREPROCESSORS = {
+    "feature_extractor": "AutoFeatureExtractor",
+    "image_processor": "AutoImageProcessor",
+    "tokenizer_config": "AutoTokenizer",
+}
+"""Class of transformers by the kind of a preprocessor, as `HubInput.files` names it."""
+_TRUST = (
+    "`trust_remote_code=True` runs the Python files of this folder with all your rights. Set it for a folder that you "
+    "made yourself, or whose author you trust: read its `.py` files first, and name a `revision` if it comes from the "
+    "hub. `FeatureExtractor` and `load_model` of d2v2ds run no code of the folder."
+)
+"""Stands beside every example with that argument."""
+
+
+def _with_transformers(name: str, description: Description) -> list[str]:
+    """Code that loads the folder with transformers, and whom to trust for it; nothing if transformers cannot."""
+    hubs = {modality: known_modalities()[modality].hub for modality in description.model.modalities}
+    kinds: list[str] = []
+    for modality, hub in hubs.items():
+        if hub is None:
+            return []
+        kinds += hub.files(description.preprocessing[modality])
+    classes = [_PREPROCESSORS[kind] for kind in kinds if kind in _PREPROCESSORS]
+    loads = [f'{one}.from_pretrained("{name}", trust_remote_code=True)' for one in (*classes, "AutoModel")]
+    lines = ["## With transformers", "", "```python", f"from transformers import {', '.join([*classes, 'AutoModel'])}"]
+    lines += [*loads, "```", "", _TRUST]
+    if len(classes) > 1:
+        lines += [
+            "",
+            f"Load each preprocessor by its own class ({', '.join(classes)}): `AutoProcessor` gives one alone.",
+        ]
+    return [*lines, ""]
 
 
 def _facts(origin: dict[str, Any]) -> list[str]:

@@ -16,22 +16,23 @@ Writing holds one tensor in memory, reading maps the files.
 """
 
 import contextlib
-import json
 import math
+import os
+import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
+from d2v2ds.io.read import open_regular, parse_json, read_bytes, read_json, validate
 from d2v2ds.io.safetensors_header import DTYPES
 from d2v2ds.modalities.known import modality_of
-from d2v2ds.modalities.settings import read_trunk, write_trunk
+from d2v2ds.modalities.settings import MOST_NUMBER, read_trunk, write_trunk
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 
 FORMAT = "d2v2ds-model"
@@ -40,6 +41,8 @@ FILE_SUFFIX = ".safetensors"
 DESCRIPTION_KEY = "d2v2ds"
 """Metadata key of a single file for what config.json holds in a folder."""
 CONFIG_NAME = "config.json"
+FILES_KEY = "files"
+"""Key of config.json with the names of all files of the export: a later export replaces these and no others."""
 PIECE_BYTES = 5_000_000_000
 """Weights of more bytes are divided into several files."""
 
@@ -103,10 +106,10 @@ Layout = Mapping[str, Kind]
 def is_export(path: Path) -> bool:
     """Return True if d2v2ds wrote the folder; many other programs write a config.json too."""
     try:
-        values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(path / CONFIG_NAME, CheckpointError)
+    except CheckpointError:
         return False
-    return isinstance(values, dict) and values.get("format") == FORMAT
+    return values.get("format") == FORMAT
 
 
 def is_exported_file(path: Path) -> bool:
@@ -116,6 +119,73 @@ def is_exported_file(path: Path) -> bool:
     except CheckpointError:
         return False
     return DESCRIPTION_KEY in metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Keys of config.json that are ours, before their content is checked."""
+
+    model: dict[str, Any]
+    objective: dict[str, Any] | None = None
+    preprocessing: dict[str, dict[str, Any]]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def _description(values: dict[str, Any], path: Path) -> Description:
+    """Check every value of a description that decides what is built or read.
+
+    Raises:
+        CheckpointError: with what does not fit.
+    """
+    where = path / CONFIG_NAME if path.is_dir() else path
+    stored = validate(_Stored, values, where, CheckpointError)
+    try:
+        model = read_trunk(stored.model, f"{where}: model")
+        if problems := model.check():
+            raise ConfigError(f"{where}: model: {'; '.join(problems)}")
+        if lacking := model.modalities.keys() - stored.preprocessing.keys():
+            raise ConfigError(f"{where}: expected the preprocessing of {', '.join(sorted(lacking))}, found none")
+        for name, network in model.modalities.items():
+            modality, found = modality_of(name, str(where)), stored.preprocessing[name]
+            _require_like(modality.describe_preprocessing(network, None, None), found, f"{where}: preprocessing.{name}")
+            for file in modality.files_beside(found):
+                if (place := path / plain_name(where, file)).exists():
+                    open_regular(place, CheckpointError).close()
+    except (ConfigError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    return Description(
+        model=model, objective=stored.objective, preprocessing=stored.preprocessing, origin=stored.origin
+    )
+
+
+_MOST_TIMES = 16
+"""Rates and sizes of an input are at most so many times those of published weights: they decide the work."""
+
+
+def _require_like(expected: Any, found: Any, where: str) -> None:
+    """Compare plain values with those of published weights: keys and types, and numbers above 0 where those are.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if isinstance(expected, dict):
+        if lacking := sorted(expected.keys() - found.keys() if isinstance(found, dict) else expected.keys()):
+            raise ConfigError(f"{where}: expected {', '.join(lacking)}, found none")
+        for key, value in expected.items():
+            _require_like(value, found[key], f"{where}.{key}")
+    elif isinstance(expected, list):
+        if not isinstance(found, list):
+            raise ConfigError(f"{where}: expected a list, found {found!r:.80}")
+        for value in found:
+            _require_like(expected[0] if expected else None, value, where)
+    elif isinstance(expected, int | float) and not isinstance(expected, bool):
+        kinds = int if isinstance(expected, int) else int | float
+        fits = isinstance(found, kinds) and not isinstance(found, bool)
+        most = _MOST_TIMES * abs(expected) if isinstance(expected, int) else MOST_NUMBER
+        if not fits or not -most <= found <= most or (expected > 0 and found <= 0):
+            raise ConfigError(f"{where}: expected a number such as {expected}, found {found!r:.80}")
+    elif not isinstance(found, str | type(None) if expected is None else type(expected)):
+        raise ConfigError(f"{where}: expected text, found {found!r:.80}")
 
 
 class ModelFolder:
@@ -130,23 +200,8 @@ class ModelFolder:
         self._places: dict[Part, dict[str, tuple[Path, str]]] = {}
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder; expected an exported model")
-        values = self._read_single_file() if path.is_file() else self._read_config()
-        try:
-            model = read_trunk(values["model"], str(path))
-            self.description = Description(
-                model=model,
-                objective=values.get("objective"),
-                preprocessing=values["preprocessing"],
-                origin=values.get("origin", {}),
-            )
-            lacking = set(model.modalities) - set(values["preprocessing"])
-            if lacking:
-                raise CheckpointError(f"{path}: config.json has no preprocessing of {', '.join(sorted(lacking))}")
-            for name in model.modalities:
-                for file in modality_of(name, str(path)).files_beside(values["preprocessing"][name]):
-                    _inside(path / CONFIG_NAME, file)
-        except (ConfigError, KeyError, TypeError, AttributeError, ValidationError) as error:
-            raise CheckpointError(f"{path}: not the description of a model: {error}") from error
+        values = self._read_config() if path.is_dir() else self._read_single_file()
+        self.description = _description(values, path)
 
     def has(self, part: Part) -> bool:
         """Return True if the part is there."""
@@ -190,7 +245,7 @@ class ModelFolder:
 
     def _names(self, part: Part, handle: Any) -> Iterator[tuple[str, str]]:
         """Names of a part's tensors in a file: ours, and as they are stored."""
-        is_shared = self.path.is_file()
+        is_shared = not self.path.is_dir()
         for stored in handle.keys():  # noqa: SIM118  (not a dictionary)
             is_of_objective = is_shared and stored.startswith(OBJECTIVE_PREFIX)
             if not is_shared:
@@ -199,17 +254,17 @@ class ModelFolder:
                 yield stored.removeprefix(OBJECTIVE_PREFIX), stored
 
     def _files(self, part: Part) -> list[Path]:
-        if self.path.is_file():
+        if not self.path.is_dir():
             return [self.path] if part in ("model", "objective") else []
         index = self.path / f"{part}.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: expected a weight_map, found: {error!r}") from error
-            return [self.path / _inside(index, name) for name in names]
+        if index.exists():
+            weight_map = read_json(index, CheckpointError).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index}: expected a weight_map, found {type(weight_map).__name__}")
+            names = dict.fromkeys(plain_name(index, name) for name in weight_map.values())
+            return [self.path / name for name in names]
         single = self.path / f"{part}.safetensors"
-        return [single] if single.is_file() else []
+        return [single] if single.exists() else []
 
     def _read_config(self) -> dict[str, Any]:
         file = self.path / CONFIG_NAME
@@ -217,11 +272,9 @@ class ModelFolder:
             raise CheckpointError(
                 f"{self.path}: the folder of a run; python -m d2v2ds.export {self.path} --to FOLDER makes a model of it"
             )
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: expected the description of an exported model, found: {error}") from error
-        return _of_this_version(file, values)
+        if not file.exists():
+            raise CheckpointError(f"{file}: expected the description of an exported model, found no such file")
+        return _of_this_version(file, read_json(file, CheckpointError))
 
     def _read_single_file(self) -> dict[str, Any]:
         if self.path.suffix in (".pt", ".pth"):
@@ -231,11 +284,8 @@ class ModelFolder:
             )
         metadata = _metadata(self.path)
         if DESCRIPTION_KEY in metadata:
-            try:
-                values = json.loads(metadata[DESCRIPTION_KEY])
-            except ValueError as error:
-                raise CheckpointError(f"{self.path}: metadata {DESCRIPTION_KEY} is not JSON: {error}") from error
-            return _of_this_version(self.path, values)
+            where = f"{self.path}: metadata {DESCRIPTION_KEY}"
+            return _of_this_version(self.path, parse_json(metadata[DESCRIPTION_KEY].encode(), where, CheckpointError))
         raise CheckpointError(
             f"{self.path}: expected a file of d2v2ds.export, with {DESCRIPTION_KEY} in its metadata, found "
             f"{', '.join(sorted(metadata)) or 'none'}; export it again with python -m d2v2ds.export RUN --to FOLDER"
@@ -264,19 +314,43 @@ def _metadata(file: Path) -> dict[str, str]:
         return dict(handle.metadata() or {})
 
 
-def _inside(where: Path, name: Any) -> str:
-    """A file name that a folder from elsewhere gives.
+def plain_name(where: Path, name: Any) -> str:
+    """Return a file name that a folder from elsewhere gives.
 
     Raises:
         CheckpointError: it leads out of the folder.
     """
-    if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{where}: expected the name of a file beside it, found {name!r}")
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise CheckpointError(f"{where}: expected the name of a file beside it, found {name!r:.80}")
     return name
+
+
+def read_beside(folder: Path, name: Any) -> bytes:
+    """Read a file that a folder from elsewhere names, in order to copy it.
+
+    Raises:
+        CheckpointError: it lies outside of the folder, by its name or by a link, or is no file.
+        MachineError: the machine is at fault.
+    """
+    file = folder / plain_name(folder, name)
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{file}: expected a file of its folder, found a link that leads out of it")
+    return read_bytes(file, CheckpointError)
+
+
+_MOST_HEADER_BYTES = 100_000_000
+"""Longest header of a safetensors file that the library reads."""
 
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    with open_regular(file, CheckpointError) as opened:  # a FIFO would block for ever
+        prefix, size = opened.read(8), os.fstat(opened.fileno()).st_size
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(size - 8, _MOST_HEADER_BYTES):
+        raise CheckpointError(
+            f"{file}: expected a whole safetensors file, found a header of {length:,} bytes in {size:,}"
+        )
     try:
         with safe_open(file, "pt") as handle:
             yield handle
@@ -296,14 +370,23 @@ def load_trunk(folder: ModelFolder, weights: Weights = "student") -> Trunk:
     """
     if weights == "teacher" and not folder.has("teacher"):
         raise CheckpointError(f"{folder.path}: has no teacher; export with --teacher to have one")
-    with torch.device("meta"):
-        trunk = Trunk(folder.description.model)
+    layout = folder.layout("model") | (folder.layout("teacher") if weights == "teacher" else {})
+    trunk = _empty_trunk(folder)
+    require_layout(folder.path, layout, trunk.state_dict())
     state = dict(folder.tensors("model"))
     if weights == "teacher":
         state |= folder.tensors("teacher")
-    require_layout(folder.path, {name: Kind.of(tensor) for name, tensor in state.items()}, trunk.state_dict())
     trunk.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return trunk.requires_grad_(False).eval()
+
+
+def _empty_trunk(folder: ModelFolder) -> Trunk:
+    """Build the trunk without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return Trunk(folder.description.model)
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:  # sizes beyond those of any tensor
+        raise CheckpointError(f"{folder.path}: its settings describe no network: {error}") from error
 
 
 def require_layout(place: Path, found: Layout, expected: Mapping[str, Tensor]) -> None:

@@ -5,10 +5,12 @@
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import (
     CONFIG_NAME,
     DESCRIPTION_KEY,
+    FILES_KEY,
     METADATA,
     PIECE_BYTES,
     Description,
@@ -27,7 +30,11 @@ from d2v2ds.interop.export_folder import (
     is_exported_file,
 )
 from d2v2ds.io.durable import sync
+from d2v2ds.io.output import beside, sole_writer, whole_file
+from d2v2ds.io.read import read_json
 from d2v2ds.io.safetensors_header import make_header
+
+logger = logging.getLogger(__name__)
 
 
 def write_file(path: Path, description: Description, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -40,71 +47,130 @@ def write_file(path: Path, description: Description, layout: Layout, tensors: It
         tensors: they, each once, in any order, on any device.
 
     Raises:
-        CheckpointError: if `path` is something else.
+        CheckpointError: if `path` is something else, or another process writes it.
         ValueError: if the tensors are not those of the layout.
     """
-    path = path.resolve()
-    if path.exists() and not is_exported_file(path):
-        raise CheckpointError(f"{path}: expected no file, or the file of an earlier export; give another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    values = description.to_dict()
-    try:
-        _write_pieces("model", layout, tensors, {partial: list(layout)}, {DESCRIPTION_KEY: json.dumps(values)})
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
+    metadata = {DESCRIPTION_KEY: json.dumps(description.to_dict(), allow_nan=False)}
+    with sole_writer(path, CheckpointError):
+        if path.exists() and not is_exported_file(path):
+            raise CheckpointError(f"{path}: expected no file, or the file of an earlier export; give another name")
+        with whole_file(path) as file:
+            _write_pieces("model", layout, tensors, {file: list(layout)}, metadata)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which takes its name only when the block ends well.
 
-    An export folder that is already there is replaced then; anything else is not touched. Killed between the two
-    renames, the earlier export waits beside under a hidden name, and the next call puts it back first.
+    An export folder that is already there is replaced then; anything else, and a folder with files that no export
+    wrote, is not touched. Killed between the two renames, the earlier export waits beside under a hidden name, and the
+    next call puts it back first.
 
     Raises:
-        CheckpointError: if `path` is a file, the current folder, or a folder with anything but an export in it.
+        CheckpointError: if `path` is a file, the current folder, or a folder with anything but an export in it, or
+            another process writes it.
     """
     path = path.resolve()  # a link stays one, and `.` and `..` get the names that they stand for
-    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "replaced"))
-    if not path.exists() and is_export(old):
-        old.rename(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_export(path)):
-        raise CheckpointError(f"{path}: expected no file, or the folder of an earlier export; give another name")
-    if path.is_dir() and Path.cwd().is_relative_to(path):
-        raise CheckpointError(f"{path}: is the current folder, which cannot be replaced; go elsewhere or give another")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in (*partial.iterdir(), partial):
-            sync(file)
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-        sync(path.parent)
-    except BaseException:
-        if not path.exists() and old.exists():
+    partial, old = beside(path, "partial"), beside(path, "replaced")
+    with sole_writer(path, CheckpointError):
+        if not path.exists() and is_export(old) and not old.is_symlink():
             old.rename(path)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        _require_replaceable(path)
+        _remove_leftover(partial)
+        _remove_leftover(old)
+        partial.mkdir()
+        (partial / _WRITING).touch()
+        try:
+            yield partial
+            for file in (*partial.iterdir(), partial):
+                sync(file)
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+            (path / _WRITING).unlink()
+            sync(path.parent)
+        except BaseException:
+            if not path.exists() and old.exists():
+                old.rename(path)
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _remove_export(old)
+
+
+_WRITING = ".writing"
+"""File in a folder that is being written: what a killed export leaves can be told from what somebody else put there."""
+_FORMER_FILES = (
+    CONFIG_NAME, "README.md", "run.yaml", "curves.png", "*.safetensors", "*.safetensors.index.json", "*.py",
+    "tokenizer*", "*_config.json",
+)  # fmt: skip
+"""Files of exports that have no list of them."""
+
+
+def _require_replaceable(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not is_export(path)):
+        raise CheckpointError(f"{path}: expected no file, or the folder of an earlier export; give another name")
+    if foreign := sorted({entry.name for entry in path.iterdir()} - _own_files(path)):
+        shown = ", ".join(foreign[:8]) + ", ..." * (len(foreign) > 8)
+        raise CheckpointError(
+            f"{path}: expected the files of an earlier export alone, found {shown}, which no export wrote; move them "
+            "elsewhere, or give another name"
+        )
+    if Path.cwd().is_relative_to(path):
+        raise CheckpointError(f"{path}: is the current folder, which cannot be replaced; go elsewhere or give another")
+
+
+def _own_files(folder: Path) -> set[str]:
+    """Names in a folder that its export wrote; no folders."""
+    if not (folder / CONFIG_NAME).exists():
+        return set()
+    listed = read_json(folder / CONFIG_NAME, CheckpointError).get(FILES_KEY)
+    names = {entry.name for entry in folder.iterdir() if entry.is_symlink() or not entry.is_dir()}
+    if isinstance(listed, list):
+        return names & {_WRITING, *(name for name in listed if isinstance(name, str))}
+    return {name for name in names if any(fnmatch(name, pattern) for pattern in _FORMER_FILES)}
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Remove what a killed export left under a hidden name.
+
+    Raises:
+        CheckpointError: it is of somebody else.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    elif (folder / _WRITING).is_file():
+        shutil.rmtree(folder)
+    elif folder.is_dir() and {entry.name for entry in folder.iterdir()} <= _own_files(folder):
+        _remove_export(folder)
+    elif folder.exists():
+        raise CheckpointError(f"{folder}: expected nothing, or what a killed export left, found files of somebody else")
+
+
+def _remove_export(folder: Path) -> None:
+    """Remove the files that an export wrote, and the folder if it is empty then."""
+    if not folder.exists():
+        return
+    try:
+        for name in sorted(_own_files(folder), key=lambda name: name == CONFIG_NAME):  # last: it has the list
+            (folder / name).unlink()
+        folder.rmdir()
+    except OSError as error:
+        logger.warning("%s: the earlier export could not be removed: %s", folder, error)
 
 
 def write_config(folder: Path, description: Description, extra: Mapping[str, Any]) -> None:
-    """Write config.json.
+    """Write config.json, last of all: it lists the files beside it.
 
     Args:
         folder: being written.
         description: of the weights.
         extra: further top-level keys, which other programs read.
     """
-    values = description.to_dict() | dict(extra)
-    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    files = {CONFIG_NAME, *(entry.name for entry in folder.iterdir() if entry.name != _WRITING)}
+    values = description.to_dict() | dict(extra) | {FILES_KEY: sorted(files)}
+    (folder / CONFIG_NAME).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_tensors(
@@ -131,33 +197,33 @@ def write_tensors(
             "weight_map": {name: file for file, piece in zip(names, pieces, strict=True) for name in piece},
         }
         (folder / f"{part}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    _write_pieces(part, layout, tensors, {folder / name: piece for name, piece in zip(names, pieces, strict=True)})
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((folder / name).open("wb")) for name in names]
+        _write_pieces(part, layout, tensors, dict(zip(files, pieces, strict=True)))
 
 
 def _write_pieces(
     part: Part,
     layout: Layout,
     tensors: Iterable[tuple[str, Tensor]],
-    pieces: Mapping[Path, list[str]],
+    pieces: Mapping[IO[bytes], list[str]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Put every tensor into the file that is to hold it."""
     waiting = set(layout)
-    with contextlib.ExitStack() as stack:
-        places = {}
-        for path, piece in pieces.items():
-            file = stack.enter_context(path.open("wb"))
-            kinds = {key: (layout[key].dtype, layout[key].shape) for key in piece}
-            header, offsets = make_header(kinds, {**METADATA, **(metadata or {})})
-            file.write(header)
-            places.update({key: (file, offset) for key, offset in offsets.items()})
-        for name, tensor in tensors:
-            if name not in waiting or Kind.of(tensor) != layout[name]:
-                raise ValueError(f"{part}: did not expect {name} {Kind.of(tensor)} (now), layout {layout.get(name)}")
-            waiting.remove(name)
-            file, offset = places[name]
-            file.seek(offset)
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    places = {}
+    for file, piece in pieces.items():
+        kinds = {key: (layout[key].dtype, layout[key].shape) for key in piece}
+        header, offsets = make_header(kinds, {**METADATA, **(metadata or {})})
+        file.write(header)
+        places.update({key: (file, offset) for key, offset in offsets.items()})
+    for name, tensor in tensors:
+        if name not in waiting or Kind.of(tensor) != layout[name]:
+            raise ValueError(f"{part}: did not expect {name} {Kind.of(tensor)} (now), layout {layout.get(name)}")
+        waiting.remove(name)
+        file, offset = places[name]
+        file.seek(offset)
+        file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     if waiting:
         raise ValueError(f"{part}: tensors that did not come: {', '.join(sorted(waiting))}")
 

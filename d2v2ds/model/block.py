@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
+from d2v2ds.bounds import Rate, Share, Width, WidthRatio
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
 from d2v2ds.model.cpu.dropout import add_dropped, dropout
@@ -19,13 +19,13 @@ from d2v2ds.model.cpu.dropout import add_dropped, dropout
 class BlockConfig:
     """Settings that all blocks of a model share."""
 
-    width: Count
+    width: Width
     """D, width of the model."""
-    num_heads: Count
+    num_heads: Width
     """H, number of heads; divides the width."""
-    mlp_ratio: Positive = 4.0
+    mlp_ratio: WidthRatio = 4.0
     """Width of the feed-forward layer over D."""
-    norm_eps: PositiveOrZero = 1e-5
+    norm_eps: Share = 1e-5
     """Epsilon of the block norms (audio and text 1e-5, images 1e-6)."""
     attention_dropout: Rate = 0.1
     """Dropped fraction of attention probabilities."""

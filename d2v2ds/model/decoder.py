@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from d2v2ds.bounds import Count, Positive, PositiveOrZero, Rate
+from d2v2ds.bounds import Depth, PositiveOrZero, Rate, Width, WidthRatio
 from d2v2ds.model.cpu.dropout import dropout
 from d2v2ds.model.positions import SameConv, SameConv2d
 
@@ -14,13 +14,13 @@ from d2v2ds.model.positions import SameConv, SameConv2d
 class DecoderConfig:
     """Settings of one modality's decoder."""
 
-    width: Count
+    width: Width
     """Channels of its convolutions."""
-    depth: Count
+    depth: Depth
     """Number of convolutions."""
-    kernel: Count
+    kernel: Width
     """Kernel size of each convolution (tokens)."""
-    groups: Count
+    groups: Width
     """Groups of each convolution."""
     input_dropout: Rate = 0.1
     """Dropped fraction of the encoder output."""
@@ -28,9 +28,9 @@ class DecoderConfig:
     """Add a layer's input to its output if their widths are equal."""
     mask_noise_std: PositiveOrZero = 0.01
     """Standard deviation of the noise that replaces a masked token."""
-    projection_layers: Count = 1
+    projection_layers: Depth = 1
     """Linear layers from the convolutions back to the model's width, with GELU between them."""
-    projection_ratio: Positive = 2.0
+    projection_ratio: WidthRatio = 2.0
     """Width of the hidden layers over that of the convolutions; unused by a single layer."""
 
     def check(self, model_width: int) -> list[str]:

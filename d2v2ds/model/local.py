@@ -16,6 +16,13 @@ from d2v2ds.shapes import PAD_ID, ConvLayer
 _NORM_EPS = 1e-5
 
 
+def count_conv_tokens(layers: Sequence[ConvLayer], num_samples: Tensor) -> Tensor:
+    """(B,) samples -> (B,) tokens of a stack of convolutions; `shapes.conv_output_length` of each."""
+    for _, kernel, stride in layers:
+        num_samples = (num_samples - kernel).div(stride, rounding_mode="floor") + 1
+    return num_samples.clamp(min=0)
+
+
 class ConvLayerNorm(nn.Module):
     """Strided convolution without bias or padding, LayerNorm over channels, GELU."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from d2v2ds.bounds import CountOrZero, Rate
+from d2v2ds.bounds import DepthOrZero, Rate
 from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.decoder import Decoder, DecoderConfig
@@ -14,7 +14,7 @@ from d2v2ds.model.encoder import ModalityEncoder
 class NetworkSettings:
     """Settings of one modality's modules, and the functions that build them; each modality derives its own."""
 
-    prenet_depth: CountOrZero
+    prenet_depth: DepthOrZero
     """Own blocks before the shared ones."""
     prenet_dropout: Rate = 0.0
     """Dropped fraction after the prenet's input norm."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v2ds.bounds import MOST_LAYERS
+
 
 class _StridedConv(torch.autograd.Function):
     """Strided convolution without padding whose backward on a CPU is a few large matrix products.
@@ -25,8 +27,14 @@ class _StridedConv(torch.autograd.Function):
         return _token_conv(x, weight, None, stride, 0, 1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            wanted = [one for one, is_wanted in zip((x, weight), ctx.needs_input_grad, strict=False) if is_wanted]
+            out = _token_conv(x, weight, None, ctx.stride, 0, 1)
+            found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
+            dx, dweight = (next(found) if is_wanted else None for is_wanted in ctx.needs_input_grad[:2])
+            return dx, dweight, None
         stride, grad = ctx.stride, grads[0].contiguous()  # (R, T', C')
         taps = weight.permute(2, 1, 0).contiguous()  # (K, C, C')
         dtaps = torch.zeros_like(taps, dtype=torch.float32)
@@ -68,7 +76,11 @@ class TokenConv(nn.Conv1d):
         stride, padding = self.stride[0], int(self.padding[0])
         trains = x.device.type == "cpu" and torch.is_grad_enabled() and x.is_contiguous()
         if trains and stride > 1 and self.in_channels > 1 and (padding, self.groups, self.bias) == (0, 1, None):
-            return _StridedConv.apply(x, self.weight, stride)
+            weight = self.weight
+            if torch.is_autocast_enabled("cpu"):  # here, for a backward of our own must see what the forward multiplied
+                dtype = torch.get_autocast_dtype("cpu")
+                x, weight = x.to(dtype), weight.to(dtype)
+            return _StridedConv.apply(x, weight, stride)
         return _token_conv(x, self.weight, self.bias, stride, padding, self.groups)
 
 
@@ -111,11 +123,13 @@ class ConvPositions(nn.Module):
         """
         Args:
             width: D.
-            depth: number of layers.
+            depth: number of layers, at most `MOST_LAYERS`.
             total_kernel: each layer's kernel is max(3, total_kernel // depth).
             groups: of each convolution.
         """
         super().__init__()
+        if depth > MOST_LAYERS:
+            raise ValueError(f"expected at most {MOST_LAYERS} position convolutions, found {depth}")
         kernel = max(3, total_kernel // depth)
         self.layers = nn.ModuleList(SameConv(width, width, kernel, groups) for _ in range(depth))
 

@@ -3,14 +3,14 @@
 Objectives, export, extraction, probes, the hub model and ONNX graphs use it; it has no loss, decoder or teacher.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
-from d2v2ds.bounds import Count, Rate
+from d2v2ds.bounds import Depth, Rate
 from d2v2ds.model.block import Block, BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, run_blocks
 from d2v2ds.model.network import NetworkSettings
@@ -22,7 +22,7 @@ class TrunkConfig:
 
     block: BlockConfig
     """Settings of every transformer block."""
-    shared_depth: Count
+    shared_depth: Depth
     """Blocks after the prenet, shared by all modalities."""
     modalities: Mapping[str, Any]
     """`NetworkSettings` of each modality in use, by name."""
@@ -122,7 +122,13 @@ class Trunk(nn.Module):
         return self.config.depth(modality)
 
     def layers(
-        self, modality: str, source: Tensor, padding: Tensor | None = None, *, depth: int | None = None
+        self,
+        modality: str,
+        source: Tensor,
+        padding: Tensor | None = None,
+        *,
+        depth: int | None = None,
+        run: Callable[..., Any] | None = None,
     ) -> list[Tensor]:
         """Compute features of unmasked input, for probes and inference; padding does not change those of real tokens.
 
@@ -131,6 +137,7 @@ class Trunk(nn.Module):
             source: as in `Batch`.
             padding: as in `Batch`.
             depth: blocks to run; None runs all.
+            run: calls a block with its input and bias, for instance to recompute it in the backward; None calls it.
 
         Returns:
             Input of the first block and output of every block that ran, prenet first, each (B, T, D): no extra tokens.
@@ -140,6 +147,6 @@ class Trunk(nn.Module):
         x, biases = encoder.all_tokens(encoder.local(source), padding, len(blocks), zero_padding=True)
         outputs = [x]
         for block, bias in zip(blocks, biases[: len(blocks)], strict=True):
-            x, _ = block(x, bias)
+            x, _ = block(x, bias) if run is None else run(block, x, bias)
             outputs.append(x)
         return [x[:, encoder.num_extra_tokens :] for x in outputs]

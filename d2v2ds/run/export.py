@@ -4,10 +4,9 @@ Reads the checkpoint tensor by tensor, whatever the number of ranks it was saved
 group, nor memory for more than one tensor is needed. `interop/export_folder.py` describes what is written.
 """
 
-import json
 import logging
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from tqdm import tqdm
 
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.data.folders import folders_of
-from d2v2ds.data.schema import Index, read_index
+from d2v2ds.data.schema import FileEntry, Index, read_index
 from d2v2ds.distributed.checkpoint.format import read_manifest, read_plain
-from d2v2ds.errors import MissingExtraError, ShardError
+from d2v2ds.errors import CheckpointError, ConfigError, D2V2Error, MissingExtraError, ShardError
 from d2v2ds.interop.card import write_card
 from d2v2ds.interop.export_folder import (
     FILE_SUFFIX,
@@ -30,9 +29,12 @@ from d2v2ds.interop.export_folder import (
     Layout,
     Part,
     Preprocessing,
+    read_beside,
 )
 from d2v2ds.interop.export_write import new_folder, write_config, write_file, write_tensors
 from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.io.crc import crc32
+from d2v2ds.io.read import json_lines, read_bytes
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.run.folder import (
@@ -44,12 +46,25 @@ from d2v2ds.run.folder import (
     trunk_tensors,
 )
 from d2v2ds.train.figures import save_curves
-from d2v2ds.train.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
 CURVES = ("loss/regression", "ema/decay", "optim/lr", "target/effective_rank")
 """Metrics that the card shows, of each modality if they belong to one."""
+MOST_POINTS = 2000
+"""Points that a curve has at least, if the run has as many records."""
+_MOST_SHOWN = 1e300
+"""Numbers beyond are left out; so are NaN and infinity, which are no JSON in a model's description."""
+
+
+@dataclass
+class _Records:
+    """What an export tells of the metrics of a run."""
+
+    last: dict[str, float] = field(default_factory=dict)
+    """The newest record up to the checkpoint."""
+    drawn: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of the card's curves, of every n-th record: never more than `2 * MOST_POINTS` of them."""
 
 
 def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = None) -> None:
@@ -74,7 +89,8 @@ def export(run_dir: Path, to: Path, *, teacher: bool = False, tag: str | None = 
 
 
 def _export_folder(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, config: RunConfig) -> None:
-    model, records = trunk_config(checkpoint), _metrics(run_dir)
+    model = trunk_config(checkpoint)
+    records = _metrics(run_dir, _step(checkpoint), _names_of_curves(model.modalities))
     layouts = _layouts(checkpoint, config, model)
     parts: dict[Part, Iterator[tuple[str, Tensor]]] = {
         "model": trunk_tensors(checkpoint),
@@ -88,8 +104,8 @@ def _export_folder(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, con
         for part, tensors in parts.items():
             if layout := layouts[part]:
                 write_tensors(folder, part, layout, _with_progress(tensors, part, len(layout)))
-        shutil.copyfile(run_dir / "config.yaml", folder / "run.yaml")
-        _draw_curves(records, folder, list(model.modalities))
+        (folder / "run.yaml").write_bytes(read_bytes(run_dir / "config.yaml", ConfigError))
+        _draw_curves(records.drawn, folder, to.name, model.modalities)
         num_parameters = sum(torch.Size(kind.shape).numel() for kind in layouts["model"].values())
         write_card(folder, description, to.name, num_parameters)
         write_config(folder, description, write_hub_files(folder, model, preprocessing))
@@ -111,7 +127,9 @@ def _export_file(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, confi
         beside = ((OBJECTIVE_PREFIX + name, tensor) for name, tensor in objective_tensors(checkpoint))
         tensors = chain(tensors, beside)
     preprocessing = _preprocessing(config, model, None)
-    description = _description(run_dir, config, checkpoint, model, preprocessing, _metrics(run_dir))
+    description = _description(
+        run_dir, config, checkpoint, model, preprocessing, _metrics(run_dir, _step(checkpoint), ())
+    )
     description.origin["weights"] = "teacher" if teacher else "student"
     write_file(to, description, layout, _with_progress(tensors, to.name, len(layout)))
     if any(known_modalities()[name].files_beside(found) for name, found in preprocessing.items()):
@@ -149,14 +167,14 @@ def _description(
     checkpoint: Path,
     model: TrunkConfig,
     preprocessing: Preprocessing,
-    records: list[dict[str, float]],
+    records: _Records,
 ) -> Description:
     settings: Mapping[str, Any] = read_plain(checkpoint / "client.pt")["settings"]
     return Description(
         model=model,
         objective=settings["objective"],
         preprocessing=preprocessing,
-        origin=_origin(run_dir, config, read_manifest(checkpoint).counters, records),
+        origin=_origin(run_dir, config, _step(checkpoint), records.last),
     )
 
 
@@ -172,11 +190,26 @@ def _preprocessing(config: RunConfig, model: TrunkConfig, folder: Path | None) -
             continue
         for file in modality.files_beside(described[name]):
             try:
-                shutil.copyfile(folders_of(data.shards)[0] / file, folder / file)
-            except OSError as error:
+                content = _checked_file(folders_of(data.shards)[0], file, index.files_beside if index else ())
+            except CheckpointError as error:
                 logger.warning("no %s is exported, the run's shards cannot be read: %s", file, error)
                 described[name] = modality.describe_preprocessing(network, data, None)
+            else:
+                (folder / file).write_bytes(content)
     return described
+
+
+def _checked_file(folder: Path, name: str, packed: Iterable[FileEntry]) -> bytes:
+    """Read a file beside the shards, as it was when they were packed.
+
+    Raises:
+        CheckpointError: it lies elsewhere, or is another one.
+    """
+    content = read_beside(folder, name)
+    for entry in packed:
+        if entry.file == name and entry.crc32 != f"{crc32(content):08x}":
+            raise CheckpointError(f"{folder / name}: expected checksum {entry.crc32}, found {crc32(content):08x}")
+    return content
 
 
 def _first_index(folder: Path) -> Index | None:
@@ -187,21 +220,20 @@ def _first_index(folder: Path) -> Index | None:
         return None
 
 
-def _origin(
-    run_dir: Path, config: RunConfig, counters: dict[str, int], records: list[dict[str, float]]
-) -> dict[str, Any]:
+def _step(checkpoint: Path) -> int:
+    return read_manifest(checkpoint).counters["global_steps"]
+
+
+def _origin(run_dir: Path, config: RunConfig, step: int, metrics: dict[str, float]) -> dict[str, Any]:
     """Facts about the run, as plain values."""
     last = _last_start(run_dir)
-    records = [r for r in records if r["step"] <= counters["global_steps"]]
     amounts = [modality.unit.total_metric for modality in known_modalities().values()]
     shown = ("loss/", "effective_rank", "target/std", "pred/std", *amounts)
-    final = {
-        key: value for key, value in (records[-1] if records else {}).items() if any(part in key for part in shown)
-    }
+    final = {key: value for key, value in metrics.items() if any(part in key for part in shown)}
     return {
         "kind": "run",
         "source": "a run of d2v2ds",
-        "step": counters["global_steps"],
+        "step": step,
         "of_steps": config.total_steps,
         "command": last.get("command", []),
         "world_size": last.get("world_size"),
@@ -215,23 +247,50 @@ def _origin(
 
 def _last_start(run_dir: Path) -> dict[str, Any]:
     """Read how the run was started last; empty, with a warning, if that cannot be read."""
-    path = run_dir / "starts.jsonl"
+    path, reason = run_dir / "starts.jsonl", "no start in it"
+    last: dict[str, Any] | None = None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return dict(json.loads(lines[-1])) if lines else {}
-    except (OSError, ValueError) as error:
-        logger.warning("the model is exported without command, revision and versions of the run: %s: %s", path, error)
-        return {}
+        for start in json_lines(path, CheckpointError):
+            last = start
+    except D2V2Error as error:
+        last, reason = None, str(error)
+    if last is None:
+        logger.warning("the model is exported without command, revision and versions of the run: %s: %s", path, reason)
+    return last or {}
 
 
-def _metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Read the records of the run; none, with a warning, if they cannot be read."""
-    path = run_dir / "metrics.jsonl"
+def _is_shown(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < _MOST_SHOWN
+
+
+def _metrics(run_dir: Path, step: int, drawn: Collection[str]) -> _Records:
+    """Read the records of the run one by one; none, with a warning, if they cannot be read.
+
+    Args:
+        run_dir: folder of the run.
+        step: of the checkpoint.
+        drawn: names of the metrics of the curves.
+    """
+    path, found, reason = run_dir / "metrics.jsonl", _Records(), "no record in it"
+    every = 1
     try:
-        return list(read_metrics(path))
-    except OSError as error:
-        logger.warning("the model is exported without metrics and curves of the run: %s: %s", path, error)
-        return []
+        for number, record in enumerate(json_lines(path, CheckpointError)):
+            values = {
+                key: one for key, one in record.items() if isinstance(one, int | float) and abs(one) < _MOST_SHOWN
+            }
+            if not isinstance(values.get("step"), int):
+                continue
+            if values["step"] <= step:
+                found.last = values
+            if number % every == 0:
+                found.drawn.append({key: values[key] for key in ("step", *drawn) if key in values})
+            if len(found.drawn) >= 2 * MOST_POINTS:
+                found.drawn, every = found.drawn[::2], 2 * every
+    except D2V2Error as error:
+        reason = str(error)
+    if not found.drawn:
+        logger.warning("the model is exported without metrics and curves of the run: %s: %s", path, reason)
+    return found
 
 
 def _data_facts(section: Any) -> dict[str, Any]:
@@ -249,13 +308,17 @@ def _data_facts(section: Any) -> dict[str, Any]:
     return facts
 
 
-def _draw_curves(records: list[dict[str, float]], folder: Path, modalities: list[str]) -> None:
-    """Draw curves.png, if matplotlib is installed and the run has metrics."""
+def _names_of_curves(modalities: Iterable[str]) -> list[str]:
     prefixes = ["", *(f"{name}/" for name in modalities)]
-    names = [prefix + name for name in CURVES for prefix in prefixes if any(prefix + name in r for r in records)]
+    return [prefix + name for name in CURVES for prefix in prefixes]
+
+
+def _draw_curves(records: list[dict[str, float]], folder: Path, title: str, modalities: Iterable[str]) -> None:
+    """Draw curves.png, if matplotlib is installed and the run has metrics."""
+    names = [name for name in _names_of_curves(modalities) if any(name in record for record in records)]
     if not names:
         return
     try:
-        save_curves(records, names, folder / "curves.png", f"{folder.stem}, {int(records[-1]['step'])} steps")
+        save_curves(records, names, folder / "curves.png", f"{title}, {int(records[-1]['step'])} steps")
     except MissingExtraError as error:
         logger.warning("no curves in the card: %s", error)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from d2v2ds.api import FeatureExtractor
 from d2v2ds.extract import main
-from d2v2ds.inference import extraction, feature_file
+from d2v2ds.inference import extraction
 from d2v2ds.inference.extraction import Extraction, part_bounds
 from d2v2ds.inference.extraction_options import Options
+from d2v2ds.io import output
 from d2v2ds.modalities.known import known_modalities, open_reader
 from d2v2ds.model.trunk import TrunkConfig
 from preprocessing.pack_images import main as pack_images
 from preprocessing.pack_text import main as pack_text
 from tests.interop.folders import tiny_config, write_folder
+from tests.io.test_output import another_writer
 from tests.preprocessing.pictures import class_folders
 from tests.preprocessing.texts import write_stories
 from tests.runs.launching import ROOT, environment, pack_clips
@@ -161,7 +164,7 @@ def test_a_kill_while_finished_parts_are_removed_mixes_nothing(
 ) -> None:
     """The plan may be removed first: parts without one are of some extraction, not of this one."""
     out, parts = tmp_path / "features.arrow", tmp_path / "features.arrow.parts"
-    monkeypatch.setattr(extraction.shutil, "rmtree", lambda folder: (Path(folder) / "plan.json").unlink())
+    monkeypatch.setattr(extraction, "_remove_parts", lambda folder, _: (folder / "plan.json").unlink())
     assert main(arguments(model, shards, out, "--weights", "teacher", *MANY_PARTS)) == 0
     assert list(parts.glob("*.arrow"))
     assert main(arguments(model, shards, out, *MANY_PARTS)) == 0
@@ -202,7 +205,7 @@ def test_an_error_of_a_process_ends_the_extraction_without_the_other_parts(
     out, parts = tmp_path / "features.arrow", tmp_path / "features.arrow.parts"
     many = ["--part-tokens", "1"]
     for number in (0, 1):
-        (parts / f"part-{number:06d}.arrow.partial").mkdir(parents=True)  # cannot be opened for writing
+        (parts / f".part-{number:06d}.arrow.partial").mkdir(parents=True)  # cannot be opened for writing
     options = Options(
         model=str(model), shards=str(shards), layers=None, pool="mean", weights="student", dtype="float32",
         batch_tokens=None, part_tokens=1,
@@ -220,9 +223,89 @@ def test_what_could_not_be_written_does_not_fill_the_disk(
     model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "features.arrow"
-    monkeypatch.setattr(feature_file.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    sync = output.sync
+    monkeypatch.setattr(
+        output, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "full")) if "part-" in path.name else sync(path)
+    )
     assert main(arguments(model, shards, out, *MANY_PARTS)) == 2
     assert [path.name for path in (tmp_path / "features.arrow.parts").iterdir()] == ["plan.json"]
+
+
+def interrupted(model: Path, shards: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Parts of an extraction that ended before they were joined."""
+    with monkeypatch.context() as patched:
+        patched.setattr(extraction, "join_files", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+        assert main(arguments(model, shards, out, "--layers", "1,-1", *MANY_PARTS)) == 2
+    return out.with_name(out.name + ".parts")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("plan.json", lambda path: path.write_text('{"layers": [1'), "plan.json: expected JSON"),
+        ("plan.json", lambda path: path.write_bytes(b"\xff"), "plan.json: expected UTF-8"),
+        ("plan.json", lambda path: path.write_text("[]"), "plan.json: expected a JSON object"),
+        ("plan.json", os.mkfifo, "plan.json: expected a file, found a FIFO"),
+        ("part-000001.arrow", lambda path: path.write_bytes(b"x" * 100), "part-000001.arrow: damaged"),
+        ("part-000001.arrow", lambda path: path.write_bytes(b""), "part-000001.arrow: damaged"),
+        ("part-000001.arrow", os.mkfifo, "part-000001.arrow: expected a file, found a FIFO"),
+        (
+            "part-000001.arrow",
+            lambda path: shutil.copy(path.with_name("part-000002.arrow"), path),
+            "damaged: expected the rows",
+        ),
+    ],
+)
+def test_damaged_leftovers_are_named(
+    name: str, damage: Callable[[Path], object], said: str, model: Path, shards: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    parts = interrupted(model, shards, tmp_path / "features.arrow", monkeypatch)
+    (parts / name).unlink()
+    damage(parts / name)
+    caplog.clear()
+    assert main(arguments(model, shards, tmp_path / "features.arrow", "--layers", "1,-1", *MANY_PARTS)) == 2
+    assert said in caplog.text
+    assert not (tmp_path / "features.arrow").exists()
+
+
+def test_parts_and_output_may_be_links_of_their_owner(
+    model: Path, shards: Path, tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, disk = tmp_path / "features.arrow", tmp_path / "disk"
+    parts = interrupted(model, shards, out, monkeypatch)
+    shutil.move(parts, disk)
+    parts.symlink_to(disk)
+    (disk / "notes.txt").write_text("mine")
+    (tmp_path / "elsewhere.arrow").write_bytes(b"earlier")
+    out.symlink_to(tmp_path / "elsewhere.arrow")
+    (tmp_path / ".elsewhere.arrow.partial").symlink_to(disk / "notes.txt")
+    assert main(arguments(model, shards, out, "--layers", "1,-1", *MANY_PARTS)) == 0
+    assert out.is_symlink()
+    assert (tmp_path / "elsewhere.arrow").read_bytes() == whole
+    assert [path.name for path in disk.iterdir()] == ["notes.txt"]
+    assert (disk / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_of_somebody_else_is_no_folder_of_parts(
+    model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = tmp_path / "features.arrow.parts"
+    parts.mkdir()
+    (parts / "part-list.txt").write_text("mine")
+    assert main(arguments(model, shards, tmp_path / "features.arrow", *MANY_PARTS)) == 2
+    assert "expected parts of an extraction, found part-list.txt" in caplog.text
+    assert (parts / "part-list.txt").read_text() == "mine"
+
+
+def test_two_extractions_on_one_output_do_not_mix(
+    model: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "features.arrow"
+    with another_writer(out):
+        assert main(arguments(model, shards, out, *MANY_PARTS)) == 2
+    assert "features.arrow: another process is at work on it (process" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupt_is_no_traceback(

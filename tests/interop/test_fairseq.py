@@ -18,8 +18,8 @@ from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import ModelFolder, load_trunk
 from d2v2ds.interop.fairseq.__main__ import main
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
-from d2v2ds.interop.fairseq.pickles import read_pickled
 from d2v2ds.interop.fairseq.read import OWN_LICENCE, OfficialCheckpoint, read_official
+from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.modalities.text.tokenizers import load_tokenizer
 from d2v2ds.objectives.data2vec2 import Data2Vec2Network
 from d2v2ds.objectives.teacher_network import TeacherNetwork
@@ -30,6 +30,7 @@ from tests.interop.folders import tiny_config
 from tests.interop.folders import write_folder as write_tiny_folder
 from tests.interop.official_files import PUBLISHED, content_of, save
 from tests.interop.test_fairseq_layout import assert_same_tensors, one_modality, student_of, write_back
+from tests.interop.test_folder import changed
 from tests.oracles import official_image_text, official_step
 from tests.verify.test_verify_oracle_cases import CASES, case
 
@@ -249,8 +250,13 @@ def test_fields_of_the_network_are_kept_and_all_others_listed(audio: dict[str, A
             r"x\.pt: cfg\.model: not supported: layer_norm_first=True",
         ),
         ({"recon_loss": 1}, UnsupportedOptionError, r"recon_loss=1"),
+        ({"depth": 10**9}, CheckpointError, "depth: Input should be less than or equal to 1000"),
+        ({"depth": 10**5000}, CheckpointError, "not the configuration of a network"),
+        ({"norm_eps": float("nan")}, CheckpointError, "not the configuration of a network"),
+        ({"embed_dim": 10**30}, CheckpointError, "width: Input should be"),
         ({"num_heads": 5}, CheckpointError, "width 16 is not divisible by num_heads 5"),
         ({"depth": "many"}, CheckpointError, "not the configuration of a network"),
+        ({"depth": {"a": [[]] * 300_000}}, CheckpointError, "plain values, found more than 200,000 values"),
         (
             {"modalities": None},
             CheckpointError,
@@ -264,6 +270,43 @@ def test_configuration_that_cannot_be_followed_is_named(
     section = OmegaConf.to_container(audio["cfg"])["model"] | change
     with pytest.raises(error, match=message):
         read_official(save(tmp_path / "x.pt", audio | {"cfg": {"model": section}}))
+
+
+@pytest.mark.parametrize(
+    "spec", ["[(512, 10, 5)] * 999999999", "(1,) * 9999 * 9999", "[" + "(1, 1, 1)," * 200 + "]", "[" * 900]
+)
+def test_a_list_of_convolutions_that_multiplies_is_refused(spec: str, audio: dict[str, Any], tmp_path: Path) -> None:
+    cfg = OmegaConf.to_container(audio["cfg"])
+    cfg["model"]["modalities"]["audio"]["feature_encoder_spec"] = spec
+    with pytest.raises(CheckpointError, match="not the configuration of a network"):
+        read_official(save(tmp_path / "x.pt", audio | {"cfg": cfg}))
+
+
+def test_weights_that_share_their_bytes_many_times_are_refused(audio: dict[str, Any], tmp_path: Path) -> None:
+    one = torch.zeros(10_000)
+    many = {f"head.{number}": one for number in range(30)}
+    with pytest.raises(CheckpointError, match="expected weights of at most .* by the size of the file"):
+        read_official(save(tmp_path / "x.pt", audio | {"model": audio["model"] | many}))
+
+
+def test_weights_without_content_are_refused(
+    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {name: one if name == "_ema" else one.to("meta") for name, one in audio["model"].items()}
+    file = save(tmp_path / "x.pt", audio | {"model": model})
+    assert main(["import", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "x.pt: expected weights, found names and shapes alone" in capsys.readouterr().err
+
+
+def test_what_is_not_needed_of_a_file_can_be_left_out(
+    audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save(tmp_path / "x.pt", audio | {"extra_state": Harm()}, pickle_protocol=4)
+    command = ["import", str(file), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "found a wish to use posix.system" in capsys.readouterr().err
+    assert main([*command, "--only-model"]) == 0
+    assert load_model(tmp_path / "out").config == read_official(file, only_model=True).network.trunk
 
 
 def test_other_models_are_named_as_such(audio: dict[str, Any], tmp_path: Path) -> None:
@@ -387,6 +430,38 @@ def test_export_of_a_joint_network_needs_a_modality_and_gives_its_part(
         kept = (f"encoders.{modality}.", f"decoders.{modality}.", "blocks.")
         for part, tensors in parts.items():
             assert_same_tensors(found[part], {k: v for k, v in tensors.items() if k.startswith(kept)})
+
+
+@pytest.mark.parametrize(
+    "place, value, said",
+    [
+        ("origin.official.section", {"depth": 1}, "origin.official.section: not"),
+        ("origin.official.section.depth", 10**9, "depth: Input should be less than or equal to 1000"),
+        ("origin.official.section", "x", "origin: expected the fields of _Origin, found official.section"),
+        ("origin.official", None, "found official"),
+        ("origin.official.prefix", 3, "found official.prefix"),
+    ],
+)
+def test_export_of_a_folder_with_a_strange_origin_is_refused_by_name(
+    place: str, value: Any, said: str, audio: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = save(tmp_path / "official.pt", audio), tmp_path / "folder"
+    assert main(["import", str(file), "--out", str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(changed(config, place, value)))
+    assert main(["export", str(folder), "--out", str(tmp_path / "x.pt")]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [3, [], {"audio": 3}, {"audio": {"decoder": {}}}, {"audio": None}])
+def test_export_of_a_folder_with_a_strange_objective_is_refused_by_name(
+    value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_folder(tmp_path / "folder", tiny_config("audio"))
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(changed(config, "objective.modalities", value)))
+    assert main(["export", str(tmp_path / "folder"), "--out", str(tmp_path / "x.pt")]) == 2
+    assert f"{tmp_path / 'folder'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

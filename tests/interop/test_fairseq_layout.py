@@ -12,8 +12,8 @@ from d2v2ds.config.load import CONFIG_FOLDER, load_config
 from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.official_section import official_section
-from d2v2ds.interop.fairseq.pickles import read_pickled
 from d2v2ds.interop.fairseq.read import OfficialCheckpoint, Tensors, read_official
+from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.interop.fairseq.write import write_official
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config

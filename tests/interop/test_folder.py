@@ -4,16 +4,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk
+from d2v2ds.interop.card import card
+from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk, read_beside
 from d2v2ds.interop.export_write import new_folder, write_file, write_tensors
 from tests.interop.folders import drawn, tiny_config, write_folder
+from tests.io.test_output import another_writer
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -166,7 +170,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected the name of a file beside it"):
         ModelFolder(path)
     (path / "config.json").write_text(json.dumps(config | {"preprocessing": {}}))
-    with pytest.raises(CheckpointError, match="no preprocessing of text"):
+    with pytest.raises(CheckpointError, match="expected the preprocessing of text"):
         ModelFolder(path)
 
 
@@ -257,9 +261,9 @@ def test_what_is_wrong_is_said_by_name(tmp_path: Path) -> None:
     for text, said in (
         (_change(config, "schema_version", 4), "expected schema version 1, found 4; export the run again"),
         (_change(config, "format", "bert"), "expected format d2v2ds-model, found 'bert'"),
-        (_change(config, "model", {"block": 1}), "not the description of a model"),
-        ("[1]", "expected format"),
-        ("{", "expected the description of an exported model"),
+        (_change(config, "model", {"block": 1}), "config.json: model: expected the settings of a trunk"),
+        ("[1]", "config.json: expected a JSON object, found list"),
+        ("{", "config.json: expected JSON"),
     ):
         (path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=said):
@@ -290,3 +294,253 @@ def test_reading_does_not_draw_weights(tmp_path: Path, monkeypatch: pytest.Monke
     before = torch.get_rng_state()
     load_trunk(ModelFolder(tmp_path / "model"))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def changed(values: Any, place: str, value: Any) -> Any:
+    """Plain values with another value at `a.b.c`."""
+    key, _, rest = place.partition(".")
+    return values | {key: changed(values.get(key, {}), rest, value) if rest else value}
+
+
+STRANGE: dict[str, tuple[Any, str]] = {
+    "model.shared_depth": (10**9, "shared_depth: Input should be less than or equal to 1000"),
+    "model.modalities.audio.prenet_depth": (5000, "prenet_depth: Input should be less than or equal to 1000"),
+    "model.modalities.audio.position_depth": (5_000_000, "at most 1000 position convolutions"),
+    "model.modalities.audio.position_total_kernel": (10**40, "expected numbers up to 10,000,000"),
+    "model.modalities.audio.position_groups": (3, "position_groups 3 does not divide"),
+    "model.modalities.audio.conv_layers": ([[10**7, 10**7, 1]] * 2, "describe no network"),
+    "model.modalities.image.image_size": (10**9, "expected numbers up to 10,000,000"),
+    "model.modalities.image.patch_width": (0, "greater than or equal to 1"),
+    "model.modalities.text.vocab_size": (10**9, "expected numbers up to 10,000,000"),
+    "model.modalities.text": ([], "modalities.text: expected the fields of TextNetwork"),
+    "model.modalities.smell": ({}, "modality 'smell' is not known here"),
+    "model.modalities": ([1], "expected the settings of a trunk"),
+    "model.block.width": (1 << 20, "less than or equal to 65536"),
+    "model.block.num_heads": (5, "not divisible by num_heads 5"),
+    "model.block.mlp_ratio": (1e300, "less than or equal to 1000"),
+    "model.block.norm_eps": ("1e-5", "norm_eps: Input should be a valid number"),
+    "model.block.depth": (4, "unknown keys block.depth"),
+    "model.block": (None, "block: Input should be an object"),
+    "model.layer_dorp": (0.1, "unknown keys layer_dorp"),
+    "model.junk": ("x" * 200_000, "at most 100,000 characters"),
+    "model": ("x", "model: Input should be"),
+    "preprocessing": ([], "preprocessing: Input should be"),
+    "preprocessing.audio": ({}, "preprocessing.audio: expected sample_rate_hz, variance_eps, found none"),
+    "preprocessing.audio.sample_rate_hz": (10**12, "expected a number such as 16000, found 1000000000000"),
+    "preprocessing.audio.variance_eps": ("small", "expected a number such as 1e-05, found 'small'"),
+    "preprocessing.image.shorter_side": (10**6, "expected a number such as"),
+    "preprocessing.image.side": (True, "expected a number such as"),
+    "preprocessing.image.mean": ([0.5, "x"], "expected a number such as"),
+    "preprocessing.text.file": (7, "expected text, found 7"),
+    "origin": ("x", "origin: Input should be"),
+    "objective": (3, "objective: Input should be"),
+}
+"""Place in a description -> value, and what is said about it."""
+
+
+@pytest.mark.parametrize("place", STRANGE)
+def test_a_description_of_what_no_model_has_is_refused_by_name(place: str, tmp_path: Path) -> None:
+    path, file = tmp_path / "model", tmp_path / "model.safetensors"
+    parts = write_folder(path, tiny_config())
+    value, said = STRANGE[place]
+    config = json.loads((path / "config.json").read_text())
+    text = json.dumps(changed(config, place, value))
+    (path / "config.json").write_text(text)
+    save_file(parts["model"], file, metadata={"d2v2ds": text})
+    for one in (path, file):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_trunk(ModelFolder(one))
+        assert str(one) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"\xff{}", "expected UTF-8, found byte 0xff at 0"),
+        (b"[" * 100_000, "expected JSON, found values nested too deeply"),
+        (b'{"format": NaN}', "expected JSON, found"),
+        (b'{"schema_version": 1' + b"0" * 5000 + b"}", "expected JSON"),
+        (b"", "expected JSON"),
+    ],
+)
+def test_a_description_that_is_no_json_is_refused_by_name(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("audio"))
+    (path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"config.json: {said}"):
+        ModelFolder(path)
+    (path / "config.json").write_bytes(content)
+    head = json.dumps({"__metadata__": {"d2v2ds": content.decode("latin-1")}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
+        ModelFolder(tmp_path / "x.safetensors")
+
+
+def test_files_of_a_model_that_are_no_files_are_refused_at_once(tmp_path: Path) -> None:
+    config = tiny_config("text")
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "model.safetensors.index.json"):
+        path = tmp_path / name.replace(".", "_")
+        write_folder(path, config, tokenizer=("sentencepiece", "tokenizer.model", b"x"))
+        (path / name).unlink(missing_ok=True)
+        os.mkfifo(path / name)
+        with pytest.raises(CheckpointError, match=f"{name}: expected a file, found a FIFO"):
+            load_trunk(ModelFolder(path))
+    with pytest.raises(CheckpointError, match="expected a file, found a FIFO"):
+        ModelFolder(tmp_path / "config_json" / "config.json")
+    with pytest.raises(CheckpointError, match="expected a file, found a device"):
+        ModelFolder(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("length", [0, 9, 1 << 20, 1 << 62])
+def test_a_header_beyond_its_file_is_refused(length: int, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="expected a whole safetensors file"):
+        ModelFolder(file)
+
+
+def test_a_folder_whose_files_are_links_of_its_owner_is_read(tmp_path: Path) -> None:
+    parts = write_folder(tmp_path / "blobs", tiny_config("audio"))
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert same(load_trunk(ModelFolder(tmp_path / "snapshot")).state_dict(), parts["model"])
+
+
+def test_files_that_no_export_wrote_keep_an_export_from_being_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("audio"))
+    (path / "notes.txt").write_text("mine")
+    (path / ".git").mkdir()
+    with pytest.raises(CheckpointError, match=r"found \.git, notes\.txt, which no export wrote"):
+        write_folder(path, tiny_config("text"))
+    assert list(ModelFolder(path).description.model.modalities) == ["audio"]
+    assert (path / "notes.txt").read_text() == "mine"
+    (path / ".git").rmdir()
+    (path / "notes.txt").unlink()
+    (path / "config.json").write_text(_change(json.loads((path / "config.json").read_text()), "files", None))
+    write_folder(path, tiny_config("text"))  # an export of before there was a list
+    (path / "model.onnx").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"found model\.onnx, which no export wrote"):
+        write_folder(path, tiny_config("text"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+def test_links_and_files_of_others_beside_an_export_lose_nothing(kind: str, tmp_path: Path) -> None:
+    path, mine = tmp_path / "model", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    (tmp_path / f".model.{kind}").symlink_to(mine)
+    for _ in range(2):
+        write_folder(path, tiny_config("text"))
+    assert (mine / "thesis.tex").read_text() == "x"
+    shutil.copytree(mine, tmp_path / f".model.{kind}")
+    with pytest.raises(CheckpointError, match=f".model.{kind}: expected nothing, or .* files of somebody else"):
+        write_folder(path, tiny_config("audio"))
+    assert (tmp_path / f".model.{kind}" / "thesis.tex").read_text() == "x"
+    assert list(ModelFolder(path).description.model.modalities) == ["text"]
+
+
+def test_links_inside_of_an_export_are_removed_and_not_followed(tmp_path: Path) -> None:
+    path, disk = tmp_path / "model", tmp_path / "disk.safetensors"
+    write_folder(path, tiny_config("text"))
+    (path / "model.safetensors").rename(disk)
+    (path / "model.safetensors").symlink_to(disk)
+    write_folder(path, tiny_config("audio"))
+    assert not (path / "model.safetensors").is_symlink()
+    assert disk.is_file()
+
+
+def test_a_link_beside_a_single_file_is_not_written_through(tmp_path: Path) -> None:
+    trunk = write_folder(tmp_path / "model", tiny_config("audio"))["model"]
+    description, layout = ModelFolder(tmp_path / "model").description, {n: Kind.of(t) for n, t in trunk.items()}
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".x.safetensors.partial").symlink_to("mine")
+    for _ in range(2):
+        write_file(tmp_path / "x.safetensors", description, layout, trunk.items())
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert same(load_file(tmp_path / "x.safetensors"), trunk)
+
+
+def test_two_exports_to_one_name_do_not_mix(tmp_path: Path) -> None:
+    trunk = write_folder(tmp_path / "model", tiny_config("audio"))["model"]
+    description, layout = ModelFolder(tmp_path / "model").description, {n: Kind.of(t) for n, t in trunk.items()}
+    for name in ("model", "x.safetensors"):
+        said = f"{name}: another process is at work on it"
+        with another_writer(tmp_path / name), pytest.raises(CheckpointError, match=said):
+            if name == "model":
+                write_folder(tmp_path / name, tiny_config("text"))
+            else:
+                write_file(tmp_path / name, description, layout, trunk.items())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert same(load_trunk(ModelFolder(tmp_path / "model")).state_dict(), trunk)
+
+
+def test_a_file_is_copied_from_its_own_folder_alone(tmp_path: Path) -> None:
+    packed, key = tmp_path / "packed", tmp_path / "id_rsa"
+    packed.mkdir()
+    key.write_text("secret")
+    (packed / "real.json").write_text("{}")
+    (packed / "inner.json").symlink_to("real.json")
+    (packed / "tokenizer.json").symlink_to(key)
+    os.mkfifo(packed / "fifo.json")
+    (tmp_path / "moved").symlink_to(packed)
+    assert read_beside(tmp_path / "moved", "inner.json") == b"{}"
+    for name, said in {
+        "tokenizer.json": "a link that leads out of it",
+        "../id_rsa": "the name of a file beside it",
+        str(key): "the name of a file beside it",
+        "..": "the name of a file beside it",
+        "": "the name of a file beside it",
+        "a\0b": "the name of a file beside it",
+        "fifo.json": "found a FIFO",
+        "none.json": "No such file",
+    }.items():
+        with pytest.raises(CheckpointError, match=said):
+            read_beside(packed, name)
+
+
+@pytest.mark.parametrize("modalities", [("text",), ("audio",), ("audio", "image", "text")])
+def test_a_card_says_whom_to_trust_beside_code_that_runs_code(modalities: tuple[str, ...], tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", tiny_config(*modalities))
+    text = card(ModelFolder(tmp_path / "model").description, "model", 7, has_curves=False)
+    assert 'AutoModel.from_pretrained("model", trust_remote_code=True)' in text
+    assert "runs the Python files of this folder with all your rights" in text
+    assert ('AutoImageProcessor.from_pretrained("model"' in text) == ("image" in modalities)
+    assert ("`AutoProcessor` gives one alone" in text) == (len(modalities) > 1)
+
+
+def test_a_description_with_any_byte_changed_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("audio"))
+    whole, refused = (path / "config.json").read_bytes(), 0
+    rng = np.random.default_rng(0)
+    for place in range(0, len(whole), 11):
+        changed = bytearray(whole)
+        changed[place] ^= int(rng.integers(1, 256))
+        (path / "config.json").write_bytes(changed)
+        try:
+            ModelFolder(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_weights_with_any_byte_of_their_header_changed_are_read_or_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write_folder(path, tiny_config("audio"))
+    file, refused = path / "model.safetensors", 0
+    whole = file.read_bytes()
+    folder, rng = ModelFolder(path), np.random.default_rng(0)
+    for place in range(0, 8 + int.from_bytes(whole[:8], "little"), 37):
+        changed = bytearray(whole)
+        changed[place] ^= int(rng.integers(1, 256))
+        file.write_bytes(changed)
+        try:
+            load_trunk(folder)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 80

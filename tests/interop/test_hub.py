@@ -1,7 +1,9 @@
 """Export folders with transformers: the same features, without d2v2ds, and preprocessors that make the same input."""
 
 import io
+import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from d2v2ds.shapes import AUDIO_NORM_EPS, PAD_ID
 from preprocessing.text.tokenization import gpt2_tokenizer_json
 from tests.data.fake_images import FakeImages, encode, photo
 from tests.interop.folders import published_preprocessing, tiny_config
+from tests.interop.test_folder import changed
 from tests.model.tiny import tiny_trunk_config
 from tests.model.tiny_joint import joint_batch, joint_trunk_config
 from tests.preprocessing.test_tokenization import TEXTS, foreign_model
@@ -416,3 +419,152 @@ def check_tokenizer(folder: Path, ours: SentencePieceTokenizer | BytePairTokeniz
     special = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
     assert (*special, tokenizer.mask_token_id) == (0, 1, 2, 3, ours.vocab_size - 1)
     assert tokenizer.model_max_length == 64 and len(tokenizer("the sea " * 100, truncation=True)["input_ids"]) == 64
+
+
+@pytest.fixture
+def trained(folder: Path) -> Any:
+    """A model of its own for each test, whose blocks drop nothing."""
+    model = load(folder).train()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def gradients(model: Any, modality: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Gradients of a fixed loss, under autocast if a type is given."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        out = model(**{INPUTS[modality]: inputs_of(modality)}).last_hidden_state
+    (out.float() * torch.linspace(-1, 1, out.shape[-1])).mean().backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("modality", INPUTS)
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}])
+def test_gradient_checkpointing_gives_the_same_gradients_from_recomputed_blocks(
+    modality: str, kwargs: dict[str, Any] | None, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = gradients(trained, modality)
+    calls = []
+    forward = type(trained.blocks[0]).forward
+    monkeypatch.setattr(type(trained.blocks[0]), "forward", lambda *args: (calls.append(1), forward(*args))[1])
+    gradients(trained, modality)
+    depth = len(calls)
+    trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    assert trained.is_gradient_checkpointing
+    found = gradients(trained, modality)
+    assert len(calls) == 3 * depth
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, msg=name)
+    trained.gradient_checkpointing_disable()
+    gradients(trained, modality)
+    assert len(calls) == 4 * depth
+
+
+@pytest.mark.parametrize("modality", INPUTS)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)])
+def test_gradients_under_autocast_are_those_of_fp32(
+    modality: str, dtype: torch.dtype, error: float, trained: Any
+) -> None:
+    expected, found = gradients(trained, modality), gradients(trained, modality, dtype)
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        assert found[name].dtype == torch.float32
+        assert float((found[name] - one).norm()) <= error * float(one.norm()) + 1e-7, name
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_implementation_of_attention_may_be_named(implementation: str, folder: Path, network: Trunk) -> None:
+    model = load(folder, attn_implementation=implementation)
+    assert_equal(features(model, "audio"), wanted(network, "audio"))
+    with pytest.raises(ValueError, match="output_attentions=True: attention probabilities are not kept"):
+        model(input_values=inputs_of("audio"), output_attentions=True)
+
+
+@pytest.mark.run
+def test_the_trainer_of_transformers_trains_speech_in_bf16_with_checkpointing(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+
+    class Classifier(transformers.PreTrainedModel):
+        config_class = transformers.PreTrainedConfig
+        supports_gradient_checkpointing = True
+
+        def __init__(self) -> None:
+            super().__init__(transformers.PreTrainedConfig())
+            self.encoder = load(folder)
+            self.head = torch.nn.Linear(self.encoder.config.hidden_size, 3)
+            self.post_init()
+
+        def forward(self, input_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.head(self.encoder(input_values).last_hidden_state.mean(1))
+            return {"loss": F.cross_entropy(logits, labels)}
+
+    samples = [{"input_values": torch.randn(2000), "labels": i % 3} for i in range(4)]
+    model = Classifier()
+    before = {name: one.clone() for name, one in model.named_parameters() if one.requires_grad}
+    options = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, bf16=True, use_cpu=True, gradient_checkpointing=True,
+        report_to=[], save_strategy="no", learning_rate=0.01,
+    )  # fmt: skip
+    transformers.Trainer(model, options, train_dataset=samples).train()
+    assert model.encoder.gradient_checkpointing
+    speech = [name for name in before if "blocks" in name or "audio" in name]
+    assert speech
+    after = dict(model.named_parameters())
+    assert all(torch.isfinite(after[name]).all() for name in before)
+    assert sum(not torch.equal(after[name], before[name]) for name in speech) > len(speech) // 2
+
+
+@pytest.mark.parametrize("modalities", [("audio",), ("image",), ("text",), ("audio", "image", "text")])
+def test_models_can_be_pickled(modalities: tuple[str, ...], tmp_path: Path) -> None:
+    trunk = tiny_network(tiny_config(*modalities))
+    for model in (load(write_export(tmp_path / "model", trunk)), trunk):
+        copy = pickle.loads(pickle.dumps(model))  # noqa: S301
+        for modality in modalities:
+            with torch.no_grad():
+                assert_equal(copy.layers(modality, inputs_of(modality)), wanted(trunk, modality))
+
+
+def test_preprocessors_can_be_pickled(folder: Path, network: Trunk, tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).standard_normal(500)
+    picture = Image.fromarray((np.arange(64 * 64 * 3) % 256).astype(np.uint8).reshape(64, 64, 3))
+    text = write_export(tmp_path / "text", network, text=text_settings("sentencepiece", "tokenizer.model"))
+    (text / "tokenizer.model").write_bytes(sentencepiece_model())
+    cases: list[tuple[Any, Path, Callable[[Any], Any]]] = [
+        (transformers.AutoFeatureExtractor, folder, lambda one: one(samples, sampling_rate=16000)["input_values"]),
+        (transformers.AutoImageProcessor, folder, lambda one: one(picture)["pixel_values"]),
+        (transformers.AutoTokenizer, text, lambda one: one(TEXTS[0])["input_ids"]),
+    ]
+    for auto, place, make in cases:
+        own = auto.from_pretrained(place, trust_remote_code=True)
+        np.testing.assert_array_equal(make(pickle.loads(pickle.dumps(own))), make(own))  # noqa: S301
+
+
+def test_two_exports_of_one_name_in_one_process_are_two_models(tmp_path: Path) -> None:
+    for modality in ("audio", "image"):
+        trunk = tiny_network(tiny_config(modality))
+        assert_equal(
+            features(load(write_export(tmp_path / modality / "same", trunk)), modality), wanted(trunk, modality)
+        )
+
+
+CHANGES = {
+    "shared_depth": (10**9, "model.shared_depth: expected int of Bounds"),
+    "layer_drop": (math.nan, "model.layer_drop: expected float of Bounds"),
+    "layer_dorp": (0.1, "expected the fields of TrunkConfig, found .'layer_dorp'"),
+    "block.norm_eps": ("1e-5", "model.block.norm_eps: expected float"),
+    "block.num_heads": (5, "not divisible by num_heads 5"),
+    "block": ([], "model.block: expected the fields of BlockConfig"),
+    "modalities.audio.prenet_depth": (10**9, "audio.prenet_depth: expected int"),
+}
+
+
+@pytest.mark.parametrize("place", CHANGES)
+def test_a_configuration_of_what_no_model_has_is_refused_by_name(place: str, loaded: Any) -> None:
+    value, said = CHANGES[place]
+    config = type(loaded.config)(model=changed(loaded.config.model, place, value))
+    with pytest.raises(ValueError, match=said):
+        type(loaded)(config)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from d2v2ds.model import positions
-from d2v2ds.model.positions import TokenConv
+from d2v2ds.model.positions import ConvPositions, TokenConv
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -47,3 +48,36 @@ def test_only_a_strided_training_convolution_on_a_cpu_takes_the_products(monkeyp
     TokenConv(6, 6, 3, 2, groups=2, bias=False)(x)
     TokenConv(1, 6, 3, 2, bias=False)(x[..., :1])
     assert calls == ["products"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_multiplies_in_the_type_of_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv = TokenConv(6, 4, 3, 2, bias=False)
+    x = torch.randn(3, 17, 6, requires_grad=True)
+    expected = torch.autograd.grad(conv(x).square().sum(), (x, conv.weight))
+    with torch.autocast("cpu", dtype=dtype):
+        out = conv(x)
+    assert out.dtype == dtype
+    found = torch.autograd.grad(out.float().square().sum(), (x, conv.weight))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.05)
+
+
+@pytest.mark.parametrize("trains_input", [True, False])
+def test_its_gradient_can_be_differentiated(trains_input: bool) -> None:
+    torch.manual_seed(0)
+    conv = TokenConv(3, 2, 3, 2, bias=False).double()
+    x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=trains_input)
+
+    def out(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(out, (x, conv.weight))
+    assert torch.autograd.gradgradcheck(out, (x, conv.weight))
+
+
+def test_stacks_of_a_million_convolutions_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 1000 position convolutions, found 1000000"):
+        ConvPositions(4, depth=1_000_000, total_kernel=3, groups=1)

@@ -1,14 +1,21 @@
 """Exports of runs whose folders are not whole any more, or are no runs."""
 
+import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from d2v2ds.data.schema import FileEntry
+from d2v2ds.errors import CheckpointError
 from d2v2ds.export import main
 from d2v2ds.interop.export_folder import ModelFolder
+from d2v2ds.io.crc import crc32
 from d2v2ds.probe import main as probe
+from d2v2ds.run.export import MOST_POINTS, _checked_file, _last_start, _metrics
 from tests.runs.launching import pack_clips, train
 
 
@@ -69,3 +76,54 @@ def test_a_folder_that_is_no_run_is_called_that(
         assert probe([str(given), "--shards", str(tmp_path)]) == 2
     expected = f"{given}: expected the folder of a run (config.yaml, checkpoints), found {found}"
     assert [record.message for record in caplog.records] == [expected]
+
+
+def test_records_are_read_one_by_one_and_few_are_kept(tmp_path: Path) -> None:
+    count = 3 * MOST_POINTS
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(count):
+            file.write(json.dumps({"step": step, "loss/regression": 1 / (step + 1), "other": math.nan}) + "\n")
+        file.write('{"step": 17, "loss/re')
+    found = _metrics(tmp_path, count - 10, ["loss/regression"])
+    assert found.last == {"step": count - 10, "loss/regression": 1 / (count - 9)}
+    assert MOST_POINTS <= len(found.drawn) <= 2 * MOST_POINTS
+    assert found.drawn[1] == {"step": 2, "loss/regression": 1 / 3}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\n",
+        b"[1]\n3\n",
+        b'{"step": "x"}\n{"loss": 1}\n',
+        b"{" * 5_000_000,
+        b'{"step": 1' + b"0" * 9000 + b"}",
+        None,
+    ],
+)
+def test_damaged_records_and_starts_are_no_obstacle(
+    content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("metrics.jsonl", "starts.jsonl"):
+        if content is None:
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+    assert not _metrics(tmp_path, 10, []).drawn
+    assert "without metrics and curves of the run" in caplog.text
+    assert not {"command", "versions"} & _last_start(tmp_path).keys()
+
+
+def test_a_torn_last_start_leaves_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "starts.jsonl").write_text('{"command": ["a"]}\n{"command": ["b"]}\n{"comm')
+    assert _last_start(tmp_path) == {"command": ["b"]}
+    assert "1 damaged lines" in caplog.text
+
+
+def test_a_file_beside_the_shards_is_the_one_that_was_packed(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    entry = FileEntry(file="tokenizer.json", bytes=2, crc32=f"{crc32(b'{}'):08x}")
+    assert _checked_file(tmp_path, "tokenizer.json", [entry]) == b"{}"
+    (tmp_path / "tokenizer.json").write_bytes(b"{ }")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected checksum"):
+        _checked_file(tmp_path, "tokenizer.json", [entry])

@@ -1,6 +1,6 @@
 """Read and write official data2vec 2.0 checkpoints. fairseq is not needed.
 
-    python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--drop-unknown] [--tokenizer FILE]
+    python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--drop-unknown] [--only-model] [--tokenizer FILE]
     python -m d2v2ds.interop.fairseq export FOLDER --out FILE.pt [--modality audio]
 
 `import` takes pretraining checkpoints (student and, under `_ema`, teacher) and fine-tuned ones (encoder and head) and
@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--drop-unknown", action="store_true", help="leave out tensors that our network lacks instead of stopping"
     )
     importing.add_argument(
+        "--only-model", action="store_true", help="leave out all but `model`, `cfg` and `args`, whatever it asks for"
+    )
+    importing.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="of text: RoBERTa's tokenizer.json or a sentencepiece .model"
     )
     exporting = commands.add_parser("export", help="our folder -> official file")
@@ -39,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "import":
-            found = import_file(options.source, options.out, options.drop_unknown, options.tokenizer)
+            found = import_file(
+                options.source, options.out, options.drop_unknown, options.tokenizer, options.only_model
+            )
             print(f"{options.source}: {findings(found)}\nwritten: {options.out}")
         else:
             export_file(options.source, options.out, options.modality)

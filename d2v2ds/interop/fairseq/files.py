@@ -1,27 +1,28 @@
 """Official files -> our export folders, and back. Tensors keep their type and their bits in both directions."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.card import write_card
 from d2v2ds.interop.export_folder import Description, Kind, ModelFolder, Part, require_layout
 from d2v2ds.interop.export_write import new_folder, write_config, write_tensors
-from d2v2ds.interop.fairseq.official_config import read_section
 from d2v2ds.interop.fairseq.official_section import official_section
 from d2v2ds.interop.fairseq.read import (
     OWN_LICENCE,
     OfficialCheckpoint,
     Tensors,
+    checked_section,
     network_states,
     read_official,
 )
 from d2v2ds.interop.fairseq.write import write_official
 from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.io.read import validate
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
@@ -62,6 +63,8 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
     preprocessing = {name: modality_of(name, file_name).describe_preprocessing(model.modalities[name], None, None)}
     if tokenizer is not None:
         preprocessing[name] |= {"tokenizer": tokenizer.kind, "file": tokenizer.file_name}
+    if any(tensor.is_meta for tensor in checkpoint.trunk.values()):
+        raise CheckpointError(f"{file_name}: expected weights, found names and shapes alone (of torch's device meta)")
     official = {
         "file": file_name,
         "modality": checkpoint.modality,
@@ -101,7 +104,7 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
 
 
 def import_file(
-    file: Path, folder: Path, drop_unknown: bool = False, tokenizer: Path | None = None
+    file: Path, folder: Path, drop_unknown: bool = False, tokenizer: Path | None = None, only_model: bool = False
 ) -> OfficialCheckpoint:
     """Read an official file and write our folder.
 
@@ -110,6 +113,7 @@ def import_file(
         folder: to write.
         drop_unknown: leave out tensors of the encoder that our network lacks.
         tokenizer: of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only.
+        only_model: read nothing but weights and configuration, whatever else is in the file.
 
     Returns:
         What was read, with warnings about it.
@@ -119,7 +123,7 @@ def import_file(
         UnsupportedOptionError: see `read_official`.
         ConfigError: the tokenizer cannot be read.
     """
-    checkpoint = read_official(file, drop_unknown)
+    checkpoint = read_official(file, drop_unknown, only_model)
     loaded = None
     if tokenizer is not None:
         loaded = _tokenizer_of(checkpoint, tokenizer)
@@ -152,6 +156,22 @@ def _tokenizer_of(checkpoint: OfficialCheckpoint, path: Path) -> Tokenizer:
     return tokenizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Official:
+    """What an import noted of the official file."""
+
+    section: dict[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What an export in the official layout needs of `Description.origin`."""
+
+    official: _Official = field(default_factory=_Official)
+    licence: str = OWN_LICENCE
+
+
 def export_file(path: Path, file: Path, modality: str | None = None) -> None:
     """Write an export folder of ours, or the file of an earlier version, in the official layout.
 
@@ -170,15 +190,15 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
     if modality is None and len(active) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(active)}; an official file holds one, choose it: --modality")
     modality = modality or active[0]
-    official = folder.description.origin.get("official", {})
-    section = official.get("section") or official_section(model, _objective(folder, modality), modality)
+    origin = validate(_Origin, folder.description.origin, f"{path}: origin", CheckpointError)
+    section = origin.official.section or official_section(model, _objective(folder, modality), modality)
     trunk, decoder, teacher = (
         dict(_of_modality(folder.tensors(part), modality)) for part in ("model", "objective", "teacher")
     )
     student = trunk | decoder
     tokens = student.get("encoders.text.local.tokens.weight")
-    single, _, _ = read_section(section, modality, None if tokens is None else len(tokens))
-    expected = network_states(single, modality, has_decoder=bool(decoder))
+    single, _, _ = checked_section(section, modality, tokens, f"{path}: origin.official.section")
+    expected = network_states(single, modality, str(path), has_decoder=bool(decoder))
     require_layout(path, {name: Kind.of(tensor) for name, tensor in student.items()}, expected.student)
     if teacher:
         require_layout(path, {name: Kind.of(tensor) for name, tensor in teacher.items()}, expected.teacher)
@@ -188,8 +208,8 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
         teacher or None,
         section,
         head=dict(folder.tensors("head")),
-        prefix=official.get("prefix", ""),
-        licence=folder.description.origin.get("licence", OWN_LICENCE),
+        prefix=origin.official.prefix,
+        licence=origin.licence,
     )
 
 
@@ -199,11 +219,11 @@ def _objective(folder: ModelFolder, modality: str) -> ModalityConfig:
     Raises:
         CheckpointError: they are not known.
     """
-    stored = (folder.description.objective or {}).get("modalities", {}).get(modality)
-    if stored is None:
+    stored = (folder.description.objective or {}).get("modalities")
+    if not isinstance(stored, dict) or stored.get(modality) is None:
         raise CheckpointError(f"{folder.path}: expected the settings of its objective for {modality}, found none")
-    found: ModalityConfig = TypeAdapter(ModalityConfig).validate_python(stored)
-    return found
+    where = f"{folder.path}: objective.modalities.{modality}"
+    return validate(ModalityConfig, stored[modality], where, CheckpointError)
 
 
 def _of_modality(tensors: Iterable[tuple[str, Tensor]], modality: str) -> Iterator[tuple[str, Tensor]]:

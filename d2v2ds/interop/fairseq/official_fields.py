@@ -106,12 +106,18 @@ LAYER_NORMS: dict[str, NormKind] = {
 FINAL_NORMS: dict[str, NormKind] = {"layer_norm_targets": "layer", "instance_norm_targets": "instance"}
 
 
+_SPEC_CHARACTERS = 1000
+_SPEC_LAYERS = 1000
+
+
 def conv_layers(text: str) -> tuple[ConvLayer, ...]:
     """Read a layer list such as ``[(512, 10, 5)] + [(512, 3, 2)] * 4`` without executing it.
 
     Raises:
         ValueError: if it is anything but lists, tuples, integers, ``+`` and ``*``.
     """
+    if len(text) > _SPEC_CHARACTERS:
+        raise ValueError(f"feature_encoder_spec: expected at most {_SPEC_CHARACTERS} characters, found {len(text)}")
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
@@ -123,7 +129,11 @@ def conv_layers(text: str) -> tuple[ConvLayer, ...]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return value(node.left) + value(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            return value(node.left) * value(node.right)
+            product = value(node.left), value(node.right)
+            many = max((len(one) for one in product if not isinstance(one, int)), default=0)
+            times = max((one for one in product if isinstance(one, int)), default=0)
+            if many * times <= _SPEC_LAYERS:
+                return product[0] * product[1]
         raise ValueError(f"feature_encoder_spec: expected a list of (channels, kernel, stride), found {text!r}")
 
     layers = value(ast.parse(text, mode="eval").body)

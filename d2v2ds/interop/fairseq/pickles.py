@@ -1,74 +1,53 @@
-"""Read files of `torch.save` that hold objects of other programs, without importing or running any of them.
+"""Read pickles of other programs without importing or running anything that they name.
 
-`torch.load(weights_only=True)` rebuilds tensors and plain containers and refuses every other global. Official
-checkpoints also carry omegaconf containers, an argparse namespace and enums; for those that a list here names, torch is
-handed a class that remembers what it was given and does nothing. So no code from outside runs, whatever the file
-says: a name is only the key of such a class and is never looked up. `plain` then reads what the classes remember.
+`Reader` makes plain values and tensors, and for every other name an object that remembers what it was given and does
+nothing: a name is never looked up. So no code from outside runs, whatever a pickle says, and programs that are not
+installed may have written it. `plain` then reads what the objects remember.
+
+Work and memory are bounded: by the number of opcodes, and because nothing from the file is hashed or compared but short
+keys (nested tuples and chosen integers can make either take for ever).
 """
 
 import _compat_pickle
 import pickle
-import pickletools
-import re
-import struct
-import zipfile
-import zlib
-from pathlib import Path
+import sys
+from collections.abc import Callable, Mapping
 from typing import IO, Any, ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, dtype
 
-from d2v2ds.errors import CheckpointError
+MOST_OPCODES = 1_000_000
+"""Opcodes of one pickle; that of an official checkpoint with its optimizer has some 50,000."""
+MOST_VALUES = 200_000
+"""Values of a configuration, each counted as often as it is referred to."""
+_MOST_NESTED = 100
+_INTEGER_KEY_BITS = 60
+"""Longer integers may be chosen to have one hash."""
+_INTEGER_BITS = 128
 
-HARMLESS_PREFIXES = (
-    "omegaconf.",
-    "fairseq.",
-    "fairseq_cli.",
-    "fairseq_user_dir",
-    "examples.data2vec.",
-    "data2vec.",
-    "numpy.",
-    "typing.",
-    "enum.",
-    "pathlib.",
-)
-HARMLESS = {
-    "argparse.Namespace", "collections.defaultdict", "copyreg._reconstructor", "operator.getitem", "_operator.getitem",
-    "builtins.bool", "builtins.bytes", "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.int",
-    "builtins.list", "builtins.object", "builtins.str", "builtins.tuple", "builtins.type",
+_DATA = {
+    "argparse.Namespace", "copyreg._reconstructor", "copyreg.__newobj__", "_codecs.encode", "functools.partial",
+    "builtins.bool", "builtins.bytearray", "builtins.bytes", "builtins.complex", "builtins.float", "builtins.int",
+    "builtins.object", "builtins.range", "builtins.slice", "builtins.str", "builtins.tuple", "builtins.type",
+    "types.SimpleNamespace", "operator.getitem", "_operator.getitem",
 }  # fmt: skip
-"""Globals that configurations and run states mention. They are not called either: this list only decides which files
-are read at all."""
+_DATA_PREFIXES = (
+    "array.", "collections.", "datetime.", "decimal.", "_decimal.", "enum.", "fractions.", "ipaddress.", "pathlib.",
+    "typing.", "uuid.", "zoneinfo.",
+    "torch._tensor.", "torch._utils.", "torch.nn.", "torch.optim.", "torch.serialization._get_layout",
+)  # fmt: skip
+"""Names of the standard library and of torch that describe data. A pickle that mentions another one of theirs asks for
+functions to be called, and is refused with that name; here it would have done nothing."""
+_TORCH_VALUES = ("Size", "device", "dtype", "layout", "memory_format", "strided", "Tensor")
 
-_KNOWN_TO_TORCH = {
-    "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.bytearray", "builtins.set",
-    "builtins.complex",
-}  # fmt: skip
-"""Globals outside `torch` that its safe reader has itself; it decides which of its own it takes."""
 
-_ZIP_START = b"PK\x03\x04"
-_OLD_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:-1]  # without protocol and end
-_OLD_HEAD_BYTES = 32
-
-_DAMAGED = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    OSError,  # a damaged offset
-    MemoryError,  # a damaged length
-)
-"""Errors of torch on a file that is cut off, damaged or made to harm."""
+def is_data(full_name: str) -> bool:
+    """Return True for a name that checkpoints mention: a type of data, or anything of a program that is not ours."""
+    root, _, rest = full_name.partition(".")
+    if root == "torch" and (rest in _TORCH_VALUES or "." not in rest and rest.endswith("Storage")):
+        return True
+    is_known = root in sys.stdlib_module_names or root == "torch"
+    return not is_known or full_name in _DATA or full_name.startswith(_DATA_PREFIXES)
 
 
 class Stub:
@@ -77,161 +56,278 @@ class Stub:
     full_name: ClassVar[str] = ""
     args: tuple[Any, ...]
     state: Any
+    items: list[Any]
+    """What was put into it: items, or pairs of key and value."""
 
-    def __new__(cls, *args: Any) -> Any:
+    def __new__(cls, *args: Any, **named: Any) -> Any:
         """Remember what the object would have been made of."""
         stub = object.__new__(cls)
-        stub.args, stub.state = args, None
+        stub.args, stub.state, stub.items = args, None, []
         return stub
 
-    def __init__(self, *args: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+    def __init__(self, *args: Any, **named: Any) -> None: ...
 
 
-class _DefaultDict(Stub):
-    """The unpickler only puts items into real dictionaries, so this one is a real one, without its factory."""
+class _Tuple(tuple[Any, ...]):
+    """A tuple that is hashed and compared as an object: by content, nested ones would take for ever."""
 
-    def __new__(cls, *args: Any) -> Any:
-        return {}
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
-def _stub_class(full_name: str) -> type[Stub]:
-    base = _DefaultDict if full_name == "collections.defaultdict" else Stub
-    return type("Stub", (base,), {"full_name": full_name})
+def _as_list(items: Any = (), *_: Any) -> list[Any]:
+    return list(items) if isinstance(items, list | tuple) else []
+
+
+def _as_dict(pairs: Any = (), *_: Any) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        _put(found, key, value)
+    return found
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _as_dict,
+    "collections.Counter": _as_dict,
+    "collections.defaultdict": _empty_dict,  # its argument is the factory
+    "builtins.dict": _as_dict,
+    "builtins.list": _as_list,
+    "builtins.set": _as_list,
+    "builtins.frozenset": _as_list,
+}
+"""Containers by their names; sets become lists, which need no hashes."""
+
+
+def _put(target: Any, key: Any, value: Any) -> None:
+    """Put an item into a dictionary; a stub remembers it."""
+    if isinstance(target, Stub):
+        target.items.append((key, value))
+        return
+    if type(target) is not dict:
+        raise pickle.UnpicklingError(f"items for {type(target).__name__}, which is no dictionary")
+    if isinstance(key, int) and key.bit_length() > _INTEGER_KEY_BITS:
+        raise pickle.UnpicklingError("a key that is an integer of more than 60 bits")
+    target[key] = value
+
+
+class Reader(pickle._Unpickler):  # the one in C cannot be told what to do with opcodes, nor when to stop
+    """Reads one pickle."""
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        known: Mapping[str, Any],
+        refused: set[str],
+        storage: Callable[[tuple[Any, ...]], Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            file: at the pickle's beginning; it is left behind its end.
+            known: values and functions that names stand for, besides containers.
+            refused: names that are not data are added to it.
+            storage: makes what an id outside of the pickle stands for.
+        """
+        super().__init__(file, encoding="utf-8", errors="replace")
+        self.dispatch = _Counted(self.dispatch)  # type: ignore[misc]
+        self._known, self._refused, self._storage = known, refused, storage
+        self._stubs: dict[str, type[Stub]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a name stands for; it is not looked up anywhere."""
+        full_name = _renamed(module, name)
+        if full_name in self._known:
+            return self._known[full_name]
+        if full_name in _CONTAINERS:
+            return _CONTAINERS[full_name]
+        if full_name not in self._stubs:
+            self._stubs[full_name] = type("Stub", (Stub,), {"full_name": full_name})
+        if not is_data(full_name):
+            self._refused.add(full_name)
+        return self._stubs[full_name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return the storage of an id."""
+        if self._storage is None or not isinstance(pid, tuple):
+            raise pickle.UnpicklingError("an id of something outside of the pickle")
+        return self._storage(pid)
+
+
+class _Counted(dict[int, Any]):
+    """Methods by opcode; counts how often one is asked for."""
+
+    left = MOST_OPCODES
+
+    def __getitem__(self, opcode: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise pickle.UnpicklingError(f"more than {MOST_OPCODES:,} opcodes")
+        return _OWN[opcode] if opcode in _OWN else super().__getitem__(opcode)
+
+
+def _build(reader: Any) -> None:
+    state = reader.stack.pop()
+    if isinstance(reader.stack[-1], Stub):
+        reader.stack[-1].state = state  # of others, such as the metadata of a dictionary of weights, nothing is needed
+
+
+def _append(reader: Any) -> None:
+    _extend(reader, [reader.stack.pop()])
+
+
+def _appends(reader: Any) -> None:
+    _extend(reader, reader.pop_mark())
+
+
+def _extend(reader: Any, items: list[Any]) -> None:
+    target = reader.stack[-1]
+    if isinstance(target, Stub):
+        target = target.items
+    if type(target) is not list:
+        raise pickle.UnpicklingError(f"items for {type(target).__name__}, which is no list")
+    target += items
+
+
+def _set_item(reader: Any) -> None:
+    value, key = reader.stack.pop(), reader.stack.pop()
+    _put(reader.stack[-1], key, value)
+
+
+def _set_items(reader: Any) -> None:
+    items = reader.pop_mark()
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        _put(reader.stack[-1], key, value)
+
+
+def _dict(reader: Any) -> None:
+    items = reader.pop_mark()
+    reader.append(_as_dict(list(zip(items[::2], items[1::2], strict=True))))
+
+
+def _tuple(reader: Any) -> None:
+    items = reader.pop_mark()  # first: it changes what `append` is
+    reader.append(_Tuple(items))
+
+
+def _tuple_of(count: int) -> Callable[[Any], None]:
+    def make(reader: Any) -> None:
+        reader.stack[-count:] = [_Tuple(reader.stack[-count:])]
+
+    return make
+
+
+def _frozen_set(reader: Any) -> None:
+    items = reader.pop_mark()
+    reader.append(items)
+
+
+def _refuse(reader: Any) -> None:
+    raise pickle.UnpicklingError("an opcode that torch.save does not write")
+
+
+_OWN: dict[int, Callable[[Any], None]] = {
+    pickle.BUILD[0]: _build,
+    pickle.APPEND[0]: _append,
+    pickle.APPENDS[0]: _appends,
+    pickle.ADDITEMS[0]: _appends,
+    pickle.SETITEM[0]: _set_item,
+    pickle.SETITEMS[0]: _set_items,
+    pickle.DICT[0]: _dict,
+    pickle.TUPLE[0]: _tuple,
+    pickle.TUPLE1[0]: _tuple_of(1),
+    pickle.TUPLE2[0]: _tuple_of(2),
+    pickle.TUPLE3[0]: _tuple_of(3),
+    pickle.EMPTY_SET[0]: pickle._Unpickler.dispatch[pickle.EMPTY_LIST[0]],
+    pickle.FROZENSET[0]: _frozen_set,
+    # makes room for a length before it knows that so much follows
+    pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+    # names by number, from a table of this process
+    pickle.EXT1[0]: _refuse,
+    pickle.EXT2[0]: _refuse,
+    pickle.EXT4[0]: _refuse,
+}
+"""Opcodes that put something into an object, or hash it: only into plain containers and stubs."""
 
 
 def _renamed(module: str, name: str) -> str:
-    """The name of today for a global of Python 2, in which pickles of protocol 2 are written; torch does the same."""
+    """Return today's full name of a global of Python 2, in which pickles of protocol 2 are written."""
     if (module, name) in _compat_pickle.NAME_MAPPING:
         module, name = _compat_pickle.NAME_MAPPING[module, name]
     return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
 
 
-def _globals_of(file: IO[bytes]) -> set[str]:
-    """Names that one pickle asks for; it is taken apart, not run. Leaves the file behind its end."""
-    names: set[str] = set()
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            names.add(_renamed(*str(argument).split(" ", 1)))
-        elif opcode.name == "STACK_GLOBAL":  # torch refuses it; the message shall name what was wanted
-            names.add(_renamed(*strings[-2:]) if len(strings) > 1 else "a computed name")
-        elif isinstance(argument, str):
-            strings.append(argument)
+def stub_names(value: Any) -> set[str]:
+    """Return the names of all stubs in a value, those of classes included."""
+    names, waiting, seen = set(), [value], set()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, Tensor):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Stub):
+            names.add(one.full_name)
+            waiting += [one.args, one.state, one.items]
+        elif isinstance(one, type) and issubclass(one, Stub):
+            names.add(one.full_name)
+        elif isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
     return names
 
 
-def _is_zip(path: Path) -> bool:
-    """True if torch would take the file for its format since 1.6."""
-    with path.open("rb") as file:
-        return file.read(len(_ZIP_START)) == _ZIP_START
-
-
-def _globals_in(path: Path, is_zip: bool) -> set[str]:
-    """Names that any pickle in a file of `torch.save` asks for, new format or old.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
-            if len(pickles) != 1:
-                raise CheckpointError(f"{path}: expected a file of torch.save, found a zip file of something else")
-            with archive.open(pickles[0]) as entry:
-                return _globals_of(entry)
-    with path.open("rb") as file:
-        if _OLD_MAGIC not in file.read(_OLD_HEAD_BYTES):
-            raise CheckpointError(f"{path}: expected a file of torch.save, found something else")
-        file.seek(0)
-        # magic number, version, sizes of the machine, the object, keys of the storages
-        return set().union(*(_globals_of(file) for _ in range(5)))
-
-
-def read_pickled(path: Path) -> dict[str, Any]:
-    """Read a file of `torch.save` whose content is a dictionary. Nothing in it is run.
-
-    Tensors of the format in use since torch 1.6 stay in the file until they are looked at.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Tensors, plain containers and `Stub` objects; see `plain`.
-
-    Raises:
-        CheckpointError: it is cut off, damaged, no file of `torch.save`, or asks for anything that is not known to be
-            harmless.
-        OSError: it cannot be opened.
-    """
-    is_zip = _is_zip(path)
-    try:
-        names = {name for name in _globals_in(path, is_zip) if not name.startswith("torch.")} - _KNOWN_TO_TORCH
-    except _DAMAGED as error:
-        raise CheckpointError(_damaged(path, error)) from error
-    unknown = sorted(name for name in names if name not in HARMLESS and not name.startswith(HARMLESS_PREFIXES))
-    if unknown:
-        raise CheckpointError(_harmful(path, ", ".join(unknown)))
-    try:
-        with torch.serialization.safe_globals([(_stub_class(name), name) for name in names]):
-            content = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
-    except _DAMAGED as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))  # of torch itself, such as a function that reads more pickles
-        raise CheckpointError(_harmful(path, refused[1]) if refused else _damaged(path, error)) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a dictionary, found {type(content).__name__}")
-    return content
-
-
-def _harmful(path: Path, names: str) -> str:
-    return (
-        f"{path}: expected tensors and configurations, found a wish to use {names}; nothing was run. Official "
-        "checkpoints need no such thing: do not open this file with anything that runs what it reads"
-    )
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    detail = next((line for line in lines if line.startswith("Can only")), lines[0] if lines else type(error).__name__)
-    return (
-        f"{path}: expected a whole file of torch.save, found one that is cut off, damaged or built in a way that the "
-        f"safe reader does not know ({detail}); nothing was run. Fetch it again and compare its size"
-    )
-
-
 def plain(value: Any) -> Any:
-    """A value as dictionaries, lists, numbers and strings.
+    """Convert a value to dictionaries, lists, numbers and strings.
 
     omegaconf containers and nodes give their content, a namespace and other objects with named fields those fields, an
     enum its value, and whatever else is not plain its name in angle brackets. Tensors stay.
+
+    Raises:
+        ValueError: it contains itself, or is nested too deeply, or refers to its parts too often.
     """
-    if isinstance(value, dict):
-        return {_plain_key(key): plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(one) for one in value]
-    if isinstance(value, type) and issubclass(value, Stub):
-        return f"<{value.full_name}>"
-    if isinstance(value, Stub):
-        return _plain_stub(value)
-    return value if value is None or isinstance(value, bool | int | float | str | Tensor) else f"<{value!r}>"
+    return _Plain().of(value, 0)
 
 
-def _plain_key(key: Any) -> Any:
-    key = plain(key)
-    return key if isinstance(key, str | int | float) else str(key)
+class _Plain:
+    def __init__(self) -> None:
+        self.left = MOST_VALUES
 
+    def of(self, value: Any, depth: int) -> Any:
+        self.left -= 1
+        if depth > _MOST_NESTED or self.left < 0:
+            raise ValueError(
+                f"more than {MOST_VALUES:,} values, more than {_MOST_NESTED} levels, or it contains itself"
+            )
+        if isinstance(value, dict):
+            return {self._key(key, depth + 1): self.of(one, depth + 1) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.of(one, depth + 1) for one in value]
+        if isinstance(value, type) and issubclass(value, Stub):
+            return f"<{value.full_name}>"
+        if isinstance(value, Stub):
+            return self._stub(value, depth + 1)
+        if isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
+            return "<a number of many digits>"
+        if value is None or isinstance(value, bool | int | float | str | Tensor):
+            return value
+        return f"<{value}>" if isinstance(value, dtype) else f"<{type(value).__name__}>"
 
-def _plain_stub(stub: Stub) -> Any:
-    state = stub.state
-    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
-        state = {**(state[0] or {}), **state[1]}  # of a class with slots
-    if isinstance(state, dict):
-        for content in ("_content", "_val"):
-            if stub.full_name.startswith("omegaconf.") and content in state:
-                return plain(state[content])
-        return plain(state)
-    if len(stub.args) == 1 and isinstance(stub.args[0], bool | int | float | str):
-        return stub.args[0]
-    return f"<{stub.full_name}>"
+    def _key(self, key: Any, depth: int) -> Any:
+        key = self.of(key, depth)
+        return key if isinstance(key, str | int | float) else str(key)
+
+    def _stub(self, stub: Stub, depth: int) -> Any:
+        state = stub.state
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+            state = (state[0] if isinstance(state[0], dict) else {}) | state[1]  # of a class with slots
+        if isinstance(state, dict):
+            for content in ("_content", "_val"):
+                if stub.full_name.startswith("omegaconf.") and content in state:
+                    return self.of(state[content], depth)
+            return self.of(state, depth)
+        if len(stub.args) == 1 and isinstance(stub.args[0], bool | int | float | str):
+            return self.of(stub.args[0], depth)
+        return f"<{stub.full_name}>"

@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from d2v2ds.errors import CheckpointError
+from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.interop.fairseq.keymap import (
     is_alibi_scale,
     official_names,
@@ -24,7 +24,8 @@ from d2v2ds.interop.fairseq.keymap import (
 )
 from d2v2ds.interop.fairseq.official_config import OfficialNetwork, read_section
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
-from d2v2ds.interop.fairseq.pickles import plain, read_pickled
+from d2v2ds.interop.fairseq.pickles import plain
+from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.modalities.settings import read_trunk
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, ModalityConfig
@@ -61,6 +62,13 @@ DECODERS = "decoders."
 _ANY_EMA = EmaConfig(start_decay=0.999, end_decay=0.999, anneal_steps=0)
 """For checks alone: an official file of weights says nothing of the schedule that matters here."""
 _MODALITY = re.compile(r"modality_encoders\.([A-Z0-9_]+)\.")
+_NO_NETWORK = (
+    ConfigError, ValidationError, TypeError, ValueError, AttributeError, KeyError, SyntaxError, MemoryError,
+    RecursionError,
+)  # fmt: skip
+"""Errors on values that are no configuration."""
+_MOST_SHARED = 2
+"""Times that the bytes of a file may be used, on average."""
 _MOST_NESTED = 12
 """Levels of the official configuration that are searched."""
 
@@ -95,23 +103,25 @@ class OfficialCheckpoint:
         return bool(self.decoder)
 
 
-def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
+def read_official(path: Path, drop_unknown: bool = False, only_model: bool = False) -> OfficialCheckpoint:
     """Read an official file without running anything in it.
 
     Args:
         path: of the file, as `torch.save` wrote it.
         drop_unknown: leave out tensors of the encoder that our network lacks instead of refusing the file.
+        only_model: read nothing but weights and configuration, whatever else is in the file.
 
     Raises:
         CheckpointError: it is damaged, wants to run code, or is no data2vec 2.0; or its tensors are not those of
             its own configuration, with every difference.
         UnsupportedOptionError: its network computes something that ours does not, with the option.
-        OSError: it cannot be opened.
+        MachineError: the machine is at fault.
     """
-    content = read_pickled(path)
+    content = read_pickled(path, only_model)
     weights = content.get("model")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: expected official weights under `model`, found the keys {_listed(content)}")
+    _require_bytes(path, weights)
     prefix, modality = _where(path, weights)
     encoder, head, ignored = _divided(weights, prefix)
     averaged = weights.get(prefix + TEACHER)
@@ -121,10 +131,10 @@ def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
     faults: list[str] = []
     unknown: list[str] = []
     has_decoder = any(".decoder." in name for name in encoder)
-    states = network_states(network, modality, has_decoder=has_decoder)
+    states = network_states(network, modality, str(path), has_decoder=has_decoder)
     student = _translated(encoder, _layout(states.student), "", faults, unknown)
     teacher, warnings = None, []
-    if isinstance(averaged, dict) and averaged:
+    if isinstance(averaged, dict) and averaged and all(isinstance(name, str) for name in averaged):
         layout = _layout(states.teacher, bare_blocks=has_bare_blocks(section))
         teacher = _translated(averaged, layout, f"{TEACHER}.", faults, unknown)
     elif has_decoder:
@@ -150,6 +160,17 @@ def read_official(path: Path, drop_unknown: bool = False) -> OfficialCheckpoint:
         licence=_licence(modality, content.get("cfg")),
         warnings=warnings,
     )
+
+
+def _require_bytes(path: Path, weights: Mapping[str, Any]) -> None:
+    """Refuse weights that share their bytes so often that the file holds a small part of what they would become."""
+    inner = [value for value in weights.values() if isinstance(value, dict)]
+    tensors = [one for values in (weights, *inner) for one in values.values() if isinstance(one, Tensor)]
+    size, room = sum(one.nbytes for one in tensors if not one.is_meta), _MOST_SHARED * path.stat().st_size
+    if size > room:
+        raise CheckpointError(
+            f"{path}: expected weights of at most {room:,} bytes by the size of the file, found {size:,}"
+        )
 
 
 def _listed(names: Any, most: int = 8) -> str:
@@ -196,8 +217,8 @@ def _network(
     """The network that the file's configuration describes, the fields that do, and the names of all others."""
     try:
         roots = {key: plain(content.get(key)) for key in ("cfg", "args")}
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: its configuration contains itself") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected a configuration of plain values, found {error}") from error
     found = next(_sections(roots, modality), None)
     if found is None:
         raise CheckpointError(
@@ -206,19 +227,40 @@ def _network(
         )
     place, official = found
     tokens = encoder.get("modality_encoders.TEXT.local_encoder.embed_tokens.weight")
+    network, section, ignored = checked_section(official, modality, tokens, f"{path}: {place}")
+    return network, section, [f"{place}.{name}" for name in ignored] + _beside(roots, place)
+
+
+def checked_section(
+    official: Any, modality: str, tokens: Tensor | None, where: str
+) -> tuple[OfficialNetwork, dict[str, Any], list[str]]:
+    """Translate an official section from a file, and check every number in it.
+
+    Args:
+        official: plain values.
+        modality: of the network.
+        tokens: embedding of text.
+        where: file and place, for messages.
+
+    Returns:
+        As `read_section`.
+
+    Raises:
+        UnsupportedOptionError, CheckpointError: naming what does not fit.
+    """
     try:
         network, section, ignored = read_section(official, modality, None if tokens is None else len(tokens))
-        read_trunk(asdict(network.trunk), place)  # for the bounds of single fields
+        read_trunk(asdict(network.trunk), where)  # for the bounds of single fields
         TypeAdapter(ModalityConfig).validate_python(asdict(network.objective()))
         objective = Data2Vec2Config(ema=_ANY_EMA, modalities={modality: network.objective()})
         problems = network.trunk.check() + objective.check(network.trunk)
     except UnsupportedOptionError as error:
-        raise UnsupportedOptionError(f"{path}: {place}: not supported: {error}") from error
-    except (ValidationError, TypeError, ValueError, AttributeError, SyntaxError, MemoryError) as error:
-        raise CheckpointError(f"{path}: {place}: not the configuration of a network: {error}") from error
+        raise UnsupportedOptionError(f"{where}: not supported: {error}") from error
+    except _NO_NETWORK as error:
+        raise CheckpointError(f"{where}: not the configuration of a network: {error}") from error
     if problems:
-        raise CheckpointError(f"{path}: {place}: not the configuration of a network: {'; '.join(problems)}")
-    return network, section, [f"{place}.{name}" for name in ignored] + _beside(roots, place)
+        raise CheckpointError(f"{where}: not the configuration of a network: {'; '.join(problems)}")
+    return network, section, ignored
 
 
 def _beside(roots: dict[str, Any], place: str) -> list[str]:
@@ -282,11 +324,19 @@ class _States:
     teacher: Tensors
 
 
-def network_states(network: OfficialNetwork, modality: str, *, has_decoder: bool) -> _States:
+def network_states(network: OfficialNetwork, modality: str, where: str, *, has_decoder: bool) -> _States:
+    """Build both networks of an official file, without memory for their weights.
+
+    Raises:
+        CheckpointError: naming the file `where` the settings come from, if no tensor can have their sizes.
+    """
     own = network.objective()
-    with torch.device("meta"):
-        student = Data2Vec2Network(network.trunk, {modality: own}).state_dict()
-        teacher = Trunk(network.trunk, with_local={modality: not own.share_local_encoder}).state_dict()
+    try:
+        with torch.device("meta"):
+            student = Data2Vec2Network(network.trunk, {modality: own}).state_dict()
+            teacher = Trunk(network.trunk, with_local={modality: not own.share_local_encoder}).state_dict()
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        raise CheckpointError(f"{where}: its settings describe no network: {error}") from error
     names = {name.removeprefix("trunk."): name for name in student}
     kept = {ours: student[name] for ours, name in names.items() if has_decoder or not ours.startswith(DECODERS)}
     return _States(kept, teacher)

@@ -12,6 +12,7 @@ from d2v2ds.interop.fairseq.keymap import (
     with_official_shape,
 )
 from d2v2ds.interop.fairseq.read import MADE_BY, OWN_LICENCE, TEACHER, has_bare_blocks
+from d2v2ds.io.output import whole_file
 
 
 def write_official(
@@ -41,12 +42,9 @@ def write_official(
     model: dict[str, Any] = {prefix + name: tensor for name, tensor in _official(student)} | dict(head or {})
     if teacher is not None:
         model[prefix + TEACHER] = dict(_official(teacher, bare_blocks=has_bare_blocks(section)))
-    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {"args": None, "cfg": {"model": dict(section), MADE_BY: {"licence": licence}}, "model": model}, temporary
-    )
-    temporary.replace(path)
+    with whole_file(path) as file:
+        torch.save({"args": None, "cfg": {"model": dict(section), MADE_BY: {"licence": licence}}, "model": model}, file)
 
 
 def _official(tensors: Mapping[str, Tensor], *, bare_blocks: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,8 @@ import ast
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-def code_files(modules: Iterable[str], networks: str) -> dict[str, str]:
+def code_files(modules: Sequence[str], networks: str) -> dict[str, str]:
     """Copy modules of d2v2ds, and all of d2v2ds that they import, for one flat folder: text by file name.
 
     transformers copies a module together with those that it imports relatively from its own folder, and no others; the
@@ -102,6 +103,11 @@ def code_files(modules: Iterable[str], networks: str) -> dict[str, str]:
         lines = [f"from .{other} import __name__ as _{other}\n" for other in sorted(others)]
         needed[name] += "".join(lines)
         files.update({f"{key}.py": text for key, text in needed.items()})
+    # transformers finds a class that it has imported by the folder's name and the text of its module, in a process with
+    # two exports of one name: so each module's text tells what the others are
+    digest = sha256("".join(f"{name}\n{text}" for name, text in sorted(files.items())).encode()).hexdigest()
+    for module in modules:
+        files[f"{_flat_name(module)}.py"] += f"# Digest of all modules of this export: {digest}\n"
     return files
 
 

@@ -1,14 +1,13 @@
 """Speech: settings of its front end, positions and prenet, and how its encoder and decoder are built."""
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from functools import partial
 
 from d2v2ds.bounds import Count
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import position_conv_flops, waveform_encoder_flops
-from d2v2ds.model.local import WaveformEncoder
+from d2v2ds.model.local import WaveformEncoder, count_conv_tokens
 from d2v2ds.model.network import AlibiSettings
 from d2v2ds.model.positions import ConvPositions
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
@@ -36,15 +35,9 @@ class AudioNetwork(AlibiSettings):
 
     def build_encoder(self, block: BlockConfig, shared_depth: int, *, with_local: bool) -> ModalityEncoder:
         """Build front end, position convolutions, distance penalty and prenet."""
-
-        def num_tokens(num_samples: Tensor) -> Tensor:
-            for _, kernel, stride in self.conv_layers:
-                num_samples = (num_samples - kernel).div(stride, rounding_mode="floor") + 1
-            return num_samples.clamp(min=0)
-
         return ModalityEncoder(
             local=WaveformEncoder(self.conv_layers, block.width) if with_local else None,
-            num_tokens=num_tokens,
+            num_tokens=partial(count_conv_tokens, self.conv_layers),  # can be pickled
             positions=ConvPositions(
                 block.width,
                 depth=self.position_depth,

@@ -1,6 +1,7 @@
 """Settings of the network's part for sensors, and how its encoder and decoder are built."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from d2v2ds.bounds import Count, CountOrZero, Positive
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import conv_flops, linear_flops, position_conv_flops
-from d2v2ds.model.local import ConvLayerNorm
+from d2v2ds.model.local import ConvLayerNorm, count_conv_tokens
 from d2v2ds.model.network import AlibiSettings
 from d2v2ds.model.positions import ConvPositions
 from d2v2ds.shapes import ConvLayer, conv_output_length
@@ -68,15 +69,9 @@ class SensorNetwork(AlibiSettings):
 
     def build_encoder(self, block: BlockConfig, shared_depth: int, *, with_local: bool) -> ModalityEncoder:
         """Build front end, position convolutions, distance penalty and prenet."""
-
-        def num_tokens(num_samples: Tensor) -> Tensor:
-            for _, kernel, stride in self.conv_layers:
-                num_samples = (num_samples - kernel).div(stride, rounding_mode="floor") + 1
-            return num_samples.clamp(min=0)
-
         return ModalityEncoder(
             local=SensorEncoder(self.num_channels, self.conv_layers, block.width) if with_local else None,
-            num_tokens=num_tokens,
+            num_tokens=partial(count_conv_tokens, self.conv_layers),  # can be pickled
             positions=ConvPositions(
                 block.width,
                 depth=self.position_depth,

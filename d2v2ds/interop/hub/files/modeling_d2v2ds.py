@@ -5,9 +5,10 @@ Its parts are the very modules that d2v2ds trains, under the same names, and its
 """
 
 import types
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from itertools import repeat
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,11 +32,17 @@ class D2V2DSOutput(BaseModelOutput):
 
 
 class D2V2DSModel(PreTrainedModel):
-    """Encoders and shared blocks."""
+    """Encoders and shared blocks.
+
+    Gradient checkpointing recomputes every block, without reentrance whatever is asked for: gradients of the distance
+    penalty would be lost with it. Attention is `scaled_dot_product_attention`, or row by row in training on a CPU.
+    """
 
     config_class = D2V2DSConfig
     base_model_prefix = "d2v2ds"
     _no_split_modules = ["Block", "ModalityEncoder"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
 
     layers = Trunk.layers
     encoder = Trunk.encoder
@@ -45,6 +52,7 @@ class D2V2DSModel(PreTrainedModel):
         trunk = Trunk(trunk_config(config.model or {}))
         self.encoders, self.blocks = trunk.encoders, trunk.blocks
         self.main_input_name = NETWORKS[next(iter(trunk.encoders))][1]
+        self.gradient_checkpointing = False
         self._constants = [name for name, value in self.named_parameters() if not value.requires_grad]
         self.post_init()
 
@@ -57,6 +65,15 @@ class D2V2DSModel(PreTrainedModel):
             model.get_parameter(name).requires_grad_(False)
         return loaded
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Embedding of token ids, which gradient checkpointing and adapters ask for."""
+        for name, (_, argument, _, _) in NETWORKS.items():
+            if argument == "input_ids":
+                embedding: nn.Module = self.get_submodule(f"encoders.{name}.local.tokens")
+                return embedding
+        found: nn.Module = super().get_input_embeddings()
+        return found
+
     def forward(
         self,
         input_values: Tensor | None = None,
@@ -65,6 +82,7 @@ class D2V2DSModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> D2V2DSOutput | tuple[Any, ...]:
         """Run one input of one modality.
 
@@ -76,10 +94,16 @@ class D2V2DSModel(PreTrainedModel):
             input_ids: (B, S) int64.
             output_hidden_states: whether to return the input of the first block and the output of every block.
             return_dict: False: a tuple.
+            output_attentions: True is refused: attention probabilities are not kept.
 
         Returns:
             `last_hidden_state` (B, T, D) without extra tokens; `hidden_states`, each (B, T, D); `attention_mask`.
         """
+        if output_attentions or self.config.output_attentions:
+            raise ValueError(
+                "D2V2DSModel.forward: output_attentions=True: attention probabilities are not kept, expected False; "
+                "output_hidden_states=True gives the features of every block"
+            )
         given = {"input_values": input_values, "pixel_values": pixel_values, "input_ids": input_ids}
         sources = {name: given[argument] for name, (_, argument, _, _) in NETWORKS.items()}
         found = [argument for argument, source in given.items() if source is not None]
@@ -94,7 +118,10 @@ class D2V2DSModel(PreTrainedModel):
         if pad_id is not None:
             padding = source == pad_id if padding is None else padding
             source = source.masked_fill(padding, pad_id)
-        layers = self.layers(modality, source, padding)
+        run = None
+        if self.gradient_checkpointing and self.training:
+            run = partial(self._gradient_checkpointing_func, use_reentrant=False)
+        layers = self.layers(modality, source, padding, run=run)
         frames = self._padded_frames(modality, padding, layers[-1].shape[1])
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -129,25 +156,49 @@ class D2V2DSModel(PreTrainedModel):
 
 
 def trunk_config(values: dict[str, Any]) -> TrunkConfig:
-    """Settings of the trunk from plain values."""
+    """Settings of the trunk from plain values.
+
+    Raises:
+        ValueError: naming a number beyond its bounds, or fields that contradict each other.
+    """
     given = {name: settings for name, settings in values["modalities"].items() if settings is not None}
-    modalities = {name: from_plain(NETWORKS[name][0], settings) for name, settings in given.items()}
-    block = from_plain(get_type_hints(TrunkConfig)["block"], values["block"])
-    return TrunkConfig(**(values | {"block": block, "modalities": modalities}))
+    modalities = {name: from_plain(NETWORKS[name][0], settings, name) for name, settings in given.items()}
+    shared: TrunkConfig = from_plain(TrunkConfig, values | {"modalities": {}}, "model")
+    config = replace(shared, modalities=modalities)
+    if problems := config.check():
+        raise ValueError(f"config.json: model: {'; '.join(problems)}")
+    return config
 
 
-def from_plain(kind: Any, value: Any) -> Any:
-    """Values as JSON holds them -> the dataclasses and tuples that a type names."""
+def from_plain(kind: Any, value: Any, name: str) -> Any:
+    """Values as JSON holds them -> the dataclasses and tuples that a type names; numbers within their bounds."""
+    if get_origin(kind) is Annotated:
+        kind, *limits = get_args(kind)
+        for limit in limits:
+            _check_number(value, kind, limit, name)
     if value is None:
         return None
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(**{name: from_plain(hints.get(name), part) for name, part in value.items()})  # type: ignore[operator]
+        hints = get_type_hints(kind, include_extras=True)
+        if not isinstance(value, dict) or value.keys() - hints.keys():
+            type_name = getattr(kind, "__name__", kind)
+            found = sorted(value.keys() - hints.keys()) if isinstance(value, dict) else value
+            raise ValueError(f"config.json: {name}: expected the fields of {type_name}, found {found!r:.80}")
+        fields = {field: from_plain(hints.get(field), part, f"{name}.{field}") for field, part in value.items()}
+        return kind(**fields)  # type: ignore[operator]
     if get_origin(kind) in (Union, types.UnionType):
         (kind,) = (choice for choice in get_args(kind) if choice is not type(None))
-        return from_plain(kind, value)
+        return from_plain(kind, value, name)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         each = repeat(kinds[0]) if kinds[-1] is Ellipsis else kinds
-        return tuple(from_plain(kind, part) for kind, part in zip(each, value, strict=False))
+        return tuple(from_plain(kind, part, name) for kind, part in zip(each, value, strict=False))
     return value
+
+
+def _check_number(value: Any, kind: Any, limit: Any, name: str) -> None:
+    fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    lowest = (limit.ge is None or value >= limit.ge) and (limit.gt is None or value > limit.gt) if fits else False
+    highest = (limit.le is None or value <= limit.le) and (limit.lt is None or value < limit.lt) if fits else False
+    if not (lowest and highest):
+        raise ValueError(f"config.json: {name}: expected {kind.__name__} of {limit}, found {value!r:.40}")
