@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from d2v2ds.data.schema import ROW_DTYPE
+from d2v2ds.errors import ShardError
 from preprocessing import inspect
 from preprocessing.pack_audio import main as pack
 from preprocessing.verify import main, verify
