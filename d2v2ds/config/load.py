@@ -20,7 +20,7 @@ from d2v2ds.config.modalities import build_modalities, fold, unfold
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.config.words import read_word
 from d2v2ds.errors import ConfigError
-from d2v2ds.io.read import parse_yaml, read_text
+from d2v2ds.io.read import is_there, parse_yaml, read_text
 from d2v2ds.modalities.known import known_modalities
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
@@ -81,7 +81,7 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIG_FOLDER / f"{name_or_path}.yaml"
-    if not path.exists():
+    if not is_there(path, ConfigError):
         names = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
         raise ConfigError(f"--config {name_or_path}: no file {path}; give a YAML file or one of: {', '.join(names)}")
     values = parse_yaml(read_text(path, ConfigError), path, ConfigError)

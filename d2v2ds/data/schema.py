@@ -22,6 +22,7 @@ from d2v2ds.bounds import Amount
 from d2v2ds.errors import ShardError
 from d2v2ds.io import durable, read
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.machine_faults import retried
 
 SCHEMA_VERSION = 1
 INDEX_NAME = "index.json"
@@ -226,12 +227,12 @@ def read_index(folder: Path) -> Index:
         ShardError: if the folder is unfinished, or its index is damaged or of another schema version.
     """
     path = folder / INDEX_NAME
-    if not path.exists():
+    if not retried(lambda: read.is_there(path, ShardError)):
         raise ShardError(
             f"{folder}: expected a finished shard folder, found no {INDEX_NAME}; packing writes it last, so run "
             "the same packing command again (finished shards are kept), or correct the path"
         )
-    values = read.read_json(path, ShardError)
+    values = retried(lambda: read.read_json(path, ShardError))
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ShardError(

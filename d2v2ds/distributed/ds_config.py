@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from d2v2ds.errors import ConfigError
-from d2v2ds.io.read import read_json
+from d2v2ds.io.read import is_there, read_json
 
 SHIPPED_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -85,7 +85,7 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
     path = Path(name_or_path)
     if not path.suffix:
         path = SHIPPED_FOLDER / f"{name_or_path}.json"
-    if not path.exists():
+    if not is_there(path, ConfigError):
         shipped = ", ".join(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
         raise ConfigError(f"DeepSpeed config {name_or_path}: no file {path}; give a path or one of: {shipped}")
     config = read_json(path, ConfigError)

@@ -50,6 +50,21 @@ def open_regular(path: Path | str, kind: type[D2V2Error]) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def is_there(path: Path | str, kind: type[D2V2Error]) -> bool:
+    """True if there is something of this name; a link to nothing is nothing.
+
+    Raises:
+        kind, MachineError: as `open_regular`, where that cannot be found out.
+    """
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise reading_error(path, error, kind) from error
+    return True
+
+
 def irregular(mode: int) -> str:
     """Return what a file is by its mode, empty for a regular one."""
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
@@ -160,7 +175,7 @@ def json_lines(path: Path, kind: type[D2V2Error]) -> Iterator[dict[str, Any]]:
     Raises:
         kind, MachineError: as `open_regular`.
     """
-    if not path.exists():
+    if not is_there(path, kind):
         return
     damaged: list[int] = []
     with open_regular(path, kind) as file:

@@ -300,7 +300,7 @@ def _prepare(shards: Path, *overrides: str) -> None:
         ),
         ("model.block.attention_path=flex", "no backward pass on a CPU"),
         ("model.modalities.audio=null", "modalities: none is configured"),
-        ("data.shards='???'", "data.audio.shards: required, give data.shards="),
+        ("data.shards=???", "data.audio.shards: required, give data.shards="),
         ("engine.deepspeed=zero4", "give a path or one of"),
         (
             "objective.modalities.audio.mask.kind=block_2d",

@@ -149,7 +149,7 @@ def read_manifest(path: Path) -> Manifest:
 def named_tag(folder: Path, name: str) -> str | None:
     """The tag that `latest` or `best` names; None, with a warning, if the file is damaged."""
     file = folder / name
-    if not file.exists():
+    if not read.is_there(file, CheckpointError):
         return None
     try:
         tag = read.read_text(file, CheckpointError, limit=4096).strip()
