@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
+from d2v2ds.io.crc import crc32
 from d2v2ds.io.read import open_regular, parse_json, read_bytes, read_json, validate
 from d2v2ds.io.safetensors_header import DTYPES
 from d2v2ds.modalities.known import modality_of
@@ -54,6 +55,8 @@ Weights = Literal["student", "teacher"]
 Preprocessing = dict[str, dict[str, Any]]
 """Modality -> what happens to its input before the network reads it; `Modality.describe_preprocessing` makes it."""
 
+CHECKSUMS_KEY = "d2v2ds.crc32"
+"""Metadata key of a file for the CRC-32 of each tensor's bytes; a file that another program wrote has none."""
 METADATA = {"format": "pt"}
 """Metadata that transformers expects in every file."""
 
@@ -224,11 +227,12 @@ class ModelFolder:
         """The tensors of a part one after another, as stored, on the CPU."""
         for file in self._files(part):
             with _opened(file) as handle:
+                checksums = _checksums(file, handle)
                 for name, stored in self._names(part, handle):
-                    yield name, handle.get_tensor(stored)
+                    yield name, _checked(file, stored, handle.get_tensor(stored), checksums)
 
     def tensor(self, part: Part, name: str) -> Tensor:
-        """Read one tensor as stored; its bytes are read when they are used.
+        """Read one tensor as stored, and check it.
 
         Raises:
             KeyError: there is no such tensor.
@@ -240,8 +244,7 @@ class ModelFolder:
                     self._places[part].update({own: (file, stored) for own, stored in self._names(part, handle)})
         file, stored = self._places[part][name]
         with _opened(file) as handle:
-            tensor: Tensor = handle.get_tensor(stored)
-        return tensor
+            return _checked(file, stored, handle.get_tensor(stored), _checksums(file, handle))
 
     def _names(self, part: Part, handle: Any) -> Iterator[tuple[str, str]]:
         """Names of a part's tensors in a file: ours, and as they are stored."""
@@ -356,6 +359,27 @@ def _opened(file: Path) -> Iterator[Any]:
             yield handle
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: expected a whole safetensors file, found: {error}") from error
+
+
+def _checksums(file: Path, handle: Any) -> dict[str, Any]:
+    """CRC-32 of each tensor, by its name in the file; empty if nobody stored them."""
+    text = (handle.metadata() or {}).get(CHECKSUMS_KEY)
+    found = {} if text is None else parse_json(text.encode(), f"{file}: metadata {CHECKSUMS_KEY}", CheckpointError)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: metadata {CHECKSUMS_KEY}: expected checksums by name, found others")
+    return found
+
+
+def _checked(file: Path, name: str, tensor: Tensor, checksums: Mapping[str, Any]) -> Tensor:
+    """Return a tensor that was read, if its checksum is the one stored."""
+    if checksums and f"{crc32(bytes_of(tensor)):08x}" != checksums.get(name):
+        raise CheckpointError(f"{file}: {name} is damaged, its checksum differs; export or fetch the model again")
+    return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in row-major order."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def load_trunk(folder: ModelFolder, weights: Weights = "student") -> Trunk:

@@ -12,11 +12,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import (
+    CHECKSUMS_KEY,
     CONFIG_NAME,
     DESCRIPTION_KEY,
     FILES_KEY,
@@ -26,9 +26,11 @@ from d2v2ds.interop.export_folder import (
     Kind,
     Layout,
     Part,
+    bytes_of,
     is_export,
     is_exported_file,
 )
+from d2v2ds.io.crc import crc32
 from d2v2ds.io.durable import sync
 from d2v2ds.io.output import beside, sole_writer, whole_file
 from d2v2ds.io.read import read_json
@@ -211,21 +213,31 @@ def _write_pieces(
 ) -> None:
     """Put every tensor into the file that is to hold it."""
     waiting = set(layout)
-    places = {}
-    for file, piece in pieces.items():
+    places, checksums = {}, dict.fromkeys(layout, "00000000")
+
+    def write_header(file: IO[bytes], piece: list[str]) -> dict[str, int]:
         kinds = {key: (layout[key].dtype, layout[key].shape) for key in piece}
-        header, offsets = make_header(kinds, {**METADATA, **(metadata or {})})
+        own = {CHECKSUMS_KEY: json.dumps({key: checksums[key] for key in piece})}
+        header, offsets = make_header(kinds, {**METADATA, **(metadata or {}), **own})
+        file.seek(0)
         file.write(header)
-        places.update({key: (file, offset) for key, offset in offsets.items()})
+        return offsets
+
+    for file, piece in pieces.items():
+        places.update({key: (file, offset) for key, offset in write_header(file, piece).items()})
     for name, tensor in tensors:
         if name not in waiting or Kind.of(tensor) != layout[name]:
             raise ValueError(f"{part}: did not expect {name} {Kind.of(tensor)} (now), layout {layout.get(name)}")
         waiting.remove(name)
         file, offset = places[name]
         file.seek(offset)
-        file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        content = bytes_of(tensor)
+        checksums[name] = f"{crc32(content):08x}"
+        file.write(content)
     if waiting:
         raise ValueError(f"{part}: tensors that did not come: {', '.join(sorted(waiting))}")
+    for file, piece in pieces.items():
+        write_header(file, piece)  # of the same length, with the checksums
 
 
 def _divide(layout: Layout, piece_bytes: int) -> list[list[str]]:
