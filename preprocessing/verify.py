@@ -29,6 +29,7 @@ from d2v2ds.data.schema import (
 )
 from d2v2ds.data.shardfile import RowBatch
 from d2v2ds.errors import D2V2Error, ShardError
+from d2v2ds.io.machine_faults import is_machine_fault, reading_error
 from preprocessing.driver.exit_codes import EXIT_INTERRUPTED
 from preprocessing.driver.notes import NOTES_NAME, said_notes
 from preprocessing.driver.progress import Progress, Report
@@ -126,6 +127,8 @@ def check_shard(job: ShardCheck, report: Report) -> list[str]:
                 sizes.extend(row_sizes(layout, batch).tolist())
                 report(batch.num_rows, 0)
     except (pa.ArrowInvalid, pa.ArrowSerializationError, OSError) as error:
+        if isinstance(error, OSError) and is_machine_fault(error):
+            raise reading_error(job.folder / name, error, ShardError) from error
         return [*faults, fault(name, "format", "an Arrow IPC file", error)]
     if len(sizes) != job.entry.rows:
         faults.append(fault(name, "rows", job.entry.rows, len(sizes)))

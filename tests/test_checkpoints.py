@@ -1,21 +1,34 @@
 """`python -m d2v2ds.checkpoints`: what it lists, finds damaged and removes."""
 
+import contextlib
+import json
+import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from d2v2ds.checkpoints import main
+from d2v2ds.distributed.checkpoint import report
 from d2v2ds.distributed.checkpoint.format import (
     FORMAT_VERSION,
+    MAX_PLAIN_BYTES,
     Manifest,
+    _checksum,
     crc32_of,
     finished_tags,
+    named_tag,
     read_manifest,
+    read_plain,
+    read_settings,
+    tags_without_manifest,
 )
-from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after, superseded_tags
+from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after, remove, superseded_tags
+from d2v2ds.distributed.checkpoint.save import _make_partial_folder
 from d2v2ds.errors import CheckpointError
 
 
@@ -119,3 +132,124 @@ def test_impossible_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "expected a run with checkpoints" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["prune", str(tmp_path), "--keep-last", "0"])
+
+
+def test_a_link_of_the_owner_is_neither_deleted_through_nor_in_the_way(run: Path, tmp_path_factory: Any) -> None:
+    """An old checkpoint on another disk stays; a link where a save writes is removed, not what it leads to."""
+    folder, disk = run / "checkpoints", tmp_path_factory.mktemp("disk")
+    moved = (folder / "step00000100").rename(disk / "step00000100")
+    (folder / "step00000100").symlink_to(moved)
+    assert superseded_tags(folder, Keep(last=1)) == ["step00000300"]
+    assert main(["verify", str(run)]) == 0
+    (folder / "step00000500.partial").rmdir()
+    (folder / "step00000500.partial").symlink_to(moved)
+    (folder / "stray.partial").write_text("a file")
+    _make_partial_folder(folder, folder / "step00000500.partial")
+    assert [path.name for path in folder.glob("*.partial") if path.is_dir()] == ["step00000500.partial"]
+    assert not (folder / "step00000500.partial").is_symlink()
+    remove(folder / "step00000100")
+    assert (moved / "manifest.json").is_file() and not (folder / "step00000100").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../etc", b"step00000400\0", b"x" * 5000, b"a/b"])
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_a_damaged_pointer_is_passed_over(run: Path, name: str, content: bytes, caplog: Any) -> None:
+    folder = run / "checkpoints"
+    (folder / name).write_bytes(content)
+    assert named_tag(folder, name) is None
+    assert f"{folder / name}: expected" in caplog.text
+    assert finished_tags(folder)[0] == "step00000400"
+    assert superseded_tags(folder, Keep(last=1))[0] == "step00000100"
+    assert main(["list", str(run)]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: b"\xff" + text,
+        lambda text: b"[" * 100_000,
+        lambda text: b"",
+        lambda text: text.replace(b'"files": {', b'"files": {"../x": {"bytes": 1, "crc32": 1}, ', 1),
+        lambda text: text.replace(b'"world_size": 1', b'"world_size": "1"'),
+        lambda text: text.replace(b'"world_size": 1', b'"world_size": 1e999'),
+        lambda text: text.replace(b'"global_steps": 100', b'"global_steps": 100, "compiled": 1'),
+    ],
+)
+def test_a_damaged_old_manifest_stops_nothing(run: Path, change: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a checksum of its own that fits, as an attacker writes it, and without."""
+    folder = run / "checkpoints"
+    file = folder / "step00000100" / "manifest.json"
+    damaged = change(file.read_bytes())
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(damaged)
+        content.pop("checksum")
+        damaged = json.dumps({"checksum": _checksum(content), **content}).encode()
+    file.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"step00000100/manifest\.json: "):
+        read_manifest(file.parent)
+    assert finished_tags(folder) == ["step00000400", "step00000300", "step00000200", "step00000100"]
+    assert superseded_tags(folder, Keep(last=2)) == ["step00000100"]
+    assert main(["list", str(run)]) == 5
+    assert main(["verify", str(run)]) == 5
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["prune", str(run), "--keep-last", "1"]) == 0
+
+
+def test_a_run_at_work_may_remove_what_is_being_listed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Retention removes a checkpoint between the listing and the reading: that is no damage."""
+    folder = run / "checkpoints"
+
+    def racing(read: Any) -> Any:
+        def read_late(path: Path) -> Any:
+            if path.name == "step00000100" and path.exists():
+                remove(path)
+            return read(path)
+
+        return read_late
+
+    monkeypatch.setattr(report, "read_manifest", racing(read_manifest))
+    kept = shutil.copytree(folder / "step00000100", run / "kept")
+    assert main(["list", str(run)]) == 0
+    assert "DAMAGED" not in capsys.readouterr().out
+    shutil.copytree(kept, folder / "step00000100")
+    assert main(["verify", str(run)]) == 0
+    assert "step00000100: removed meanwhile" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_may_move_while_it_is_looked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read, calls = run / "checkpoints", named_tag, []
+
+    def moving(where: Path, name: str) -> str | None:
+        calls.append(name)
+        if calls.count("best") == 1 and name == "best":
+            tag = read(where, name)
+            (where / "best").write_text("step00000300")
+            remove(where / str(tag))
+            return tag
+        return read(where, name)
+
+    monkeypatch.setattr("d2v2ds.distributed.checkpoint.format.named_tag", moving)
+    assert tags_without_manifest(folder) == []
+    assert calls.count("best") == 2
+
+
+def test_client_state_that_is_no_plain_values_or_unpacks_to_too_much_is_refused(run: Path) -> None:
+    file = run / "checkpoints" / "step00000400" / "client.pt"
+    torch.save({"step": 4}, file)
+    assert read_plain(file) == {"step": 4}
+    with pytest.raises(CheckpointError, match=r"client\.pt: expected the settings of model and objective, found none"):
+        read_settings(file.parent)
+    whole = file.read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0xFF
+        file.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            read_plain(file)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("client/data.pkl", bytes(MAX_PLAIN_BYTES + 1))
+    assert file.stat().st_size < 2_000_000
+    with pytest.raises(CheckpointError, match=r"client\.pt: expected at most 268,435,456 bytes, found 268,435,457"):
+        read_plain(file)

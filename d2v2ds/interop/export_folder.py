@@ -30,7 +30,7 @@ from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.io.crc import crc32
-from d2v2ds.io.read import open_regular, parse_json, read_bytes, read_json, validate
+from d2v2ds.io.read import check_name, open_regular, parse_json, read_json, validate
 from d2v2ds.io.safetensors_header import DTYPES
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.modalities.settings import MOST_NUMBER, read_trunk, write_trunk
@@ -323,22 +323,10 @@ def plain_name(where: Path, name: Any) -> str:
     Raises:
         CheckpointError: it leads out of the folder.
     """
-    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+    if not isinstance(name, str):
         raise CheckpointError(f"{where}: expected the name of a file beside it, found {name!r:.80}")
+    check_name(name, where, CheckpointError)
     return name
-
-
-def read_beside(folder: Path, name: Any) -> bytes:
-    """Read a file that a folder from elsewhere names, in order to copy it.
-
-    Raises:
-        CheckpointError: it lies outside of the folder, by its name or by a link, or is no file.
-        MachineError: the machine is at fault.
-    """
-    file = folder / plain_name(folder, name)
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{file}: expected a file of its folder, found a link that leads out of it")
-    return read_bytes(file, CheckpointError)
 
 
 _MOST_HEADER_BYTES = 100_000_000

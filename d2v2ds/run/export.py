@@ -5,7 +5,7 @@ group, nor memory for more than one tensor is needed. `interop/export_folder.py`
 """
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.data.folders import folders_of
-from d2v2ds.data.schema import FileEntry, Index, read_index
-from d2v2ds.distributed.checkpoint.format import read_manifest, read_plain
-from d2v2ds.errors import CheckpointError, ConfigError, D2V2Error, MissingExtraError, ShardError
+from d2v2ds.data.schema import Index, read_beside, read_index
+from d2v2ds.distributed.checkpoint.format import read_manifest, read_settings
+from d2v2ds.errors import CheckpointError, ConfigError, D2V2Error, MachineError, MissingExtraError, ShardError
 from d2v2ds.interop.card import write_card
 from d2v2ds.interop.export_folder import (
     FILE_SUFFIX,
@@ -29,11 +29,9 @@ from d2v2ds.interop.export_folder import (
     Layout,
     Part,
     Preprocessing,
-    read_beside,
 )
 from d2v2ds.interop.export_write import new_folder, write_config, write_file, write_tensors
 from d2v2ds.interop.hub.write import write_hub_files
-from d2v2ds.io.crc import crc32
 from d2v2ds.io.read import json_lines, read_bytes
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
@@ -169,7 +167,7 @@ def _description(
     preprocessing: Preprocessing,
     records: _Records,
 ) -> Description:
-    settings: Mapping[str, Any] = read_plain(checkpoint / "client.pt")["settings"]
+    settings = read_settings(checkpoint)
     return Description(
         model=model,
         objective=settings["objective"],
@@ -188,28 +186,18 @@ def _preprocessing(config: RunConfig, model: TrunkConfig, folder: Path | None) -
         described[name] = modality.describe_preprocessing(network, data, index)
         if folder is None or data is None:
             continue
+        packed = {entry.file: entry for entry in (index.files_beside if index else ())}
         for file in modality.files_beside(described[name]):
             try:
-                content = _checked_file(folders_of(data.shards)[0], file, index.files_beside if index else ())
-            except CheckpointError as error:
+                if file not in packed:
+                    raise ShardError(f"{folders_of(data.shards)[0]}: {file} is not listed in its index")
+                content = read_beside(folders_of(data.shards)[0], packed[file])
+            except (ShardError, MachineError) as error:
                 logger.warning("no %s is exported, the run's shards cannot be read: %s", file, error)
                 described[name] = modality.describe_preprocessing(network, data, None)
             else:
                 (folder / file).write_bytes(content)
     return described
-
-
-def _checked_file(folder: Path, name: str, packed: Iterable[FileEntry]) -> bytes:
-    """Read a file beside the shards, as it was when they were packed.
-
-    Raises:
-        CheckpointError: it lies elsewhere, or is another one.
-    """
-    content = read_beside(folder, name)
-    for entry in packed:
-        if entry.file == name and entry.crc32 != f"{crc32(content):08x}":
-            raise CheckpointError(f"{folder / name}: expected checksum {entry.crc32}, found {crc32(content):08x}")
-    return content
 
 
 def _first_index(folder: Path) -> Index | None:

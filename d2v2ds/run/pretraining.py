@@ -49,7 +49,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     prepared = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     config = prepared.config
     timeout = timedelta(minutes=config.engine.timeout_minutes)
-    with StopRequest() as stop, comm.process_group(timeout), FolderLock(config.run.dir / "lock", PATIENCE_S) as lock:
+    # no handlers before the group: a signal to a rank that waits for the others there ends it, and nothing is lost
+    with comm.process_group(timeout), StopRequest() as stop, FolderLock(config.run.dir / "lock", PATIENCE_S) as lock:
         compare(assumptions(prepared))
         start_logging(config.run.dir)
         comm.require_on_rank0(lock.take, f"run.dir {config.run.dir}")

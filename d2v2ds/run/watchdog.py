@@ -21,6 +21,8 @@ from d2v2ds.distributed import comm
 
 logger = logging.getLogger(__name__)
 
+FIRST_STEP_S = 600.0
+"""Seconds after which the first step, which compiles and opens files, is late."""
 MEDIAN_STEPS = 50
 """Last steps of which the median is taken."""
 ANSWER_SECONDS = 5.0
@@ -71,9 +73,9 @@ class Watchdog:
         self._began = time.monotonic()
 
     def limit_s(self) -> float:
-        """Seconds after which the present step is late; a first step may take as long as it likes."""
+        """Seconds after which the present step is late."""
         if not self._durations:
-            return float("inf")
+            return max(self._floor_s, FIRST_STEP_S)
         return max(self._floor_s, self._factor * statistics.median(self._durations))
 
     def _watch(self) -> None:
@@ -85,8 +87,9 @@ class Watchdog:
 
     def _report(self, step: int, seconds: float) -> None:
         own = _where()
-        ratio = seconds / statistics.median(self._durations)
-        took = f"the step after {step} takes {seconds:.0f} s so far, {ratio:.0f} x the median"
+        took = f"the step after {step} takes {seconds:.0f} s so far"
+        if self._durations:
+            took += f", {seconds / statistics.median(self._durations):.0f} x the median"
         if not own["waits"]:
             logger.warning("%s; rank %d is busy in\n%s", took, comm.rank(), own["stack"])
         # In a thread of its own: the store lives in rank 0's process, and a stopped one never answers.

@@ -52,6 +52,7 @@ def short_polls(monkeypatch):
     monkeypatch.setattr(loader_module, "POLL_S", 0.2)
 
 
+@pytest.mark.run
 def test_a_hanging_file_system_ends_the_wait_at_its_limit(monkeypatch, caplog):
     monkeypatch.setattr(loader_module, "WARN_S", 0.3)
     with (
@@ -62,12 +63,14 @@ def test_a_hanging_file_system_ends_the_wait_at_its_limit(monkeypatch, caplog):
     assert caplog.text.count("waiting for the data workers up to 1 s") == 1
 
 
+@pytest.mark.run
 def test_a_signal_ends_the_wait():
     asked = iter([False, False, True])
     with closing(waiting("hang", is_stopping=lambda: next(asked))) as loader, pytest.raises(WaitEndedError):
         next(loader)
 
 
+@pytest.mark.run
 def test_a_dead_worker_ends_the_wait():
     with closing(waiting("die")) as loader, pytest.raises(MachineError, match="exited unexpectedly.*memory runs out"):
         next(loader)
@@ -139,5 +142,6 @@ def test_a_small_dev_shm_changes_no_batch(tmp_path):
     assert "batches go through pipes" in done.stderr
 
 
+@pytest.mark.run
 def test_polling_changes_nothing():
     assert_same(steps(5, num_workers=2), steps(5))

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2v2ds.errors import CheckpointError
+from d2v2ds.data.schema import FileEntry, read_beside
+from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.interop.card import card
-from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk, read_beside
+from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk
 from d2v2ds.interop.export_write import new_folder, write_file, write_tensors
+from d2v2ds.io.crc import crc32
 from tests.interop.folders import drawn, tiny_config, write_folder
 from tests.io.test_output import another_writer
 
@@ -486,19 +488,17 @@ def test_a_file_is_copied_from_its_own_folder_alone(tmp_path: Path) -> None:
     (packed / "tokenizer.json").symlink_to(key)
     os.mkfifo(packed / "fifo.json")
     (tmp_path / "moved").symlink_to(packed)
-    assert read_beside(tmp_path / "moved", "inner.json") == b"{}"
+    assert read_beside(tmp_path / "moved", FileEntry(file="inner.json", bytes=2, crc32=f"{crc32(b'{}'):08x}")) == b"{}"
     for name, said in {
-        "tokenizer.json": "a link that leads out of it",
-        "../id_rsa": "the name of a file beside it",
-        str(key): "the name of a file beside it",
-        "..": "the name of a file beside it",
-        "": "the name of a file beside it",
-        "a\0b": "the name of a file beside it",
+        "tokenizer.json": "a link out of it",
+        "../id_rsa": "a link out of it",
+        str(key): "a link out of it",
         "fifo.json": "found a FIFO",
         "none.json": "No such file",
+        "real.json": "its checksum differs",
     }.items():
-        with pytest.raises(CheckpointError, match=said):
-            read_beside(packed, name)
+        with pytest.raises(ShardError, match=said):
+            read_beside(packed, FileEntry(file=name, bytes=6, crc32="00000000"))
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("audio",), ("audio", "image", "text")])

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from d2v2ds.data.schema import FileEntry
-from d2v2ds.errors import CheckpointError
 from d2v2ds.export import main
 from d2v2ds.interop.export_folder import ModelFolder
-from d2v2ds.io.crc import crc32
 from d2v2ds.probe import main as probe
-from d2v2ds.run.export import MOST_POINTS, _checked_file, _last_start, _metrics
+from d2v2ds.run.export import MOST_POINTS, _last_start, _metrics
 from tests.runs.launching import pack_clips, train
 
 
@@ -118,12 +115,3 @@ def test_a_torn_last_start_leaves_the_one_before(tmp_path: Path, caplog: pytest.
     (tmp_path / "starts.jsonl").write_text('{"command": ["a"]}\n{"command": ["b"]}\n{"comm')
     assert _last_start(tmp_path) == {"command": ["b"]}
     assert "1 damaged lines" in caplog.text
-
-
-def test_a_file_beside_the_shards_is_the_one_that_was_packed(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    entry = FileEntry(file="tokenizer.json", bytes=2, crc32=f"{crc32(b'{}'):08x}")
-    assert _checked_file(tmp_path, "tokenizer.json", [entry]) == b"{}"
-    (tmp_path / "tokenizer.json").write_bytes(b"{ }")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected checksum"):
-        _checked_file(tmp_path, "tokenizer.json", [entry])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from d2v2ds.data.reader import DataSettings
-from d2v2ds.data.schema import Index, read_index
-from d2v2ds.errors import CheckpointError, MissingExtraError, ShardError
+from d2v2ds.data.schema import Index, read_beside, read_index
+from d2v2ds.errors import CheckpointError, MissingExtraError
 from d2v2ds.io.read import read_bytes
 from d2v2ds.modalities.demo import Prepared
 from d2v2ds.modalities.inference import GraphInput, HubInput
@@ -116,7 +116,7 @@ class Text(Modality):
         """Compare the tokenizer of packed rows with the model's; nothing is said where one of them is unknown."""
         file = preprocessing.get("file")
         entries = read_index(shards).files_beside
-        beside = [read_bytes(shards / entry.file, ShardError, TOKENIZER_BYTES) for entry in entries]
+        beside = [read_beside(shards, entry) for entry in entries]
         if file is None or not beside or read_bytes(model_folder / file, CheckpointError, TOKENIZER_BYTES) in beside:
             return []
         own = model_folder / file
