@@ -45,7 +45,9 @@ class FolderLock:
             OSError: the file cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644), "r+")
+        # a link would be written through
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.fdopen(os.open(self.path, flags, 0o644), "r+")
         deadline, has_warned = time.monotonic() + self._patience_s, False
         while True:
             try:

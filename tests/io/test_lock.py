@@ -65,6 +65,14 @@ def test_a_file_system_without_locks_is_warned_about(
     assert "a second one there would not be noticed" in caplog.text
 
 
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "lock").symlink_to(tmp_path / "mine")
+    with FolderLock(tmp_path / "lock") as lock, pytest.raises(OSError, match="symbolic links"):
+        lock.take()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_those_who_share_it_keep_out_only_others(tmp_path: Path) -> None:
     with FolderLock(tmp_path / "lock", shared=True) as first:
         first.take()
