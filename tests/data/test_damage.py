@@ -132,6 +132,7 @@ def main() -> None:
     sys.stdout.write(json.dumps({name: flip_bytes(Path(folder), name, int(step)) for name in names}))
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_byte_is_noticed_or_harmless(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BATCH_BYTES", 4000 if kind == "image" else 700)
