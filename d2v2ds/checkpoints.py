@@ -7,7 +7,7 @@
 `list` reads manifests only; `verify` reads every byte; `prune` removes whole checkpoints that the policy does not keep,
 never `latest` and `best`. Do not prune while the run is running.
 
-Exit codes: 0 all is well, 2 no such run or impossible options, 5 something is damaged.
+Exit codes: 0 all is well, 2 no such run or impossible options, 5 something is damaged, 8 a fault of the machine.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from d2v2ds.distributed.checkpoint.keep import Keep
 from d2v2ds.distributed.checkpoint.report import list_checkpoints, prune_checkpoints, verify_checkpoints
-from d2v2ds.errors import CheckpointError, D2V2Error
+from d2v2ds.errors import CheckpointError, D2V2Error, MachineError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.keep_last < 1 or (options.keep_every is not None and options.keep_every < 1):
             parser.error("--keep-last and --keep-every must be 1 or more")
         prune_checkpoints(options.run, Keep(last=options.keep_last, every_steps=options.keep_every), options.dry_run)
-    except (CheckpointError, OSError) as error:
+    except (D2V2Error, OSError) as error:
         print(error, file=sys.stderr)
-        return D2V2Error.exit_code
+        return error.exit_code if isinstance(error, MachineError) else D2V2Error.exit_code
     return 0
 
 

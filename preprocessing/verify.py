@@ -126,7 +126,7 @@ def check_shard(job: ShardCheck, report: Report) -> list[str]:
                 faults.extend(batch_faults(batch, index, name, len(sizes)))
                 sizes.extend(row_sizes(layout, batch).tolist())
                 report(batch.num_rows, 0)
-    except (pa.ArrowInvalid, pa.ArrowSerializationError, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last from names that are not UTF-8
         if isinstance(error, OSError) and is_machine_fault(error):
             raise reading_error(job.folder / name, error, ShardError) from error
         return [*faults, fault(name, "format", "an Arrow IPC file", error)]

@@ -1,7 +1,9 @@
 """`python -m d2v2ds.checkpoints`: what it lists, finds damaged and removes."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import zipfile
 from dataclasses import replace
@@ -29,7 +31,7 @@ from d2v2ds.distributed.checkpoint.format import (
 )
 from d2v2ds.distributed.checkpoint.keep import Keep, abandon_after, remove, superseded_tags
 from d2v2ds.distributed.checkpoint.save import _make_partial_folder
-from d2v2ds.errors import CheckpointError
+from d2v2ds.errors import CheckpointError, MachineError
 
 
 def checkpoint(folder: Path, step: int, loss: float | None = None) -> Path:
@@ -253,3 +255,53 @@ def test_client_state_that_is_no_plain_values_or_unpacks_to_too_much_is_refused(
     assert file.stat().st_size < 2_000_000
     with pytest.raises(CheckpointError, match=r"client\.pt: expected at most 268,435,456 bytes, found 268,435,457"):
         read_plain(file)
+
+
+def failing_reads(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    """Let the system refuse to open files of a name."""
+    real = os.open
+
+    def refuse(path: Any, *arguments: Any, **named: Any) -> int:
+        if str(path).endswith(name):
+            raise OSError(code, os.strerror(code))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_fault_of_the_machine_removes_no_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    """A manifest that cannot be read now is not the oldest one."""
+    folder = run / "checkpoints"
+    kept = sorted(path.name for path in folder.iterdir())
+    with monkeypatch.context() as patched:
+        failing_reads(patched, "step00000400/manifest.json", code)
+        with pytest.raises(MachineError):
+            superseded_tags(folder, Keep(last=1))
+        with pytest.raises(MachineError):
+            abandon_after(folder, "step00000400")
+        assert main(["prune", str(run), "--keep-last", "1"]) == 8
+        assert main(["list", str(run)]) == 8
+        assert f"cannot be read: {os.strerror(code)}" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        failing_reads(patched, "step00000300/manifest.json", code)
+        with pytest.raises(MachineError):
+            abandon_after(folder, "step00000200")
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    assert (folder / "latest").read_text() == "step00000400"
+
+
+def test_a_return_to_a_damaged_checkpoint_removes_nothing(run: Path) -> None:
+    folder = run / "checkpoints"
+    (folder / "step00000300" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="step00000300"):
+        abandon_after(folder, "step00000300")
+    assert (folder / "step00000400").is_dir()
+
+
+def test_a_manifest_holds_no_nan(run: Path) -> None:
+    manifest = replace(read_manifest(run / "checkpoints" / "step00000400"), validation_loss=float("nan"))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        manifest.to_json()

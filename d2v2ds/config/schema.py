@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from d2v2ds.bounds import Bounds, Count, CountOrZero, Positive, UserPath
+from d2v2ds.bounds import Amount, Bounds, Count, CountOrZero, Positive, UserPath
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives import ObjectiveConfig
@@ -36,11 +36,11 @@ class RunSection:
     """Audio seen by the whole run, before the masks multiply it (hours)."""
     epochs: Positive | None = None
     """Passes over `epoch_images` images."""
-    epoch_images: Count | None = None
+    epoch_images: Amount | None = None
     """Images of one such pass, as the recipe counts them."""
     tokens: Positive | None = None
     """Text tokens seen by the whole run, before the masks multiply them."""
-    seed: CountOrZero = 1
+    seed: Amount = 1
     """Seed of weights, sample order, crops, masks, dropout and noise."""
     save_every_steps: Count = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
@@ -81,8 +81,8 @@ class DataSection:
     num_workers: CountOrZero = 2
     """Loader processes on each rank; 0 loads in the training process."""
     max_wait_seconds: Annotated[float, Bounds(gt=0, le=86400)] = 900.0
-    """Seconds that a rank waits for its loader processes before it saves and ends; less than engine.timeout_minutes,
-    after which the other ranks stop waiting for it."""
+    """Seconds that a rank waits for its loader processes before all ranks save and end; at most 0.8 of
+    engine.timeout_minutes, after which the others stop waiting for it."""
     modalities: Mapping[str, Any] = field(default_factory=dict)
     """`DataSettings` of each modality in use, by name, in the order in which a step sees them."""
 
@@ -158,11 +158,6 @@ class RunConfig:
         of_run = self.run.check()
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
-        if self.data.max_wait_seconds >= 60 * self.engine.timeout_minutes:
-            problems.append(
-                f"data.max_wait_seconds {self.data.max_wait_seconds:g} must be less than engine.timeout_minutes "
-                f"{self.engine.timeout_minutes:g}, or the other ranks give up first"
-            )
         problems += of_run + self.data.check() + self._modality_faults()
         save, validate = self.run.save_every_steps, self.valid.every_steps
         if self.valid.modalities and max(save, validate) % min(save, validate):

@@ -9,6 +9,7 @@ numbers alone decide the content of a batch, so the number of workers does not.
 """
 
 import atexit
+import errno
 import logging
 import time
 import weakref
@@ -33,7 +34,7 @@ from d2v2ds.data.workers import (
     worker_context,
 )
 from d2v2ds.errors import MachineError
-from d2v2ds.io.machine_faults import advice
+from d2v2ds.io.machine_faults import ADVICE, advice
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,8 @@ class StepLoader(Iterator[StepData]):
             except RuntimeError as error:
                 if "exited unexpectedly" in str(error):
                     raise MachineError(f"{error}; the system kills processes when memory runs out") from error
+                if "Too many open files" in str(error):
+                    raise MachineError(f"{error}; {ADVICE[errno.EMFILE]}") from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             waited = time.monotonic() - began

@@ -1,5 +1,6 @@
 """Data workers of a loader: start, signals, end."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 
 from d2v2ds.batch import Batch
-from d2v2ds.io.machine_faults import say_once
+from d2v2ds.errors import MachineError
+from d2v2ds.io.machine_faults import ADVICE, say_once
 
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a scheduler or a terminal sends to every process of a job. The training process finishes its step and
@@ -58,6 +60,8 @@ def shared(batch: Batch) -> Batch:
     try:
         return batch.share_memory()
     except RuntimeError as error:
+        if "Too many open files" in str(error):
+            raise MachineError(f"{error}; {ADVICE[errno.EMFILE]}") from error
         if "shared memory" not in str(error) and "shm" not in str(error):
             raise
         ForkingPickler.register(torch.Tensor, _by_value)

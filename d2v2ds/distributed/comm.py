@@ -144,7 +144,7 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count, number = torch.cuda.device_count(), local_rank()
-    if count > 1 and number >= count:
+    if number >= count > 1 or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise ConfigError(
             f"local rank {number}: expected a GPU for each rank of this node, found {count} visible "
@@ -189,6 +189,8 @@ def on_rank0(action: Callable[[], object]) -> str:
             action()
         except OSError as error:
             fault = f"rank 0: {error}; {advice(error)}"
+        except D2V2Error as error:
+            fault = f"rank 0: {error}"
     return broadcast_object(fault)
 
 
@@ -198,17 +200,35 @@ def require_on_rank0(action: Callable[[], object], where: str) -> None:
     Raises:
         MachineError, ConfigError: on every rank, if it failed; by whose fault it did.
     """
+    together(action if rank() == 0 else lambda: None, where)
+
+
+def together(action: Callable[[], T], where: str = "") -> T:
+    """Do something on every rank that may fail on some: then all of them raise. Collective.
+
+    Args:
+        action: local, without collective calls.
+        where: beginning of the messages of system errors.
+
+    Raises:
+        MachineError, ConfigError or whatever error of the project the action raised: the same on every rank.
+    """
+    value: T | None = None
     fault: D2V2Error | None = None
-    if rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            is_machine = is_machine_fault(error)
-            said = f"{where}: rank 0: {error}"
-            fault = MachineError(f"{said}; {advice(error)}") if is_machine else ConfigError(said)
-    fault = broadcast_object(fault)
-    if fault is not None:
-        raise fault
+    place = f"{where}: rank {rank()}" if where else f"rank {rank()}"
+    try:
+        value = action()
+    except D2V2Error as error:
+        fault = error
+    except MemoryError:
+        fault = MachineError(f"{place}: no memory left; lower the number of workers or the batch sizes")
+    except OSError as error:
+        said = f"{place}: {error}"
+        fault = MachineError(f"{said}; {advice(error)}") if is_machine_fault(error) else ConfigError(said)
+    faults = [found for found in gather_objects(fault) if found is not None]
+    if faults:
+        raise next((found for found in faults if isinstance(found, MachineError)), faults[0])
+    return cast(T, value)
 
 
 def side_store(timeout: timedelta = timedelta(seconds=10)) -> torch_dist.Store:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Self
@@ -37,11 +38,11 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
 
-    def take(self) -> None:
+    def take(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Take it; where the file system has no locks, warn and do without.
 
         Raises:
-            BlockingIOError: another process has it; says which.
+            BlockingIOError: another process has it; says which. At the latest when `is_stopping` answers True.
             OSError: the file cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ class FolderLock:
                 break
             except (BlockingIOError, PermissionError):  # it depends on the file system how a held lock shows
                 holder = self.path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "unknown"
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or is_stopping():
                     file.close()
                     raise BlockingIOError(
                         f"{self.path}: another one is at work there ({holder}); let it end, or take another folder"

@@ -37,7 +37,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: it cannot be written.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     partial = beside(path, "partial")
     partial.unlink(missing_ok=True)
     try:
@@ -61,7 +61,7 @@ def sole_writer(path: Path, kind: type[D2V2Error]) -> Iterator[None]:
         kind: another process writes it, or a file of somebody else has the lock's name.
         OSError: the lock's file cannot be written.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     place = beside(path, "lock")
     descriptor = _locked(path, place, kind)

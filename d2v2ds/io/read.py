@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -25,7 +25,9 @@ TEXT_BYTES = 64 << 20
 """Largest text that is read as a whole."""
 LINE_BYTES = 4 << 20
 """Longest line of a file of JSON lines."""
-YAML_NODES = 100_000
+YAML_BYTES = 1 << 20
+"""Largest YAML file."""
+YAML_NODES = 20_000
 """Most values of a YAML file, each counted as often as it is referred to."""
 YAML_DEPTH = 30
 _FAULTS_SAID = 3
@@ -79,7 +81,8 @@ def read_bytes(path: Path | str, kind: type[D2V2Error], limit: int = TEXT_BYTES)
     """
     with open_regular(path, kind) as file:
         try:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # 0 for files that the kernel makes up
+            data = file.read(min(size, limit) + 1) + file.read(0 if size else limit)
         except OSError as error:
             raise reading_error(path, error, kind) from error
     if len(data) > limit:
@@ -120,7 +123,7 @@ def check_name(name: str, where: Path | str, kind: type[D2V2Error]) -> None:
 
 def is_inside(path: Path, folder: Path) -> bool:
     """True if a file, its links followed, lies in a folder, whose own links may lead anywhere."""
-    return path.resolve().is_relative_to(folder.resolve())
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def parse_json(data: bytes, where: Path | str, kind: type[D2V2Error]) -> Any:
@@ -217,16 +220,32 @@ def parse_yaml(text: str, where: Path | str, kind: type[D2V2Error]) -> Any:
     """
     import yaml
 
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _count_nodes(node, {}, 0)
-        return yaml.safe_load(text)
+        _count_events(yaml.parse(text[: YAML_BYTES + 1], loader))
+        if len(text) > YAML_BYTES:
+            raise ValueError(f"expected at most {YAML_BYTES:,} characters, found more")
+        _count_nodes(yaml.compose(text, loader), {}, 0)
+        return yaml.load(text, loader)  # noqa: S506  (safe: plain values)
     except yaml.YAMLError as error:
         raise kind(f"{where}: not valid YAML: {error}") from None
     except RecursionError:
         raise kind(f"{where}: not valid YAML: values nested too deeply") from None
     except (ValueError, OverflowError) as error:  # a number of thousands of digits, a date of month 13
         raise kind(f"{where}: not valid YAML: {error}") from None
+
+
+def _count_events(events: Iterable[Any]) -> None:
+    """Look at the events of a parser as they come, before anything is made of them."""
+    import yaml
+
+    depth = 0
+    for count, event in enumerate(events):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > YAML_DEPTH:
+            raise ValueError(f"expected at most {YAML_DEPTH} levels, found more")
+        if count > 2 * YAML_NODES:
+            raise ValueError(f"expected at most {YAML_NODES:,} values, found more")
 
 
 def _count_nodes(node: Any, known: dict[int, int], depth: int) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from d2v2ds.bounds import CountOrZero, Share
+from d2v2ds.bounds import Amount, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class EmaConfig:
     """Weight kept by the teacher at the first update."""
     end_decay: Share
     """Weight kept once annealed; exactly 1 freezes the teacher, as in the published large audio recipe."""
-    anneal_steps: CountOrZero
+    anneal_steps: Amount
     """Optimizer steps from start to end."""
 
 

@@ -19,6 +19,7 @@ from d2v2ds.data.order import BatchPlan
 from d2v2ds.data.reader import Reader
 from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
+from d2v2ds.io.machine_faults import advice
 from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import open_reader
 from d2v2ds.objectives.protocol import Objective
@@ -129,7 +130,14 @@ def run_dir_faults(run_dir: Path) -> list[str]:
     if not os.access(run_dir, os.W_OK):
         return [f"run.dir {run_dir}: not writable"]
     # a FIFO would hold up whoever opens it, for ever
-    kinds = {path: irregular(path.stat().st_mode) for path in run_dir.iterdir() if path.exists() and not path.is_dir()}
+    try:
+        kinds = {
+            path: irregular(path.stat().st_mode) for path in run_dir.iterdir() if path.exists() and not path.is_dir()
+        }
+    except FileNotFoundError:
+        return []  # a run at work replaces files
+    except OSError as error:
+        return [f"run.dir {run_dir}: cannot be read: {error}; {advice(error)}"]
     return [f"{path}: expected a file, found {kind}; remove it" for path, kind in sorted(kinds.items()) if kind]
 
 

@@ -53,7 +53,7 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     with comm.process_group(timeout), StopRequest() as stop, FolderLock(config.run.dir / "lock", PATIENCE_S) as lock:
         compare(assumptions(prepared))
         start_logging(config.run.dir)
-        comm.require_on_rank0(lock.take, f"run.dir {config.run.dir}")
+        comm.require_on_rank0(lambda: lock.take(lambda: stop.received is not None), f"run.dir {config.run.dir}")
         if comm.device().type == "cpu":
             tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if config.data.num_workers > 0:
@@ -98,12 +98,13 @@ def start(prepared: Prepared, config_name: str, allow_grown: bool) -> Checkpoint
 def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> None:
     """Load data and run the loop."""
     config, objective, engine = prepared.config, prepared.objective, checkpoints.student
+    wait_s = min(config.data.max_wait_seconds, 0.8 * 60 * config.engine.timeout_minutes)
     loader = build_loader(
         prepared.streams,
         state=checkpoints.progress.sampler,
         rank=comm.rank(),
         world=comm.world(),
-        config=LoaderConfig(num_workers=config.data.num_workers, max_wait_s=config.data.max_wait_seconds),
+        config=LoaderConfig(num_workers=config.data.num_workers, max_wait_s=wait_s),
         pin_memory=comm.device().type == "cuda",
         is_stopping=lambda: stop.received is not None,
     )

@@ -31,7 +31,7 @@ from d2v2ds.errors import (
     SaveError,
 )
 from d2v2ds.io import durable
-from d2v2ds.io.read import json_lines, read_text
+from d2v2ds.io.read import is_there, json_lines, read_text
 
 FINISHED, SAVED = 0, PreemptedError.exit_code
 STOPS = {
@@ -131,7 +131,7 @@ def newest_checkpoint(run_dir: Path) -> str:
     """Checkpoint that `latest` names, empty if there is none."""
     file = run_dir / "checkpoints" / "latest"
     try:
-        return read_text(file, ConfigError, limit=4096).strip() if file.exists() else ""
+        return read_text(file, ConfigError, limit=4096).strip() if is_there(file, ConfigError) else ""
     except D2V2Error:
         return ""  # for the run itself to say
 

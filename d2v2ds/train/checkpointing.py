@@ -25,7 +25,7 @@ from d2v2ds.distributed.teacher import Teacher
 from d2v2ds.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
 from d2v2ds.io import durable
 from d2v2ds.io.read import json_lines
-from d2v2ds.train.guard import Guard
+from d2v2ds.train.guard import COUNTS, Guard
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +173,8 @@ class Checkpoints:
         """
         restored = checkpoint.load(self.student, self.teacher, self.folder, accept=self._is_of_this_model)
         state = restored.client_state
-        if missing := {"step", "seen", "guard", "sampler"} - state.keys():
-            raise CheckpointError(f"{self.folder / restored.tag}: no run's checkpoint, {', '.join(missing)} missing")
+        if not _is_complete(state) or not {"step", "seen"} <= state.keys():
+            raise CheckpointError(f"{self.folder / restored.tag}: no run's checkpoint, its state is not complete")
         self.progress.step, self.progress.seen = state["step"], dict(state["seen"])
         self.guard.load_state_dict(state["guard"])
         stored = state["sampler"]
@@ -252,10 +252,20 @@ class Checkpoints:
 
     def _rollbacks_to(self, step: int) -> list[dict[str, Any]]:
         """Return the rollbacks to the checkpoint of a step, oldest first; the same on every rank."""
-        records: list[dict[str, Any]] = []
-        if comm.rank() == 0:
-            records = [one for one in json_lines(self._rollbacks_file, ConfigError) if one.get("to_step") == step]
-        return comm.broadcast_object(records)
+
+        def read() -> list[dict[str, Any]]:
+            if comm.rank() > 0:
+                return []
+            found = [one for one in json_lines(self._rollbacks_file, ConfigError) if one.get("to_step") == step]
+            return [one for one in found if _is_complete(one)]
+
+        return comm.broadcast_object(comm.together(read))
+
+
+def _is_complete(record: Mapping[str, Any]) -> bool:
+    """True if a checkpoint's state, or a rollback, has the data position and the counts of the guard."""
+    guard, sampler = record.get("guard"), record.get("sampler")
+    return isinstance(sampler, dict) and isinstance(guard, dict) and guard.keys() >= set(COUNTS)
 
 
 def differing_fields(before: Any, now: Any, prefix: str = "") -> list[str]:

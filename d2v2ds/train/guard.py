@@ -11,7 +11,7 @@ from d2v2ds.objectives.protocol import HealthLimit
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = ("nonfinite_in_a_row", "nonfinite_total", "damaged_rows")
+COUNTS = ("nonfinite_in_a_row", "nonfinite_total", "damaged_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +130,11 @@ class Guard:
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts, for a checkpoint."""
-        return {name: getattr(self, name) for name in _COUNTS}
+        return {name: getattr(self, name) for name in COUNTS}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Set the counts from `state_dict`."""
-        for name in _COUNTS:
+        for name in COUNTS:
             setattr(self, name, state[name])
 
 

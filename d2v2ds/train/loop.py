@@ -27,6 +27,7 @@ from d2v2ds.errors import (
     PreemptedError,
     ShardError,
 )
+from d2v2ds.io.machine_faults import advice
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.train.checkpointing import Checkpoints
 from d2v2ds.train.figures import alibi_figure, mask_figure
@@ -84,6 +85,9 @@ def _fetch(data: Iterator[StepData]) -> _Fetched:
         return _Fetched(next(data), None, time.perf_counter() - started)
     except (ShardError, MachineError, WaitEndedError) as error:
         return _Fetched(None, error, time.perf_counter() - started)
+    except (MemoryError, OSError) as error:
+        fault = MachineError(f"data cannot be read: {error!r}; {advice(error) if isinstance(error, OSError) else ''}")
+        return _Fetched(None, fault, time.perf_counter() - started)
 
 
 class Trainer:
@@ -159,6 +163,8 @@ class Trainer:
                 self._roll_back()
                 self.watchdog.touch(progress.step)
                 sums, began, first = self._new_sums(), time.perf_counter(), progress.step
+                if is_stopping:
+                    raise self._end(fetched, "the rollback is noted; start the same command to continue")
                 continue
             is_last = progress.step == config.total_steps
             is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping

@@ -8,6 +8,7 @@ only on its number.
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -75,7 +76,7 @@ class Validation:
     def _modality(self, name: str) -> dict[str, float]:
         sums, samples, index = Sums(), dict[str, Sample](), comm.rank()
         for micro in for_rank(self._micro[name], comm.rank(), comm.world()):
-            batch = self._collators[name](micro)
+            batch = comm.together(partial(self._collators[name], micro))
             for fault in batch.faults:
                 logger.warning("validation: skipped a row: %s", fault)
             losses = self._losses(batch, index)

@@ -13,7 +13,7 @@ import torch
 
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.comm import launcher_environment
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import CheckpointError, ConfigError, D2V2Error
 from tests.ranks import RankError, run_distributed
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "MASTER_ADDR": "c1", "MASTER_PORT": "29500"}
@@ -131,3 +131,29 @@ def test_a_port_in_use_is_a_sentence() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("rank 0: no connection at 127.0.0.1:")
     assert "choose one with `--master_port`" in done.stdout
+
+
+def _together(failing: int, kind: str) -> str:
+    def act() -> int:
+        if comm.rank() == failing:
+            raise {"machine": OSError(5, "Input/output error"), "file": CheckpointError("x: damaged")}.get(
+                kind, MemoryError()
+            )
+        return comm.rank()
+
+    try:
+        return str(comm.together(act, "here"))
+    except D2V2Error as error:
+        return f"{type(error).__name__} {error}"
+
+
+@pytest.mark.distributed
+def test_what_fails_on_one_rank_fails_on_all() -> None:
+    assert run_distributed(_together, 2, -1, "") == ["0", "1"]
+    for kind, expected in (
+        ("machine", "MachineError here: rank 1: [Errno 5] Input/output error; the disk or its network failed"),
+        ("file", "CheckpointError x: damaged"),
+        ("memory", "MachineError here: rank 1: no memory left"),
+    ):
+        found = run_distributed(_together, 2, 1, kind)
+        assert found[0] == found[1] and found[0].startswith(expected)

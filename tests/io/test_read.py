@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path, caplog: pytest.L
 
 def test_anchors_that_multiply_are_refused() -> None:
     bomb = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
-    with pytest.raises(ConfigError, match="expected at most 100,000 values, found more"):
+    with pytest.raises(ConfigError, match="expected at most 20,000 values, found more"):
         read.parse_yaml(bomb, "x.yaml", ConfigError)
     with pytest.raises(ConfigError, match="contains itself"):
         read.parse_yaml("a: &a [*a]", "x.yaml", ConfigError)
@@ -122,3 +123,24 @@ def test_every_fault_of_the_machine_has_advice() -> None:
         assert machine_faults.advice(OSError(number, "x"))
     assert not machine_faults.is_machine_fault(FileNotFoundError(2, "x"))
     assert machine_faults.advice(OSError(2, "x"))
+
+
+def test_a_limit_reserves_no_memory(tmp_path: Path) -> None:
+    file = tmp_path / "small"
+    file.write_bytes(b"x")
+    assert read.read_bytes(file, ShardError, limit=1 << 45) == b"x"
+
+
+def test_a_link_to_itself_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    read.is_inside(tmp_path / "loop", tmp_path)
+    with pytest.raises(ShardError, match="cannot be read"):
+        read.read_bytes(tmp_path / "loop", ShardError)
+
+
+@pytest.mark.parametrize("text", ["a: [" + "1, " * 300_000 + "]", "[" * 1_000_000, "a: 1\n" * 500_000])
+def test_yaml_is_bounded_before_anything_is_made_of_it(text: str) -> None:
+    began = time.process_time()
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read.parse_yaml(text, "x.yaml", ConfigError)
+    assert time.process_time() - began < 5  # half an hour before

@@ -118,3 +118,11 @@ def test_inspect_prints_totals_and_draws(packed: Path, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert "24 in" in printed and "longest 1.6" in printed
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_column_name_that_is_not_utf8_is_a_fault(packed: Path) -> None:
+    path = packed / "audio-00000.arrow"
+    data = path.read_bytes()
+    assert data.rfind(b"speaker") > 0
+    path.write_bytes(data.replace(b"speaker", b"\xffpeaker"))
+    assert any("audio-00000.arrow" in fault for fault in verify(packed))

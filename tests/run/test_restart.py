@@ -20,6 +20,7 @@ from d2v2ds.run.restart import (
     Attempt,
     decide,
     main,
+    newest_checkpoint,
     read_attempts,
 )
 
@@ -124,3 +125,12 @@ def test_it_decides_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "requeue\n[]\n"
     assert json.loads((tmp_path / restart.FILE_NAME).read_text())["code"] == 1
+
+
+def test_a_stale_file_system_is_a_crash_that_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path, **named: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", stale)
+    assert newest_checkpoint(tmp_path) == ""
+    assert read_attempts(tmp_path) == []

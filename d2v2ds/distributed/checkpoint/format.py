@@ -30,9 +30,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from d2v2ds.errors import CheckpointError, MachineError
+from d2v2ds.errors import CheckpointError
 from d2v2ds.io import read
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.machine_faults import reading_error
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ MAX_PLAIN_BYTES = 256 << 20
 """Largest `client.pt`, unpacked."""
 _NO_PLAIN_VALUES = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-    ArithmeticError, MemoryError, ImportError, struct.error, zipfile.BadZipFile,
+    ArithmeticError, ImportError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 """What reading anything but plain values raises."""
 
@@ -90,7 +91,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json, with a checksum of itself."""
         content = asdict(self)
-        return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True)
+        return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True, allow_nan=False)
 
     @staticmethod
     def from_json(data: bytes, where: str) -> "Manifest":
@@ -141,7 +142,7 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointError: if the folder is missing or unfinished, or the manifest is damaged.
     """
     file = path / MANIFEST
-    if not file.is_file():
+    if not read.is_there(file, CheckpointError):
         raise CheckpointError(f"{path}: no {MANIFEST}; the folder is no checkpoint, or its saving was interrupted")
     return Manifest.from_json(read.read_bytes(file, CheckpointError), str(file))
 
@@ -168,7 +169,7 @@ def steps_by_tag(folder: Path) -> dict[str, int]:
         if (path / MANIFEST).is_file():
             try:
                 steps[path.name] = read_manifest(path).counters["global_steps"]
-            except (CheckpointError, MachineError):
+            except CheckpointError:
                 if path.is_dir():  # else removed meanwhile
                     steps[path.name] = -1
     return steps
@@ -195,8 +196,11 @@ def tags_without_manifest(folder: Path) -> list[str]:
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in paths if path.is_dir() and path.suffix != PARTIAL]
+    try:
+        paths = list(folder.iterdir()) if read.is_there(folder, CheckpointError) else []
+        return [path for path in paths if path.is_dir() and path.suffix != PARTIAL]
+    except OSError as error:
+        raise reading_error(folder, error, CheckpointError) from error
 
 
 def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -209,8 +213,11 @@ def crc32_of(path: Path) -> int:
     """Checksum of a file."""
     checksum = 0
     with read.open_regular(path, CheckpointError) as file:
-        while block := file.read(1 << 22):
-            checksum = crc32(block, checksum)
+        try:
+            while block := file.read(1 << 22):
+                checksum = crc32(block, checksum)
+        except OSError as error:
+            raise reading_error(path, error, CheckpointError) from error
     return checksum
 
 

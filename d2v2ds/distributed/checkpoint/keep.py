@@ -4,7 +4,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v2ds.distributed.checkpoint.format import BEST, LATEST, PARTIAL, finished_tags, named_tag, steps_by_tag
+from d2v2ds.distributed.checkpoint.format import (
+    BEST,
+    LATEST,
+    PARTIAL,
+    finished_tags,
+    named_tag,
+    read_manifest,
+    steps_by_tag,
+)
 from d2v2ds.io import durable
 
 
@@ -52,8 +60,9 @@ def remove_tree(path: Path) -> None:
 
 def abandon_after(folder: Path, tag: str) -> None:
     """Make a checkpoint the newest again, and remove those of later steps."""
-    durable.replace_text(folder / LATEST, tag)
+    newest = read_manifest(folder / tag).counters["global_steps"]
     steps = steps_by_tag(folder)
+    durable.replace_text(folder / LATEST, tag)
     for other, step in steps.items():
-        if step > steps[tag]:
+        if step > newest:
             remove(folder / other)

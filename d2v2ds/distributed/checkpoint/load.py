@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def load(
     Raises:
         CheckpointError: on all ranks: no usable checkpoint; other parameters; a checkpoint of another format version.
     """
-    tags, lost = comm.broadcast_object((finished_tags(folder), tags_without_manifest(folder)))
+    tags, lost = comm.broadcast_object(
+        comm.together(lambda: (finished_tags(folder), tags_without_manifest(folder)) if comm.rank() == 0 else ([], []))
+    )
     for tag in lost:
         logger.warning("checkpoint %s cannot be read, passed over: no %s", folder / tag, MANIFEST)
     num_declined = 0
@@ -79,14 +82,20 @@ def load(
         if manifest is not None:
             is_same = _topology(engine) == (manifest.world_size, manifest.stage, manifest.compute_dtype)
             # On the same ranks the large files are checked while they are read, once, by the rank that needs them.
-            faults = _on_any_rank(file_faults(path, manifest, _files_to_check(manifest, is_same)))
+            names = _files_to_check(manifest, is_same)
+            faults = _on_any_rank(comm.together(partial(file_faults, path, manifest, names)))
+        client_state: dict[str, Any] = {}
         if manifest is not None and not faults:
-            client_state = read_plain(path / "client.pt")
+            try:
+                client_state = comm.together(partial(read_plain, path / "client.pt"))
+            except CheckpointError as error:
+                faults = [str(error)]
+        if manifest is not None and not faults:
             if not accept(client_state):
                 num_declined += 1
                 continue
             _check_fits(path, manifest, engine, teacher)
-            faults = _on_any_rank(_read_shards(path, manifest, engine, teacher, is_same))
+            faults = _on_any_rank(comm.together(partial(_read_shards, path, manifest, engine, teacher, is_same)))
             if not faults:
                 _finish(path, manifest, engine, teacher, is_same)
                 return Restored(tag=tag, client_state=client_state)

@@ -191,7 +191,7 @@ class Saver:
             num_teacher_updates=0 if teacher is None else teacher.num_updates,
             optimizer_keys=optimizer_keys,
             optimizer_scalars=scalars,
-            validation_loss=validation_loss,
+            validation_loss=validation_loss if validation_loss is None or math.isfinite(validation_loss) else None,
             files={},
         )
         snapshot = _Snapshot(path, manifest)
@@ -270,6 +270,8 @@ def _write_files(snapshot: _Snapshot, partial: Path) -> _WrittenFiles:
         return writer.finish(), ""
     except OSError as error:
         return {}, f"rank {comm.rank()}: {error}; {advice(error)}"
+    except MemoryError:
+        return {}, f"rank {comm.rank()}: no memory left"
 
 
 def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
@@ -287,6 +289,8 @@ def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
             durable.replace_text(folder / BEST, target.name)
     except OSError as error:
         return f"rank 0: {error}; {advice(error)}"
+    except D2V2Error as error:
+        return f"rank 0: {error}"
     try:
         for tag in superseded_tags(folder, keep):
             remove(folder / tag)
@@ -296,12 +300,12 @@ def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
 
 
 def _is_best(folder: Path, validation_loss: float) -> bool:
-    best = named_tag(folder, BEST)
     if not math.isfinite(validation_loss):
         return False
-    if best is None:
-        return True
     try:
+        best = named_tag(folder, BEST)
+        if best is None:
+            return True
         before = read_manifest(folder / best).validation_loss
     except (CheckpointError, MachineError):
         return True  # it is gone or damaged
