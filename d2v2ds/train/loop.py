@@ -13,7 +13,7 @@ from signal import Signals
 from typing import Any, Protocol
 
 from d2v2ds.batch import Batch
-from d2v2ds.data.loader import StepData, WaitEndedError
+from d2v2ds.data.loader import StepData
 from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.engine import Engine
@@ -27,9 +27,9 @@ from d2v2ds.errors import (
     PreemptedError,
     ShardError,
 )
-from d2v2ds.io.machine_faults import advice
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.train.checkpointing import Checkpoints
+from d2v2ds.train.fetch import Fetched, fetch
 from d2v2ds.train.figures import alibi_figure, mask_figure
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.health import NUM_STEPS, Sample
@@ -62,32 +62,6 @@ class LoopConfig:
     """Slope of every head, for figures of the distance penalty."""
     flops_of: Callable[[Batch], float]
     """Counts the algorithmic operations of one micro-batch."""
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    """Data of one step, or the error of reading it."""
-
-    data: StepData | None
-    error: Exception | None
-    wait_s: float
-
-    def step_data(self) -> StepData:
-        """Return the data; there are some unless an error was met by all ranks."""
-        assert self.data is not None, self.error
-        return self.data
-
-
-def _fetch(data: Iterator[StepData]) -> _Fetched:
-    """Read the next step's data; return errors, because a rank that raises alone leaves the others waiting."""
-    started = time.perf_counter()
-    try:
-        return _Fetched(next(data), None, time.perf_counter() - started)
-    except (ShardError, MachineError, WaitEndedError) as error:
-        return _Fetched(None, error, time.perf_counter() - started)
-    except (MemoryError, OSError) as error:
-        fault = MachineError(f"data cannot be read: {error!r}; {advice(error) if isinstance(error, OSError) else ''}")
-        return _Fetched(None, fault, time.perf_counter() - started)
 
 
 class Trainer:
@@ -142,7 +116,7 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         sums, began, first = self._new_sums(), time.perf_counter(), progress.step
-        fetched = _fetch(data)
+        fetched = fetch(data)
         if progress.step < config.total_steps and self._exchange(None, fetched):
             raise self._end(fetched, "nothing was lost")
         while progress.step < config.total_steps:
@@ -157,7 +131,7 @@ class Trainer:
             else:
                 self._write_bad_batch(out, step_data)
             self.watchdog.step_done(progress.step)
-            fetched = _fetch(data)
+            fetched = fetch(data)
             is_stopping = self._exchange(step_data, fetched)
             if self.guard.after_step(progress.step, out.applied):
                 self._roll_back()
@@ -190,7 +164,7 @@ class Trainer:
         if progress.step > 0 and self.guard.nonfinite_total == progress.step:
             raise NonFiniteError(self.guard.nonfinite(progress.step, "all that the run had"))
 
-    def _exchange(self, data: StepData | None, fetched: "_Fetched") -> bool:
+    def _exchange(self, data: StepData | None, fetched: "Fetched") -> bool:
         """Exchange signals, checkpoint state and damaged rows of all ranks once a step; return True if one must stop.
 
         Args:
@@ -219,7 +193,7 @@ class Trainer:
         self.checkpoints.advance(any_busy=busy > 0)
         return signalled + num_failed > 0
 
-    def _end(self, fetched: _Fetched, result: str) -> D2V2Error:
+    def _end(self, fetched: Fetched, result: str) -> D2V2Error:
         """Make the error that ends a run early. Collective."""
         faults = comm.gather_objects(str(fetched.error) if isinstance(fetched.error, MachineError) else "")
         for rank, fault in enumerate(faults):
