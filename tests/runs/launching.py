@@ -114,7 +114,7 @@ def attempt(world: int, shards: Path, run_dir: Path, *extra: str) -> tuple[list[
 
 def deterministic(run_dir: Path) -> list[dict[str, float]]:
     """Metrics less those of the clock and of memory."""
-    records = read_metrics(run_dir / "metrics.jsonl")
+    records = list(read_metrics(run_dir / "metrics.jsonl"))
     return [{name: v for name, v in record.items() if not name.startswith("perf/")} for record in records]
 
 

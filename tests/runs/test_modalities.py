@@ -131,7 +131,7 @@ def test_one_modality_trains_and_is_probed(
 ) -> None:
     run_dir = tmp_path / "run"
     train(f"{modality}_tiny", run_dir, settings(folders, (modality,)))
-    records = read_metrics(run_dir / "metrics.jsonl")
+    records = list(read_metrics(run_dir / "metrics.jsonl"))
     assert len(records) == STEPS
     unit = {"image": "images", "text": "tokens"}[modality]
     amount = {"image": 6, "text": 256}[modality]
@@ -155,7 +155,7 @@ def test_one_modality_trains_and_is_probed(
 
 @pytest.mark.run
 def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
-    last = read_metrics(joint / "metrics.jsonl")[-1]
+    last = list(read_metrics(joint / "metrics.jsonl"))[-1]
     for name in ("audio", "image", "text"):
         assert {f"{name}/loss/regression", f"{name}/target/std", f"{name}/mask/fraction"} <= set(last)
         assert last[f"{name}/target/effective_rank"] > 1
@@ -168,7 +168,7 @@ def test_joint_run_writes_every_modality_under_its_name(joint: Path) -> None:
 
 @pytest.mark.run
 def test_norms_of_the_parts_make_up_that_of_the_gradient(joint: Path) -> None:
-    first = read_metrics(joint / "metrics.jsonl")[0]
+    first = list(read_metrics(joint / "metrics.jsonl"))[0]
     parts = {name: value for name, value in first.items() if "optim/grad_norm/" in name}
     of_modalities = [f"{name}/optim/grad_norm/{part}" for name in OF for part in ("local", "decoder")]
     assert {*of_modalities, "optim/grad_norm/blocks", "image/optim/grad_norm/other"} <= set(parts)
