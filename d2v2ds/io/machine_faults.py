@@ -36,7 +36,7 @@ ADVICE = {
     errno.ENODEV: "the device is gone; use another node",
     errno.ENXIO: "the device is gone; use another node",
 }
-"""What to do about an errno that says nothing of the file's content."""
+"""Advice for each errno that says nothing of the content of a file."""
 TRANSIENT = {
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ENFILE,
 }  # fmt: skip

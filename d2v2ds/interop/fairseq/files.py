@@ -166,7 +166,7 @@ class _Official:
 
 @dataclass(frozen=True, kw_only=True)
 class _Origin:
-    """What an export in the official layout needs of `Description.origin`."""
+    """Entries of `Description.origin` that an export in the official layout needs."""
 
     official: _Official = field(default_factory=_Official)
     licence: str = OWN_LICENCE

@@ -57,7 +57,7 @@ class Stub:
     args: tuple[Any, ...]
     state: Any
     items: list[Any]
-    """What was put into it: items, or pairs of key and value."""
+    """Content: items, or pairs of key and value."""
 
     def __new__(cls, *args: Any, **named: Any) -> Any:
         """Remember what the object would have been made of."""

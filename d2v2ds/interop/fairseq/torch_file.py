@@ -28,7 +28,7 @@ from d2v2ds.io.read import open_regular
 PICKLE_BYTES = 32 << 20
 """Largest pickle of a file in the new format; tensors are not in it."""
 MODEL_KEYS = ("model", "cfg", "args")
-"""What of an official file is needed."""
+"""Parts of an official file that are needed."""
 
 _ZIP_START = b"PK\x03\x04"
 _LOCAL_HEAD = struct.Struct("<4s22xHH")

@@ -30,7 +30,7 @@ class Remark:
     """A recording that can be used, but is not as it was or not as its header says."""
 
     kind: str
-    """What happened, the same words for all such recordings."""
+    """Event, in the same words for all such recordings."""
     detail: str
     lost: float
     """Share of the recording that is lost, 0 to 1."""

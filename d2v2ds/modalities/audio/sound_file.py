@@ -54,7 +54,7 @@ class Sound:
         self.rate: int = file.samplerate
         self.channels: int = file.channels
         self.remarks = remarks
-        """What was found so far; complete after the last sample was read."""
+        """Findings so far; complete after the last sample was read."""
         self._data = data
         info = parse_streaminfo(data.read_at(0, STREAMINFO_BYTES))
         self._stated: int | None = info.frames if info else file.frames
