@@ -57,7 +57,7 @@ _MOST_SHOWN = 1e300
 
 @dataclass
 class _Records:
-    """What an export tells of the metrics of a run."""
+    """Metrics of a run that an export shows."""
 
     last: dict[str, float] = field(default_factory=dict)
     """The newest record up to the checkpoint."""

@@ -45,7 +45,7 @@ class Decoder:
         self._buffer: Samples = np.empty(0, dtype=np.int16)
         self._most = 0
         self.remarks: list[Remark] = []
-        """What the last recording lost, and how it differs from its header."""
+        """Losses of the last recording, and its differences from its header."""
 
     def decode(self, path: str) -> Samples:
         """The whole file as (S,) int16, mono: read-only, or a view that the next call overwrites.

@@ -45,7 +45,7 @@ class Noted:
     """Position of the file among all input files."""
     source: str
     kind: str
-    """What happened, the same words for all such files: ``clipped``."""
+    """Kind of loss, in the same words for all such files: ``clipped``."""
     detail: str
     """How much of this file."""
     lost: float = 1.0

@@ -51,7 +51,7 @@ class TarMember:
     """Offset of its bytes."""
     size: int
     kind: str
-    """What it is if no plain file, such as ``symbolic link``; empty for a plain one."""
+    """Kind of a member that is no plain file, such as ``symbolic link``; empty for a plain one."""
 
 
 class TarFile:

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.environment.shim import build, without
+from tests.environment.shim import without
 from tests.preprocessing.helpers import contents
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +25,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What packing makes where nothing is lacking."""
+    """Files of a packing where nothing is lacking."""
     output = tmp_path_factory.mktemp("packed") / "out"
     done = pack(recordings, output, dict(os.environ))
     assert done.returncode == 0, done.stderr

@@ -8,15 +8,10 @@ from pathlib import Path
 import pytest
 
 from d2v2ds.checkpoints import main as checkpoints
-from tests.environment.shim import build, without
+from tests.environment.shim import without
 from tests.runs.launching import arguments_of, deterministic, pack_clips
 
 SHORT = ("run.total_steps=4", "run.save_every_steps=2", "data.num_workers=2")
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ _NO_PLAIN_VALUES = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
     ArithmeticError, ImportError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-"""What reading anything but plain values raises."""
+"""Errors of reading anything but plain values."""
 
 
 class OtherFormatError(CheckpointError):

@@ -158,7 +158,7 @@ def _tokenizer_of(checkpoint: OfficialCheckpoint, path: Path) -> Tokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Official:
-    """What an import noted of the official file."""
+    """Notes of an import on the official file."""
 
     section: dict[str, Any] = field(default_factory=dict)
     prefix: str = ""
