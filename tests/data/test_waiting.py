@@ -20,6 +20,7 @@ from d2v2ds.data.order import SamplerState
 from d2v2ds.errors import MachineError
 from tests.data.fake_audio import FakeAudio, fake_reader
 from tests.data.test_loader import MASK, NUM_ROWS, assert_same, make_plan, steps
+from tests.environment.shim import can_mount
 
 
 class NeverAudio(FakeAudio):
@@ -116,16 +117,6 @@ if __name__ == "__main__":
     assert_same(steps(4, num_workers=2), steps(4, num_workers=0))
     print("the same")
 """
-
-
-def can_mount() -> bool:
-    """True if this user may mount a file system of its own."""
-    done = subprocess.run(
-        ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", "/dev/shm"],
-        capture_output=True,
-        check=False,
-    )
-    return done.returncode == 0
 
 
 @pytest.mark.skipif(not can_mount(), reason="no right to mount a small /dev/shm")

@@ -83,3 +83,9 @@ def build(folder: Path) -> Path:
 def without(library: Path, *abilities: str) -> dict[str, str]:
     """Environment of a process that lacks abilities."""
     return {**os.environ, "LD_PRELOAD": str(library), "LACKS": " ".join(abilities), "OMP_NUM_THREADS": "1"}
+
+
+def can_mount() -> bool:
+    """True if this user may mount a file system of its own."""
+    mount = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", "/dev/shm"]
+    return subprocess.run(mount, capture_output=True, check=False).returncode == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2v2ds.checkpoints import main as checkpoints
-from tests.environment.shim import without
+from tests.environment.shim import can_mount, without
 from tests.runs.launching import arguments_of, deterministic, pack_clips
 
 SHORT = ("run.total_steps=4", "run.save_every_steps=2", "data.num_workers=2")
@@ -76,12 +76,6 @@ def test_few_descriptors_are_enough(shards: Path, expected: list[dict[str, float
     done = train(shards, tmp_path / "run", environment, "sh", "-c", 'ulimit -n 256; exec "$@"', "sh")
     assert done.returncode == 0, done.stderr[-3000:]
     assert deterministic(tmp_path / "run") == expected
-
-
-def can_mount() -> bool:
-    """True if this user may mount a file system of its own."""
-    mount = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", "/dev/shm"]
-    return subprocess.run(mount, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.run
