@@ -4,7 +4,8 @@ Their shapes are checked here, once. Dimension letters are those of `d2v2ds.shap
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,33 @@ class MaskSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpanMasks:
+    """Masks of whole inputs, as in fine-tuning: masked tokens stay in the sequence."""
+
+    time: Tensor | None = None
+    """(B, T) bool, True = the token's features are replaced; None for none."""
+    channels: Tensor | None = None
+    """(B, D) bool, True = the channel is zero in all tokens; None for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Wanted output of each sample."""
+
+    values: Tensor
+    """(B, U) int64 sequences, padded at the end; (B,) int64 classes; (B, C) float32 shares of classes; or (B,) float32
+    numbers."""
+    lengths: Tensor | None = None
+    """(B,) int64 lengths of sequences; None for other labels."""
+
+    def __post_init__(self) -> None:
+        if self.lengths is not None and self.lengths.shape != self.values.shape[:1]:
+            raise ValueError(
+                f"Labels: lengths {tuple(self.lengths.shape)} and values {tuple(self.values.shape)} disagree on B"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch of one modality on one rank."""
 
@@ -69,6 +97,10 @@ class Batch:
     """(B,) int64, row numbers of the samples in their dataset."""
     masks: MaskSet | None = None
     """Masks; None for an objective without masks."""
+    span_masks: SpanMasks | None = None
+    """Masks of whole inputs; None for an objective without them."""
+    labels: Labels | None = None
+    """Wanted outputs; None for an objective without them."""
     num_masked: int = 0
     """Masked tokens over all rows, counted in the worker to avoid a device sync."""
     loss_weight: float = 1.0
@@ -82,6 +114,10 @@ class Batch:
         if self.masks is not None and self.source.shape[0] != self.masks.keep.shape[0]:
             raise ValueError(
                 f"Batch: source {tuple(self.source.shape)} and masks {tuple(self.masks.keep.shape)} disagree on B"
+            )
+        if self.labels is not None and len(self.labels.values) != len(self.source):
+            raise ValueError(
+                f"Batch: source {tuple(self.source.shape)} and labels {tuple(self.labels.values.shape)} disagree on B"
             )
         if self.padding is not None and self.padding.shape != (len(self.source), self.source.shape[-1]):
             raise ValueError(
@@ -97,6 +133,16 @@ class Batch:
         if self.masks is None:
             raise ValueError(f"Batch of {self.modality}: expected masks, found none; the objective must ask for them")
         return self.masks
+
+    def required_labels(self) -> Labels:
+        """Return the labels of this batch.
+
+        Raises:
+            ValueError: the batch has none.
+        """
+        if self.labels is None:
+            raise ValueError(f"Batch of {self.modality}: expected labels, found none; the objective must ask for them")
+        return self.labels
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         """Return the same batch on `device`."""
@@ -115,11 +161,23 @@ class Batch:
         return self._mapped(lambda tensor: tensor.share_memory_())
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        masks = self.masks
         return replace(
             self,
             source=move(self.source),
             padding=None if self.padding is None else move(self.padding),
             ids=move(self.ids),
-            masks=None if masks is None else MaskSet(keep=move(masks.keep), masked=move(masks.masked)),
+            masks=_moved(self.masks, move),
+            span_masks=_moved(self.span_masks, move),
+            labels=_moved(self.labels, move),
         )
+
+
+_Part = TypeVar("_Part", bound=Any)
+
+
+def _moved(part: _Part, move: Callable[[Tensor], Tensor]) -> _Part:
+    """Move every tensor of a part of a batch, if there is one."""
+    if part is None:
+        return part
+    tensors: dict[str, Any] = {one.name: getattr(part, one.name) for one in fields(part)}
+    return replace(part, **{name: value if value is None else move(value) for name, value in tensors.items()})

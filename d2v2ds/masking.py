@@ -274,3 +274,90 @@ def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, nu
     keys = hash64(seed, epoch, Stream.MASK, ids[:, None], np.arange(num_masks))  # (B, M)
     steps = (np.arange(1, num_draws + 1, dtype=np.uint64)) * np.uint64(GAMMA)
     return to_unit_interval(mix64(keys[..., None] + steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """Settings of spans along one axis."""
+
+    fraction: Annotated[float, Bounds(ge=0, lt=1)]
+    """Number of spans times their length, over the axis. Spans overlap, so that fewer positions are masked."""
+    length: Count
+    """Positions of a span."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanMaskConfig:
+    """Settings of masks over whole inputs, as in fine-tuning: spans of tokens, and spans of channels of all tokens."""
+
+    time: Spans | None = None
+    """Spans of tokens, at least one for each row; None for none."""
+    channels: Spans | None = None
+    """Spans of channels; a row may get none. None for none."""
+    equal_counts: bool = False
+    """True: every row has as many masked tokens as the row with the fewest, as in the official code, which masks long
+    rows less the shorter the others are. False: each row has its own number."""
+
+
+def draw_span_masks(
+    config: SpanMaskConfig, lengths: NDArray[np.int64], width: int, *, seed: int, epoch: int, sample_ids: ArrayLike
+) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """Draw span masks (`compute_mask_indices` of the official fairseq/data/data_utils.py).
+
+    Differs from the official code: every row has its own random numbers, a row keeps at least one token, and no span
+    of channels is no error.
+
+    Args:
+        config: settings.
+        lengths: (B,) tokens of each row.
+        width: D.
+        seed: of the run.
+        epoch: of these samples.
+        sample_ids: (B,) row numbers.
+
+    Returns:
+        (B, T) and (B, D) bool, True = masked, T the greatest length; None where the settings have none.
+    """
+    ids, num_tokens = np.asarray(sample_ids), int(lengths.max())
+    time = channels = None
+    if config.time is not None:
+        draws = 2 * num_tokens + 2
+        numbers = uniforms(seed=seed, epoch=epoch, sample_ids=ids, num_masks=1, num_draws=draws)[:, 0]
+        time = _span_rows(config.time, lengths, num_tokens, numbers[:, : num_tokens + 2], least=1)
+        if config.equal_counts:
+            keys = numbers[:, num_tokens + 2 :]
+            fewest = int(time.sum(1).min())
+            time = np.stack([_adjust_count(row, fewest, key) for row, key in zip(time, keys, strict=True)])
+    if config.channels is not None:
+        numbers = _channel_numbers(seed, epoch, ids, width + 2)
+        channels = _span_rows(config.channels, np.full(len(ids), width), width, numbers, least=0)
+    return time, channels
+
+
+def _channel_numbers(seed: int, epoch: int, ids: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    keys = hash64(seed, epoch, Stream.CHANNELS, ids[:, None])
+    return to_unit_interval(mix64(keys + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GAMMA)))
+
+
+def _span_rows(
+    spans: Spans, lengths: NDArray[np.int64], size: int, numbers: NDArray[np.float64], least: int
+) -> NDArray[np.bool_]:
+    """Mark spans on (B, size); row i only below `lengths[i]`. `numbers` is (B, size + 2)."""
+    marked = np.zeros((len(lengths), size), dtype=bool)
+    for row, length, own in zip(marked, lengths.tolist(), numbers, strict=True):
+        _mark_spans(row[:length], spans, own, least)
+    return marked
+
+
+def _mark_spans(row: NDArray[np.bool_], spans: Spans, numbers: NDArray[np.float64], least: int) -> None:
+    """Mark spans at different random starts, in place; the last token of a row that would be all masked stays."""
+    length = len(row)
+    count = min(max(least, int(spans.fraction * length / spans.length + numbers[0])), max(length - 1, 0))
+    if not count:
+        return
+    places = length - spans.length if length - spans.length > count else count + 1
+    starts = np.argpartition(numbers[1 : places + 1], count - 1)[:count]
+    for start in starts.tolist():
+        row[start : start + spans.length] = True
+    if row.all():
+        row[int(numbers[-1] * length)] = False

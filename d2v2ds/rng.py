@@ -23,6 +23,7 @@ class Stream(IntEnum):
     SHUFFLE = 4
     AUGMENT = 5
     MIXTURE = 6
+    CHANNELS = 7
 
 
 def hash64(*parts: ArrayLike) -> NDArray[np.uint64]:
