@@ -6,6 +6,7 @@ also has a pre-norm branch that drops the residual stream; no published configur
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,6 +66,26 @@ class Mlp(nn.Module):
         return dropout(self.fc2(x), self.activation_dropout, self.training)
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole samples in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+        """Dropped fraction of the samples; a task that fine-tunes sets it."""
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """(R, N, D) -> (R, N, D), with zeros for dropped samples and the others divided by their share."""
+        if not self.training or not self.rate:
+            return branch
+        return branch * self.factors(branch)[:, None, None]
+
+    def factors(self, branch: Tensor) -> Tensor:
+        """Draw (R,): 0 or 1 / (1 - rate)."""
+        kept = torch.rand(len(branch), device=branch.device) >= self.rate
+        return kept.to(branch.dtype) / (1.0 - self.rate)
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each added to its input and then normalised."""
 
@@ -81,6 +102,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attention_output_dropout = config.attention_output_dropout
         self.mlp_dropout = config.mlp_dropout
+        self.attention_drop_path, self.mlp_drop_path = DropPath(), DropPath()
 
     def forward(self, x: Tensor, bias: DistanceBias | None) -> tuple[Tensor, Tensor]:
         """
@@ -92,6 +114,8 @@ class Block(nn.Module):
             The block's output (R, N, D), and `ffn_target` (R, N, D): the feed-forward output before residual, dropout
             and norm, from which the teacher's targets are made.
         """
-        x = self.norm1(add_dropped(x, self.attn(x, bias), self.attention_output_dropout, self.training))
+        attended = self.attention_drop_path(self.attn(x, bias))
+        x = self.norm1(add_dropped(x, attended, self.attention_output_dropout, self.training))
         ffn_target = self.mlp(x)
-        return self.norm2(add_dropped(x, ffn_target, self.mlp_dropout, self.training)), ffn_target
+        out = add_dropped(x, self.mlp_drop_path(ffn_target), self.mlp_dropout, self.training)
+        return self.norm2(out), ffn_target

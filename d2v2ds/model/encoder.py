@@ -4,7 +4,7 @@ The student calls `embed`, then `visible_tokens`. The teacher calls `all_tokens`
 encoder only with `share_local_encoder=false`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ class Prenet(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList,
+    blocks: Iterable[nn.Module],
     x: Tensor,
     biases: list[DistanceBias | None],
     *,

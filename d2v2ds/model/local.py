@@ -58,16 +58,26 @@ class ConvStack(nn.Module):
 class WaveformEncoder(nn.Module):
     """Conv stack, norm and projection to the model's width."""
 
-    def __init__(self, layers: Sequence[ConvLayer], width: int) -> None:
+    def __init__(self, layers: Sequence[ConvLayer], width: int, conv_gradient: float = 1.0) -> None:
+        """
+        Args:
+            layers: (channels, kernel, stride) of each convolution.
+            width: D.
+            conv_gradient: factor of the gradient of the convolutions and their norms; 0 does not train them.
+        """
         super().__init__()
         channels = layers[-1][0]
+        self.conv_gradient = conv_gradient
         self.convs = ConvStack(layers)
         self.norm = nn.LayerNorm(channels, eps=_NORM_EPS)
         self.project = nn.Linear(channels, width)
+        self.convs.requires_grad_(conv_gradient > 0)
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, S) waveform -> (B, T, D)."""
         x = self.convs(source.to(self.project.weight.dtype))  # (B, T, C)
+        if self.conv_gradient != 1.0 and x.requires_grad:
+            x.register_hook(lambda grad: grad * self.conv_gradient)
         return self.project(self.norm(x))
 
 

@@ -98,6 +98,25 @@ class Trunk(nn.Module):
         )
         return x
 
+    def encode_all(
+        self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None, *, hide_padding: bool = True
+    ) -> Tensor:
+        """Run all tokens through prenet and shared blocks, with gradient: the input of a head.
+
+        Args:
+            local: (B, T, D) local features, masked or not.
+            batch: modality and padding.
+            kept_blocks: layer drop of prenet and shared blocks, the same on all ranks; None keeps all.
+            hide_padding: keep padding from changing the features of real tokens; False as in the official code.
+
+        Returns:
+            (B, E + T, D): extra tokens, then all others.
+        """
+        encoder = self.encoder(batch.modality)
+        blocks = [*encoder.prenet.blocks, *self.blocks]
+        x, biases = encoder.all_tokens(local, batch.padding, len(blocks), zero_padding=hide_padding)
+        return run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0]
+
     def feed_forward_outputs(self, batch: Batch, local: Tensor) -> list[Tensor]:
         """Run all tokens unmasked, as a teacher does.
 

@@ -195,6 +195,7 @@ def _audio(case: _Case) -> _Read:
         position_depth=fields("conv_pos_depth", 5),
         position_total_kernel=fields("conv_pos_width", 95),
         position_groups=fields("conv_pos_groups", 16),
+        conv_gradient=fields("local_grad_mult", 1.0),
         prenet_dropout=fields("prenet_dropout", 0.0),
         **_alibi(fields),
     )

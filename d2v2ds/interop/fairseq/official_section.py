@@ -128,6 +128,7 @@ def _written_audio(own: AudioNetwork, width: int) -> dict[str, Any]:
         "conv_pos_depth": own.position_depth,
         "conv_pos_width": own.position_total_kernel,
         "conv_pos_groups": own.position_groups,
+        "local_grad_mult": own.conv_gradient,
     }
 
 

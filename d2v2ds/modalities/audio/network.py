@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from d2v2ds.bounds import Count
+from d2v2ds.bounds import Count, PositiveOrZero
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import position_conv_flops, waveform_encoder_flops
@@ -25,6 +25,9 @@ class AudioNetwork(AlibiSettings):
     """Their kernel is max(3, position_total_kernel // position_depth) tokens."""
     position_groups: Count = 16
     """Groups of each position convolution."""
+    conv_gradient: PositiveOrZero = 1.0
+    """Factor of the gradient of the front end's convolutions and their norms, not of the projection behind them; 0
+    does not train them (official name: `local_grad_mult`, `feature_grad_mult`)."""
     alibi: bool = True
     alibi_learned: bool = True
     alibi_per_head: bool = True
@@ -36,7 +39,7 @@ class AudioNetwork(AlibiSettings):
     def build_encoder(self, block: BlockConfig, shared_depth: int, *, with_local: bool) -> ModalityEncoder:
         """Build front end, position convolutions, distance penalty and prenet."""
         return ModalityEncoder(
-            local=WaveformEncoder(self.conv_layers, block.width) if with_local else None,
+            local=WaveformEncoder(self.conv_layers, block.width, self.conv_gradient) if with_local else None,
             num_tokens=partial(count_conv_tokens, self.conv_layers),  # can be pickled
             positions=ConvPositions(
                 block.width,
