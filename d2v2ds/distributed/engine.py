@@ -7,7 +7,7 @@ before clipping.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,17 @@ def build_student_engine(
     return engine
 
 
-def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
-    """Set the learning rate of the next step; a group with an `lr_scale` gets that multiple of it."""
+def set_lr(engine: DeepSpeedEngine, lr: Callable[[float], float], finished_steps: int = 0) -> None:
+    """Set the learning rate of the next step.
+
+    Args:
+        engine: the student.
+        lr: `lr_scale` of a group -> its learning rate; groups without one have 1.
+        finished_steps: groups with more `held_steps` than these get 0 and the mark `is_held`.
+    """
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["is_held"] = group.get("held_steps", 0) > finished_steps
+        group["lr"] = 0.0 if group["is_held"] else lr(group.get("lr_scale", 1.0))
 
 
 def gradient_sum_factor(engine: DeepSpeedEngine) -> float:

@@ -59,6 +59,8 @@ class FlatGroup:
     """The tensor that keys the optimizer's state."""
     members: tuple[tuple[str, int, int], ...]
     """(parameter name, first element in `flat`, elements without padding)."""
+    group: str
+    """`name` of the optimizer's group, which may have several such tensors; empty if it has no name."""
 
 
 def stage(engine: DeepSpeedEngine) -> int:
@@ -184,22 +186,33 @@ def flat_groups(engine: DeepSpeedEngine) -> list[FlatGroup]:
     """The optimizer's own tensors and the parameters inside each of them."""
     optimizer = engine.optimizer
     trainable = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+    group_names = [group.get("name", "") for group in optimizer.param_groups]
     if stage(engine) == 0:
-        return [FlatGroup(flat=p, members=((name, 0, p.numel()),)) for name, p in trainable.items()]
+        group_of = {
+            id(p): name
+            for name, group in zip(group_names, optimizer.param_groups, strict=True)
+            for p in group["params"]
+        }
+        return [
+            FlatGroup(flat=p, members=((name, 0, p.numel()),), group=group_of[id(p)]) for name, p in trainable.items()
+        ]
     name_of = {id(param): name for name, param in trainable.items()}
     shards = parameter_shards(engine)
     groups = []
     if stage(engine) == 3:
-        for flat, params in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        flats = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+        for number, (flat, params) in enumerate(flats):
             members = []
             for param in params:
                 _, start, _ = optimizer.grad_position[optimizer.get_param_id(param)]
                 members.append((name_of[id(param)], start, shards[name_of[id(param)]].numel))
-            groups.append(FlatGroup(flat=flat, members=tuple(members)))
+            group = group_names[optimizer.sub_group_to_group_id[number]]
+            groups.append(FlatGroup(flat=flat, members=tuple(members), group=group))
         return groups
-    for flat, params in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+    of_all = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, group_names, strict=True)
+    for flat, params, group in of_all:
         held = [(name_of[id(p)], p._hp_mapping.hp_fragment_address) for p in params if p._hp_mapping is not None]
-        groups.append(FlatGroup(flat=flat, members=tuple((name, at.start, at.numel) for name, at in held)))
+        groups.append(FlatGroup(flat=flat, members=tuple((name, at.start, at.numel) for name, at in held), group=group))
     return groups
 
 
@@ -223,13 +236,14 @@ def optimizer_layout(engine: DeepSpeedEngine) -> tuple[list[str], dict[str, dict
 
     Returns:
         (names, {name: {"kind": "tensor" or "number", "value": number}}), equal on all ranks; both empty before the
-        first step.
+        first step. If groups differ in a number, it also has "groups": {name of the group: number}.
 
     Raises:
         TypeError: for a state that is neither one number nor one number for each weight.
     """
     keys: set[str] = set()
     scalars: dict[str, dict[str, Any]] = {}
+    by_group: dict[str, dict[str, Any]] = {}
     state = client_optimizer(engine).state
     for group in flat_groups(engine):
         for key, value in state.get(group.flat, {}).items():
@@ -243,6 +257,11 @@ def optimizer_layout(engine: DeepSpeedEngine) -> tuple[list[str], dict[str, dict
                 raise TypeError(
                     f"optimizer state {key!r}: expected one number, or one for each weight, found {value!r}"
                 )
+            if key in scalars:
+                by_group.setdefault(key, {})[group.group] = scalars[key]["value"]
+    for key, values in by_group.items():
+        if len(set(values.values())) > 1:
+            scalars[key]["groups"] = values
     return sorted(keys), scalars
 
 
@@ -274,7 +293,7 @@ def prepare_optimizer_state(
             if key not in state[group.flat]:
                 state[group.flat][key] = torch.zeros_like(group.flat, requires_grad=False)
         for key, scalar in scalars.items():
-            value = scalar["value"]
+            value = scalar.get("groups", {}).get(group.group, scalar["value"])
             is_tensor = scalar["kind"] == "tensor"  # a fused optimizer wants its step count where its parameters are
             state[group.flat][key] = torch.tensor(float(value), device=group.flat.device) if is_tensor else value
 

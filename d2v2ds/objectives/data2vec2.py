@@ -270,6 +270,17 @@ class Data2Vec2:
         masked = masked_count(mask, num_tokens)
         return f"{mask.num_masks} masks of {masked} masked and {num_tokens - masked} visible tokens"
 
+    def span_mask(self, modality: str) -> None:
+        """Return None: masked tokens are removed."""
+
+    def lr_scale(self, name: str) -> float:
+        """Return 1: all parameters have one learning rate."""
+        return 1.0
+
+    def held_steps(self, name: str) -> int:
+        """Return 0: everything learns from the first step."""
+        return 0
+
     def count(self, batch: Batch) -> int:
         """Number of masked tokens."""
         return batch.num_masked

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
-from d2v2ds.masking import MaskConfig
+from d2v2ds.masking import MaskConfig, SpanMaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Losses:
 
     sums: dict[str, Tensor]
     """Losses summed over this rank's items, scalar fp32 with gradient, by name; the same names on every rank."""
-    count: int
+    count: float
     """Items that the sums cover, such as masked tokens; known without a device sync."""
     statistics: dict[str, Tensor]
     """Further sums without gradient, fp64 of any shape; added over micro-batches, steps and ranks."""
@@ -103,6 +103,9 @@ class Objective(Protocol):
     def mask(self, modality: str) -> MaskConfig | None:
         """Masks of this modality's micro-batches; None for none."""
 
+    def span_mask(self, modality: str) -> SpanMaskConfig | None:
+        """Masks of whole inputs of this modality; None for none."""
+
     def build_network(self, *, activation_checkpointing: bool) -> nn.Module:
         """Build the trained network; `initialise` draws its weights."""
 
@@ -134,7 +137,13 @@ class Objective(Protocol):
             ValueError: the masks cannot be drawn for so many tokens.
         """
 
-    def count(self, batch: Batch) -> int:
+    def lr_scale(self, name: str) -> float:
+        """Return the learning rate of a parameter of the network over that of the step."""
+
+    def held_steps(self, name: str) -> int:
+        """Return how many optimizer steps leave a parameter of the network as it is at the start."""
+
+    def count(self, batch: Batch) -> float:
         """Return `Losses.count` of a micro-batch: the items that the mean loss is over."""
 
     def after_step(self, step_number: int) -> None:

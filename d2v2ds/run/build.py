@@ -20,7 +20,7 @@ from d2v2ds.run.machine import matmul_peak_flops
 from d2v2ds.run.prepare import Streams
 from d2v2ds.run.warm_start import WarmStart
 from d2v2ds.train.loop import LoopConfig
-from d2v2ds.train.optim import EarlyEpsilonAdam
+from d2v2ds.train.optim import EarlyEpsilonAdam, parameter_groups
 from d2v2ds.train.step import Recipe
 from d2v2ds.train.validate import Validation
 
@@ -49,7 +49,8 @@ def build_engines(
         elif ds_config.get("bf16", {}).get("enabled", False):
             for param in network.parameters():  # converting them would touch memory that holds nothing yet
                 param.data = torch.empty_like(param.data, dtype=torch.bfloat16)
-    optimizer = EarlyEpsilonAdam([p for p in network.parameters() if p.requires_grad], lr=0.0, config=config.optim)
+    groups = parameter_groups(network, objective.lr_scale, objective.held_steps)
+    optimizer = EarlyEpsilonAdam(groups, lr=0.0, config=config.optim)
     engine = build_student_engine(network, optimizer, ds_config, gather_units=[Block])
     engine.train()
     with skip_init():  # `Teacher` makes it a copy of the student

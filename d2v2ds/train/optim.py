@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v2ds.bounds import Positive, PositiveOrZero, Rate
+
+LrScale = Callable[[str], float]
+HeldSteps = Callable[[str], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,27 @@ class OptimConfig:
     """Maximum global gradient norm; 0 switches clipping off."""
 
 
+def parameter_groups(network: nn.Module, lr_scale: LrScale, held_steps: HeldSteps) -> list[dict[str, Any]]:
+    """Divide the trained parameters of a network into groups of one learning rate and one first step.
+
+    Args:
+        network: before the engine is built.
+        lr_scale: name of a parameter -> its learning rate over that of the step.
+        held_steps: name of a parameter -> first optimizer steps that leave it as it is.
+
+    Returns:
+        Groups for a torch optimizer with `name`, `lr_scale` and `held_steps`, in the order of their first parameters.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            scale, held = lr_scale(name), held_steps(name)
+            key = f"x{scale:g}" + (f" after {held}" if held else "")
+            new = {"params": [], "name": key, "lr_scale": scale, "held_steps": held}
+            groups.setdefault(key, new)["params"].append(parameter)
+    return list(groups.values())
+
+
 class EarlyEpsilonAdam(torch.optim.AdamW):
     """`torch.optim.AdamW` with the official code's use of epsilon.
 
@@ -32,17 +56,25 @@ class EarlyEpsilonAdam(torch.optim.AdamW):
     of eps / sqrt(1 - b2^t) makes the two equal, so torch's fused kernels can be used.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, config: OptimConfig) -> None:
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, config: OptimConfig) -> None:
         super().__init__(
             params, lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
         self.unscaled_eps = config.eps
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        A group with `is_held` has learning rate 0 and gradients of zero: its moments stay zero, and it counts no steps.
+        """
         for group in self.param_groups:
             group["eps"] = self.unscaled_eps / (1.0 - group["betas"][1] ** self._next_step(group)) ** 0.5
-        return super().step(closure)
+        result = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"] if group.get("is_held") else ():
+                if state := self.state.get(parameter):
+                    state["step"].zero_()
+        return result
 
     def _next_step(self, group: dict[str, Any]) -> int:
         for parameter in group["params"]:

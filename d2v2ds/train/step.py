@@ -80,7 +80,7 @@ def train_step(
         recipe: schedule, weights and seed.
     """
     lr = learning_rate(step, recipe.lr, recipe.total_steps)
-    set_lr(engine, lr)
+    set_lr(engine, lambda scale: learning_rate(step, recipe.lr, recipe.total_steps, scale), step)
     counts = _global_counts(objective, micro_batches, list(recipe.loss_weights))
     sums = {name: Sums() for name in counts}
     indices = dict.fromkeys(counts, comm.rank())
@@ -91,7 +91,7 @@ def train_step(
         indices[name] += comm.world()
         losses = objective.losses(engine, batch.to(comm.device(), non_blocking=True), step)
         # The count is 0 if every row of the step was damaged and all ranks run other rows with weight 0.
-        factor = recipe.loss_weights[name] * gradient_sum_factor(engine) / max(counts[name], 1)
+        factor = recipe.loss_weights[name] * gradient_sum_factor(engine) / (counts[name] or 1.0)
         engine.backward(total_loss(losses) * (batch.loss_weight * factor))
         outcome = optimizer_step(engine)
         sums[name].add(losses, 1.0 if batch.loss_weight else 0.0)
@@ -102,9 +102,9 @@ def train_step(
     return StepOutput(parts, outcome.applied, outcome.grad_norm, lr)
 
 
-def _global_counts(objective: Objective, micro_batches: Sequence[Batch], modalities: Sequence[str]) -> dict[str, int]:
+def _global_counts(objective: Objective, micro_batches: Sequence[Batch], modalities: Sequence[str]) -> dict[str, float]:
     """Count the items of all ranks by modality. Collective."""
     mine = [
         sum(objective.count(b) for b in micro_batches if b.loss_weight and b.modality == name) for name in modalities
     ]
-    return {name: int(count) for name, count in zip(modalities, comm.all_reduce_sum(mine), strict=True)}
+    return dict(zip(modalities, comm.all_reduce_sum(mine), strict=True))

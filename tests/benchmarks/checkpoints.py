@@ -91,7 +91,7 @@ def main() -> None:
         factor = gradient_sum_factor(student) / comm.all_reduce_sum([batch.num_masked])[0]
 
         def step() -> None:
-            set_lr(student, 1e-5)
+            set_lr(student, lambda scale: 1e-5)
             student.backward(total_loss(objective.losses(student, batch, 0)) * factor)
             optimizer_step(student)
             teacher.update(0.999)

@@ -131,7 +131,7 @@ def measure(config: RunConfig, name: str, seconds: float, steps: int) -> dict[st
     timer = Timer()
     mean_losses = []
     for _ in range(steps + 1):
-        set_lr(student, 1e-5)
+        set_lr(student, lambda scale: 1e-5)
         torch.manual_seed(0)
         before = memory_in_use()
         timer.start()

@@ -203,7 +203,7 @@ def recomputation(dtype: str) -> bool:
 def scaled_rates() -> list[float]:
     engine = sgd_engine(3, "fp32")
     engine.optimizer.param_groups[0]["lr_scale"] = 0.1
-    set_lr(engine, 2.0)
+    set_lr(engine, lambda scale: 2.0 * scale)
     rates = [group["lr"] for group in zero.client_optimizer(engine).param_groups]
     engine.destroy()
     return rates

@@ -75,6 +75,15 @@ class Plain:
     def describe(self, modality: str, num_tokens: int) -> str:
         return "nothing masked"
 
+    def span_mask(self, modality: str) -> None:
+        return None
+
+    def lr_scale(self, name: str) -> float:
+        return 1.0
+
+    def held_steps(self, name: str) -> int:
+        return 0
+
     def count(self, batch: Batch) -> int:
         return len(batch.ids)
 
