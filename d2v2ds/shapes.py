@@ -35,9 +35,9 @@ AUDIO_NORM_EPS = 1e-5
 def resized_side(side: int) -> int:
     """Return the pixels of an image's shorter side before the middle square of `side` pixels is cropped.
 
-    From 224 pixels on, 256/224 of the square, as in published evaluations; below that, the square itself.
+    Up to 224 pixels, 8/7 of the square (256 for 224), above that, the square itself, as in published evaluations.
     """
-    return round(side * 256 / 224) if side >= 224 else side
+    return int(side / 0.875) if side <= 224 else side
 
 
 def conv_output_length(num_samples: int, layers: Sequence[ConvLayer]) -> int:

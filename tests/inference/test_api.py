@@ -167,7 +167,8 @@ def test_pictures_of_any_mode_are_read(exported: Path, tmp_path: Path) -> None:
 def test_the_view_of_a_picture_is_the_published_one() -> None:
     assert whole_view(500, 400, 224).size == (320, 256)
     assert whole_view(500, 400, 224).box == (0, 0, 500, 400)
-    assert whole_view(32, 32, 32).size == (32, 32)
+    assert whole_view(32, 32, 32).size == (36, 36)
+    assert whole_view(300, 250, 240).size == (288, 240)
 
 
 @pytest.mark.parametrize(("total", "size"), [(10, 10), (11, 10), (100, 16), (101, 16), (257, 24), (5, 64)])

@@ -32,6 +32,9 @@ from d2v2ds.shapes import resized_side
 
 PositiveShare = Annotated[float, Bounds(gt=0, le=1)]
 
+_WIDEST = 8
+"""Longer over shorter side of an image beyond which its ends are not resized in evaluation; the middle square then
+moves by up to half a pixel."""
 CROP_TRIES = 10
 """Areas and ratios drawn before the largest centred crop is taken instead."""
 _NUM_DRAWS = 2 * CROP_TRIES + 3
@@ -157,7 +160,7 @@ class ImageReader(Reader[ImageShards]):
     def read_whole(self, row: int) -> Tensor:
         """(3, Y, X) uint8: the middle of the image, resized so that it just holds the model's side.
 
-        From 224 pixels on, the shorter side is 256/224 of the model's, as published results are measured.
+        Its shorter side is then that of `d2v2ds.shapes.resized_side`, as published results are measured.
         """
         from d2v2ds.data.codecs.pixels import displayed
 
@@ -241,8 +244,8 @@ def whole_view(width: int, height: int, side: int) -> WholeView:
         side: of the square that the model reads (pixels).
     """
     resized, shorter = resized_side(side), min(width, height)
-    # of a panorama only the middle, twice as long as wide: more is not seen, and resized it could fill the memory
-    left, top = (max(0, length - 2 * shorter) // 2 for length in (width, height))
+    # of a panorama only the middle: more is not seen, and resized it could fill the memory
+    left, top = (max(0, length - _WIDEST * shorter) // 2 for length in (width, height))
     size = (width - 2 * left) * resized // shorter, (height - 2 * top) * resized // shorter
     return WholeView((left, top, width - left, height - top), size)
 
