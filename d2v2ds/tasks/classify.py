@@ -1,0 +1,203 @@
+"""Classes, several labels at once, or a number for each input: images, sentences, recordings.
+
+Sources: the official examples/data2vec, models mae_image_classification, data2vec_text_classification and
+audio_classification; the YAML files have the settings of each.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v2ds.batch import Batch, Labels
+from d2v2ds.bounds import Bounds, Count, Share
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.objectives.protocol import Losses, Totals
+from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
+from d2v2ds.tasks.heads import HeadConfig, PatchHeadConfig
+from d2v2ds.tasks.mixing import (
+    ImageMixingConfig,
+    WaveformMixingConfig,
+    draw_image_mix,
+    draw_waveform_mix,
+    mix_classes,
+    mix_images,
+    mix_labels,
+    mix_waveforms,
+)
+from d2v2ds.tasks.scores import confusion_scores, correlation
+from d2v2ds.tasks.task import Task
+
+LossKind = Literal["one", "several", "number"]
+_CONFUSION_CLASSES = 200
+"""Most classes whose confusion is counted in validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(TaskConfig):
+    """Settings of classification and regression."""
+
+    name: Literal["classify"] = "classify"
+    kind: LossKind = "one"
+    """One class for each input (cross entropy), several labels (binary cross entropy), or a number (squared error)."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes in the order of the outputs; empty: those of the training shards."""
+    num_outputs: Count = 2
+    """C."""
+    head: Annotated[HeadConfig, Bounds()] = field(default_factory=PatchHeadConfig)
+    """Head by its `kind`."""
+    label_smoothing: Share = 0.0
+    """Share of a label that is spread evenly over all classes in training."""
+    image_mixing: ImageMixingConfig | None = None
+    """Mixup and cutmix of images; None for none."""
+    waveform_mixing: WaveformMixingConfig | None = None
+    """Mixing of recordings; None for none."""
+    per_positive: bool = False
+    """With several labels, True: the loss is a mean over all labels that hold, as in the official code. False: over
+    inputs."""
+
+    def build(self, trunk: TrunkConfig, seed: int) -> "Classify":
+        """Build the objective of a run."""
+        return Classify(self, trunk, seed)
+
+
+class ClassifyOutput(TypedDict):
+    """Output of one forward."""
+
+    logits: Tensor
+    """(B, C)."""
+
+
+class ClassifyNetwork(TaskNetwork):
+    """Trunk and a head that makes one vector of an input."""
+
+    def __init__(
+        self, trunk: TrunkConfig, config: ClassifyConfig, num_outputs: int, *, activation_checkpointing: bool = False
+    ) -> None:
+        """
+        Args:
+            trunk: settings of the trunk.
+            config: settings of the task.
+            num_outputs: C.
+            activation_checkpointing: recompute the activations of each block in the backward pass.
+        """
+        super().__init__(trunk, config, activation_checkpointing=activation_checkpointing)
+        self.head = config.head.build(trunk.block.width, num_outputs)
+
+    def forward(self, batch: Batch, kept_blocks: list[bool] | None = None, frozen: bool = False) -> ClassifyOutput:
+        """See `TaskNetwork.encode`."""
+        features, padding = self.encode(batch, kept_blocks, frozen)  # (B, E + T, D), (B, T)
+        num_extra = self.trunk.encoder(batch.modality).num_extra_tokens
+        return ClassifyOutput(logits=self.head(features, num_extra, padding))
+
+
+def one_class_losses(logits: Tensor, classes: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of every row, (B,) fp32, with (B,) classes or (B, C) shares."""
+    return F.cross_entropy(
+        logits.float(), classes, reduction="none", label_smoothing=0.0 if classes.is_floating_point() else smoothing
+    )
+
+
+def several_label_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross entropy of every row, summed over classes: (B, C), (B, C) -> (B,) fp32."""
+    return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").sum(1)
+
+
+def number_losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of every row: (B, 1), (B,) -> (B,) fp32."""
+    return (logits.float()[:, 0] - wanted).square()
+
+
+class Classify(Task[ClassifyConfig]):
+    """`Objective` of classification and regression."""
+
+    units: Mapping[str, str] = {
+        "loss/cross_entropy": "-ln p(class | input); mean over inputs",
+        "loss/binary": "binary cross entropy, summed over classes; mean over inputs, or over labels that hold",
+        "loss/square": "squared error; mean over inputs",
+        "score/accuracy": "inputs whose most likely class is the right one; percent",
+        "score/balanced_accuracy": "the same by class, mean over classes that occur; percent, validation only",
+        "score/f1": "harmonic mean of precision and recall, of class 1 of two, else mean over classes; percent",
+        "score/mcc": "Matthews correlation; times 100, validation only",
+        "score/pearson": "correlation of predicted and wanted numbers; times 100",
+    }
+
+    @property
+    def num_outputs(self) -> int:
+        """C."""
+        return len(self.config.classes) or self.config.num_outputs
+
+    def new_network(self, activation_checkpointing: bool) -> ClassifyNetwork:
+        """Build encoder and head."""
+        return ClassifyNetwork(
+            self.trunk, self.config, self.num_outputs, activation_checkpointing=activation_checkpointing
+        )
+
+    def count(self, batch: Batch) -> float:
+        """Return the number of inputs, or of labels that hold."""
+        return float(batch.required_labels().values.sum()) if self.config.per_positive else len(batch.ids)
+
+    def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
+        """Mix a training batch, run it, and score it."""
+        hard, count = batch.required_labels().values, self.count(batch)
+        if step is not None:
+            batch = self.mixed(batch)
+        out: ClassifyOutput = network(batch, self.kept_blocks(step), self.is_frozen(step))
+        logits, wanted = out["logits"], batch.required_labels().values
+        smoothing = 0.0 if step is None else self.config.label_smoothing
+        kind = self.config.kind
+        if kind == "one":
+            name, each = "cross_entropy", one_class_losses(logits, wanted, smoothing)
+        elif kind == "several":
+            name, each = "binary", several_label_losses(logits, wanted)
+        else:
+            name, each = "square", number_losses(logits, wanted)
+        statistics = self._statistics(logits.detach(), hard, step)
+        return Losses(sums={name: each.sum()}, count=count, statistics=statistics, output=out)
+
+    def mixed(self, batch: Batch) -> Batch:
+        """Mix a training batch as the settings say."""
+        config, labels = self.config, batch.required_labels().values
+        if config.image_mixing is not None and config.kind == "one":
+            mix = draw_image_mix(config.image_mixing, *batch.source.shape[-2:])
+            soft = mix_classes(labels, self.num_outputs, config.label_smoothing, mix)
+            return replace(batch, source=mix_images(batch.source, mix), labels=Labels(values=soft))
+        if config.waveform_mixing is not None:
+            waves = draw_waveform_mix(config.waveform_mixing, len(labels))
+            soft = mix_labels(labels, waves) if config.waveform_mixing.labels else labels
+            # the official code leaves the end of a longer partner in the padding
+            source = mix_waveforms(batch.source, batch.padding if self.config.hide_padding else None, waves)
+            return replace(batch, source=source, labels=Labels(values=soft))
+        return batch
+
+    def _statistics(self, logits: Tensor, labels: Tensor, step: int | None) -> dict[str, Tensor]:
+        """Sums from which `metrics` computes scores."""
+        if self.config.kind == "number":
+            pair = torch.stack((logits[:, 0].double(), labels.double()))  # (2, B)
+            return {"moments": torch.cat((pair.sum(1), pair @ pair[0], (pair[1] ** 2).sum()[None]))}
+        if self.config.kind == "several":
+            return {}
+        if labels.is_floating_point():
+            labels = labels.argmax(1)
+        found = logits.argmax(-1)
+        statistics = {"correct": (found == labels).sum().double()}
+        size = self.num_outputs
+        if step is None and size <= _CONFUSION_CLASSES:
+            cells = torch.bincount(labels * size + found, minlength=size * size)
+            statistics["confusion"] = cells.view(size, size).double()
+        return statistics
+
+    def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
+        """Compute scores."""
+        if self.config.kind == "number":
+            return {"score/pearson": 100 * correlation(totals.statistics["moments"], totals.count)}
+        if self.config.kind == "several":
+            return {}
+        values = {"score/accuracy": 100 * float(totals.statistics["correct"]) / totals.count}
+        if "confusion" in totals.statistics:
+            scores = confusion_scores(totals.statistics["confusion"])
+            values |= {f"score/{name}": 100 * value for name, value in scores.items()}
+        return values

@@ -1,0 +1,182 @@
+"""Connectionist temporal classification (Graves et al. 2006): frames -> letters, without an alignment.
+
+Source of the settings: the official examples/data2vec/config/v2, fine-tuning files of wav2vec_ctc.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v2ds.batch import Batch
+from d2v2ds.bounds import Rate
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.objectives.protocol import Losses, Totals
+from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
+from d2v2ds.tasks.heads import TokenHead
+from d2v2ds.tasks.task import Task
+from d2v2ds.tasks.vocabulary import BLANK, Vocabulary
+from d2v2ds.tasks.words import edit_counts
+
+UNITS: Mapping[str, str] = {
+    "loss/ctc": "-ln p(letters | frames) per utterance; mean over utterances",
+    "ctc/loss_per_letter": "the same per letter; mean over letters",
+    "ctc/infeasible": "utterances with more letters than frames, which do not train; share",
+    "ctc/blank": "frames whose most likely output is blank; share of real frames",
+    "ctc/wer": "word error rate of greedy decoding; errors per 100 words of the reference, validation only",
+    "ctc/cer": "letter error rate of greedy decoding, word ends included; per 100 letters, validation only",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtcConfig(TaskConfig):
+    """Settings of CTC."""
+
+    name: Literal["ctc"] = "ctc"
+    vocabulary: tuple[str, ...] = ()
+    """Outputs behind the four special ones, most frequent first; empty: those of the training shards."""
+    final_dropout: Rate = 0.0
+    """Dropped fraction of the features before the output layer."""
+
+    def build(self, trunk: TrunkConfig, seed: int) -> "Ctc":
+        """Build the objective of a run."""
+        return Ctc(self, trunk, seed)
+
+
+class CtcOutput(TypedDict):
+    """Output of one forward."""
+
+    logits: Tensor
+    """(B, T, V)."""
+    frames: Tensor
+    """(B,) int64 real frames."""
+
+
+class CtcNetwork(TaskNetwork):
+    """Trunk and one output layer."""
+
+    def __init__(
+        self, trunk: TrunkConfig, config: CtcConfig, num_outputs: int, *, activation_checkpointing: bool = False
+    ) -> None:
+        """
+        Args:
+            trunk: settings of the trunk.
+            config: settings of the task.
+            num_outputs: V.
+            activation_checkpointing: recompute the activations of each block in the backward pass.
+        """
+        super().__init__(trunk, config, activation_checkpointing=activation_checkpointing)
+        self.head = TokenHead(trunk.block.width, num_outputs, config.final_dropout)
+
+    def forward(self, batch: Batch, kept_blocks: list[bool] | None = None, frozen: bool = False) -> CtcOutput:
+        """See `TaskNetwork.encode`."""
+        features, padding = self.encode(batch, kept_blocks, frozen)
+        features = features[:, self.trunk.encoder(batch.modality).num_extra_tokens :]  # (B, T, D)
+        full = torch.full((len(features),), features.shape[1], device=features.device)
+        frames = full if padding is None else full - padding.sum(1)
+        return CtcOutput(logits=self.head(features), frames=frames)
+
+
+def ctc_losses(logits: Tensor, frames: Tensor, letters: Tensor, lengths: Tensor) -> Tensor:
+    """Compute -ln p(letters | frames) of every utterance, 0 where there are fewer frames than letters need.
+
+    Args:
+        logits: (B, T, V); output 0 is blank.
+        frames: (B,) real frames.
+        letters: (B, U) int64.
+        lengths: (B,).
+
+    Returns:
+        (B,) fp32.
+    """
+    log_probs = F.log_softmax(logits.float(), dim=-1).transpose(0, 1)  # (T, B, V)
+    return F.ctc_loss(log_probs, letters, frames, lengths, blank=BLANK, reduction="none", zero_infinity=True)
+
+
+def needed_frames(letters: Tensor, lengths: Tensor) -> Tensor:
+    """(B, U), (B,) -> (B,) least frames for these letters: one each, and a blank between equal neighbours."""
+    inside = torch.arange(1, letters.shape[1], device=letters.device) < lengths[:, None]  # (B, U - 1)
+    repeats = ((letters[:, 1:] == letters[:, :-1]) & inside).sum(1)
+    return lengths + repeats
+
+
+def greedy(logits: Tensor, frames: Tensor) -> list[list[int]]:
+    """Return the most likely output of every real frame, repeats merged, without blanks: (B, T, V) -> B lists."""
+    found = []
+    for best, count in zip(logits.argmax(-1).tolist(), frames.tolist(), strict=True):
+        path = best[:count]
+        found.append([one for one, before in zip(path, [BLANK, *path], strict=False) if one not in (BLANK, before)])
+    return found
+
+
+class Ctc(Task[CtcConfig]):
+    """`Objective` of CTC."""
+
+    units = UNITS
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Outputs of the run."""
+        return Vocabulary(self.config.vocabulary)
+
+    def new_network(self, activation_checkpointing: bool) -> CtcNetwork:
+        """Build encoder and output layer."""
+        outputs = len(self.vocabulary)
+        return CtcNetwork(self.trunk, self.config, outputs, activation_checkpointing=activation_checkpointing)
+
+    def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
+        """Run one micro-batch; errors of greedy decoding are counted in validation."""
+        labels = batch.required_labels()
+        assert labels.lengths is not None
+        out: CtcOutput = network(batch, self.kept_blocks(step), self.is_frozen(step))
+        logits, frames = out["logits"], out["frames"]
+        each = ctc_losses(logits, frames, labels.values, labels.lengths)  # (B,)
+        real = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]  # (B, T)
+        sums = {
+            "letters": labels.lengths.sum(),
+            "infeasible": (needed_frames(labels.values, labels.lengths) > frames).sum(),
+            "blank": ((logits.detach().argmax(-1) == BLANK) & real).sum(),
+            "frames": frames.sum(),
+        }
+        statistics = {name: value.double() for name, value in sums.items()}
+        if step is None:
+            statistics |= self._errors(logits, frames, batch)
+        return Losses(sums={"ctc": each.sum()}, count=len(each), statistics=statistics, output=out)
+
+    def _errors(self, logits: Tensor, frames: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Count errors of words and letters of a micro-batch."""
+        labels = batch.required_labels()
+        assert labels.lengths is not None
+        found = greedy(logits, frames)
+        wanted = [row[:n] for row, n in zip(labels.values.tolist(), labels.lengths.tolist(), strict=True)]
+        vocabulary = self.vocabulary
+        words = [edit_counts(vocabulary.words(a), vocabulary.words(b)) for a, b in zip(wanted, found, strict=True)]
+        letters = [edit_counts(a, b) for a, b in zip(wanted, found, strict=True)]
+        totals = {
+            "word_errors": sum(one.errors for one in words),
+            "words": sum(one.wanted for one in words),
+            "letter_errors": sum(one.errors for one in letters),
+        }
+        return {name: torch.tensor(float(total), dtype=torch.float64) for name, total in totals.items()}
+
+    def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
+        """Compute shares and error rates."""
+        sums = {name: float(value) for name, value in totals.statistics.items()}
+        letters = max(sums["letters"], 1.0)
+        values = {
+            "ctc/loss_per_letter": totals.sums["ctc"] / letters,
+            "ctc/infeasible": sums["infeasible"] / totals.count,
+            "ctc/blank": sums["blank"] / max(sums["frames"], 1.0),
+        }
+        if "words" in sums:
+            values["ctc/wer"] = 100 * sums["word_errors"] / max(sums["words"], 1.0)
+            values["ctc/cer"] = 100 * sums["letter_errors"] / letters
+        return values
+
+    def logits_of(self, output: CtcOutput) -> Iterator[Tensor]:
+        """Yield the logits (T, V) of every utterance, real frames only."""
+        for row, count in zip(output["logits"], output["frames"].tolist(), strict=True):
+            yield row[:count]

@@ -1,0 +1,142 @@
+"""Whole inputs through the trunk, as every fine-tuning task reads them: masked in training, nothing removed.
+
+Source: the official examples/data2vec/models/modalities/base.py in fine-tuning, which masks the features themselves and
+then adds the output of the position convolutions.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from d2v2ds.batch import Batch, SpanMasks
+from d2v2ds.bounds import Bounds, CountOrZero, PositiveOrZero, Rate
+from d2v2ds.masking import SpanMaskConfig
+from d2v2ds.model.block import Block
+from d2v2ds.model.trunk import Trunk, TrunkConfig
+from d2v2ds.rng import kept_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Settings that all tasks share."""
+
+    modality: str
+    """Modality of the inputs."""
+    mask: SpanMaskConfig = SpanMaskConfig()
+    """Masks of the inputs in training; none by default."""
+    mask_noise_std: PositiveOrZero = 0.01
+    """Standard deviation of the noise that replaces masked features; 0 writes zeros."""
+    prenet_layer_drop: Rate = 0.0
+    """Probability of skipping a prenet block in training; that of shared blocks is `model.layer_drop`."""
+    drop_path: Rate = 0.0
+    """Stochastic depth of the last block; the rate grows linearly from 0 with the number of the block."""
+    hide_padding: bool = True
+    """Keep padding from changing the features of real tokens. False as in the official code, where the result of a row
+    depends on the rows beside it."""
+    freeze_steps: CountOrZero = 0
+    """First optimizer steps in which the head alone learns; the encoder runs without gradient, with masks and
+    dropout."""
+    fill_frozen: bool = False
+    """True: the optimizer counts the frozen steps of the encoder as steps with gradient zero, as published runs with
+    several workers do; its first step after them is then 0.7 of the learning rate. False: it leaves them out."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are never trained: regular expressions that a whole name must match, such as
+    `trunk\\.encoders\\..*`."""
+    layer_decay: Annotated[float, Bounds(gt=0, le=1)] = 1.0
+    """Learning rate of a block over that of the block above it; everything that is no block has the full rate."""
+
+
+class MaskedFeatures(nn.Module):
+    """Writes noise into masked tokens and zeros into masked channels."""
+
+    def __init__(self, noise_std: float) -> None:
+        super().__init__()
+        self.noise_std = noise_std
+
+    def forward(self, local: Tensor, masks: SpanMasks | None) -> Tensor:
+        """(B, T, D) -> (B, T, D); unchanged in eval mode. Channels are zeroed in padded tokens too."""
+        if masks is None or not self.training:
+            return local
+        if masks.time is not None:
+            local = torch.where(masks.time[..., None], self.noise(local), local)
+        if masks.channels is not None:
+            local = local.masked_fill(masks.channels[:, None], 0)
+        return local
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Draw (B, T, D), or () zero."""
+        return torch.randn_like(like) * self.noise_std if self.noise_std else like.new_zeros(())
+
+
+class TaskNetwork(nn.Module):
+    """Trunk and head; each task derives its own."""
+
+    head: nn.Module
+
+    def __init__(self, trunk: TrunkConfig, config: TaskConfig, *, activation_checkpointing: bool = False) -> None:
+        """
+        Args:
+            trunk: settings of the trunk.
+            config: settings of the task.
+            activation_checkpointing: recompute the activations of each block in the backward pass.
+        """
+        super().__init__()
+        self.trunk = Trunk(trunk, activation_checkpointing=activation_checkpointing)
+        self.masked = MaskedFeatures(config.mask_noise_std)
+        self.hide_padding = config.hide_padding
+        set_drop_path(self.blocks(config.modality), config.drop_path, trunk.shared_depth)
+
+    def blocks(self, modality: str) -> list[Block]:
+        """Blocks of a modality: prenet, then shared."""
+        return [*self.trunk.encoder(modality).prenet.blocks, *self.trunk.blocks]
+
+    def encode(self, batch: Batch, kept_blocks: list[bool] | None, frozen: bool) -> tuple[Tensor, Tensor | None]:
+        """Run trunk and masks.
+
+        Args:
+            batch: with span masks in training.
+            kept_blocks: layer drop of prenet and shared blocks, the same on all ranks; None keeps all.
+            frozen: run without gradient.
+
+        Returns:
+            (B, E + T, D) features of the last block, extra tokens first; (B, T) bool padding of tokens, or None.
+        """
+        with torch.no_grad() if frozen else nullcontext():
+            local = self.masked(self.trunk.embed(batch), batch.span_masks)  # (B, T, D)
+            features = self.trunk.encode_all(local, batch, kept_blocks, hide_padding=self.hide_padding)
+        return features, self.trunk.encoder(batch.modality).token_padding(batch.padding, local.shape[1])
+
+
+def set_drop_path(blocks: Sequence[Block], rate: float, shared_depth: int) -> None:
+    """Set the stochastic depth of prenet and shared blocks, in that order.
+
+    The official code spreads the rates over the shared depth alone: v = linspace(0, rate, shared); prenet blocks have
+    linspace(v[0], v[prenet - 1], prenet), the others linspace(v[prenet], v[shared - 1], shared).
+    """
+    for block, own in zip(blocks, drop_path_rates(len(blocks) - shared_depth, shared_depth, rate), strict=True):
+        block.attention_drop_path.rate = block.mlp_drop_path.rate = own
+
+
+def drop_path_rates(prenet_depth: int, shared_depth: int, rate: float) -> list[float]:
+    """Return the rate of every block, prenet first; see `set_drop_path`."""
+    spread = torch.linspace(0, rate, shared_depth, dtype=torch.float64)
+
+    def at(index: int) -> float:
+        return float(spread[min(max(index, 0), shared_depth - 1)])
+
+    prenet = torch.linspace(at(0), at(prenet_depth - 1), prenet_depth, dtype=torch.float64)
+    shared = torch.linspace(at(prenet_depth), at(shared_depth - 1), shared_depth, dtype=torch.float64)
+    return [*prenet.tolist(), *shared.tolist()]
+
+
+def draw_kept_blocks(trunk: TrunkConfig, config: TaskConfig, seed: int, step: int | None) -> list[bool] | None:
+    """Draw the layer drop of one step for prenet and shared blocks; None, which keeps all, in validation."""
+    prenet_depth = trunk.depth(config.modality) - trunk.shared_depth
+    if step is None or not (trunk.layer_drop or config.prenet_layer_drop):
+        return None
+    prenet = kept_layers(seed, 2 * step + 1, prenet_depth, config.prenet_layer_drop) or [True] * prenet_depth
+    return prenet + (kept_layers(seed, 2 * step, trunk.shared_depth, trunk.layer_drop) or [True] * trunk.shared_depth)

@@ -1,0 +1,52 @@
+"""Vocabulary of a recogniser: text <-> numbers of outputs.
+
+The first four numbers are those of the official dictionaries: `<s>`, the blank of CTC, `<pad>`, `</s>`, `<unk>`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+BLANK, PAD, END, UNKNOWN = range(4)
+WORD_END = "|"
+"""Output behind every word, the last one too."""
+LIBRISPEECH = tuple("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
+"""Letters of the official dictionary, most frequent first."""
+
+
+class Vocabulary:
+    """Letters, or other units, of a recogniser."""
+
+    def __init__(self, units: Sequence[str]) -> None:
+        """
+        Args:
+            units: outputs behind the four special ones.
+        """
+        self.symbols = (*SPECIAL, *units)
+        self._numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+
+    def __len__(self) -> int:
+        """V, number of outputs."""
+        return len(self.symbols)
+
+    def encode(self, text: str) -> list[int]:
+        """Convert a transcript: the letters of every word, then a word end. Unknown letters become `UNKNOWN`."""
+        return [self._numbers.get(letter, UNKNOWN) for letter in spell(text)]
+
+    def words(self, numbers: Iterable[int]) -> list[str]:
+        """Convert outputs, without blanks and repeats, to words."""
+        kept = (self.symbols[number] for number in numbers if number not in (BLANK, END))
+        return "".join(" " if symbol == WORD_END else symbol for symbol in kept).split()
+
+
+def spell(text: str) -> Iterator[str]:
+    """Yield the letters of a transcript with the word ends."""
+    for word in text.split():
+        yield from word
+        yield WORD_END
+
+
+def count_letters(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the letters of transcripts, most frequent first, equal ones in the order of their code points."""
+    found = Counter(letter for text in texts for letter in spell(text))
+    return tuple(sorted(found, key=lambda letter: (-found[letter], letter)))
