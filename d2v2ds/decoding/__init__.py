@@ -1,0 +1,1 @@
+"""Frames of a CTC recogniser -> words: alignments, and beam search with a lexicon and an n-gram model."""
