@@ -2,11 +2,14 @@
 
     python -m d2v2ds.verify FOLDER [--modality audio] [--tolerance 1e-4]
 
-Every case NAME of the folder (NAME.json, NAME.safetensors, NAME.grads.safetensors, optionally NAME.traj.*) is
+Every case NAME of pretraining (NAME.json, NAME.safetensors, NAME.grads.safetensors, optionally NAME.traj.*) is
 loaded under its official key names and run through our student, teacher network, losses, gradients, EMA step
 and, where recorded, six whole optimizer steps. Each quantity is printed with its worst relative error, that is
 the largest absolute difference over the largest absolute expected value. Exit code 0 only if every case passes;
 a case with an option that this project lacks is `unsupported` and counts as failed.
+
+Cases of fine-tuning (a `task` in NAME.json) go through our tasks in the same way; `schedules.json`, `metrics.json`,
+`finetune_mask_stats.json`, `eval_transform.*` and `decode/` are compared too, if the folder has them.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from d2v2ds.verify.case import case_names
 from d2v2ds.verify.check import verify_case
+from d2v2ds.verify.finetuning.check import tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="worst relative error that passes (1e-4)")
     options = parser.parse_args(arguments)
     names = case_names(options.folder, options.modality)
+    names += tables(options.folder) if options.modality is None else []
     if not names:
-        print(f"{options.folder}: no golden cases (NAME.json with NAME.grads.safetensors) found", file=sys.stderr)
+        print(f"{options.folder}: no golden cases (NAME.json with NAME.safetensors) found", file=sys.stderr)
         return 2
     passed = [_print_case(options.folder, name, options.tolerance) for name in names]
     print(f"{sum(passed)} of {len(names)} cases pass at tolerance {options.tolerance:g}")

@@ -91,6 +91,15 @@ class Case:
         )
 
 
+TASKS = {
+    "ctc": "audio",
+    "ctc trajectory": "audio",
+    "image classification": "image",
+    "sentence prediction": "text",
+    "audio classification": "audio",
+}
+"""Modality by the task of a case of fine-tuning."""
+
 _OFFICIAL_DROPOUTS = {
     "attention_output_dropout": "encoder_dropout",
     "mlp_dropout": "post_mlp_drop",
@@ -138,11 +147,21 @@ def _is_case(folder: Path, name: str) -> bool:
         values = json.loads((folder / f"{name}.json").read_text())
     except (OSError, ValueError):
         return (folder / f"{name}.safetensors").exists()
-    return isinstance(values, dict) and "modality" in values
+    return isinstance(values, dict) and bool({"modality", "task"} & values.keys())
+
+
+def is_task(folder: Path, name: str) -> bool:
+    """Return True if a case is one of fine-tuning."""
+    try:
+        values = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "task" in values
 
 
 def _modality_of(folder: Path, name: str) -> str | None:
     try:
-        return str(json.loads((folder / f"{name}.json").read_text())["modality"]).lower()
+        values = json.loads((folder / f"{name}.json").read_text())
+        return TASKS.get(values["task"]) if "task" in values else str(values["modality"]).lower()
     except (OSError, ValueError, KeyError, TypeError):
         return None

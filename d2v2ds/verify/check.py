@@ -6,26 +6,32 @@ from safetensors import SafetensorError
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
-from d2v2ds.verify.case import Case, has_trajectory
+from d2v2ds.verify.case import Case, has_trajectory, is_task
+from d2v2ds.verify.finetuning.check import TABLES, check_table, check_task_case
 from d2v2ds.verify.report import Report
 from d2v2ds.verify.step import check_step
 from d2v2ds.verify.trajectory import check_trajectory
 
 
 def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]:
-    """Run one case.
+    """Run one case, or one of `finetuning.check.tables`.
 
     Returns:
         The errors, and an empty string or why the case could not be compared.
     """
     report = Report(tolerance)
     try:
-        case = Case.read(folder, name)
-        check_step(case, report)
-        if has_trajectory(folder, name):
-            check_trajectory(case, folder, report)
+        if name in TABLES:
+            check_table(folder, name, report)
+        elif is_task(folder, name):
+            check_task_case(folder, name, report)
+        else:
+            case = Case.read(folder, name)
+            check_step(case, report)
+            if has_trajectory(folder, name):
+                check_trajectory(case, folder, report)
     except UnsupportedOptionError as error:
         return report, f"unsupported: {error}"
-    except (D2V2Error, SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+    except (D2V2Error, SafetensorError, LookupError, ValueError, TypeError, RuntimeError, OSError) as error:
         return report, f"{type(error).__name__}: {error}"
     return report, ""

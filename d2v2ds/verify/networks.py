@@ -112,14 +112,24 @@ def compare_state(
     for name, value in state.items():
         found, wanted = value.detach(), names[name].reshape(value.shape)
         if not with_key_bias and name.endswith("attn.qkv.bias"):
-            found, wanted = _without_keys(found), _without_keys(wanted)
+            found, wanted = without_keys(found), without_keys(wanted)
         report.compare(label, found, wanted)
 
 
-def _without_keys(bias: Tensor) -> Tensor:
-    """(3D,) -> (2D,)."""
+def without_keys(bias: Tensor) -> Tensor:
+    """Leave the keys out of an attention's bias: (3D,) -> (2D,)."""
     queries, _, values = bias.chunk(3)
     return torch.cat((queries, values))
+
+
+def clipped(parameters: list[nn.Parameter], most: float) -> Tensor:
+    """Clip the gradients, 0 for none, and return their norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if most:
+        for grad in grads:
+            grad.mul_(torch.clamp(most / (norm + 1e-6), max=1.0))
+    return norm
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from d2v2ds.batch import Batch
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
@@ -18,6 +18,7 @@ from d2v2ds.train.schedule import LearningRateConfig, learning_rate
 from d2v2ds.verify.case import Case
 from d2v2ds.verify.networks import (
     build,
+    clipped,
     compare_state,
     ema_step,
     official_loss,
@@ -57,7 +58,7 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
         out = student(batch, without_grad(teacher))
         optimizer.zero_grad()
         (total_loss(out) / batch.num_masked).backward()
-        norm = _clipped([p for p in student.parameters() if p.grad is not None], hyper["clip"])
+        norm = clipped([p for p in student.parameters() if p.grad is not None], hyper["clip"])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, rate, hyper["max_update"])
         optimizer.step()
@@ -73,16 +74,6 @@ def _optimizer(student: nn.Module, hyper: Mapping[str, Any]) -> EarlyEpsilonAdam
         betas=tuple(hyper["betas"]), eps=hyper["eps"], weight_decay=hyper["wd"], clip_norm=hyper["clip"]
     )
     return EarlyEpsilonAdam([p for p in student.parameters() if p.requires_grad], lr=0.0, config=config)
-
-
-def _clipped(parameters: list[nn.Parameter], most: float) -> Tensor:
-    """Clip the gradients, 0 for none, and return their norm before."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if most:
-        for grad in grads:
-            grad.mul_(torch.clamp(most / (norm + 1e-6), max=1.0))
-    return norm
 
 
 def _compare_losses(report: Report, case: Case, batch: Batch, out: StudentOutput, expected: Mapping[str, Any]) -> None:

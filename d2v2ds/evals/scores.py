@@ -1,0 +1,103 @@
+"""Scores of a model from its outputs for a whole set: scikit-learn, SciPy and rapidfuzz compute them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v2ds.errors import MissingExtraError
+
+Numbers = NDArray[np.float64]
+Classes = NDArray[np.int64]
+
+
+def _metrics() -> Any:
+    """Import scikit-learn's metrics.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        from sklearn import metrics
+    except ImportError as error:
+        raise MissingExtraError("scores need scikit-learn", "eval") from error
+    return metrics
+
+
+def accuracy(wanted: Classes, found: Classes) -> float:
+    """Share of right classes, (N,), (N,) -> 0 to 1."""
+    return float(np.mean(wanted == found))
+
+
+def balanced_accuracy(wanted: Classes, found: Classes) -> float:
+    """Mean over classes that occur of the share of right ones, 0 to 1."""
+    classes = np.unique(wanted)
+    return float(np.mean([np.mean(found[wanted == one] == one) for one in classes]))
+
+
+def top_k(wanted: Classes, scores: Numbers, k: int) -> float:
+    """Share of rows whose class is among the k with the highest scores, (N,), (N, C) -> 0 to 1."""
+    best = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
+    return float(np.mean((best == wanted[:, None]).any(1)))
+
+
+def f1(wanted: Classes, found: Classes, positive: int | None = None) -> float:
+    """F1 of one class, or the mean over classes that occur, 0 to 1."""
+    labels = [positive] if positive is not None else np.unique(wanted)
+    return float(_metrics().f1_score(wanted, found, labels=labels, average="macro", zero_division=0.0))
+
+
+def mcc(wanted: Classes, found: Classes) -> float:
+    """Matthews correlation, -1 to 1; 0 if one side has a single class."""
+    return float(_metrics().matthews_corrcoef(wanted, found))
+
+
+def pearson(wanted: Numbers, found: Numbers) -> float:
+    """Pearson's correlation, -1 to 1; 0 without spread."""
+    a, b = wanted - wanted.mean(), found - found.mean()
+    spread = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / spread if spread > 0 else 0.0
+
+
+def spearman(wanted: Numbers, found: Numbers) -> float:
+    """Spearman's rank correlation, -1 to 1; equal numbers share their mean rank."""
+    from scipy.stats import rankdata  # comes with scikit-learn
+
+    return pearson(rankdata(wanted), rankdata(found))
+
+
+def average_precision(wanted: Numbers, scores: Numbers) -> Numbers:
+    """Average precision of every class, (N, C), (N, C) -> (C,), 0 to 1; 0 for a class without positives.
+
+    sum_k (R_k - R_(k-1)) P_k over thresholds, without interpolation.
+    """
+    compute = _metrics().average_precision_score
+    return np.array(
+        [compute(wanted[:, c], scores[:, c]) if wanted[:, c].any() else 0.0 for c in range(wanted.shape[1])]
+    )
+
+
+def error_rate(errors: Sequence[int], wanted: Sequence[int]) -> float:
+    """Errors per 100 wanted words or letters over a whole set."""
+    return 100.0 * sum(errors) / max(sum(wanted), 1)
+
+
+def bootstrap(
+    score: Callable[[NDArray[np.int64]], float], num_rows: int, *, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Compute the 95 % interval of a score by drawing rows with replacement (Efron 1979, percentiles).
+
+    Args:
+        score: row numbers, with repeats -> score.
+        num_rows: N.
+        draws: sets that are drawn.
+        seed: of the draws.
+
+    Returns:
+        Percentiles 2.5 and 97.5.
+    """
+    rng = np.random.default_rng(seed)
+    values = [score(rng.integers(num_rows, size=num_rows)) for _ in range(draws)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
