@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 def drop_unknown_keys(values: dict[str, Any], section: type, prefix: str) -> list[str]:
     """Remove keys that no field has, which pydantic would ignore; return one message for each."""
-    hints = typing.get_type_hints(section)
+    known = {field.name for field in dataclasses.fields(section)}
+    hints = {name: hint for name, hint in typing.get_type_hints(section).items() if name in known}
     problems = []
     for key in list(values):
         if key not in hints:
@@ -36,12 +37,13 @@ def drop_unknown_keys(values: dict[str, Any], section: type, prefix: str) -> lis
 
 
 def _dataclasses_in(annotation: Any) -> Iterator[type]:
-    """Dataclasses that an annotation may hold: itself, or members of a union."""
+    """Yield the dataclass that an annotation may hold, alone or beside None; of several kinds, none: see `unions`."""
     if dataclasses.is_dataclass(annotation):
         yield typing.cast(type, annotation)
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for member in typing.get_args(annotation):
-            yield from _dataclasses_in(member)
+        found = [member for member in typing.get_args(annotation) if dataclasses.is_dataclass(member)]
+        if len(found) == 1:
+            yield from _dataclasses_in(found[0])
 
 
 def _mapped_dataclasses(annotation: Any) -> Iterator[type]:

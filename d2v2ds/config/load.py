@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from d2v2ds.config.faults import drop_unknown_keys, validated
 from d2v2ds.config.modalities import build_modalities, fold, unfold
 from d2v2ds.config.schema import RunConfig
+from d2v2ds.config.unions import build_unions
 from d2v2ds.config.words import read_word
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.read import is_there, parse_yaml, read_text
@@ -65,9 +66,12 @@ def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[RunCo
     whole, faults = build_modalities(values, shipped)
     problems += faults
     build_modalities(shipped, {})  # in case a section is replaced by the file's own
+    built, faults = build_unions(values, shipped, RunConfig)
+    problems += faults
+    build_unions(shipped, {}, RunConfig)
     config, faults = validated(RunConfig, values, shipped)
     problems += faults
-    if config is None or not whole:
+    if config is None or not whole or not built:
         return None, problems
     return config, problems + config.check()
 
@@ -82,7 +86,8 @@ def _read_yaml(name_or_path: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIG_FOLDER / f"{name_or_path}.yaml"
     if not is_there(path, ConfigError):
-        names = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
+        files = CONFIG_FOLDER.rglob("*.yaml")
+        names = sorted(file.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for file in files)
         raise ConfigError(f"--config {name_or_path}: no file {path}; give a YAML file or one of: {', '.join(names)}")
     values = parse_yaml(read_text(path, ConfigError), path, ConfigError)
     if not isinstance(values, dict):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from d2v2ds.bounds import Amount, Bounds, Count, CountOrZero, Positive, UserPath
+from d2v2ds.config.objectives import ObjectiveConfig
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.objectives import ObjectiveConfig
 from d2v2ds.train.guard import HealthConfig
 from d2v2ds.train.optim import OptimConfig
 from d2v2ds.train.schedule import LearningRateConfig

@@ -57,11 +57,11 @@ def summary(config: RunConfig, world: int = 1) -> list[str]:
     objective = config.objective.build(config.model, config.run.seed)
     with torch.device("meta"):
         student, teacher = objective.build_network(activation_checkpointing=False), objective.build_teacher_network()
-    trunk = _count(student.trunk)
+    trunk = _count(student.trunk)  # type: ignore[arg-type]
     whole, trained = _count(student), _count(student, trained_only=True)
     of_teacher = 0 if teacher is None else _count(teacher)
     lines = [
-        f"parameters: student {whole:,} (trained {trained:,}), of these decoder {whole - trunk:,}; without decoder "
+        f"parameters: student {whole:,} (trained {trained:,}), of these decoder or head {whole - trunk:,}; trunk "
         f"{trunk:,}; teacher {of_teacher:,}"
     ]
     lines += _memory(config, student, of_teacher, world)

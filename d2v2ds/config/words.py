@@ -4,7 +4,6 @@ YAML cuts ` #2` off as a comment, takes 010 for 8, `~` for nothing and 2024 for 
 sections are read as YAML.
 """
 
-import dataclasses
 import re
 import types
 import typing
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.config.schema import RunConfig
+from d2v2ds.config.unions import merged_hints
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.read import parse_yaml
 from d2v2ds.modalities.known import known_modalities
@@ -54,7 +54,7 @@ def _type_of(field: Sequence[str]) -> Any:
     kind: Any = RunConfig
     for number, part in enumerate(field):
         where = tuple(field[:number])
-        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        hints = merged_hints(kind)
         if part in hints:
             kind = hints[part]
         elif where in (("data",), ("model", "modalities")) and part in known_modalities():

@@ -6,16 +6,19 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import yaml
 
 from d2v2ds.bounds import Bounds
-from d2v2ds.config.load import load_config, read_config, to_yaml
+from d2v2ds.config.load import CONFIG_FOLDER, load_config, read_config, to_yaml
 from d2v2ds.config.schema import DataSection, RunConfig
 from d2v2ds.modalities.known import SHIPPED
 from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.tasks.classify import ClassifyConfig
+from d2v2ds.tasks.ctc import CtcConfig
 
 BEYOND = {"ge": -1, "gt": 0, "le": 1, "lt": 0}
 """Added to a limit, it gives a value that breaks it."""
@@ -30,8 +33,10 @@ def numbers(annotation: Any, name: str) -> Iterator[tuple[str, Bounds | None]]:
         if arguments[0] in (int, float):
             yield name, next((found for found in arguments[1:] if isinstance(found, Bounds)), None)
     elif origin in (typing.Union, types.UnionType):
+        kinds = [member for member in arguments if dataclasses.is_dataclass(member)]
         for member in arguments:
-            yield from numbers(member, name)
+            if len(kinds) < 2 or member is kinds[0]:  # the others have cases of their own
+                yield from numbers(member, name)
     elif origin is tuple:
         for number, item in enumerate(argument for argument in arguments if argument is not ...):
             yield from numbers(item, f"{name}.{number}")
@@ -59,12 +64,21 @@ def fields(section: type, name: str = "") -> Iterator[tuple[str, Bounds | None]]
 
 
 FIELDS = dict(fields(RunConfig))
-CASES = [
-    (name, getattr(bounds, limit) + step)
-    for name, bounds in FIELDS.items()
-    for limit, step in BEYOND.items()
-    if bounds is not None and getattr(bounds, limit) is not None
-]
+TASKS = {"finetune/ctc_tiny": CtcConfig, "finetune/image_classify_tiny": ClassifyConfig}
+
+
+def cases(found: Mapping[str, Bounds | None]) -> list[tuple[str, float]]:
+    """Values beyond the bounds."""
+    return [
+        (name, getattr(bounds, limit) + step)
+        for name, bounds in found.items()
+        for limit, step in BEYOND.items()
+        if bounds is not None and getattr(bounds, limit) is not None
+    ]
+
+
+CASES = cases(FIELDS)
+TASK_CASES = [(task, *case) for task, kind in TASKS.items() for case in cases(dict(fields(kind, "objective")))]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +109,28 @@ def test_a_value_beyond_its_bounds_is_reported_under_its_name(name: str, value: 
     (problem,) = problems
     assert problem.startswith(f"{name}: Input should be ")
     assert problem.endswith(f", found {value}")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Configurations of tasks with every optional section."""
+    mask = {"time": {"fraction": 0.5, "length": 3}, "channels": {"fraction": 0.5, "length": 3}}
+    files = {}
+    for task in TASKS:
+        values = yaml.safe_load((CONFIG_FOLDER / f"{task}.yaml").read_text())
+        values["objective"]["mask"] = mask
+        if TASKS[task] is ClassifyConfig:
+            values["objective"] |= {"waveform_mixing": {"least": 0.5}, "head": {"kind": "sentence"}}
+        files[task] = tmp_path_factory.mktemp("full") / "task.yaml"
+        files[task].write_text(yaml.safe_dump(values))
+    return files
+
+
+@pytest.mark.parametrize(("task", "name", "value"), TASK_CASES)
+def test_a_task_keeps_its_bounds(task: str, name: str, value: float, full: dict[str, Path]) -> None:
+    config, problems = read_config(str(full[task]), [f"{name}={value}"])
+    assert config is not None
+    assert any(problem.startswith(f"{name}: Input should be ") and f"found {value}" in problem for problem in problems)
 
 
 def test_all_of_them_are_reported_at_once(plain: dict[str, Any]) -> None:

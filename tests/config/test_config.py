@@ -260,7 +260,7 @@ def test_settings_of_one_modality_that_do_not_fit_each_other_are_named(
 def test_summary_says_what_a_run_amounts_to(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["image_large", "--world", "16"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
-    assert "student 309,268,480 (trained 309,067,776), of these decoder 5,967,872" in said[0]
+    assert "student 309,268,480 (trained 309,067,776), of these decoder or head 5,967,872" in said[0]
     assert "memory of one of 16 rank(s) with zero3_bf16 (stage 3): 536.1 MiB" in said[1]
     assert "375,300 optimizer steps" in said[2]
     assert "196 tokens a sample, 16 masks of 147 masked and 49 visible tokens" in said[3]
