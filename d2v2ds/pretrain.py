@@ -12,33 +12,14 @@ be written, 8 a fault of the machine (no descriptors or memory, a file system th
 75 stopped by a signal (TERM, USR1, USR2, HUP or INT to any rank) with everything saved: start again.
 """
 
-import argparse
-import logging
 import sys
 
-from d2v2ds.errors import D2V2Error
-from d2v2ds.run.pretraining import pretrain
-
-logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main__" under a launcher
+from d2v2ds.run.command import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from a command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m d2v2ds.pretrain", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", required=True, help="name in d2v2ds/configs or path of a YAML file")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher; not used")
-    parser.add_argument(
-        "--allow-grown", action="store_true", help="go on although rows were added to the data since the checkpoint"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    options = parser.parse_intermixed_args(arguments)  # job scripts add settings behind options
-    try:
-        pretrain(options.config, options.overrides, allow_grown=options.allow_grown)
-    except D2V2Error as error:
-        logging.basicConfig(format="%(levelname)s %(message)s")
-        logger.error("%s", error)
-        return error.exit_code
-    return 0
+    return run_command("python -m d2v2ds.pretrain", __doc__ or "", arguments)
 
 
 if __name__ == "__main__":

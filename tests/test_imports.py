@@ -10,7 +10,8 @@ from tests.preprocessing.helpers import clean_environment
 from tests.sources import ROOT, imports_of, module_of, room_of, source_files
 
 _BELOW_RUN = {
-    "errors", "bounds", "shapes", "rng", "io", "batch", "masking", "model", "data", "objectives", "tasks", "decoding",
+    "errors", "bounds", "shapes", "rng", "io", "batch", "masking", "labels",
+    "model", "data", "objectives", "tasks", "decoding",
     "modalities", "distributed", "train", "inference", "interop", "evals", "config", "api",
 }  # fmt: skip
 
@@ -23,12 +24,13 @@ ALLOWED = {
     "io": {"errors"},
     "batch": {"shapes", "rng", "errors"},
     "masking": {"shapes", "rng", "bounds", "errors"},
+    "labels": {"batch", "masking", "errors"},
     "model": {"shapes", "batch", "bounds", "errors"},
-    "data": {"shapes", "batch", "masking", "rng", "io", "bounds", "errors"},
-    "objectives": {"model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
-    "tasks": {"objectives.protocol", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
+    "data": {"labels", "shapes", "batch", "masking", "rng", "io", "bounds", "errors"},
+    "objectives": {"labels", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
+    "tasks": {"labels", "objectives.protocol", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
     "decoding": {"tasks.vocabulary", "io", "bounds", "errors"},
-    "modalities": {"model", "data", "masking", "rng", "shapes", "io", "bounds", "errors"},
+    "modalities": {"labels", "model", "data", "masking", "rng", "shapes", "io", "bounds", "errors"},
     "distributed": {"io", "errors"},
     "train": {"objectives.protocol", "data", "distributed", "batch", "io", "bounds", "errors"},
     "inference": {"model", "modalities", "interop", "data", "io", "shapes", "errors"},

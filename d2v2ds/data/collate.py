@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from d2v2ds.batch import Batch, MaskSet
+from d2v2ds.batch import Batch, MaskSet, SpanMasks
 from d2v2ds.data.mixture import DATASET_BITS, split_row_numbers
 from d2v2ds.data.order import MicroBatch
 from d2v2ds.data.reader import Examples, Reader
 from d2v2ds.errors import ShardError
-from d2v2ds.masking import draw_masks, masked_count, visible_positions
+from d2v2ds.masking import draw_masks, draw_span_masks, masked_count, visible_positions
 
 STAND_IN_TRIES = 1000
 """Most rows tried in place of a micro-batch without any readable row."""
@@ -42,9 +43,10 @@ class Collator:
         """
         faults: tuple[str, ...] = ()
         try:
-            examples = self.reader.read(micro, self.seed)
+            examples, labels = self.reader.read(micro, self.seed), self.reader.read_labels(micro.rows)
         except ShardError:
-            micro, examples, faults = self._read_others(micro)
+            micro, faults = self._without_faulty(micro)
+            examples, labels = self.reader.read(micro, self.seed), self.reader.read_labels(micro.rows)
         masks, num_masked = self._masks(micro)
         return Batch(
             modality=self.reader.modality,
@@ -53,6 +55,8 @@ class Collator:
             ids=torch.from_numpy(micro.rows),
             masks=masks,
             num_masked=num_masked,
+            span_masks=self._span_masks(micro, examples),
+            labels=labels,
             loss_weight=micro.weight,
             faults=faults,
         )
@@ -68,19 +72,35 @@ class Collator:
         masks = MaskSet(keep=torch.from_numpy(visible_positions(masked)), masked=torch.from_numpy(masked))
         return masks, len(micro.rows) * mask.num_masks * num_masked
 
-    def _read_others(self, micro: MicroBatch) -> tuple[MicroBatch, Examples, tuple[str, ...]]:
-        """Skip rows that cannot be read; return the others, their inputs, and a message for each skipped row."""
+    def _span_masks(self, micro: MicroBatch, examples: Examples) -> SpanMasks | None:
+        """Draw the task's masks of whole inputs."""
+        labelled, padding = self.reader.labelled, examples.padding
+        if labelled is None or not self.reader.augments:
+            return None
+        sizes = [micro.size] * len(micro.rows) if padding is None else (~padding).sum(1).tolist()
+        tokens = np.array([self.reader.network.num_tokens(size) for size in sizes])
+        drawn = draw_span_masks(
+            labelled.spans, tokens, labelled.width, seed=self.seed, epoch=micro.epoch, sample_ids=micro.rows
+        )
+        time, channels = (None if mask is None else torch.from_numpy(mask) for mask in drawn)
+        if time is not None:  # a batch may be padded beyond its longest row
+            time = F.pad(time, (0, self.reader.network.num_tokens(micro.size) - time.shape[1]))
+        return SpanMasks(time=time, channels=channels)
+
+    def _without_faulty(self, micro: MicroBatch) -> tuple[MicroBatch, tuple[str, ...]]:
+        """Skip rows that cannot be read; return the others, and a message for each skipped row."""
         found = [self._fault(micro, row) for row in micro.rows]
         good = micro.rows[[fault is None for fault in found]]
         faults = tuple(fault for fault in found if fault is not None)
         reported = faults if micro.weight else ()  # the rows of a filler belong to another rank, which reports them
         micro = replace(micro, rows=good) if len(good) else self._stand_in(micro, faults)
-        return micro, self.reader.read(micro, self.seed), reported
+        return micro, reported
 
     def _fault(self, micro: MicroBatch, row: int) -> str | None:
         """Return the error of reading a row, None if there is none."""
         try:
             self.reader.read(replace(micro, rows=np.array([row])), self.seed)
+            self.reader.read_labels(np.array([row]))
         except ShardError as error:
             return str(error)
         return None
@@ -113,7 +133,8 @@ class Collator:
             count = min(others, _STAND_IN_CANDIDATES)
             rows = ((last + 1) * own + np.arange(count) * (others // max(count, 1))) % (others + own)
             sizes = datasets[dataset].sizes[rows]
-            rows, sizes = rows[sizes >= config.min_size], np.minimum(sizes[sizes >= config.min_size], config.max_size)
+            usable = config.usable(sizes)
+            rows, sizes = rows[usable], np.minimum(sizes[usable], config.max_size)
             sizes = np.minimum(sizes, micro.size) if config.crops else np.maximum(sizes, micro.size)
             order = np.argsort(sizes != micro.size, kind="stable")
             order = order[:: max(1, math.ceil(len(order) * len(datasets) / STAND_IN_TRIES))]

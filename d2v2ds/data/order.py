@@ -49,6 +49,13 @@ class PlanConfig:
     """Largest size of a row; larger ones count as this large."""
     crops: bool
     """True: the rows of a micro-batch are cropped to its smallest. False: they are padded to its largest."""
+    whole: bool = False
+    """True: rows above `max_size` are never drawn."""
+
+    def usable(self, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Find the rows that are drawn: (n,) sizes -> (n,) bool."""
+        enough = sizes >= self.min_size
+        return enough & (sizes <= self.max_size) if self.whole else enough
 
     def accumulation(self, world: int) -> int:
         """Return the micro-batches that each of `world` ranks runs in an optimizer step, fillers included."""
@@ -241,7 +248,7 @@ def cut_micro_batches(
     Returns:
         Groups of (row numbers, size of every row in the batch), largest first.
     """
-    usable = sizes >= config.min_size
+    usable = config.usable(sizes)
     counted = np.minimum(sizes[usable], config.max_size)
     order = np.argsort(-counted, kind="stable")
     rows, counted = rows[usable][order], counted[order]

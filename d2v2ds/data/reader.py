@@ -8,10 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2v2ds.batch import Labels
 from d2v2ds.bounds import PositiveOrZero
 from d2v2ds.data.folders import Folders, JoinedShards, Part, folder_faults, only_sizes
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
+from d2v2ds.errors import ShardError
+from d2v2ds.labels import Labelled, join_labels
 from d2v2ds.masking import MaskConfig, masked_count
 
 
@@ -105,6 +108,12 @@ class Reader(Generic[Part]):
     """Unit of amounts and throughput."""
     config: Any
     network: Any
+    can_be_whole: ClassVar[bool] = False
+    """True if `read` pads whole inputs where `labelled` is set, so that the modality can be fine-tuned."""
+    labelled: Labelled | None = None
+    """Demands of a fine-tuning task; None in pretraining and inference."""
+    augments: bool = True
+    """False: inputs are read as in evaluation, without random crops and flips; for the validation of a task."""
 
     def __init__(self, shards: JoinedShards[Part], config: Any, network: Any, mask: MaskConfig | None) -> None:
         """
@@ -153,6 +162,35 @@ class Reader(Generic[Part]):
             ShardError: the row cannot be read.
         """
         raise NotImplementedError
+
+    def read_labels(self, rows: NDArray[np.int64]) -> Labels | None:
+        """Read the labels of rows; None without a task.
+
+        Raises:
+            ShardError: a row has no label, or one that the task cannot read.
+        """
+        if self.labelled is None:
+            return None
+        encoder, found = self.labelled.encoder, []
+        for row in rows.tolist():
+            value = self.annotation(row, encoder.column)
+            if value is None:
+                raise ShardError(f"{self.shards.name(row)}: expected a {encoder.column}, found none")
+            try:
+                found.append(encoder.encode([value]))
+            except ValueError as error:
+                raise ShardError(f"{self.shards.name(row)}: {encoder.column}: {error}") from error
+        return join_labels(found)
+
+    def annotation(self, row: int, column: str) -> str | None:
+        """Read one annotation of a row, such as its transcript; None if it has none.
+
+        Raises:
+            ShardError: the row cannot be read.
+        """
+        part, local = self.shards.locate(row)
+        found: str | None = getattr(part.read_labels(local), column, None)  # type: ignore[attr-defined]
+        return found
 
     def faults(self) -> list[str]:
         """Return one message for each contradiction between folder, settings and network."""

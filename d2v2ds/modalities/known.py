@@ -16,6 +16,7 @@ from d2v2ds.data.reader import Reader
 from d2v2ds.data.schema import read_index
 from d2v2ds.data.shards import Shards
 from d2v2ds.errors import ConfigError, ShardError
+from d2v2ds.labels import Labelled
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.modality import AUDIO
 from d2v2ds.modalities.image.modality import IMAGE
@@ -73,7 +74,9 @@ def open_shards(folder: Path | str) -> Shards:
     return modality_of(read_index(Path(folder)).modality, str(folder)).shards(folder)
 
 
-def open_reader(name: str, data: Any, network: Any, mask: MaskConfig | None) -> Reader:
+def open_reader(
+    name: str, data: Any, network: Any, mask: MaskConfig | None, labelled: Labelled | None = None, augments: bool = True
+) -> Reader:
     """Open the folder or folders that a modality's data settings name.
 
     Args:
@@ -81,8 +84,11 @@ def open_reader(name: str, data: Any, network: Any, mask: MaskConfig | None) -> 
         data: its data settings.
         network: its network settings.
         mask: masks that the objective asks for; None for none.
+        labelled: demands of a fine-tuning task; None for none.
+        augments: False reads a task's inputs as in evaluation.
 
     Raises:
+        ConfigError: if a task asks for whole inputs and the modality has none.
         ShardError: if a folder is unfinished, damaged or of another modality, or folders do not fit each other.
         MissingExtraError: if a package that decodes it is absent.
     """
@@ -91,4 +97,8 @@ def open_reader(name: str, data: Any, network: Any, mask: MaskConfig | None) -> 
         if (found := read_index(folder).modality) != name:
             raise ShardError(f"{folder}: expected {name}, found a folder of {found}")
     parts = [modality.shards(folder) for folder in folders_of(data.shards)]
-    return modality.reader(JoinedShards(parts, modality.must_be_equal), data, network, mask)
+    reader = modality.reader(JoinedShards(parts, modality.must_be_equal), data, network, mask)
+    if labelled is not None and not reader.can_be_whole:
+        raise ConfigError(f"data.{name}: its reader cannot read whole inputs, which fine-tuning needs")
+    reader.labelled, reader.augments = labelled, augments
+    return reader

@@ -183,6 +183,7 @@ class Data2Vec2:
 
     units: Mapping[str, str] = UNITS
     run_units: Mapping[str, str] = RUN_UNITS
+    headline: tuple[str, ...] = ()
 
     def __init__(self, config: Data2Vec2Config, trunk: TrunkConfig, seed: int) -> None:
         """
@@ -270,8 +271,8 @@ class Data2Vec2:
         masked = masked_count(mask, num_tokens)
         return f"{mask.num_masks} masks of {masked} masked and {num_tokens - masked} visible tokens"
 
-    def span_mask(self, modality: str) -> None:
-        """Return None: masked tokens are removed."""
+    def labelled(self, modality: str) -> None:
+        """Return None: there are no labels."""
 
     def lr_scale(self, name: str) -> float:
         """Return 1: all parameters have one learning rate."""
@@ -302,6 +303,10 @@ class Data2Vec2:
         loss = self.config.modalities[modality].loss
         factor = None if loss.beta else loss.factor(self.trunk.block.width)
         return prediction_metrics(totals, factor)
+
+    def selection(self, values: Mapping[str, float]) -> float | None:
+        """Return the validation loss."""
+        return values.get("valid/loss/total")
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
         """Yield local features, contextualised tokens, targets and predictions."""

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
-from d2v2ds.masking import MaskConfig, SpanMaskConfig
+from d2v2ds.labels import Labelled
+from d2v2ds.masking import MaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +101,14 @@ class Objective(Protocol):
     run_units: Mapping[str, str]
     """Metrics of the run as a whole, in the same form."""
 
+    headline: tuple[str, ...]
+    """Metrics that the log of a validation shows beside the loss."""
+
     def mask(self, modality: str) -> MaskConfig | None:
         """Masks of this modality's micro-batches; None for none."""
 
-    def span_mask(self, modality: str) -> SpanMaskConfig | None:
-        """Masks of whole inputs of this modality; None for none."""
+    def labelled(self, modality: str) -> Labelled | None:
+        """Return the demands of a fine-tuning task on the inputs of this modality; None in pretraining."""
 
     def build_network(self, *, activation_checkpointing: bool) -> nn.Module:
         """Build the trained network; `initialise` draws its weights."""
@@ -161,6 +165,13 @@ class Objective(Protocol):
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Compute the metrics of one modality, less `loss/NAME`, from sums over all ranks."""
+
+    def selection(self, values: Mapping[str, float]) -> float | None:
+        """Return the value by which the best checkpoint is chosen, the lower the better; None without validation.
+
+        Args:
+            values: metrics of a record.
+        """
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
         """Yield the vectors whose statistics show a collapse."""

@@ -23,6 +23,7 @@ from d2v2ds.io.machine_faults import advice
 from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import open_reader
 from d2v2ds.objectives.protocol import Objective
+from d2v2ds.run.outputs import with_outputs
 from d2v2ds.run.warm_start import open_warm_start
 from d2v2ds.train.checkpointing import has_checkpoints
 
@@ -56,11 +57,16 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
     config, problems = read_config(config_name, overrides)
     if config is None:
         raise config_error(config_name, problems)
+    data_problems = config.data.missing()
+    if not data_problems:
+        try:
+            config = with_outputs(config)
+        except (ConfigError, ShardError) as error:
+            data_problems = [f"objective: {error}"]
     objective = config.objective.build(config.model, config.run.seed)
     streams: dict[str, DataStream] = {}
     held_out: dict[str, Reader] = {}
     ds_config = None
-    data_problems = config.data.missing()
     if not data_problems:
         streams, data_problems = open_streams(config, objective)
         held_out, held_out_problems = open_held_out(config, objective)
@@ -88,12 +94,13 @@ def open_streams(config: RunConfig, objective: Objective) -> tuple[dict[str, Dat
         if name not in config.model.modalities or name not in config.objective.modalities:
             continue  # `RunConfig.check` reports this
         try:
-            reader = open_reader(name, settings, config.model.modalities[name], objective.mask(name))
+            network = config.model.modalities[name]
+            reader = open_reader(name, settings, network, objective.mask(name), objective.labelled(name))
             faults = reader.faults()
             if not faults:
                 plan = BatchPlan(reader.datasets, config=reader.plan_config(), seed=config.run.seed)
                 streams[name] = DataStream(reader, plan)
-        except (ShardError, MissingExtraError) as error:
+        except (ShardError, ConfigError, MissingExtraError) as error:
             faults = [f"data.{name}.shards: {error}"]
         problems += faults
     return streams, problems
@@ -114,6 +121,8 @@ def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Re
                 replace(data[name], shards=path, weights=None),
                 config.model.modalities[name],
                 objective.mask(name),
+                objective.labelled(name),
+                augments=objective.labelled(name) is None,
             )
             problems += [f"valid.{name} {path}: {fault}" for fault in readers[name].faults()]
         except (ShardError, MissingExtraError) as error:

@@ -4,8 +4,10 @@ import logging
 import os
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 from d2v2ds.config.load import to_dict, to_yaml
+from d2v2ds.config.schema import RunConfig
 from d2v2ds.config.summary import batch_advice
 from d2v2ds.data.loader import LoaderConfig, build_loader, start_worker_server
 from d2v2ds.data.order import SamplerState
@@ -17,10 +19,12 @@ from d2v2ds.run.agreement import assumptions, compare
 from d2v2ds.run.build import build_engines, build_validation, loop_config, recipe
 from d2v2ds.run.describe import changed_settings, describe, start_logging, warn_once
 from d2v2ds.run.machine import tune_cpu
+from d2v2ds.run.outputs import FILE, write_outputs
 from d2v2ds.run.preempt import StopRequest
 from d2v2ds.run.prepare import Prepared, prepare
 from d2v2ds.run.warm_start import WarmStart
 from d2v2ds.run.watchdog import Watchdog
+from d2v2ds.tasks.encoding import TaskConfig
 from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints, reading_ahead
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.loop import Trainer
@@ -86,13 +90,18 @@ def start(prepared: Prepared, config_name: str, allow_grown: bool) -> Checkpoint
         checkpoints.resume(allow_grown)
         for change in changed_settings(config):
             warn_once(f"changed since the last start: {change}")
-    comm.require_on_rank0(
-        lambda: provenance.write(config.run.dir, to_yaml(config), prepared.ds_config), f"run.dir {config.run.dir}"
-    )
+    comm.require_on_rank0(lambda: _write_start(config, prepared.ds_config), f"run.dir {config.run.dir}")
     describe(config, streams)
     for advice in batch_advice(config_name, config):
         warn_once(advice)
     return checkpoints
+
+
+def _write_start(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Write what the run was made of. On one rank alone."""
+    provenance.write(config.run.dir, to_yaml(config), ds_config)
+    if isinstance(config.objective, TaskConfig) and config.objective.names:
+        write_outputs(config.run.dir / FILE, config.objective.names)
 
 
 def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> None:

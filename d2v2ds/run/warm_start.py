@@ -25,7 +25,7 @@ from d2v2ds.modalities.settings import write_trunk
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER = {"layer_drop", "attention_path", "vocab_size"}
+MAY_DIFFER = {"layer_drop", "attention_path", "vocab_size", "conv_gradient", "alibi_learned"}
 """Settings of the trunk that change how it is trained, not what its weights mean, or that show in their shapes; and
 everything named dropout."""
 DECODER_MAY_DIFFER = {"mask_noise_std"}
@@ -117,14 +117,14 @@ class WarmStart:
     def _other_settings(self) -> Iterable[tuple[str, Any, Any]]:
         """Settings by which the same weights would compute something else: name, the export's, the run's."""
         theirs, ours = write_trunk(self.folder.description.model), write_trunk(self._config.model)
-        objective = to_dict(self._config.objective)["modalities"]
+        objective = to_dict(self._config.objective).get("modalities", {})
         export = (self.folder.description.objective or {}).get("modalities", {})
         for name in theirs["modalities"].keys() | ours["modalities"].keys():
             has_both = name in theirs["modalities"] and name in ours["modalities"]
             if not has_both or not self._has(f"trunk.encoders.{name}"):
                 for side in (theirs, ours):
                     side["modalities"].pop(name, None)
-            elif self._has(f"decoders.{name}") and name in export:
+            elif self._has(f"decoders.{name}") and name in export and name in objective:
                 before, now = export[name]["decoder"], objective[name]["decoder"]
                 yield from _differences(before, now, f"objective.modalities.{name}.decoder", DECODER_MAY_DIFFER)
         yield from _differences(theirs, ours, "model", MAY_DIFFER)

@@ -4,16 +4,18 @@ Sources: the official examples/data2vec, models mae_image_classification, data2v
 audio_classification; the YAML files have the settings of each.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2v2ds.batch import Batch, Labels
-from d2v2ds.bounds import Bounds, Count, Share
+from d2v2ds.bounds import Count, Positive, Share
+from d2v2ds.labels import ClassNumbers, ClassSets, LabelEncoder, Numbers
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.protocol import Losses, Totals
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
@@ -45,10 +47,16 @@ class ClassifyConfig(TaskConfig):
     """One class for each input (cross entropy), several labels (binary cross entropy), or a number (squared error)."""
     classes: tuple[str, ...] = ()
     """Names of the classes in the order of the outputs; empty: those of the training shards."""
-    num_outputs: Count = 2
-    """C."""
-    head: Annotated[HeadConfig, Bounds()] = field(default_factory=PatchHeadConfig)
+    class_order: Literal["name", "frequency"] = "name"
+    """Order of classes that are counted: by name, or most frequent first, as in the official code for sentences."""
+    divider: str = ","
+    """Character between the labels of one row, where it has several."""
+    num_outputs: Count = 1
+    """C where classes have no names."""
+    head: HeadConfig = PatchHeadConfig()
     """Head by its `kind`."""
+    scale: Positive = 1.0
+    """Largest wanted number: the network learns the numbers over it (5 for STS-B)."""
     label_smoothing: Share = 0.0
     """Share of a label that is spread evenly over all classes in training."""
     image_mixing: ImageMixingConfig | None = None
@@ -58,6 +66,31 @@ class ClassifyConfig(TaskConfig):
     per_positive: bool = False
     """With several labels, True: the loss is a mean over all labels that hold, as in the official code. False: over
     inputs."""
+
+    label_column = "label"
+
+    @property
+    def counts_outputs(self) -> bool:
+        """True without classes."""
+        return self.kind != "number" and not self.classes
+
+    def names_of(self, annotations: Counter[str]) -> tuple[str, ...]:
+        """Return the classes of labels."""
+        found: Counter[str] = Counter()
+        for label, count in annotations.items():
+            for name in ClassSets((), self.divider).split(label) if self.kind == "several" else [label]:
+                found[name] += count
+        by_count = self.class_order == "frequency"
+        return tuple(sorted(found, key=lambda name: (-found[name] if by_count else 0, name)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Classes."""
+        return self.classes
+
+    def with_names(self, names: tuple[str, ...]) -> "ClassifyConfig":
+        """Return these settings with classes."""
+        return replace(self, classes=names)
 
     def build(self, trunk: TrunkConfig, seed: int) -> "Classify":
         """Build the objective of a run."""
@@ -125,6 +158,8 @@ class Classify(Task[ClassifyConfig]):
         "score/pearson": "correlation of predicted and wanted numbers; times 100",
     }
 
+    headline: tuple[str, ...] = ("score/accuracy", "score/f1", "score/mcc", "score/pearson")
+
     @property
     def num_outputs(self) -> int:
         """C."""
@@ -135,6 +170,14 @@ class Classify(Task[ClassifyConfig]):
         return ClassifyNetwork(
             self.trunk, self.config, self.num_outputs, activation_checkpointing=activation_checkpointing
         )
+
+    def encoder(self) -> LabelEncoder:
+        """Number classes, mark several, or read numbers."""
+        if self.config.kind == "number":
+            return Numbers(self.config.scale)
+        if self.config.kind == "several":
+            return ClassSets(self.config.classes, self.config.divider)
+        return ClassNumbers(self.config.classes)
 
     def count(self, batch: Batch) -> float:
         """Return the number of inputs, or of labels that hold."""
@@ -172,6 +215,11 @@ class Classify(Task[ClassifyConfig]):
             source = mix_waveforms(batch.source, batch.padding if self.config.hide_padding else None, waves)
             return replace(batch, source=source, labels=Labels(values=soft))
         return batch
+
+    def selection(self, values: Mapping[str, float]) -> float | None:
+        """Return 100 less the accuracy; with several labels or numbers the loss."""
+        accuracy = values.get("valid/score/accuracy")
+        return values.get("valid/loss/total") if accuracy is None else 100.0 - accuracy
 
     def _statistics(self, logits: Tensor, labels: Tensor, step: int | None) -> dict[str, Tensor]:
         """Sums from which `metrics` computes scores."""

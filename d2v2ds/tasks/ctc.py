@@ -3,8 +3,9 @@
 Source of the settings: the official examples/data2vec/config/v2, fine-tuning files of wav2vec_ctc.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch
 from d2v2ds.bounds import Rate
+from d2v2ds.labels import Letters
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.protocol import Losses, Totals
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import TokenHead
 from d2v2ds.tasks.task import Task
-from d2v2ds.tasks.vocabulary import BLANK, Vocabulary
+from d2v2ds.tasks.vocabulary import BLANK, UNKNOWN, WORD_END, Vocabulary, count_letters
 from d2v2ds.tasks.words import edit_counts
 
 UNITS: Mapping[str, str] = {
@@ -40,6 +42,26 @@ class CtcConfig(TaskConfig):
     """Outputs behind the four special ones, most frequent first; empty: those of the training shards."""
     final_dropout: Rate = 0.0
     """Dropped fraction of the features before the output layer."""
+
+    label_column = "text"
+
+    @property
+    def counts_outputs(self) -> bool:
+        """True without a vocabulary."""
+        return not self.vocabulary
+
+    def names_of(self, annotations: Counter[str]) -> tuple[str, ...]:
+        """Return the letters of transcripts, most frequent first."""
+        return count_letters(annotations)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Vocabulary."""
+        return self.vocabulary
+
+    def with_names(self, names: tuple[str, ...]) -> "CtcConfig":
+        """Return these settings with a vocabulary."""
+        return replace(self, vocabulary=names)
 
     def build(self, trunk: TrunkConfig, seed: int) -> "Ctc":
         """Build the objective of a run."""
@@ -116,6 +138,7 @@ class Ctc(Task[CtcConfig]):
     """`Objective` of CTC."""
 
     units = UNITS
+    headline: tuple[str, ...] = ("ctc/wer", "ctc/cer")
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -126,6 +149,11 @@ class Ctc(Task[CtcConfig]):
         """Build encoder and output layer."""
         outputs = len(self.vocabulary)
         return CtcNetwork(self.trunk, self.config, outputs, activation_checkpointing=activation_checkpointing)
+
+    def encoder(self) -> Letters:
+        """Spell the transcripts."""
+        symbols = self.vocabulary.symbols
+        return Letters({symbol: number for number, symbol in enumerate(symbols)}, WORD_END, UNKNOWN)
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run one micro-batch; errors of greedy decoding are counted in validation."""
@@ -175,6 +203,10 @@ class Ctc(Task[CtcConfig]):
             values["ctc/wer"] = 100 * sums["word_errors"] / max(sums["words"], 1.0)
             values["ctc/cer"] = 100 * sums["letter_errors"] / letters
         return values
+
+    def selection(self, values: Mapping[str, float]) -> float | None:
+        """Return the word error rate."""
+        return values.get("valid/ctc/wer")
 
     def logits_of(self, output: CtcOutput) -> Iterator[Tensor]:
         """Yield the logits (T, V) of every utterance, real frames only."""

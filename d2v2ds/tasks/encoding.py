@@ -4,16 +4,18 @@ Source: the official examples/data2vec/models/modalities/base.py in fine-tuning,
 then adds the output of the position convolutions.
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch, SpanMasks
-from d2v2ds.bounds import Bounds, CountOrZero, PositiveOrZero, Rate
+from d2v2ds.bounds import Bounds, CountOrZero, PositiveOrZero, Rate, UserPath
 from d2v2ds.masking import SpanMaskConfig
 from d2v2ds.model.block import Block
 from d2v2ds.model.trunk import Trunk, TrunkConfig
@@ -24,8 +26,13 @@ from d2v2ds.rng import kept_layers
 class TaskConfig:
     """Settings that all tasks share."""
 
+    label_column: ClassVar[str]
+    """Annotation of packed rows that holds the label."""
+
     modality: str
     """Modality of the inputs."""
+    outputs: UserPath | None = None
+    """File with the names of the outputs, written by `d2v2ds.outputs`; None: those of the training shards."""
     mask: SpanMaskConfig = SpanMaskConfig()
     """Masks of the inputs in training; none by default."""
     mask_noise_std: PositiveOrZero = 0.01
@@ -48,6 +55,46 @@ class TaskConfig:
     `trunk\\.encoders\\..*`."""
     layer_decay: Annotated[float, Bounds(gt=0, le=1)] = 1.0
     """Learning rate of a block over that of the block above it; everything that is no block has the full rate."""
+
+    @property
+    def counts_outputs(self) -> bool:
+        """True if names of outputs are still to be counted in the training data."""
+        return False
+
+    def names_of(self, annotations: Counter[str]) -> tuple[str, ...]:
+        """Return the names of the outputs for counted annotations."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the outputs; empty where they are counted or have none."""
+        return ()
+
+    def with_names(self, names: tuple[str, ...]) -> Self:
+        """Return these settings with names of outputs."""
+        raise NotImplementedError
+
+    @property
+    def modalities(self) -> dict[str, "TaskConfig"]:
+        """Settings by modality: there is one."""
+        return {self.modality: self}
+
+    def check(self, trunk: TrunkConfig) -> list[str]:
+        """Return one message for each contradiction between fields, or with the trunk."""
+        problems = []
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"freeze: {pattern!r} is no regular expression: {error}")
+        for name, spans, limit in (("channels", self.mask.channels, trunk.block.width),):
+            if spans is not None and spans.length >= limit:
+                problems.append(f"mask.{name}.length {spans.length} must be below the {limit} {name}")
+        return problems
+
+    def scaled(self, ratio: float) -> dict[str, float]:
+        """Return nothing: no setting depends on the batch."""
+        return {}
 
 
 class MaskedFeatures(nn.Module):

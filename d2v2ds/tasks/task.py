@@ -8,7 +8,8 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from d2v2ds.batch import Batch
-from d2v2ds.masking import MaskConfig, SpanMaskConfig
+from d2v2ds.labels import LabelEncoder, Labelled
+from d2v2ds.masking import MaskConfig
 from d2v2ds.model.flops import block_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.network import NetworkSettings
@@ -24,6 +25,7 @@ class Task(Generic[Config]):
 
     units: Mapping[str, str]
     run_units: Mapping[str, str] = {}
+    headline: tuple[str, ...] = ()
 
     def __init__(self, config: Config, trunk: TrunkConfig, seed: int) -> None:
         """
@@ -42,9 +44,13 @@ class Task(Generic[Config]):
         """Return None: nothing is removed from the inputs."""
         return None
 
-    def span_mask(self, modality: str) -> SpanMaskConfig | None:
-        """Masks of whole inputs."""
-        return self.config.mask
+    def encoder(self) -> LabelEncoder:
+        """Build what encodes the labels."""
+        raise NotImplementedError
+
+    def labelled(self, modality: str) -> Labelled:
+        """Whole inputs with labels, masked in training."""
+        return Labelled(encoder=self.encoder(), spans=self.config.mask, width=self.trunk.block.width)
 
     def build_network(self, *, activation_checkpointing: bool) -> nn.Module:
         """Build encoder and head; parameters that are never trained need no gradient."""
@@ -126,6 +132,10 @@ class Task(Generic[Config]):
     def run_metrics(self) -> dict[str, float]:
         """Return nothing."""
         return {}
+
+    def selection(self, values: Mapping[str, float]) -> float | None:
+        """Return the validation loss; tasks with a better measure override it."""
+        return values.get("valid/loss/total")
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
         """Yield nothing."""

@@ -4,7 +4,7 @@ The first four numbers are those of the official dictionaries: `<s>`, the blank 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 BLANK, PAD, END, UNKNOWN = range(4)
@@ -46,7 +46,10 @@ def spell(text: str) -> Iterator[str]:
         yield WORD_END
 
 
-def count_letters(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the letters of transcripts, most frequent first, equal ones in the order of their code points."""
-    found = Counter(letter for text in texts for letter in spell(text))
+def count_letters(texts: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the letters of counted transcripts, most frequent first, equal ones in the order of their code points."""
+    found: Counter[str] = Counter()
+    for text, count in texts.items():
+        for letter in spell(text):
+            found[letter] += count
     return tuple(sorted(found, key=lambda letter: (-found[letter], letter)))

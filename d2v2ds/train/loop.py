@@ -153,7 +153,7 @@ class Trainer:
             if is_saving:
                 if self.metrics is not None:
                     self.metrics.flush()
-                self.checkpoints.begin(values.get("valid/loss/total"))
+                self.checkpoints.begin(self.objective.selection(values))
                 self.samples = self._no_samples()  # a resumed run begins without them
                 self.watchdog.touch(progress.step)
                 sums.started = time.perf_counter()
@@ -285,7 +285,13 @@ class Trainer:
         self.watchdog.touch(self.progress.step)
         values = {self._name(name, metric): v for name, part in found.items() for metric, v in part.items()}
         values["valid/loss/total"] = self.validation.total(found)
-        logger.info("step %d  validation loss %.4f", self.progress.step, values["valid/loss/total"])
+        shown = [(name, f"valid/{metric}") for name in found for metric in self.objective.headline]
+        scores = "".join(
+            f"  {metric.partition('/')[2]} {values[metric]:.2f}"
+            for metric in (self._name(name, metric) for name, metric in shown)
+            if metric in values
+        )
+        logger.info("step %d  validation loss %.4f%s", self.progress.step, values["valid/loss/total"], scores)
         return values
 
     def _reduce_run(self, out: StepOutput, sums: RecordSums, seconds: float) -> dict[str, float]:

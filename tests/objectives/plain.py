@@ -37,6 +37,7 @@ class Plain:
         "optim/grad_norm/head": "norm of the head's gradient",
     }
     run_units: Mapping[str, str] = {}
+    headline: tuple[str, ...] = ()
 
     def __init__(self, trunk: TrunkConfig) -> None:
         self.trunk = trunk
@@ -75,7 +76,7 @@ class Plain:
     def describe(self, modality: str, num_tokens: int) -> str:
         return "nothing masked"
 
-    def span_mask(self, modality: str) -> None:
+    def labelled(self, modality: str) -> None:
         return None
 
     def lr_scale(self, name: str) -> float:
@@ -98,6 +99,9 @@ class Plain:
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         return {"output/mean": float(totals.statistics["outputs"]) / totals.count}
+
+    def selection(self, values: Mapping[str, float]) -> float | None:
+        return values.get("valid/loss/total")
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
         yield from ()

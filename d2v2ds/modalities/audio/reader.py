@@ -42,7 +42,7 @@ class AudioDataConfig(DataSettings):
     min_seconds: Positive = 2.0
     """Shorter clips are never drawn (seconds)."""
     max_seconds: Positive = 20.0
-    """Longer clips are cropped to this, at a random offset (seconds)."""
+    """Longer clips are cropped to this, at a random offset (seconds); in fine-tuning they are never drawn."""
 
     @property
     def largest_row(self) -> float:
@@ -79,6 +79,7 @@ class AudioReader(Reader[AudioShards]):
 
     modality = "audio"
     unit = SECONDS
+    can_be_whole = True
 
     config: AudioDataConfig
 
@@ -90,7 +91,8 @@ class AudioReader(Reader[AudioShards]):
             num_micro=config.num_micro,
             min_size=round(config.min_seconds * rate),
             max_size=round(config.max_seconds * rate),
-            crops=True,
+            crops=self.labelled is None,
+            whole=self.labelled is not None,
         )
 
     def units(self, num_rows: int, size: int) -> float:
@@ -98,19 +100,45 @@ class AudioReader(Reader[AudioShards]):
         return num_rows * size / self.config.sample_rate_hz
 
     def read(self, micro: MicroBatch, seed: int) -> Examples:
-        """Waveforms (B, S) float32, each at an offset of its own."""
+        """Waveforms (B, S) float32: crops, each at an offset of its own, or whole recordings, padded with zeros."""
         lengths = sizes_of(self.datasets, micro.rows)  # (B,)
+        if self.labelled is not None:
+            return self._read_padded(micro, lengths)
         starts = crop_starts(lengths, micro.size, seed=seed, epoch=micro.epoch, rows=micro.rows)
         waveforms = torch.empty(len(micro.rows), micro.size)  # (B, S)
         for row, start, out in zip(micro.rows.tolist(), starts.tolist(), waveforms.numpy(), strict=True):
             decode(*self.shards.locate(row), start, out)
         return Examples(waveforms)
 
+    def _read_padded(self, micro: MicroBatch, lengths: NDArray[np.int64]) -> Examples:
+        waveforms = torch.zeros(len(micro.rows), micro.size)  # (B, S)
+        for row, length, out in zip(micro.rows.tolist(), lengths.tolist(), waveforms.numpy(), strict=True):
+            decode(*self.shards.locate(row), 0, out[:length])
+        padding = torch.arange(micro.size) >= torch.from_numpy(lengths)[:, None]
+        return Examples(waveforms, padding if padding.any() else None)
+
     def read_whole(self, row: int) -> Tensor:
         """(S,) float32, the whole recording."""
         waveform = torch.empty(int(sizes_of(self.datasets, np.array([row]))[0]))
         decode(*self.shards.locate(row), 0, waveform.numpy())
         return waveform
+
+    def remarks(self) -> list[str]:
+        """Report recordings that fine-tuning leaves out."""
+        if self.labelled is None:
+            return []
+        limits, out, seconds = self.plan_config(), 0, 0.0
+        for part in self.shards.parts:
+            for start in range(0, len(part), 65536):
+                sizes = part.sizes[start : start + 65536]
+                unused = sizes[~limits.usable(sizes)]
+                out, seconds = out + len(unused), seconds + float(unused.sum()) / self.config.sample_rate_hz
+        if not out:
+            return []
+        return [
+            f"data.audio: {out} of {len(self)} recordings ({seconds / 3600:.2f} hours) are never drawn: shorter than "
+            f"min_seconds {self.config.min_seconds:g} or longer than max_seconds {self.config.max_seconds:g}"
+        ]
 
     def misfits(self) -> list[str]:
         """Return a message if the network cannot read these shards."""

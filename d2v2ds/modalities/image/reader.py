@@ -87,6 +87,7 @@ class ImageReader(Reader[ImageShards]):
 
     modality = "image"
     unit = IMAGES
+    can_be_whole = True
     config: ImageDataConfig
     network: ImageNetwork
 
@@ -137,6 +138,8 @@ class ImageReader(Reader[ImageShards]):
         from d2v2ds.data.codecs.pixels import displayed
 
         rows, config, side = micro.rows.tolist(), self.config, micro.size
+        if not self.augments:
+            return Examples(torch.stack([self.read_whole(row) for row in rows]))
         images = [self._encoded(row) for row in rows]
         boxes, flips = draw_crops(
             np.array([(image.width, image.height) for image in images]),

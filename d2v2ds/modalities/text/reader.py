@@ -52,6 +52,7 @@ class TextReader(Reader[TextShards]):
 
     modality = "text"
     unit = TOKENS
+    can_be_whole = True
 
     config: TextDataConfig
     network: TextNetwork

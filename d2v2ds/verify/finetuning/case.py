@@ -159,15 +159,15 @@ def _trunk(meta: Mapping[str, Any], modality: str, options: Options) -> TrunkCon
     for key in ("encoder_dropout", "post_mlp_drop", "attention_dropout", "activation_dropout", "layerdrop"):
         official[key] = 0
     own = official["modalities"][modality]
+    task = meta["task"]
     own["prenet_dropout"] = 0
-    if modality == "text":
+    if task == "sentence prediction":
         own["dropout"] = 0
-    if modality == "audio":
-        effective = meta.get("effective_audio_options", {})
-        own |= {"encoder_zero_mask": True, "local_grad_mult": effective.get("local_grad_mult", 1)}
-        if meta["task"].startswith("ctc"):
-            own["local_grad_mult"] = options("feature_grad_mult", 0)
-            own["learned_alibi_scale"] = options("update_alibi", True) and own.get("learned_alibi_scale", False)
+    elif task != "image classification":
+        own |= {"encoder_zero_mask": True, "local_grad_mult": 1}
+    if task.startswith("ctc"):
+        own["local_grad_mult"] = options("feature_grad_mult", 0)
+        own["learned_alibi_scale"] = options("update_alibi", True) and own.get("learned_alibi_scale", False)
     return network_of(official, modality, meta.get("vocab_size")).trunk
 
 

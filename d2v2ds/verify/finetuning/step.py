@@ -15,6 +15,7 @@ from d2v2ds.shapes import AUDIO_NORM_EPS
 from d2v2ds.tasks.classify import Classify, ClassifyConfig
 from d2v2ds.tasks.ctc import Ctc, CtcConfig, ctc_losses, greedy
 from d2v2ds.tasks.encoding import drop_path_rates
+from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig
 from d2v2ds.tasks.mixing import ImageMix, WaveformMix, mix_classes, mix_images, mix_labels, mix_waveforms
 from d2v2ds.tasks.sentences import join_sentences
 from d2v2ds.tasks.words import edit_counts
@@ -75,13 +76,13 @@ def kept_blocks(meta: dict[str, Any], network: Any) -> list[bool] | None:
 def make_batch(case: TaskCase, report: Report) -> Batch:
     """Build the input of a case from what it was made of, and compare it with what is recorded."""
     tensors, meta = case.tensors, case.meta
-    if case.modality == "image":
+    if isinstance(getattr(case.config, "head", None), PatchHeadConfig):
         return _image_batch(case, report)
     source, padding = tensors["in/source"], tensors.get("in/padding_mask")
     if isinstance(case.config, CtcConfig):
         _compare_waves(report, case, source, padding)
         labels = _ctc_labels(case, report)
-    elif case.modality == "audio":
+    elif isinstance(case.config.head, FrameHeadConfig):
         source, labels = _tagged(case, report, source, padding)
     else:
         _compare_sentences(report, case, source)
@@ -297,9 +298,9 @@ def _compare_classification(report: Report, case: TaskCase, outputs: dict[str, A
     """Compare pooling, head and logits."""
     tensors, logits = case.tensors, logits.detach()
     found: dict[str, Tensor] = {}
-    if case.modality == "image":
+    if "head.norm" in outputs:
         found = {"pooled": outputs["head.norm input"], "head_in": outputs["head.proj input"]}
-    elif case.modality == "text":
+    elif "head.dense" in outputs:
         found = {"dense_out": outputs["head.dense"]}
     else:
         found = {"encoder_out_padding_zeroed": outputs["head.proj input"], "proj_out": outputs["head.proj"]}

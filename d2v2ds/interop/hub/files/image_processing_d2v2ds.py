@@ -76,7 +76,7 @@ class D2V2DSImageProcessor(BaseImageProcessor):
     def _crop(self, image: np.ndarray) -> np.ndarray:
         """(Y, X, 3) uint8 -> (3, height, width) uint8: bicubic with antialiasing, then the middle."""
         shorter, wanted = min(image.shape[:2]), self.size["shortest_edge"]
-        above, before = (max(0, side - 2 * shorter) // 2 for side in image.shape[:2])  # of a panorama only the middle
+        above, before = (max(0, side - 8 * shorter) // 2 for side in image.shape[:2])  # of a panorama only the middle
         image = image[above : image.shape[0] - above, before : image.shape[1] - before]
         target = [side * wanted // shorter for side in image.shape[:2]]
         source = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None]  # (1, 3, Y, X), channels last

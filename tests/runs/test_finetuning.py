@@ -1,0 +1,141 @@
+"""Whole fine-tuning runs: every ZeRO stage, any number of ranks, a frozen phase, stop and resume."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from d2v2ds.distributed.checkpoint.format import iterate_student
+from preprocessing.pack_audio import main as pack
+from tests.runs.launching import RATE, Processes, deterministic, fp32, rank_variables
+
+pytestmark = pytest.mark.run
+
+SMALL = (
+    "model.block.width=32",
+    "model.block.num_heads=2",
+    "model.block.mlp_dropout=0.1",
+    "model.shared_depth=2",
+    "model.layer_drop=0.2",
+    "model.modalities.audio.prenet_depth=1",
+    "model.modalities.audio.conv_layers=[[16,10,5],[16,8,8],[16,4,4],[16,2,2]]",
+    "data.audio.micro_batch_seconds=4",
+    "data.audio.global_batch_seconds=16",
+    "data.audio.max_seconds=4",
+    "run.log_every_steps=1",
+    "lr.warmup_steps=2",
+    "lr.hold_steps=4",
+    "objective.mask.channels.length=4",
+    "objective.layer_decay=0.7",
+)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Recordings with transcripts to train on, and others."""
+    folder = tmp_path_factory.mktemp("spoken")
+    rng, words = np.random.default_rng(0), ("one", "two", "seven", "on")
+    made = []
+    for name, count in (("train", 24), ("other", 6)):
+        lines = ["path\ttext"]
+        for number in range(count):
+            said = [words[int(i)] for i in rng.integers(len(words), size=rng.integers(1, 4))]
+            tones = [np.sin(np.arange(RATE // 2) * (0.05 + 0.03 * words.index(word))) for word in said]
+            sound = 0.3 * np.concatenate([*tones, np.zeros(int(rng.integers(1000, 9000)))])
+            soundfile.write(folder / f"{name}{number}.wav", sound + 0.02 * rng.standard_normal(len(sound)), RATE)
+            lines.append(f"{name}{number}.wav\t{' '.join(said)}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+        made.append(folder / f"packed-{name}")
+        given = ["--input", str(folder / f"{name}.tsv"), "--output", str(made[-1]), "--workers", "1"]
+        assert pack(given) == 0
+    return made[0], made[1]
+
+
+def finetune(world: int, folders: Sequence[Path], run_dir: Path, *extra: str) -> str:
+    """Run to the end on forked ranks; returns what they printed."""
+    words = ["--config", "finetune/ctc_tiny", f"data.shards={folders[0]}", f"valid.audio={folders[1]}"]
+    words += [f"run.dir={run_dir}", f"run.total_steps={STEPS}", "run.save_every_steps=3", "valid.every_steps=3"]
+    words += [*SMALL, *extra]
+    logs = run_dir.parent / f"{run_dir.name}-logs"
+    with Processes("d2v2ds.finetune", words, rank_variables(world), logs) as ranks:
+        codes = ranks.wait()
+        printed = "".join(ranks.printed(rank) for rank in range(world))
+    assert codes == [0] * world, printed[-5000:]
+    return printed
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return dict(iterate_student(run_dir / "checkpoints" / f"step{step:08d}"))
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss/ctc"] for record in deterministic(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def plain(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank at stage 0, frozen for two steps."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    finetune(1, folders, run_dir, fp32(0, run_dir.parent), "objective.freeze_steps=2")
+    return run_dir
+
+
+@pytest.mark.parametrize(("world", "stage"), [(2, 1), (4, 2), (2, 3), (1, 3)])
+def test_stages_and_ranks_give_the_same_losses(
+    folders: tuple[Path, Path], plain: Path, tmp_path: Path, world: int, stage: int
+) -> None:
+    """Four micro-batches a step: accumulation is 4 on one rank and 1 on four."""
+    printed = finetune(world, folders, tmp_path / "run", fp32(stage, tmp_path), "objective.freeze_steps=2")
+    assert f"accumulation {4 // world}" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4)
+    expected, found = weights(plain, STEPS), weights(tmp_path / "run", STEPS)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_the_encoder_waits_and_the_head_learns(plain: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    finetune(1, folders, tmp_path / "run", fp32(0, tmp_path), "objective.freeze_steps=3")
+    early, late, first = weights(tmp_path / "run", 3), weights(tmp_path / "run", STEPS), weights(plain, 3)
+    assert torch.equal(early["trunk.encoders.audio.prenet.norm.weight"], torch.ones(32))
+    assert not torch.equal(first["trunk.encoders.audio.prenet.norm.weight"], torch.ones(32)), (
+        "one step after two frozen ones"
+    )
+    moved = {name for name in early if not torch.equal(early[name], late[name])}
+    assert all("fixed" in name for name in early.keys() - moved)
+
+
+@pytest.mark.parametrize(("before", "after", "stage"), [(2, 2, 3), (2, 1, 1)])
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    folders: tuple[Path, Path], tmp_path: Path, before: int, after: int, stage: int
+) -> None:
+    """The stop lies behind the frozen phase, so that the groups of the optimizer have counted different steps."""
+    common = (fp32(stage, tmp_path), "objective.freeze_steps=2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finetune(before, folders, whole, *common)
+    finetune(before, folders, parts, *common)
+    for folder in (parts / "checkpoints").iterdir():
+        if folder.name.startswith("step") and not folder.name.endswith("3"):
+            for file in folder.rglob("*"):
+                file.unlink()
+            folder.rmdir()
+    (parts / "checkpoints" / "latest").unlink(missing_ok=True)
+    printed = finetune(after, folders, parts, *common)
+    assert "resumed at step 3" in printed
+    if before == after:
+        assert deterministic(parts) == deterministic(whole)
+        expected, found = weights(whole, STEPS), weights(parts, STEPS)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    else:
+        assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_metrics_and_outputs_are_there(plain: Path) -> None:
+    records = deterministic(plain)
+    assert {"valid/ctc/wer", "valid/ctc/cer", "valid/loss/ctc"} <= records[2].keys()
+    assert {"ctc/blank", "ctc/infeasible", "ctc/loss_per_letter"} <= records[0].keys()
+    assert records[0]["ctc/infeasible"] == 0.0
+    assert '"n"' in (plain / "outputs.json").read_text()
