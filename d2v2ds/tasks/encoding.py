@@ -170,14 +170,18 @@ def set_drop_path(blocks: Sequence[Block], rate: float, shared_depth: int) -> No
 
 def drop_path_rates(prenet_depth: int, shared_depth: int, rate: float) -> list[float]:
     """Return the rate of every block, prenet first; see `set_drop_path`."""
-    spread = torch.linspace(0, rate, shared_depth, dtype=torch.float64)
+    spread = _line(0.0, rate, shared_depth)
 
     def at(index: int) -> float:
-        return float(spread[min(max(index, 0), shared_depth - 1)])
+        return spread[min(max(index, 0), shared_depth - 1)]
 
-    prenet = torch.linspace(at(0), at(prenet_depth - 1), prenet_depth, dtype=torch.float64)
-    shared = torch.linspace(at(prenet_depth), at(shared_depth - 1), shared_depth, dtype=torch.float64)
-    return [*prenet.tolist(), *shared.tolist()]
+    prenet = _line(at(0), at(prenet_depth - 1), prenet_depth)
+    return prenet + _line(at(prenet_depth), at(shared_depth - 1), shared_depth)
+
+
+def _line(first: float, last: float, count: int) -> list[float]:
+    """Return numbers at equal distances."""
+    return [first + (last - first) * i / max(count - 1, 1) for i in range(count)]
 
 
 def draw_kept_blocks(trunk: TrunkConfig, config: TaskConfig, seed: int, step: int | None) -> list[bool] | None:

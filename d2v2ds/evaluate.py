@@ -1,0 +1,57 @@
+"""Evaluate a fine-tuned model on packed shards: error rates or scores with 95 % intervals.
+
+    python -m d2v2ds.evaluate RUN_OR_EXPORT --shards DIR [--lm ARPA_OR_BINARY] [--lexicon FILE]
+
+Prints a table and writes evaluation.json, transcripts and pictures. Weights of the language model are those of the
+official decoder: natural logarithms of the network, log10 of the language model.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from d2v2ds.decoding.beam import BeamConfig
+from d2v2ds.errors import D2V2Error
+from d2v2ds.run.evaluation import EvaluationOptions, evaluate, table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m d2v2ds.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of a run, or an export")
+    parser.add_argument("--shards", type=Path, nargs="+", required=True, help="packed folders with labels")
+    parser.add_argument("--to", type=Path, help="folder for the results (default: MODEL/evaluation)")
+    parser.add_argument("--checkpoint", metavar="TAG", help="of a run; the best one by default")
+    parser.add_argument("--device", help="such as cuda:0 or cpu")
+    parser.add_argument("--lm", type=Path, help="n-gram model, ARPA or KenLM's binary form")
+    parser.add_argument(
+        "--lexicon", type=Path, help="lines of WORD, a tab, and its letters; else the words of the ARPA"
+    )
+    parser.add_argument("--beam", type=int, default=50, help="hypotheses kept at each frame (50)")
+    parser.add_argument("--lm-weight", type=float, default=2.0, help="factor of log10 p of the words (2)")
+    parser.add_argument("--word-score", type=float, default=-1.0, help="added for every word (-1)")
+    parser.add_argument("--boundary-score", type=float, default=0.0, help="added for every frame of | (0)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        beam = BeamConfig(
+            beam=options.beam, lm_weight=options.lm_weight, word_score=options.word_score,
+            boundary_score=options.boundary_score,
+        )  # fmt: skip
+        result = evaluate(
+            options.model,
+            EvaluationOptions(
+                shards=tuple(options.shards), to=options.to, tag=options.checkpoint, device=options.device,
+                lm=options.lm, lexicon=options.lexicon, beam=beam,
+            ),
+        )  # fmt: skip
+    except D2V2Error as error:
+        logging.error("%s", error)
+        return error.exit_code
+    print("\n".join(table(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""Evaluate a fine-tuned model on packed shards: numbers with intervals, the worst rows, pictures."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from d2v2ds.batch import Batch, Labels
+from d2v2ds.data.order import MicroBatch, PlanConfig, cut_micro_batches
+from d2v2ds.data.reader import Reader
+from d2v2ds.decoding.beam import BeamConfig, BeamDecoder
+from d2v2ds.decoding.lexicon import read_lexicon
+from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
+from d2v2ds.evals import classification, recognition
+from d2v2ds.evals.pictures import draw_confusion, draw_rates_by_length
+from d2v2ds.io import durable
+from d2v2ds.io.machine_faults import advice
+from d2v2ds.labels import join_labels
+from d2v2ds.modalities.known import known_modalities, open_reader
+from d2v2ds.run.task_model import TaskModel, device_of, load_task
+from d2v2ds.tasks.classify import Classify
+from d2v2ds.tasks.ctc import Ctc, greedy
+
+logger = logging.getLogger(__name__)
+
+_BATCH_TOKENS = 4096
+"""Tokens of one forward pass, padding included."""
+_WORST = 20
+_MOST_PICTURED = 100
+"""Most classes of a confusion matrix that is drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Options of an evaluation."""
+
+    shards: tuple[Path, ...]
+    """Packed folders."""
+    to: Path | None = None
+    """Folder for evaluation.json and the pictures; None: `evaluation` inside the model's folder."""
+    tag: str | None = None
+    """Checkpoint of a run; None: the best one."""
+    device: str | None = None
+    lm: Path | None = None
+    """n-gram model for beam search."""
+    lexicon: Path | None = None
+    beam: BeamConfig = field(default_factory=BeamConfig)
+    draws: int = 1000
+    """Sets of rows that are drawn for an interval."""
+    max_unread: float = 0.01
+    """Share of rows without a label, or that cannot be read, beyond which the evaluation is an error."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Output of the network for one row."""
+
+    folder: int
+    row: int
+    logits: Tensor
+    """(T, V) of real frames, or (C,)."""
+    wanted: Labels
+    """Label of this row alone."""
+
+
+def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
+    """Evaluate a run's checkpoint or an export; returns what evaluation.json holds.
+
+    Raises:
+        CheckpointError, ConfigError, ShardError, MissingExtraError: with what to do.
+    """
+    model = load_task(source, options.tag)
+    reader = _reader(model, options.shards)
+    decoder = _decoder(model, options)
+    unread: list[str] = []
+    rows = list(run_rows(model, reader, device_of(options.device), unread))
+    if not rows or len(unread) > options.max_unread * (len(rows) + len(unread)):
+        raise ShardError(
+            f"{', '.join(map(str, options.shards))}: {len(unread)} of {len(rows) + len(unread)} rows cannot be "
+            f"evaluated, at most {options.max_unread:.0%} may; the first: {unread[0] if unread else 'no row'}"
+        )
+    to = options.to or source / "evaluation"
+    result: dict[str, Any] = {
+        "model": source.name,
+        "origin": {key: value for key, value in model.origin.items() if isinstance(value, str | int)},
+        "shards": [folder.name for folder in options.shards],
+        "rows": len(rows),
+        "unread": len(unread),
+    }
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{to}: cannot be made: {error}; {advice(error)}") from error
+    if isinstance(model.task, Ctc):
+        result |= _recognition(model.task, reader, rows, decoder, options, to)
+    else:
+        result |= _classification(model.task, reader, rows, options, to)
+    durable.replace_text(to / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
+    modality = known_modalities()[model.modality]
+    data = modality.whole_inputs(folders[0], model.preprocessing)
+    data = replace(data, shards=tuple(folders) if len(folders) > 1 else folders[0])
+    network = model.task.trunk.modalities[model.modality]
+    reader = open_reader(model.modality, data, network, None, model.task.labelled(model.modality), augments=False)
+    if problems := reader.misfits():
+        raise ConfigError("; ".join(problems))
+    return reader
+
+
+def _decoder(model: TaskModel, options: EvaluationOptions) -> BeamDecoder | None:
+    """Build the beam search, before anything is computed."""
+    if options.lm is None:
+        return None
+    if not isinstance(model.task, Ctc):
+        raise ConfigError(f"--lm: only a recogniser reads a language model, this is {model.task.config.name}")
+    lexicon = None if options.lexicon is None else read_lexicon(options.lexicon)
+    return BeamDecoder(model.task.vocabulary, options.lm, lexicon, options.beam)
+
+
+@torch.inference_mode()
+def run_rows(model: TaskModel, reader: Reader, device: torch.device, unread: list[str]) -> Iterator[Row]:
+    """Run every row through the network, longest first, in padded batches.
+
+    Args:
+        model: moved to the device.
+        reader: of the rows, with labels.
+        device: of the network.
+        unread: gets a message for each row that cannot be read or has no label.
+    """
+    network = model.network.to(device)
+    rows = np.concatenate([(number << 40) + np.arange(len(part.sizes)) for number, part in enumerate(reader.datasets)])
+    sizes = np.concatenate([np.asarray(part.sizes) for part in reader.datasets])
+    tokens = np.array([reader.network.num_tokens(int(size)) for size in sizes])
+    largest = int(sizes.max(initial=1))
+    per_batch = max(1.0, _BATCH_TOKENS / max(int(tokens.max(initial=1)), 1))
+    limits = PlanConfig(micro_size=int(largest * per_batch), num_micro=1, min_size=1, max_size=largest, crops=False)
+    with tqdm(total=len(rows), desc="evaluating", unit="row", leave=False, disable=None) as bar:
+        for members, size in cut_micro_batches(rows, sizes, limits):
+            found = _readable(reader, members, size, unread)
+            bar.update(len(members))
+            if found is None:
+                continue
+            batch, labels = found
+            out = network(batch.to(device))
+            yield from _rows_of(out, batch, labels)
+
+
+def _readable(reader: Reader, rows: Any, size: int, unread: list[str]) -> tuple[Batch, list[Labels]] | None:
+    """Read a batch with labels; rows that cannot be read are left out and noted."""
+    good, labels = [], []
+    for row in rows.tolist():
+        try:
+            reader.read(MicroBatch(0, np.array([row]), size), 0)
+            own = reader.read_labels(np.array([row]))
+        except ShardError as error:
+            unread.append(str(error))
+            continue
+        assert own is not None
+        good.append(row)
+        labels.append(own)
+    if not good:
+        return None
+    examples = reader.read(MicroBatch(0, np.array(good), size), 0)
+    batch = Batch(
+        modality=reader.modality,
+        source=examples.source,
+        padding=examples.padding,
+        ids=torch.tensor(good),
+        labels=join_labels(labels),
+    )
+    return batch, labels
+
+
+def _rows_of(out: Any, batch: Batch, labels: list[Labels]) -> Iterator[Row]:
+    frames = out["frames"].tolist() if "frames" in out else [None] * len(labels)
+    for number, count, logits, wanted in zip(
+        batch.ids.tolist(), frames, out["logits"].float().cpu(), labels, strict=True
+    ):
+        yield Row(number >> 40, number & ((1 << 40) - 1), logits if count is None else logits[:count], wanted)
+
+
+def _recognition(
+    task: Ctc,
+    reader: Reader,
+    rows: Sequence[Row],
+    decoder: BeamDecoder | None,
+    options: EvaluationOptions,
+    to: Path,
+) -> dict[str, Any]:
+    """Decode and score utterances."""
+    result: dict[str, Any] = {}
+    annotated = [reader.shards.parts[row.folder].read_labels(row.row) for row in rows]
+    sizes = [int(reader.shards.parts[row.folder].sizes[row.row]) for row in rows]
+    for name, decode in (("greedy", _greedy(task)), ("beam", None if decoder is None else _beam(decoder))):
+        if decode is None:
+            continue
+        shown = tqdm(rows, f"decoding, {name}", unit="row", leave=False, disable=None)
+        said = [decode(row.logits) for row in shown]
+        utterances = [
+            recognition.Utterance(label.id, " ".join(label.text.split()), text, label.speaker, reader.units(1, size))
+            for label, text, size in zip(annotated, said, sizes, strict=True)
+        ]
+        result[name] = recognition.summarise(utterances, draws=options.draws, seed=0)
+        result[name]["worst"] = [asdict(one) for one in recognition.worst(utterances, _WORST)]
+        result[name]["by_length"] = recognition.rates_by_length(utterances)
+        _picture(draw_rates_by_length, result[name]["by_length"], to / f"wer_by_length_{name}.png")
+        lines = [f"{one.id}\t{one.wanted}\t{one.found}" for one in utterances]
+        durable.replace_text(to / f"transcripts_{name}.tsv", "\n".join(["id\twanted\tfound", *lines]) + "\n")
+    if decoder is not None:
+        result["beam"]["settings"] = asdict(decoder.config)
+    return result
+
+
+def _greedy(task: Ctc) -> Any:
+    def decode(logits: Tensor) -> str:
+        return " ".join(task.vocabulary.words(greedy(logits[None], torch.tensor([len(logits)]))[0]))
+
+    return decode
+
+
+def _beam(decoder: BeamDecoder) -> Any:
+    def decode(logits: Tensor) -> str:
+        found = decoder(logits.log_softmax(-1))
+        return " ".join(found[0].words) if found else ""
+
+    return decode
+
+
+def _classification(
+    task: Any, reader: Reader, rows: Sequence[Row], options: EvaluationOptions, to: Path
+) -> dict[str, Any]:
+    """Score classes, sets of classes, or numbers."""
+    assert isinstance(task, Classify)
+    kind, classes = task.config.kind, task.config.classes
+    outputs = classification.Outputs(
+        np.stack([row.logits.double().numpy() for row in rows]),
+        np.concatenate([row.wanted.values.numpy() for row in rows]),
+    )
+    chosen = {
+        "one": classification.one_class,
+        "several": classification.several_labels,
+        "number": classification.numbers,
+    }
+    result: dict[str, Any] = {
+        "scores": classification.summarise(chosen[kind](outputs), len(rows), draws=options.draws, seed=0)
+    }
+    ids = [str(reader.shards.parts[row.folder].read_labels(row.row).id) for row in rows]
+    if kind == "one":
+        counts = classification.confusion(outputs)
+        result["classes"], result["confusion"] = list(classes), counts.tolist()
+        result["worst"] = classification.worst(outputs, ids, classes, _WORST)
+        if len(counts) <= _MOST_PICTURED:
+            _picture(draw_confusion, counts, classes, to / "confusion.png")
+    return result
+
+
+def _picture(draw: Any, *given: Any) -> None:
+    """Draw a picture, if matplotlib is installed."""
+    try:
+        draw(*given)
+    except MissingExtraError as error:
+        logger.info("no picture: %s", error)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Lines for a reader."""
+    lines = [f"{result['model']} on {', '.join(result['shards'])}: {result['rows']} rows, {result['unread']} left out"]
+    for name in ("greedy", "beam"):
+        for measure in ("wer", "cer") if name in result else ():
+            one = result[name][measure]
+            low, high = one["interval"]
+            lines.append(
+                f"{name:7s}{measure.upper()} {one['value']:6.2f} %  (95 %: {low:.2f} to {high:.2f})  "
+                f"of {one['wanted']}: {one['substitutions']} substituted, {one['deletions']} deleted, "
+                f"{one['insertions']} inserted"
+            )
+        speakers = result.get(name, {}).get("by_speaker", {})
+        if 1 < len(speakers) <= _WORST:
+            said = ", ".join(f"{speaker} {found['wer']:.1f}" for speaker, found in speakers.items())
+            lines.append(f"{name:7s}WER by speaker: {said}")
+        lines += [
+            f"  {one['id']}: {one['wanted']} | {one['found']}" for one in result.get(name, {}).get("worst", [])[:3]
+        ]
+    for measure, one in result.get("scores", {}).items():
+        low, high = one["interval"]
+        lines.append(f"{measure:18s} {one['value']:6.2f}  (95 %: {low:.2f} to {high:.2f})")
+    return lines

@@ -1,0 +1,125 @@
+"""Load a fine-tuned model from the folder of a run or from an export."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v2ds.config.objectives import ObjectiveConfig
+from d2v2ds.data.folders import folders_of
+from d2v2ds.data.schema import read_index
+from d2v2ds.distributed.checkpoint.format import iterate_student, read_manifest, read_settings
+from d2v2ds.errors import CheckpointError, ShardError
+from d2v2ds.interop.export_folder import ModelFolder, is_export
+from d2v2ds.io.read import validate
+from d2v2ds.modalities.known import known_modalities
+from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.run.folder import checkpoint_folder, run_config, trunk_config
+from d2v2ds.tasks.classify import ClassifyConfig
+from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.encoding import TaskNetwork
+from d2v2ds.tasks.task import Task
+
+TASKS: dict[str, type[CtcConfig] | type[ClassifyConfig]] = {"ctc": CtcConfig, "classify": ClassifyConfig}
+"""Settings of each task, by its name in a description."""
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """A fine-tuned model that can be run."""
+
+    task: Task[Any]
+    network: TaskNetwork
+    """In eval mode, fp32, without gradient, on the CPU."""
+    preprocessing: dict[str, Any]
+    """What happens to an input before the network reads it."""
+    origin: dict[str, Any]
+    """Where the weights come from."""
+
+    @property
+    def modality(self) -> str:
+        """Modality of the inputs."""
+        return str(self.task.config.modality)
+
+
+def load_task(source: Path, tag: str | None = None) -> TaskModel:
+    """Load a run's checkpoint or an export.
+
+    Args:
+        source: folder of a run, or an export.
+        tag: of a run's checkpoint; the best by validation if None and there is one, else the newest.
+
+    Raises:
+        CheckpointError: it is no fine-tuned model, or damaged.
+        ConfigError: the folder is no run's.
+    """
+    if is_export(source):
+        folder = ModelFolder(source)
+        settings, model = folder.description.objective, folder.description.model
+        task = _task(settings, model, str(source))
+        state = {f"trunk.{name}": tensor for name, tensor in folder.tensors("model")}
+        state |= dict(folder.tensors("objective"))
+        preprocessing = folder.description.preprocessing[task.config.modality]
+        return TaskModel(task, _network(task, state, str(source)), preprocessing, folder.description.origin)
+    config = run_config(source)
+    checkpoint = checkpoint_folder(source, tag or _best(source))
+    model = trunk_config(checkpoint)
+    task = _task(read_settings(checkpoint)["objective"], model, str(checkpoint))
+    modality = known_modalities()[task.config.modality]
+    data = config.data.modalities[modality.name]
+    try:
+        index = read_index(folders_of(data.shards)[0])
+    except (ShardError, OSError):
+        index = None
+    preprocessing = modality.describe_preprocessing(model.modalities[modality.name], data, index)
+    origin = {
+        "run": source.name,
+        "checkpoint": checkpoint.name,
+        "step": read_manifest(checkpoint).counters["global_steps"],
+    }
+    return TaskModel(task, _network(task, dict(iterate_student(checkpoint)), str(checkpoint)), preprocessing, origin)
+
+
+def _best(run_dir: Path) -> str | None:
+    """Name the checkpoint with the lowest validation value; None without any."""
+    folder = run_dir / "checkpoints"
+    found = []
+    for path in sorted(folder.glob("step*")) if folder.is_dir() else ():
+        try:
+            value = read_manifest(path).validation_loss
+        except CheckpointError:
+            continue
+        if value is not None:
+            found.append((value, path.name))
+    return min(found)[1] if found else None
+
+
+def _task(settings: Mapping[str, Any] | None, model: TrunkConfig, where: str) -> Task[Any]:
+    name = (settings or {}).get("name")
+    if settings is None or name not in TASKS:
+        raise CheckpointError(
+            f"{where}: expected a fine-tuned model ({', '.join(TASKS)}), found {name or 'no task'}; "
+            "python -m d2v2ds.finetune makes one"
+        )
+    config: ObjectiveConfig = validate(TASKS[name], dict(settings), f"{where}: objective", CheckpointError)
+    assert not isinstance(config, type)
+    return config.build(model, seed=0)  # type: ignore[return-value]
+
+
+def _network(task: Task[Any], state: dict[str, Tensor], where: str) -> TaskNetwork:
+    network = task.build_network(activation_checkpointing=False)
+    assert isinstance(network, TaskNetwork)
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"{where}: does not fit its own description: {error}") from error
+    return network.requires_grad_(False).eval()
+
+
+@torch.inference_mode()
+def device_of(name: str | None) -> torch.device:
+    """Return a device by name; None: a GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
