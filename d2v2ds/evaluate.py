@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m d2v2ds.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of a run, or an export")
     parser.add_argument("--shards", type=Path, nargs="+", required=True, help="packed folders with labels")
-    parser.add_argument("--to", type=Path, help="folder for the results (default: MODEL/evaluation)")
+    parser.add_argument("--to", type=Path, help="folder for results (RUN/evaluation or EXPORT-evaluation)")
     parser.add_argument("--checkpoint", metavar="TAG", help="of a run; the best one by default")
     parser.add_argument("--device", help="such as cuda:0 or cpu")
     parser.add_argument("--lm", type=Path, help="n-gram model, ARPA or KenLM's binary form")

@@ -63,6 +63,8 @@ class HubInput:
     """Argument of the model's forward."""
     example: str
     """Line of the model card that extracts features."""
+    classifier: str = "AudioClassification"
+    """Name of a classifier of such inputs in transformers."""
     is_padded: bool = True
     """True if `attention_mask` marks padding of the source."""
     pad_id: int | None = None

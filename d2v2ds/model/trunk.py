@@ -148,6 +148,7 @@ class Trunk(nn.Module):
         *,
         depth: int | None = None,
         run: Callable[..., Any] | None = None,
+        with_extra_tokens: bool = False,
     ) -> list[Tensor]:
         """Compute features of unmasked input, for probes and inference; padding does not change those of real tokens.
 
@@ -157,9 +158,10 @@ class Trunk(nn.Module):
             padding: as in `Batch`.
             depth: blocks to run; None runs all.
             run: calls a block with its input and bias, for instance to recompute it in the backward; None calls it.
+            with_extra_tokens: keep them in front, for heads that read one.
 
         Returns:
-            Input of the first block and output of every block that ran, prenet first, each (B, T, D): no extra tokens.
+            Input of the first block and output of every block that ran, prenet first, each (B, T, D), or (B, E + T, D).
         """
         encoder = self.encoder(modality)
         blocks = [*encoder.prenet.blocks, *self.blocks][:depth]
@@ -168,4 +170,4 @@ class Trunk(nn.Module):
         for block, bias in zip(blocks, biases[: len(blocks)], strict=True):
             x, _ = block(x, bias) if run is None else run(block, x, bias)
             outputs.append(x)
-        return [x[:, encoder.num_extra_tokens :] for x in outputs]
+        return outputs if with_extra_tokens else [x[:, encoder.num_extra_tokens :] for x in outputs]

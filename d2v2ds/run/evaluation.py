@@ -20,6 +20,7 @@ from d2v2ds.decoding.lexicon import read_lexicon
 from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
 from d2v2ds.evals import classification, recognition
 from d2v2ds.evals.pictures import draw_confusion, draw_rates_by_length
+from d2v2ds.interop.export_folder import is_export
 from d2v2ds.io import durable
 from d2v2ds.io.machine_faults import advice
 from d2v2ds.labels import join_labels
@@ -44,7 +45,7 @@ class EvaluationOptions:
     shards: tuple[Path, ...]
     """Packed folders."""
     to: Path | None = None
-    """Folder for evaluation.json and the pictures; None: `evaluation` inside the model's folder."""
+    """Folder for evaluation.json and the pictures; None: RUN/evaluation, or EXPORT-evaluation."""
     tag: str | None = None
     """Checkpoint of a run; None: the best one."""
     device: str | None = None
@@ -86,7 +87,8 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
             f"{', '.join(map(str, options.shards))}: {len(unread)} of {len(rows) + len(unread)} rows cannot be "
             f"evaluated, at most {options.max_unread:.0%} may; the first: {unread[0] if unread else 'no row'}"
         )
-    to = options.to or source / "evaluation"
+    beside = source.with_name(f"{source.name}-evaluation") if is_export(source) else source / "evaluation"
+    to = options.to or beside
     result: dict[str, Any] = {
         "model": source.name,
         "origin": {key: value for key, value in model.origin.items() if isinstance(value, str | int)},

@@ -106,7 +106,7 @@ def _export_folder(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, con
         _draw_curves(records.drawn, folder, to.name, model.modalities)
         num_parameters = sum(torch.Size(kind.shape).numel() for kind in layouts["model"].values())
         write_card(folder, description, to.name, num_parameters)
-        write_config(folder, description, write_hub_files(folder, model, preprocessing))
+        write_config(folder, description, write_hub_files(folder, model, preprocessing, description.objective))
     logger.info("%s: %s of %s, %d parameters", to, " and ".join(parts), checkpoint, num_parameters)
 
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,19 +42,10 @@ from tests.preprocessing.test_tokenization import TEXTS, foreign_model
 from tests.preprocessing.texts import sentencepiece_model, write_gpt2_files
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `hub`")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 INPUTS = {"audio": "input_values", "image": "pixel_values", "text": "input_ids"}
 TEXTS_WITH_SPECIALS = [*TEXTS, "a <s> b</s> <mask><unk><pad>", "  two  spaces  ", "\n\n"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies code to before it imports it."""
-    place = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", place)
-        patch.setattr("sys.path", list(sys.path))
-        yield
 
 
 def tiny_network(config: TrunkConfig, seed: int = 3) -> Trunk:

@@ -17,6 +17,7 @@ from typing import Any
 from d2v2ds.modalities.inference import HubInput
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.tasks.vocabulary import BLANK, WORD_END, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,16 @@ _NETWORKS = "networks_d2v2ds"
 """Generated module with the network settings of the model's modalities."""
 
 
-def write_hub_files(folder: Path, config: TrunkConfig, preprocessing: dict[str, Any]) -> dict[str, Any]:
+def write_hub_files(
+    folder: Path, config: TrunkConfig, preprocessing: dict[str, Any], task: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write code and settings of preprocessors for `transformers.Auto*.from_pretrained(folder)`.
 
     Args:
         folder: of the export; existing files of these names are replaced.
         config: settings of the trunk.
         preprocessing: that of config.json, by modality; a modality that it lacks gets no preprocessor.
+        task: settings of a fine-tuning task, as plain values; None for an encoder.
 
     Returns:
         Keys for config.json; none, and no files, if transformers has no name for the input of a modality.
@@ -49,6 +53,11 @@ def write_hub_files(folder: Path, config: TrunkConfig, preprocessing: dict[str, 
         if settings := preprocessing.get(name):
             modules += [_TEMPLATES + module for module in hub.modules(settings)]
             processors |= hub.files(settings)
+    of_task = _task_keys(task, inputs) if task else {}
+    if of_task:
+        modules.append(f"{_TEMPLATES}heads_d2v2ds")
+    if task and "vocabulary" in task:
+        processors["tokenizer_config"] = _write_vocabulary(folder, task["vocabulary"])
     if tokenizer := processors.pop("tokenizer_config", None):
         _write_json(folder / "tokenizer_config.json", tokenizer)
     if len(processors) == 1:
@@ -57,7 +66,7 @@ def write_hub_files(folder: Path, config: TrunkConfig, preprocessing: dict[str, 
         _write_json(folder / "processor_config.json", processors)  # two processors would want the same file
     for name, text in code_files(modules, _networks_source(inputs)).items():
         (folder / name).write_text(text, encoding="utf-8")
-    return {
+    keys: dict[str, Any] = {
         "model_type": "d2v2ds",
         "architectures": ["D2V2DSModel"],
         "auto_map": {
@@ -65,6 +74,43 @@ def write_hub_files(folder: Path, config: TrunkConfig, preprocessing: dict[str, 
             "AutoModel": "modeling_d2v2ds.D2V2DSModel",
         },
         "dtype": "float32",  # whatever the file holds: half precision is for storage unless the user asks for it
+    }
+    keys["auto_map"] |= of_task.pop("auto_map", {})
+    return keys | of_task
+
+
+def _task_keys(task: Mapping[str, Any], inputs: Mapping[str, HubInput]) -> dict[str, Any]:
+    """Keys of config.json for a fine-tuned model; none for an objective of pretraining."""
+    keys: dict[str, Any]
+    if task.get("name") == "ctc":
+        kind, keys = "CTC", {"vocab_size": len(Vocabulary(task["vocabulary"])), "pad_token_id": BLANK}
+    elif task.get("name") == "classify":
+        kind = inputs[task["modality"]].classifier
+        names = task["classes"] or [str(number) for number in range(task["num_outputs"])]
+        keys = {"id2label": {str(i): name for i, name in enumerate(names)}}
+        keys |= {"label2id": {name: i for i, name in enumerate(names)}, "problem_type": _PROBLEMS[task["kind"]]}
+    else:
+        return {}
+    name = f"D2V2DSFor{kind}"
+    return keys | {"architectures": [name], "auto_map": {f"AutoModelFor{kind}": f"heads_d2v2ds.{name}"}}
+
+
+_PROBLEMS = {"one": "single_label_classification", "several": "multi_label_classification", "number": "regression"}
+
+
+def _write_vocabulary(folder: Path, units: Sequence[str]) -> dict[str, Any]:
+    """Write vocab.json; returns tokenizer_config.json. transformers calls the blank, our `<s>`, `<pad>`."""
+    names = ["<pad>", "<s>", *Vocabulary(units).symbols[2:]]
+    _write_json(folder / "vocab.json", {name: number for number, name in enumerate(names)})
+    return {
+        "tokenizer_class": "Wav2Vec2CTCTokenizer",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "word_delimiter_token": WORD_END,
+        "do_lower_case": False,
+        "clean_up_tokenization_spaces": False,
     }
 
 

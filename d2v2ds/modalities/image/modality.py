@@ -63,6 +63,7 @@ class Image(Modality):
     baseline = Baseline("pixels", pixels)
     hub = HubInput(
         argument="pixel_values",
+        classifier="ImageClassification",
         example='features = extractor(["photo.jpg"])',
         is_padded=False,
         modules=lambda preprocessing: ["image_processing_d2v2ds"],

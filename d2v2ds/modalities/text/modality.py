@@ -84,6 +84,7 @@ class Text(Modality):
     baseline = Baseline("TF-IDF of the tokens", tf_idf)
     hub = HubInput(
         argument="input_ids",
+        classifier="SequenceClassification",
         example='features = extractor(["A sentence."])',
         pad_id=PAD_ID,
         modules=lambda preprocessing: (

@@ -12,6 +12,8 @@ class D2V2DSConfig(PreTrainedConfig):
 
     model: dict[str, Any] | None = None
     """Plain values of `ModelConfig`."""
+    objective: dict[str, Any] | None = None
+    """Plain values of what the weights were trained for."""
     preprocessing: dict[str, Any] | None = None
     """Preprocessing by modality."""
 
@@ -20,6 +22,15 @@ class D2V2DSConfig(PreTrainedConfig):
         """Settings of the modalities in use, by name."""
         modalities = (self.model or {}).get("modalities", {})
         return {name: settings for name, settings in modalities.items() if settings is not None}
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples of one frame of speech; 1 without speech."""
+        ratio = 1
+        for settings in self.modalities.values():
+            for _, _, stride in settings.get("conv_layers", ()):
+                ratio *= int(stride)
+        return ratio
 
     @property
     def hidden_size(self) -> int:

@@ -83,6 +83,7 @@ class D2V2DSModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        with_extra_tokens: bool = False,
     ) -> D2V2DSOutput | tuple[Any, ...]:
         """Run one input of one modality.
 
@@ -95,6 +96,7 @@ class D2V2DSModel(PreTrainedModel):
             output_hidden_states: whether to return the input of the first block and the output of every block.
             return_dict: False: a tuple.
             output_attentions: True is refused: attention probabilities are not kept.
+            with_extra_tokens: keep the tokens in front that have no position, for heads that read one.
 
         Returns:
             `last_hidden_state` (B, T, D) without extra tokens; `hidden_states`, each (B, T, D); `attention_mask`.
@@ -121,8 +123,9 @@ class D2V2DSModel(PreTrainedModel):
         run = None
         if self.gradient_checkpointing and self.training:
             run = partial(self._gradient_checkpointing_func, use_reentrant=False)
-        layers = self.layers(modality, source, padding, run=run)
-        frames = self._padded_frames(modality, padding, layers[-1].shape[1])
+        layers = self.layers(modality, source, padding, run=run, with_extra_tokens=with_extra_tokens)
+        extra = self.encoder(modality).num_extra_tokens if with_extra_tokens else 0
+        frames = self._padded_frames(modality, padding, layers[-1].shape[1] - extra)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output = D2V2DSOutput(

@@ -1,0 +1,169 @@
+"""Fine-tuned exports with transformers: the logits and losses of our tasks, and pipelines."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2v2ds.batch import Batch, Labels
+from d2v2ds.config.load import to_dict
+from d2v2ds.interop.export_folder import Description, Kind
+from d2v2ds.interop.export_write import write_config, write_tensors
+from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.model.local import normalise_pixels
+from d2v2ds.tasks.classify import ClassifyConfig
+from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
+from d2v2ds.tasks.task import Task
+from tests.data.fake_images import photo
+from tests.interop.folders import published_preprocessing, tiny_config
+from tests.model.tiny_joint import joint_batch
+from tests.preprocessing.texts import sentencepiece_model
+
+transformers = pytest.importorskip("transformers", reason="needs the extra `hub`")
+pytest.importorskip("rapidfuzz", reason="needs the extra `asr`")
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+TASKS = {
+    "ctc": CtcConfig(modality="audio", vocabulary=("|", "a", "b", "c")),
+    "audio": ClassifyConfig(modality="audio", classes=("yes", "no", "up"), head=FrameHeadConfig(pooling="mean")),
+    "image": ClassifyConfig(modality="image", classes=("cat", "dog"), head=PatchHeadConfig()),
+    "image_cls": ClassifyConfig(modality="image", classes=("cat", "dog"), head=PatchHeadConfig(pooling="cls")),
+    "text": ClassifyConfig(modality="text", classes=("bad", "good"), head=SentenceHeadConfig()),
+    "number": ClassifyConfig(modality="text", kind="number", head=SentenceHeadConfig()),
+}
+AUTO = {
+    "ctc": "AutoModelForCTC",
+    "audio": "AutoModelForAudioClassification",
+    "image": "AutoModelForImageClassification",
+    "text": "AutoModelForSequenceClassification",
+}
+
+
+def auto(name: str) -> Any:
+    return getattr(transformers, AUTO[{"number": "text"}.get(name, name.split("_")[0])])
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Task[Any], Any]]:
+    """Folder, task and network of each."""
+    found = {}
+    for name, config in TASKS.items():
+        trunk = tiny_config(config.modality)
+        if config.modality == "text":  # as many as the tokenizer of the pipeline has
+            trunk = replace(trunk, modalities={"text": replace(trunk.modalities["text"], vocab_size=1000)})
+        if name == "image_cls":
+            own = replace(trunk.modalities["image"], num_extra_tokens=1)
+            trunk = replace(trunk, modalities={"image": own})
+        task = config.build(trunk, seed=0)
+        network = task.build_network(activation_checkpointing=False)
+        task.initialise(network, 5)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape)
+        folder = tmp_path_factory.mktemp("heads") / name
+        found[name] = write(folder, task, network), task, network.eval()
+    return found
+
+
+def write(folder: Path, task: Task[Any], network: Any) -> Path:
+    folder.mkdir()
+    state = network.state_dict()
+    parts: dict[Any, dict[str, Tensor]] = {
+        "model": {name[6:]: value for name, value in state.items() if name.startswith("trunk.")},
+        "objective": {name: value for name, value in state.items() if not name.startswith("trunk.")},
+    }
+    for part, tensors in parts.items():
+        write_tensors(folder, part, {name: Kind.of(value) for name, value in tensors.items()}, tensors.items(), 10**9)
+    preprocessing = published_preprocessing(task.trunk)
+    if "text" in preprocessing:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+        preprocessing["text"] |= {"tokenizer": "sentencepiece", "file": "tokenizer.model"}
+    settings = to_dict(task.config)
+    description = Description(
+        model=task.trunk, objective=settings, preprocessing=preprocessing, origin={"kind": "test"}
+    )
+    write_config(folder, description, write_hub_files(folder, task.trunk, preprocessing, settings))
+    return folder
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    names = {"audio": "input_values", "image": "pixel_values", "text": "input_ids"}
+    source = normalise_pixels(batch.source, torch.float32) if batch.source.dtype == torch.uint8 else batch.source
+    given = {names[batch.modality]: source}
+    if batch.padding is not None:
+        given["attention_mask"] = (~batch.padding).long()
+    return given
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_logits_and_losses_are_ours(exports: dict[str, Any], name: str) -> None:
+    folder, task, network = exports[name]
+    batch = replace(joint_batch(task.config.modality, seed=0), masks=None, num_masked=0)
+    count = len(batch.source)
+    if name == "ctc":
+        labels = Labels(values=torch.tensor([[5, 6, 4], [7, 1, 1]])[:count], lengths=torch.tensor([3, 1])[:count])
+    else:
+        labels = Labels(values=torch.rand(count) if name == "number" else torch.arange(count) % 2)
+    batch = replace(batch, labels=labels)
+    model, info = auto(name).from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    model.eval()
+    given = labels.values
+    if labels.lengths is not None:
+        given = given.masked_fill(torch.arange(given.shape[1]) >= labels.lengths[:, None], -100)
+    with torch.no_grad():
+        found = model(**inputs_of(batch), labels=given)
+        expected = task.losses(network, batch, None)
+    torch.testing.assert_close(found.logits, expected.output["logits"], rtol=1e-4, atol=1e-5)
+    (loss,) = expected.sums.values()
+    assert float(found.loss) == pytest.approx(float(loss) / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ctc", "image"])
+def test_a_saved_model_loads_again(exports: dict[str, Any], name: str, tmp_path: Path) -> None:
+    folder, task, _ = exports[name]
+    model = auto(name).from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        model.head.proj.bias += 1.0
+    model.save_pretrained(tmp_path / "saved")
+    again = auto(name).from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
+    batch = joint_batch(task.config.modality, seed=0)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs_of(batch)).logits, again(**inputs_of(batch)).logits)
+
+
+def test_pipelines_take_what_people_have(exports: dict[str, Any]) -> None:
+    sound = {"raw": np.random.default_rng(0).normal(size=16000).astype(np.float32), "sampling_rate": 16000}
+    picture = io.BytesIO()
+    Image.fromarray(photo(60, 50)).save(picture, "PNG")
+    options = {"trust_remote_code": True}
+    ctc = transformers.pipeline("automatic-speech-recognition", model=str(exports["ctc"][0]), **options)
+    assert isinstance(ctc(dict(sound))["text"], str)
+    audio = transformers.pipeline("audio-classification", model=str(exports["audio"][0]), **options)
+    assert {one["label"] for one in audio(dict(sound))} == {"yes", "no", "up"}
+    image = transformers.pipeline("image-classification", model=str(exports["image"][0]), **options)
+    assert {one["label"] for one in image(Image.open(picture))} == {"cat", "dog"}
+    text = transformers.pipeline("text-classification", model=str(exports["text"][0]), **options)
+    assert text("a small text")[0]["label"] in ("bad", "good")
+
+
+def test_an_encoder_has_no_head(exports: dict[str, Any]) -> None:
+    folder, _, network = exports["ctc"]
+    encoder = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert not hasattr(encoder, "head")
+    assert torch.equal(encoder.blocks[0].norm1.weight, network.trunk.blocks[0].norm1.weight)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity_warning()
