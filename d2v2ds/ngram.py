@@ -1,0 +1,55 @@
+"""Train an n-gram language model for `d2v2ds.evaluate --lm`.
+
+    python -m d2v2ds.ngram --shards DIR... --to lm.arpa            # of packed transcripts
+    python -m d2v2ds.ngram --text FILE... --order 4 --to lm.arpa   # of any text, a sentence a line
+
+The words must be written as the recogniser writes them, in the same case.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from d2v2ds.decoding.ngram import train_ngram
+from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.modalities.known import open_shards
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m d2v2ds.ngram", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shards", type=Path, nargs="+", default=[], help="packed folders with transcripts")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="files of sentences, one a line")
+    parser.add_argument("--order", type=int, default=3, help="n (3)")
+    parser.add_argument("--prune", type=float, default=0.0, help="entropy threshold of pruning, such as 1e-8 (none)")
+    parser.add_argument("--to", type=Path, required=True, help="ARPA file to write")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        sentences = _sentences(options.shards, options.text)
+        count = train_ngram(sentences, options.to, order=options.order, prune=options.prune)
+    except (D2V2Error, OSError) as error:
+        logging.error("%s", error)
+        return getattr(error, "exit_code", 2)
+    logging.info("%s: an order %d model of %d sentences", options.to, options.order, count)
+    return 0
+
+
+def _sentences(folders: list[Path], files: list[Path]) -> Iterator[str]:
+    for folder in folders:
+        shards = open_shards(folder)
+        if "text" not in shards.annotations:
+            raise ConfigError(f"{folder}: expected rows with a text, found {', '.join(shards.annotations) or 'none'}")
+        yield from (text for row in range(len(shards)) if (text := shards.read_labels(row).text) is not None)
+    for file in files:
+        with file.open(encoding="utf-8", errors="strict") as lines:
+            try:
+                yield from lines
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{file}: expected UTF-8, found {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
