@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.keymap import to_official, to_ours
@@ -21,6 +20,7 @@ from d2v2ds.tasks.heads import FrameHeadConfig, FramePooling, PatchHeadConfig, S
 from d2v2ds.tasks.mixing import ImageMixingConfig, WaveformMixingConfig
 from d2v2ds.tasks.task import Task
 from d2v2ds.verify.case import TASKS, ReadTensors, Tensors
+from d2v2ds.verify.finetuning.records import ReadValues, refuse_dropping
 
 _PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "image": "model.", "text": "model.", "audio": "d2v_model."}
 """Official names of the encoder, by CTC or modality of a classification."""
@@ -63,7 +63,7 @@ class TaskCase:
     """One golden case of a task as read from disk."""
 
     name: str
-    meta: dict[str, Any]
+    meta: ReadValues
     trunk: TrunkConfig
     config: CtcConfig | ClassifyConfig
     num_outputs: int
@@ -78,7 +78,7 @@ class TaskCase:
         Raises:
             UnsupportedOptionError: the case computes something that ours does not.
         """
-        meta = json.loads((folder / f"{name}.json").read_text())
+        meta = ReadValues(json.loads((folder / f"{name}.json").read_text()))
         task = meta["task"]
         if task not in TASKS:
             raise UnsupportedOptionError(f"task={task}")
@@ -87,6 +87,7 @@ class TaskCase:
         needs_grads = meta.get("training", False) and "trajectory" not in meta
         grads = load_file(grads_file) if needs_grads or grads_file.exists() else None
         options = Options(meta.get("finetune", {}))
+        refuse_dropping(meta, TASKS[task])
         trunk = _trunk(meta, TASKS[task], options)
         config, outputs = _READERS[TASKS[task] if not task.startswith("ctc") else "ctc"](meta, options, tensors)
         options.finish()
@@ -131,11 +132,6 @@ class TaskCase:
             if official.startswith(theirs):
                 return ours + official.removeprefix(theirs)
         raise D2V2Error(f"{official}: the model has no such parameter")
-
-    def dropped_names(self, network: nn.Module) -> list[str]:
-        """Return official keys that the case says were dropped, but are no decoder's."""
-        keys = self.meta.get("dropped_checkpoint_keys", [])
-        return [key for key in keys if not str(to_ours(key)).startswith("decoders.")]
 
 
 def official_task_name(name: str) -> str:
