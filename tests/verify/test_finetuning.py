@@ -39,7 +39,7 @@ WITHOUT_EFFECT = {
         r"|mixup|cutmix|mixup_prob|mixup_switch_prob|label_smoothing)"
     ),
     "change below the tolerance, or rounded away": (
-        r"pretrained_model\.norm_eps|.*\.conv_pos_width|hyper\.eps|hyper\.schedule\.max_update"
+        r"pretrained_model\.norm_eps|.*\.conv_pos_width|hyper\.eps|hyper\.schedule\.(max_update|final_lr_scale)"
     ),
     "letter that no transcript of the case has": r"dictionary\.([4-9]|1\d)",
     "negative scale, which counts as 0": r".*\.alibi_scale",
@@ -117,9 +117,9 @@ def test_a_changed_tensor_of_every_kind_fails(name: str, kind: str, tmp_path: Pa
     assert unnoticed(name, sample(chosen, 2), tmp_path) == []
 
 
-TABLE_CHANGES = {
+TABLE_CHANGES = {  # average precision reads ranks, which a small change of a score leaves
     "schedules": (0.01, r".*\.settings\.(max_update|warmup_updates|betas\.\d)"),  # ends and bounds; betas are described
-    "metrics": (5.0, r"nothing"),
+    "metrics": (1.0, r".*note|map\.scores.*"),
     "eval_transform": (0.5, r"case\d/image"),  # resampling and cropping may hide one pixel
     "decode": (0.01, r"nothing"),
     "finetune_mask_stats": (  # rare positions and lengths lie within chance

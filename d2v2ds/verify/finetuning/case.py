@@ -98,6 +98,21 @@ class TaskCase:
         """Modality of the inputs."""
         return self.config.modality
 
+    @property
+    def is_image(self) -> bool:
+        """True for a classification of images."""
+        return isinstance(self.config, ClassifyConfig) and isinstance(self.config.head, PatchHeadConfig)
+
+    @property
+    def is_text(self) -> bool:
+        """True for a classification of sentences."""
+        return isinstance(self.config, ClassifyConfig) and isinstance(self.config.head, SentenceHeadConfig)
+
+    @property
+    def is_audio(self) -> bool:
+        """True for recordings: CTC, or labels of each."""
+        return not (self.is_image or self.is_text)
+
     def build(self) -> tuple[Task[Any], Any]:
         """Build the objective, and its network with the official weights.
 
@@ -156,15 +171,27 @@ def _trunk(meta: Mapping[str, Any], modality: str, options: Options) -> TrunkCon
         official[key] = 0
     own = official["modalities"][modality]
     own["prenet_dropout"] = 0
-    if modality == "text":
-        own["dropout"] = 0
-    if modality == "audio":
-        effective = meta.get("effective_audio_options", {})
-        own |= {"encoder_zero_mask": True, "local_grad_mult": effective.get("local_grad_mult", 1)}
-        if meta["task"].startswith("ctc"):
-            own["local_grad_mult"] = options("feature_grad_mult", 0)
-            own["learned_alibi_scale"] = options("update_alibi", True) and own.get("learned_alibi_scale", False)
+    own |= _OWN_OPTIONS.get(modality, lambda meta, options, own: {})(meta, options, own)
     return network_of(official, modality, meta.get("vocab_size")).trunk
+
+
+def _audio_options(meta: Mapping[str, Any], options: Options, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the front end and of ALiBi in fine-tuning."""
+    if not meta["task"].startswith("ctc"):
+        effective = meta.get("effective_audio_options", {})
+        return {"encoder_zero_mask": True, "local_grad_mult": effective.get("local_grad_mult", 1)}
+    return {
+        "encoder_zero_mask": True,
+        "local_grad_mult": options("feature_grad_mult", 0),
+        "learned_alibi_scale": options("update_alibi", True) and own.get("learned_alibi_scale", False),
+    }
+
+
+_OWN_OPTIONS: dict[str, Callable[[Mapping[str, Any], Options, Mapping[str, Any]], dict[str, Any]]] = {
+    "audio": _audio_options,
+    "text": lambda meta, options, own: {"dropout": 0},
+}
+"""Modality -> its options that fine-tuning replaces."""
 
 
 def _span_mask(options: Options) -> SpanMaskConfig:

@@ -170,7 +170,7 @@ def compare_masks(report: Report, case: Any) -> None:
     """Compare which draws a case has with its options: masks and noise in training, mixing."""
     meta, tensors = case.meta, case.tensors
     options, is_training = meta.get("finetune", {}), meta["training"]
-    is_masked = is_training and case.modality == "audio" and options.get("apply_mask", True)
+    is_masked = is_training and case.is_audio and options.get("apply_mask", True)
     for name, share in (("time", options.get("mask_prob", 0.5)), ("channel", options.get("mask_channel_prob", 0))):
         report.compare(f"{name} masks are drawn", float(f"mask/{name}" in tensors), float(bool(is_masked and share)))
     # audio classification keeps `encoder_zero_mask` of pretraining, whose default is True
@@ -181,10 +181,10 @@ def compare_masks(report: Report, case: Any) -> None:
         elsewhere = tensors["mask/noise"][~tensors["mask/time"].bool()]
         report.compare("noise elsewhere", torch.zeros_like(elsewhere), elsewhere)
     mixing = meta.get("mixup")
-    if mixing is not None and case.modality == "audio":
+    if mixing is not None and case.is_audio:
         (own,) = mixing["r"]
         report.compare("mixing share is possible", float(max(1e-6, options["source_mixup"]) <= own <= 1.0), 1.0)
-    elif case.modality == "image":
+    elif case.is_image:
         side = meta["pretrained_model"]["modalities"]["image"].get("input_size", 224)
         report.compare("image size", torch.tensor(tensors["in/imgs"].shape[-2:]), torch.tensor([side, side]))
         is_mixed = is_training and bool(options.get("mixup", 0.8) or options.get("cutmix", 1.0))
@@ -220,7 +220,7 @@ def compare_log(report: Report, case: Any, source: Tensor, letters: Tensor | Non
     """
     log, rows = case.meta.get("logging", {}), len(source)
     total = float(torch.stack(list(losses.sums.values())).sum().detach())
-    tokens = int((source != PAD_ID).sum()) if case.modality == "text" else rows
+    tokens = int((source != PAD_ID).sum()) if case.is_text else rows
     statistics = losses.statistics
     found: dict[str, float] = {
         "loss": total,

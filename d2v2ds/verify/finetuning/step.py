@@ -82,15 +82,15 @@ def kept_blocks(meta: dict[str, Any], network: Any) -> list[bool] | None:
 def make_batch(case: TaskCase, report: Report) -> Batch:
     """Build the input of a case from what it was made of, and compare it with what is recorded."""
     tensors, meta = case.tensors, case.meta
-    if case.modality == "image":
+    if case.is_image:
         return _image_batch(case, report)
     source, padding = tensors["in/source"], tensors.get("in/padding_mask")
-    if case.modality == "audio":
+    if case.is_audio:
         compare_padding(report, source, padding)
     if isinstance(case.config, CtcConfig):
         _compare_waves(report, case, source, padding)
         labels = _ctc_labels(case, report)
-    elif case.modality == "audio":
+    elif case.is_audio:
         source, labels = _tagged(case, report, source, padding)
     else:
         _compare_sentences(report, case, source)
@@ -306,9 +306,9 @@ def _compare_classification(report: Report, case: TaskCase, outputs: dict[str, A
     """Compare pooling, head and logits."""
     tensors, logits = case.tensors, logits.detach()
     found: dict[str, Tensor] = {}
-    if case.modality == "image":
+    if case.is_image:
         found = {"pooled": outputs["head.norm input"], "head_in": outputs["head.proj input"]}
-    elif case.modality == "text":
+    elif case.is_text:
         found = {"dense_out": outputs["head.dense"]}
     else:
         found = {"encoder_out_padding_zeroed": outputs["head.proj input"], "proj_out": outputs["head.proj"]}
