@@ -71,3 +71,9 @@ def test_missing_rapidfuzz_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
     with pytest.raises(MissingExtraError, match=r"rapidfuzz.*asr"):
         edit_counts(["A"], ["B"])
+
+
+@given(st.lists(st.sampled_from("ABC"), min_size=1, max_size=9), st.lists(st.sampled_from("ABC"), max_size=9))
+def test_word_errors_equal_those_of_jiwer(wanted: list[str], found: list[str]) -> None:
+    jiwer = pytest.importorskip("jiwer")
+    assert edit_counts(wanted, found).errors / len(wanted) == jiwer.wer(" ".join(wanted), " ".join(found))
