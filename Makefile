@@ -25,7 +25,7 @@ setup: $(STAMP)
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet -e '.[audio,image,text,mpi,eval,hub,onnx,demo,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[audio,image,text,mpi,eval,asr,hub,onnx,demo,dev]'
 	touch $(STAMP)
 
 check: $(STAMP)

@@ -15,6 +15,7 @@ from pathlib import Path
 from d2v2ds.decoding.ngram import train_ngram
 from d2v2ds.errors import ConfigError, D2V2Error
 from d2v2ds.modalities.known import open_shards
+from d2v2ds.tasks.ctc import CtcConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _sentences(folders: list[Path], files: list[Path]) -> Iterator[str]:
     for folder in folders:
         shards = open_shards(folder)
-        if "text" not in shards.annotations:
-            raise ConfigError(f"{folder}: expected rows with a text, found {', '.join(shards.annotations) or 'none'}")
+        if CtcConfig.label_column not in shards.annotations:
+            raise ConfigError(f"{folder}: expected transcripts, found {', '.join(shards.annotations) or 'none'}")
         yield from (text for row in range(len(shards)) if (text := shards.read_labels(row).text) is not None)
     for file in files:
         with file.open(encoding="utf-8", errors="strict") as lines:

@@ -22,6 +22,8 @@ def align(log_probs: NDArray[np.floating], letters: list[int]) -> tuple[float, N
     can_skip = np.zeros(len(states), dtype=bool)
     can_skip[3::2] = states[3::2] != states[1:-2:2]
     emitted = np.asarray(log_probs, dtype=np.float64)[:, states]  # (T, 2U + 1)
+    if not len(emitted):
+        return None if letters else (0.0, np.empty(0, dtype=np.int64))
     score = np.full(len(states), -np.inf)
     score[:2] = emitted[0, :2]
     back = np.zeros(emitted.shape, dtype=np.int8)

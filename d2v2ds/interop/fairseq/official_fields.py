@@ -119,6 +119,8 @@ def conv_layers(text: str) -> tuple[ConvLayer, ...]:
     if len(text) > _SPEC_CHARACTERS:
         raise ValueError(f"feature_encoder_spec: expected at most {_SPEC_CHARACTERS} characters, found {len(text)}")
 
+    message = f"feature_encoder_spec: expected a list of (channels, kernel, stride), found {text!r}"
+
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             return node.value
@@ -134,9 +136,13 @@ def conv_layers(text: str) -> tuple[ConvLayer, ...]:
             times = max((one for one in product if isinstance(one, int)), default=0)
             if many * times <= _SPEC_LAYERS:
                 return product[0] * product[1]
-        raise ValueError(f"feature_encoder_spec: expected a list of (channels, kernel, stride), found {text!r}")
+        raise ValueError(message)
 
-    layers = value(ast.parse(text, mode="eval").body)
+    try:
+        tree = ast.parse(text, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(message) from error
+    layers = value(tree.body)
     if not isinstance(layers, list) or not all(isinstance(layer, tuple) and len(layer) == 3 for layer in layers):
-        raise ValueError(f"feature_encoder_spec: expected a list of (channels, kernel, stride), found {text!r}")
+        raise ValueError(message)
     return tuple(layers)

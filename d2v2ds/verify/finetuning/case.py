@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.keymap import to_official, to_ours
@@ -21,6 +20,7 @@ from d2v2ds.tasks.heads import FrameHeadConfig, FramePooling, PatchHeadConfig, S
 from d2v2ds.tasks.mixing import ImageMixingConfig, WaveformMixingConfig
 from d2v2ds.tasks.task import Task
 from d2v2ds.verify.case import TASKS, ReadTensors, Tensors
+from d2v2ds.verify.finetuning.records import ReadValues, refuse_dropping
 
 _PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "image": "model.", "text": "model.", "audio": "d2v_model."}
 """Official names of the encoder, by CTC or modality of a classification."""
@@ -63,7 +63,7 @@ class TaskCase:
     """One golden case of a task as read from disk."""
 
     name: str
-    meta: dict[str, Any]
+    meta: ReadValues
     trunk: TrunkConfig
     config: CtcConfig | ClassifyConfig
     num_outputs: int
@@ -78,7 +78,7 @@ class TaskCase:
         Raises:
             UnsupportedOptionError: the case computes something that ours does not.
         """
-        meta = json.loads((folder / f"{name}.json").read_text())
+        meta = ReadValues(json.loads((folder / f"{name}.json").read_text()))
         task = meta["task"]
         if task not in TASKS:
             raise UnsupportedOptionError(f"task={task}")
@@ -87,6 +87,7 @@ class TaskCase:
         needs_grads = meta.get("training", False) and "trajectory" not in meta
         grads = load_file(grads_file) if needs_grads or grads_file.exists() else None
         options = Options(meta.get("finetune", {}))
+        refuse_dropping(meta, TASKS[task])
         trunk = _trunk(meta, TASKS[task], options)
         config, outputs = _READERS[TASKS[task] if not task.startswith("ctc") else "ctc"](meta, options, tensors)
         options.finish()
@@ -96,6 +97,21 @@ class TaskCase:
     def modality(self) -> str:
         """Modality of the inputs."""
         return self.config.modality
+
+    @property
+    def is_image(self) -> bool:
+        """True for a classification of images."""
+        return isinstance(self.config, ClassifyConfig) and isinstance(self.config.head, PatchHeadConfig)
+
+    @property
+    def is_text(self) -> bool:
+        """True for a classification of sentences."""
+        return isinstance(self.config, ClassifyConfig) and isinstance(self.config.head, SentenceHeadConfig)
+
+    @property
+    def is_audio(self) -> bool:
+        """True for recordings: CTC, or labels of each."""
+        return not (self.is_image or self.is_text)
 
     def build(self) -> tuple[Task[Any], Any]:
         """Build the objective, and its network with the official weights.
@@ -132,11 +148,6 @@ class TaskCase:
                 return ours + official.removeprefix(theirs)
         raise D2V2Error(f"{official}: the model has no such parameter")
 
-    def dropped_names(self, network: nn.Module) -> list[str]:
-        """Return official keys that the case says were dropped, but are no decoder's."""
-        keys = self.meta.get("dropped_checkpoint_keys", [])
-        return [key for key in keys if not str(to_ours(key)).startswith("decoders.")]
-
 
 def official_task_name(name: str) -> str:
     """Translate the name of a parameter of image classification to the official one.
@@ -159,16 +170,28 @@ def _trunk(meta: Mapping[str, Any], modality: str, options: Options) -> TrunkCon
     for key in ("encoder_dropout", "post_mlp_drop", "attention_dropout", "activation_dropout", "layerdrop"):
         official[key] = 0
     own = official["modalities"][modality]
-    task = meta["task"]
     own["prenet_dropout"] = 0
-    if task == "sentence prediction":
-        own["dropout"] = 0
-    elif task != "image classification":
-        own |= {"encoder_zero_mask": True, "local_grad_mult": 1}
-    if task.startswith("ctc"):
-        own["local_grad_mult"] = options("feature_grad_mult", 0)
-        own["learned_alibi_scale"] = options("update_alibi", True) and own.get("learned_alibi_scale", False)
+    own |= _OWN_OPTIONS.get(modality, lambda meta, options, own: {})(meta, options, own)
     return network_of(official, modality, meta.get("vocab_size")).trunk
+
+
+def _audio_options(meta: Mapping[str, Any], options: Options, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the front end and of ALiBi in fine-tuning."""
+    if not meta["task"].startswith("ctc"):
+        effective = meta.get("effective_audio_options", {})
+        return {"encoder_zero_mask": True, "local_grad_mult": effective.get("local_grad_mult", 1)}
+    return {
+        "encoder_zero_mask": True,
+        "local_grad_mult": options("feature_grad_mult", 0),
+        "learned_alibi_scale": options("update_alibi", True) and own.get("learned_alibi_scale", False),
+    }
+
+
+_OWN_OPTIONS: dict[str, Callable[[Mapping[str, Any], Options, Mapping[str, Any]], dict[str, Any]]] = {
+    "audio": _audio_options,
+    "text": lambda meta, options, own: {"dropout": 0},
+}
+"""Modality -> its options that fine-tuning replaces."""
 
 
 def _span_mask(options: Options) -> SpanMaskConfig:

@@ -45,7 +45,7 @@ def _tri_stage(name: str, case: Mapping[str, Any], report: Report) -> None:
     config, total = tri_stage(case["settings"])
     found = [config.warmup_steps, config.hold_steps, config.decay_steps or 0]
     for mine, wanted in zip(found, case["steps_warmup_hold_decay"], strict=True):
-        report.compare(f"{name} stages", mine, wanted)
+        report.compare(f"{name} stages", float(mine == wanted), 1.0)
     report.compare(f"{name} before", learning_rate(0, config, total), case["lr_before_any_call"])
     _compare_rates(name, case["lr"], config, total, report)
 
@@ -109,6 +109,8 @@ def _compare_scales(name: str, case: Mapping[str, Any], report: Report) -> None:
     task = ClassifyConfig(modality="image", layer_decay=settings["layer_decay"]).build(trunk, seed=0)
     network = task.build_network(activation_checkpointing=False)
     trained = {official_task_name(n): n for n, p in network.named_parameters() if p.requires_grad}
+    fixed = [official_task_name(one) for one in network.state_dict() if one not in trained.values()]
+    report.compare(f"{name} not trainable", float(fixed == case["not_trainable"]), 1.0)
     if set(trained) != set(case["lr_scale"]) - set(case["not_trainable"]):
         raise D2V2Error(f"{name}: parameters differ in {sorted(set(trained) ^ set(case['lr_scale']))}")
     for official, mine in trained.items():
@@ -187,8 +189,10 @@ def _compare_statistics(name: str, kind: str, spans: Spans, size: int, case: Map
     low, high = case["spans"]
     found_spans = {int(spans.fraction * size / spans.length + share) for share in (0.0, 1.0 - 1e-9)}
     report.compare(f"{name} spans", float(found_spans == {low, high}), 1.0)
-    within = case["min"] >= spans.length * min(low, 1) and counts.max() <= high * spans.length
-    report.compare(f"{name} bounds", float(within and case["max"] <= high * spans.length), 1.0)
+    least, most = spans.length * min(low, 1), high * spans.length
+    report.compare(f"{name} bounds", float(counts.min() >= least and counts.max() <= most), 1.0)
+    is_ordered = least <= case["min"] <= case["mean_fraction"] * size <= case["max"] <= most
+    report.compare(f"{name} recorded bounds", float(is_ordered), 1.0)
 
 
 def _compare_runs(name: str, masked: Any, wanted: Mapping[str, int], report: Report) -> None:

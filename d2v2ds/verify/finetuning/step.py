@@ -15,11 +15,17 @@ from d2v2ds.shapes import AUDIO_NORM_EPS
 from d2v2ds.tasks.classify import Classify, ClassifyConfig
 from d2v2ds.tasks.ctc import Ctc, CtcConfig, ctc_losses, greedy
 from d2v2ds.tasks.encoding import drop_path_rates
-from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig
 from d2v2ds.tasks.mixing import ImageMix, WaveformMix, mix_classes, mix_images, mix_labels, mix_waveforms
 from d2v2ds.tasks.sentences import join_sentences
 from d2v2ds.tasks.words import edit_counts
 from d2v2ds.verify.finetuning.case import TaskCase
+from d2v2ds.verify.finetuning.records import (
+    compare_log,
+    compare_masks,
+    compare_padding,
+    compare_settings,
+    refuse_unread,
+)
 from d2v2ds.verify.networks import recorded
 from d2v2ds.verify.report import Report
 
@@ -31,8 +37,8 @@ def check_task(case: TaskCase, report: Report) -> None:
         D2V2Error: the case does not fit its network, or has a tensor that nothing is compared with.
     """
     objective, network = case.build()
-    if wrong := case.dropped_names(network):
-        raise D2V2Error(f"dropped by the official code, but no decoder's: {', '.join(wrong)}")
+    compare_settings(report, case, objective, network)
+    compare_masks(report, case)
     batch = make_batch(case, report)
     if isinstance(objective, Classify):  # the batch is mixed already
         objective = Classify(replace(objective.config, image_mixing=None, waveform_mixing=None), case.trunk, 0)
@@ -50,12 +56,11 @@ def check_task(case: TaskCase, report: Report) -> None:
     report.compare("loss total", total.detach(), case.tensors["loss/total"])
     report.compare("sample size", losses.count, case.tensors["loss/sample_size"])
     report.compare("loss per sample", total.detach() / losses.count, case.tensors["loss/total_per_sample"])
-    _compare_log(report, case, total, losses.count)
-    if unseen := case.tensors.unseen():
-        raise D2V2Error(f"nothing to compare with {', '.join(unseen)}")
+    compare_log(report, case, batch.source, batch.required_labels().lengths, losses)
     if case.grads is not None:
         (total / losses.count).backward()
         compare_gradients(report, case, network)
+    refuse_unread(case.tensors, case.meta)
 
 
 def _step_of(case: TaskCase) -> int | None:
@@ -69,20 +74,23 @@ def kept_blocks(meta: dict[str, Any], network: Any) -> list[bool] | None:
         return None
     shared = len(network.trunk.blocks)
     (encoder,) = network.trunk.encoders.values()
-    prenet = [i in meta.get("prenet_blocks_run", []) for i in range(len(encoder.prenet.blocks))]
+    ran = meta.get("prenet_blocks_run", [])
+    prenet = [i in ran for i in range(len(encoder.prenet.blocks))]
     return prenet + [i in meta["blocks_run"] for i in range(shared)]
 
 
 def make_batch(case: TaskCase, report: Report) -> Batch:
     """Build the input of a case from what it was made of, and compare it with what is recorded."""
     tensors, meta = case.tensors, case.meta
-    if isinstance(getattr(case.config, "head", None), PatchHeadConfig):
+    if case.is_image:
         return _image_batch(case, report)
     source, padding = tensors["in/source"], tensors.get("in/padding_mask")
+    if case.is_audio:
+        compare_padding(report, source, padding)
     if isinstance(case.config, CtcConfig):
         _compare_waves(report, case, source, padding)
         labels = _ctc_labels(case, report)
-    elif isinstance(case.config.head, FrameHeadConfig):
+    elif case.is_audio:
         source, labels = _tagged(case, report, source, padding)
     else:
         _compare_sentences(report, case, source)
@@ -298,9 +306,9 @@ def _compare_classification(report: Report, case: TaskCase, outputs: dict[str, A
     """Compare pooling, head and logits."""
     tensors, logits = case.tensors, logits.detach()
     found: dict[str, Tensor] = {}
-    if "head.norm" in outputs:
+    if case.is_image:
         found = {"pooled": outputs["head.norm input"], "head_in": outputs["head.proj input"]}
-    elif "head.dense" in outputs:
+    elif case.is_text:
         found = {"dense_out": outputs["head.dense"]}
     else:
         found = {"encoder_out_padding_zeroed": outputs["head.proj input"], "proj_out": outputs["head.proj"]}
@@ -311,14 +319,6 @@ def _compare_classification(report: Report, case: TaskCase, outputs: dict[str, A
     for name, value in (("logits", logits), ("predictions", shares), ("probabilities", shares)):
         if f"out/{name}" in tensors:
             report.compare(name, value, tensors[f"out/{name}"])
-
-
-def _compare_log(report: Report, case: TaskCase, total: Tensor, count: float) -> None:
-    """Compare what the official criterion logs."""
-    log = case.meta.get("logging", {})
-    for name, value in (("loss", total.detach()), ("sample_size", count)):
-        if name in log:
-            report.compare(f"logged {name}", value, log[name])
 
 
 def compare_gradients(report: Report, case: TaskCase, network: nn.Module) -> None:

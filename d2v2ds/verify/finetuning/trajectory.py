@@ -17,6 +17,7 @@ from d2v2ds.tasks.task import Task
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig, parameter_groups
 from d2v2ds.train.schedule import LearningRateConfig, learning_rate
 from d2v2ds.verify.finetuning.case import TaskCase
+from d2v2ds.verify.finetuning.records import compare_settings, refuse_unread
 from d2v2ds.verify.finetuning.step import kept_blocks, make_batch
 from d2v2ds.verify.networks import clipped, without_keys
 from d2v2ds.verify.report import Report
@@ -36,12 +37,12 @@ def check_trajectory(case: TaskCase, report: Report) -> None:
     ):
         config = replace(case.config, fill_frozen=bool(label))
         _run(replace(case, config=config), report, label, case.meta[records], final)
-    if unseen := case.tensors.unseen():
-        raise D2V2Error(f"nothing to compare with {', '.join(unseen)}")
+    refuse_unread(case.tensors, case.meta)
 
 
 def _run(case: TaskCase, report: Report, label: str, records: list[dict[str, Any]], final: str) -> None:
     objective, network = case.build()
+    compare_settings(report, case, objective, network)
     hyper = case.meta["hyper"]
     groups = parameter_groups(network, objective.lr_scale, objective.held_steps)
     optim = OptimConfig(betas=tuple(hyper["betas"]), eps=hyper["eps"], weight_decay=hyper["weight_decay"])
@@ -53,6 +54,7 @@ def _run(case: TaskCase, report: Report, label: str, records: list[dict[str, Any
         time, channels = (None if mask is None else mask.bool() for mask in masks.values())
         masked = replace(batch, span_masks=SpanMasks(time=time, channels=channels))
         _set_blocks(objective, record, network)
+        report.compare(f"{label}update", number, record["update"])
         report.compare(f"{label}frozen", float(objective.is_frozen(number)), float(record["frozen"]))
         losses = objective.losses(network, masked, number)
         optimizer.zero_grad()
@@ -77,11 +79,17 @@ def _set_blocks(objective: Task[Any], record: dict[str, Any], network: nn.Module
 
 
 def tri_stage(settings: Mapping[str, Any]) -> tuple[LearningRateConfig, int]:
-    """Translate an official tri-stage schedule; returns the updates of the run too."""
+    """Translate an official tri-stage schedule; returns the updates of the run too.
+
+    Raises:
+        D2V2Error: the ratios do not add up.
+    """
     total, ratios = settings["max_update"], settings.get("phase_ratio")
     if ratios is None:
         warm, hold, decay = (settings[f"{name}_steps"] for name in ("warmup", "hold", "decay"))
     else:
+        if abs(sum(ratios) - 1.0) > 1e-9:  # the official code asserts it
+            raise D2V2Error(f"phase_ratio: expected a sum of 1, found {ratios}")
         warm, hold, decay = (int(total * ratio) for ratio in ratios)
     config = LearningRateConfig(
         shape="tri_stage",
