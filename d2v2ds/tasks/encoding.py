@@ -170,14 +170,19 @@ def set_drop_path(blocks: Sequence[Block], rate: float, shared_depth: int) -> No
 
 def drop_path_rates(prenet_depth: int, shared_depth: int, rate: float) -> list[float]:
     """Return the rate of every block, prenet first; see `set_drop_path`."""
-    spread = torch.linspace(0, rate, shared_depth, dtype=torch.float64)
+    spread = _linspace(0, rate, shared_depth)
 
     def at(index: int) -> float:
-        return float(spread[min(max(index, 0), shared_depth - 1)])
+        return spread[min(max(index, 0), shared_depth - 1)]
 
-    prenet = torch.linspace(at(0), at(prenet_depth - 1), prenet_depth, dtype=torch.float64)
-    shared = torch.linspace(at(prenet_depth), at(shared_depth - 1), shared_depth, dtype=torch.float64)
-    return [*prenet.tolist(), *shared.tolist()]
+    prenet = _linspace(at(0), at(prenet_depth - 1), prenet_depth)
+    return prenet + _linspace(at(prenet_depth), at(shared_depth - 1), shared_depth)
+
+
+def _linspace(start: float, end: float, count: int) -> list[float]:
+    """Return `count` evenly spaced numbers; on the CPU also where a network is built on the meta device."""
+    values: list[float] = torch.linspace(start, end, count, dtype=torch.float64, device="cpu").tolist()
+    return values
 
 
 def draw_kept_blocks(trunk: TrunkConfig, config: TaskConfig, seed: int, step: int | None) -> list[bool] | None:
