@@ -91,3 +91,10 @@ def test_fraction_zero_masks_one_span_of_time_and_no_channel() -> None:
 
 def test_nothing_is_drawn_without_settings() -> None:
     assert draw(SpanMaskConfig(), [50]) == (None, None)
+
+
+def test_every_token_of_a_short_row_is_masked_at_times() -> None:
+    config = SpanMaskConfig(time=Spans(fraction=0.99, length=1))
+    time, _ = draw(config, [4] * 400)
+    assert (time.sum(1) == 3).all()
+    assert np.abs(time.mean(0) - 0.75).max() < 4 * 0.433 / 400**0.5

@@ -148,7 +148,7 @@ def test_every_changed_value_of_a_table_fails(name: str, tmp_path: Path) -> None
     share, left_out = TABLE_CHANGES[name]
     chosen = changes(GOLDEN, files_of(name), share=share)
     chosen = [one for one in chosen if not re.fullmatch(left_out, ".".join(map(str, one.place)))]
-    assert unnoticed(name, sample(chosen, 400), tmp_path) == []
+    assert unnoticed(name, sample(chosen, 30 if name == "finetune_mask_stats" else 300), tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["tensor", "value", "score"])
