@@ -13,10 +13,13 @@ be written, 8 a fault of the machine (no descriptors or memory, a file system th
 """
 
 import argparse
+import errno
 import logging
+import os
 import sys
 
-from d2v2ds.errors import D2V2Error
+from d2v2ds.errors import D2V2Error, MachineError
+from d2v2ds.io.machine_faults import ADVICE, is_out_of_memory
 from d2v2ds.run.pretraining import pretrain
 
 logger = logging.getLogger("d2v2ds.pretrain")  # not __name__, which is "__main__" under a launcher
@@ -38,6 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
         logging.basicConfig(format="%(levelname)s %(message)s")
         logger.error("%s", error)
         return error.exit_code
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        said = str(error).strip().splitlines() or ["MemoryError"]
+        logger.error("rank %s: %s; %s", os.environ.get("RANK", "0"), said[0], ADVICE[errno.ENOMEM])
+        return MachineError.exit_code
     return 0
 
 

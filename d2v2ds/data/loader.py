@@ -25,6 +25,7 @@ from d2v2ds.data.collate import Collator
 from d2v2ds.data.order import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
 from d2v2ds.data.reader import Reader
 from d2v2ds.data.workers import (
+    check_semaphores,
     job_signals_blocked,
     main_module_hidden,
     prepare_worker,
@@ -154,6 +155,8 @@ class StepLoader(Iterator[StepData]):
     def __init__(self, loader: DataLoader, max_wait_s: float, is_stopping: Callable[[], bool]) -> None:
         self._max_wait_s, self._is_stopping = max_wait_s, is_stopping
         try:
+            if loader.num_workers > 0:
+                check_semaphores(worker_context(__name__), loader.num_workers)
             with job_signals_blocked(), main_module_hidden():
                 running = [iter(loader)]
         except OSError as error:  # workers need semaphores, which lie in /dev/shm, and descriptors

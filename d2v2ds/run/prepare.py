@@ -128,7 +128,8 @@ def run_dir_faults(run_dir: Path) -> list[str]:
     except OSError as error:
         return [f"run.dir {run_dir}: cannot be made: {error}"]
     if not os.access(run_dir, os.W_OK):
-        return [f"run.dir {run_dir}: not writable"]
+        why = "a read-only file system" if os.statvfs(run_dir).f_flag & os.ST_RDONLY else "no right to"
+        return [f"run.dir {run_dir}: not writable: {why}"]
     # a FIFO would hold up whoever opens it, for ever
     try:
         kinds = {
