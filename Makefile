@@ -47,7 +47,8 @@ golden: $(STAMP)
 	$(BIN)/python -m tests.runs.golden_curves
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/runs/test_faults.py tests/slurm \
+	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/runs/test_faults.py \
+		tests/runs/test_surroundings.py tests/slurm \
 		tests/preprocessing/test_pack_audio.py::test_full_disk_is_a_clear_error_and_finished_shards_go_on
 
 hostile: $(STAMP)
