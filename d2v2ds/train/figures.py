@@ -9,14 +9,14 @@ from torch import Tensor
 from d2v2ds.errors import MissingExtraError
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], layout: str | None = None) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, size: tuple[float, float], *, constrained: bool = False) -> tuple[Any, Any]:
     """Make a figure and its axes. A constrained layout draws several times, which takes seconds beside training."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib", "eval") from error
-    figure = Figure(figsize=size, layout=layout)
+    figure = Figure(figsize=size, layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -51,7 +51,7 @@ def alibi_figure(scale: Tensor, slopes: Sequence[float]) -> Any:
         slopes: slope of each of the H heads.
     """
     figure, axes = _figure(1, 2, (10, 3))
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.17, top=0.89)
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.17, top=0.89, wspace=0.4)
     scale = scale.expand(-1, len(slopes))
     for row in scale.tolist():
         axes[0, 0].plot(range(1, len(row) + 1), row, "o-")
@@ -73,7 +73,7 @@ def save_curves(records: Sequence[dict[str, float]], names: Sequence[str], path:
     """
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)
-    figure, axes = _figure(rows, columns, (5 * columns, 3.5 * rows), "constrained")
+    figure, axes = _figure(rows, columns, (5 * columns, 3.5 * rows), constrained=True)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):
