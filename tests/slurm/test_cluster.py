@@ -82,7 +82,9 @@ def site(cluster: Cluster, name: str, body: str) -> dict[str, str]:
     """Site values with which ranks run `bash -c BODY` instead, and those that hang are not waited for long."""
     file = cluster.folder / f"{name}.env"
     body = f'if [[ "$*" != *d2v2ds.pretrain* ]]; then exec "$@"; fi; {body}'
-    file.write_text(f"{cluster.site.read_text()}\nD2V2DS_SRUN=(--wait=5)\nD2V2DS_PREFIX=(bash -c {shlex.quote(body)} bash)\n")
+    file.write_text(
+        f"{cluster.site.read_text()}\nD2V2DS_SRUN=(--wait=5)\nD2V2DS_PREFIX=(bash -c {shlex.quote(body)} bash)\n"
+    )
     return {"D2V2DS_SITE": str(file)}
 
 
