@@ -5,6 +5,7 @@ with its `step`. A run of several modalities puts the modality in front, as in `
 after the checkpoint's step are removed, so that the file equals that of a run that never stopped.
 """
 
+import functools
 import json
 import logging
 import os
@@ -207,6 +208,7 @@ class Metrics:
         return True
 
 
+@functools.cache
 def _silence_tensorboard_threads() -> None:
     """Keep TensorBoard's thread from printing a traceback when it cannot write; the next record reports the error."""
     before = threading.excepthook
