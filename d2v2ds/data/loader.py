@@ -155,9 +155,9 @@ class StepLoader(Iterator[StepData]):
     def __init__(self, loader: DataLoader, max_wait_s: float, is_stopping: Callable[[], bool]) -> None:
         self._max_wait_s, self._is_stopping = max_wait_s, is_stopping
         try:
-            if loader.num_workers > 0:
-                check_semaphores(worker_context(__name__), loader.num_workers)
             with job_signals_blocked(), main_module_hidden():
+                if loader.num_workers > 0:
+                    check_semaphores(worker_context(__name__), loader.num_workers)
                 running = [iter(loader)]
         except OSError as error:  # workers need semaphores, which lie in /dev/shm, and descriptors
             raise MachineError(f"the data workers cannot be started: {error}; {advice(error)}") from error
