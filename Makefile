@@ -13,8 +13,10 @@ BIN := .venv/bin
 RUNS ?= runs
 DATA ?=
 MODALITY ?= audio
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile \
-	--no-loadscope-reorder
+# half of the tests' time is waiting: for launchers, data workers, limits that must pass; nproc obeys OMP_NUM_THREADS
+TESTERS := $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); \
+	echo $$((cores < 6 ? cores * 3 / 2 : 8)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(TESTERS) --dist=loadfile --no-loadscope-reorder
 DEMO := $(RUNS)/demo-$(MODALITY)
 STAMP := .venv/.installed
 
@@ -45,7 +47,8 @@ golden: $(STAMP)
 	$(BIN)/python -m tests.runs.golden_curves
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/runs/test_faults.py tests/slurm \
+	$(BIN)/python -m pytest -v -m 'slow or not slow' tests/runs/test_faults.py \
+		tests/runs/test_surroundings.py tests/slurm \
 		tests/preprocessing/test_pack_audio.py::test_full_disk_is_a_clear_error_and_finished_shards_go_on
 
 hostile: $(STAMP)

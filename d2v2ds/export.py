@@ -14,7 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-from d2v2ds.errors import D2V2Error
+from d2v2ds.errors import D2V2Error, MachineError
 from d2v2ds.run.export import export
 
 logger = logging.getLogger("d2v2ds.export")
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         export(options.run, options.to, teacher=options.teacher, tag=options.checkpoint)
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
-        return D2V2Error.exit_code
+        return error.exit_code if isinstance(error, MachineError) else D2V2Error.exit_code
     return 0
 
 

@@ -9,7 +9,7 @@ file.
 import logging
 import sys
 
-from d2v2ds.errors import D2V2Error
+from d2v2ds.errors import D2V2Error, MachineError
 from d2v2ds.inference.extraction import extract
 from d2v2ds.inference.extraction_options import parse
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = extract(options, out, workers)
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
-        return D2V2Error.exit_code
+        return error.exit_code if isinstance(error, MachineError) else D2V2Error.exit_code
     except KeyboardInterrupt:
         logger.error("interrupted; finished parts stay in %s.parts, the same command goes on from them", out)
         return 130

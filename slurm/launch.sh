@@ -96,7 +96,7 @@ run_step() {
 # Train, and go back into the queue if the run is not finished and can go on.
 #   pretrain CONFIG [section.field=value ...]; a later `--config NAME` or value wins
 pretrain() {
-    local config=$1 run='' overrides=() log code=0 restart=${SLURM_RESTART_COUNT:-0} verdict
+    local config=$1 run='' overrides=() log code=0 restart=${SLURM_RESTART_COUNT:-0}
     shift
     while (($#)); do
         case $1 in
@@ -117,6 +117,7 @@ pretrain() {
     trap 'warn HUP' HUP
     prepare
     rendezvous
+    export D2V2DS_HOME D2V2DS_SCRIPT="${SLURMD_NODENAME-} $$" # for rank.sh
     mkdir -p -- "$run/logs" || fail "run.dir $run cannot be made"
     log=$run/logs/job$SLURM_JOB_ID.restart$restart.log
     say "restart $restart on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks; what they say: $log"
@@ -127,24 +128,32 @@ pretrain() {
         # A rank that ends must not have the others killed, for all ranks end with 75 one after another; but one that is
         # left alone hangs, so that the step ends a minute after the first rank.
         run_step srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label --open-mode=append --output="${log//%/%%}" \
-            "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
+            "${D2V2DS_SRUN[@]}" bash "$D2V2DS_HOME/slurm/rank.sh" "$run" "${D2V2DS_PREFIX[@]}" \
             python -m d2v2ds.pretrain --config "$config" "${overrides[@]}" run.dir="$run"
         say "ranks ended with $code"
     fi
     trap '' USR1 TERM HUP
-    verdict=$("${D2V2DS_PREFIX[@]}" python -m d2v2ds.run.restart --run "$run" --code "$code" --job "$SLURM_JOB_ID" \
-        --restart "$restart" --warned "$warned") || say "no verdict, so this job stops"
-    if [[ $verdict == requeue ]]; then requeue; fi
+    finish_run "$run" "$code" "$warned"
     exit "$code"
+}
+
+# Note how the run ended, and requeue the job if it can go on.
+#   finish_run RUN CODE SIGNAL; the signal that warned the run, KILL if it killed the job's script, or nothing
+finish_run() {
+    local verdict
+    verdict=$("${D2V2DS_PREFIX[@]}" python -m d2v2ds.run.restart --run "$1" --code "$2" --job "$SLURM_JOB_ID" \
+        --restart "${SLURM_RESTART_COUNT:-0}" --warned "$3") || say "no verdict, so this job stops"
+    if [[ $verdict == requeue ]]; then requeue "$3"; fi
 }
 
 # Back into the queue, if the job is still running or at its time limit. A job that SLURM is ending for any other reason
 # was cancelled by its owner, whom a requeue would thwart, or is being requeued by SLURM after a preemption or a failure.
+# If the job's script was killed, as `requeue KILL` says, the job is ending because of that.
 requeue() {
     local try answer
     for try in 1 2 3 4 5 6; do
         if answer=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r' 2>&1); then
-            if [[ $answer != RUNNING* && $answer != *TimeLimit ]]; then
+            if [[ $answer != RUNNING* && $answer != *TimeLimit && "${1-} $answer" != KILL\ COMPLETING* ]]; then
                 say "not requeued from here: SLURM is ending or requeuing this job itself (${answer:-gone})"
                 return
             fi

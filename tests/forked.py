@@ -19,50 +19,72 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-_SERVER = forkserver.ForkServer()
-_SERVER.set_forkserver_preload(
-    [
-        "d2v2ds.pretrain",
-        # what a run imports later: DeepSpeed when it builds an engine, the metrics when they draw a figure
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "torch._dynamo",
-        "torch._inductor.compile_fx",
-        "torch.utils.tensorboard",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.pyplot",
-    ]
-)
+PRELOAD = [
+    "d2v2ds.pretrain",
+    # what a run imports later: DeepSpeed when it builds an engine, the metrics when they draw a figure
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+]
 
 
-def fork(function: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
-    """Start `function(*args)` in a process forked from the server.
+class Server:
+    """A fork server. It starts with the first process that is forked from it, and ends with the test session."""
 
-    Args:
-        function: a function of an importable module.
-        args: picklable arguments.
-        daemon: end the process with the test session; a daemon cannot have data workers.
-    """
-    process = multiprocessing.get_context("forkserver").Process(target=function, args=args, daemon=daemon)
-    # the server takes these from the first call; OpenMP reads the number of threads when it is loaded
-    variables = mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    with variables, mock.patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process):
-        process.start()
-    return process
+    def __init__(self, **variables: str) -> None:
+        """`variables` are those of the server beside the session's own, such as LD_PRELOAD."""
+        # OpenMP reads the number of threads when it is loaded
+        self._variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+        self._server = forkserver.ForkServer()
+        self._server.set_forkserver_preload(PRELOAD)
+
+    def fork(self, function: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
+        """Start `function(*args)` in a process forked from the server.
+
+        Args:
+            function: a function of an importable module.
+            args: picklable arguments.
+            daemon: end the process with the test session; a daemon cannot have data workers.
+        """
+        process = multiprocessing.get_context("forkserver").Process(target=function, args=args, daemon=daemon)
+        variables = mock.patch.dict(os.environ, self._variables)
+        with variables, mock.patch.object(forkserver, "connect_to_new_process", self._server.connect_to_new_process):
+            process.start()
+        return process
+
+
+_SERVER = Server()
+fork = _SERVER.fork
 
 
 class ForkedProgram:
     """`python -m MODULE ARGUMENTS` in a forked process, with the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        server: Server = _SERVER,
+        before: Sequence[Callable[[], None]] = (),
+    ) -> None:
         """
         Args:
             module: has a function `main` that reads `sys.argv` and returns the exit code.
             arguments: of the program.
             environment: all of its variables. OMP_NUM_THREADS is 1 whatever it says.
             log: gets stdout and stderr.
+            server: of which the process is forked.
+            before: picklable functions that the process calls first, such as one that sets a limit.
         """
         log.write_bytes(b"")
-        self._process = fork(_run, module, list(arguments), dict(environment), str(Path.cwd()), str(log))
+        words = list(arguments), dict(environment), str(Path.cwd()), str(log), list(before)
+        self._process = server.fork(_run, module, *words)
 
     @property
     def pid(self) -> int:
@@ -93,7 +115,14 @@ class ForkedProgram:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(module: str, arguments: list[str], environment: dict[str, str], cwd: str, log: str) -> None:
+def _run(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    cwd: str,
+    log: str,
+    before: list[Callable[[], None]],
+) -> None:
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -102,6 +131,8 @@ def _run(module: str, arguments: list[str], environment: dict[str, str], cwd: st
     os.environ.clear()
     os.environ.update(environment)
     _share_server()
+    for function in before:
+        function()
     program = importlib.import_module(module)
     sys.argv = [str(program.__file__), *arguments]
     try:

@@ -25,6 +25,7 @@ from d2v2ds.data.collate import Collator
 from d2v2ds.data.order import BatchPlan, GlobalBatch, MicroBatch, SamplerState, for_rank
 from d2v2ds.data.reader import Reader
 from d2v2ds.data.workers import (
+    check_semaphores,
     job_signals_blocked,
     main_module_hidden,
     prepare_worker,
@@ -155,6 +156,8 @@ class StepLoader(Iterator[StepData]):
         self._max_wait_s, self._is_stopping = max_wait_s, is_stopping
         try:
             with job_signals_blocked(), main_module_hidden():
+                if loader.num_workers > 0:
+                    check_semaphores(worker_context(__name__), loader.num_workers)
                 running = [iter(loader)]
         except OSError as error:  # workers need semaphores, which lie in /dev/shm, and descriptors
             raise MachineError(f"the data workers cannot be started: {error}; {advice(error)}") from error

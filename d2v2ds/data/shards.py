@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.data.schema import ROW_DTYPE, Layout, read_index
+from d2v2ds.data.schema import INDEX_NAME, ROW_DTYPE, Layout, read_index
 from d2v2ds.data.shardfile import RowBatch, ShardFile, check_size
-from d2v2ds.errors import MachineError, ShardError
+from d2v2ds.errors import D2V2Error, MachineError, ShardError
 from d2v2ds.io.machine_faults import reading_error, retried, say_once
+from d2v2ds.io.read import is_there
 
 MAX_OPEN_SHARDS = 256
 """Most shards mapped at a time; each needs one file descriptor, and 1024 is a usual limit of a process."""
@@ -168,12 +169,23 @@ class Shards:
         """Map a shard; if the process has no descriptors or memory left for it, without all others."""
         try:
             return ShardFile(self.folder, self.index, self.layout, number)
+        except ShardError as error:
+            if not self._is_gone():
+                raise
+            raise MachineError(f"{self.folder}: the folder was moved, removed or unmounted; bring it back") from error
         except MachineError as error:
             if not self._open or not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _SCARCE:
                 raise
         say_once("open shards", "this process may not map %d shards at a time; it opens some again", len(self._open))
         self._open.clear()
         return ShardFile(self.folder, self.index, self.layout, number)
+
+    def _is_gone(self) -> bool:
+        """Return True if the folder is not where it was when it was opened."""
+        try:
+            return not is_there(self.folder / INDEX_NAME, ShardError)
+        except D2V2Error:
+            return False  # it is there, and cannot be read
 
 
 def _is_amount(value: Any) -> bool:

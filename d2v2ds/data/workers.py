@@ -44,6 +44,19 @@ def worker_context(preload: str) -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def check_semaphores(context: multiprocessing.context.BaseContext, num_workers: int) -> None:
+    """Make as many semaphores as the queues of a DataLoader have, and give them back.
+
+    A DataLoader that lacks one of them raises the same error, and prints a traceback of its own too.
+
+    Raises:
+        OSError: there is no room in /dev/shm.
+    """
+    for_queue, for_event = 3, 5
+    held = [context.Semaphore() for _ in range(for_queue * (num_workers + 1) + for_event)]
+    held.clear()
+
+
 def prepare_worker(worker: int) -> None:
     """Make this worker ignore the signals of the job and end with the training process."""
     for number in JOB_SIGNALS:

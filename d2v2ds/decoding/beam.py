@@ -9,6 +9,7 @@ papers that use natural logarithms for both are smaller by the factor ln 10 = 2.
 `<s>` and scores `</s>`. A hypothesis counts with its best alignment; alignments are not added.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from d2v2ds.bounds import Count, Positive
 from d2v2ds.decoding.lexicon import encode_lexicon, spelled
 from d2v2ds.errors import ConfigError, MissingExtraError
-from d2v2ds.io.read import is_there
+from d2v2ds.io.read import is_there, open_regular
 from d2v2ds.tasks.vocabulary import BLANK, WORD_END, Vocabulary
 
 _ARPA_HEAD = b"\\data\\"
@@ -61,11 +62,11 @@ def read_arpa_words(path: Path) -> list[str]:
     """Read the words of an ARPA file's unigrams.
 
     Raises:
-        ConfigError: the file is no ARPA file, or has no unigrams.
+        ConfigError: the file cannot be read, is no ARPA file, or has no unigrams.
     """
     words, in_unigrams = [], False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with open_regular(path, ConfigError) as file:
+        for line in io.TextIOWrapper(file, encoding="utf-8", errors="replace"):
             if line.startswith("\\"):
                 if in_unigrams:
                     break
@@ -78,8 +79,12 @@ def read_arpa_words(path: Path) -> list[str]:
 
 
 def is_arpa(path: Path) -> bool:
-    """Return True for an ARPA file, False for KenLM's binary form."""
-    with path.open("rb") as file:
+    """Return True for an ARPA file, False for KenLM's binary form.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    with open_regular(path, ConfigError) as file:
         return _ARPA_HEAD in file.read(4096)
 
 

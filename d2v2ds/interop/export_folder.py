@@ -30,6 +30,7 @@ from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.io.crc import crc32
+from d2v2ds.io.machine_faults import is_machine_fault, reading_error
 from d2v2ds.io.read import check_name, open_regular, parse_json, read_json, validate
 from d2v2ds.io.safetensors_header import DTYPES
 from d2v2ds.modalities.known import modality_of
@@ -346,6 +347,8 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, "pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and is_machine_fault(error):
+            raise reading_error(file, error, CheckpointError) from error
         raise CheckpointError(f"{file}: expected a whole safetensors file, found: {error}") from error
 
 

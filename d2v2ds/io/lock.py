@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Literal, Self
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class FolderLock:
         self.path, self._patience_s = path, patience_s
         self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         self._file: IO[str] | None = None
+        self._text = ""
 
     def __enter__(self) -> Self:
         return self
@@ -69,9 +70,25 @@ class FolderLock:
                 logger.warning("%s: no lock (%s); a second one there would not be noticed", self.path, error)
                 break
         if self._kind == fcntl.LOCK_EX:
+            self._text = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat()}\n"
             file.truncate(0)
-            file.write(
-                f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}\n"
-            )
+            file.write(self._text)
             file.flush()
         self._file = file
+
+    def state(self) -> Literal["held", "gone", "taken"]:
+        """Return whether the file of this lock still lies in the folder; an exclusive lock only.
+
+        It is gone if the folder was moved, removed or unmounted, and taken if another process has made it anew. Its
+        text is compared, for numbers of files change on some file systems. "held" if it was never taken.
+        """
+        if self._file is None:
+            return "held"
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return "gone"
+        except OSError:
+            return "held"  # a fault of the machine, for whoever writes there
+        with os.fdopen(descriptor, "rb") as file:
+            return "held" if file.read(len(self._text) + 1) == self._text.encode() else "taken"

@@ -41,6 +41,15 @@ TRANSIENT = {
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ENFILE,
 }  # fmt: skip
 """Errors of the machine that may be over a moment later."""
+_MEMORY_TEXTS = (
+    "can't allocate memory",  # torch on a CPU
+    "Cannot allocate memory",
+    "out of memory",  # torch on a GPU
+    "bad_alloc",
+    "could not create a primitive",  # oneDNN, whose every failure reads so
+    "can't start new thread",
+    "Resource temporarily unavailable",  # a thread of gloo
+)
 _WAITS_S = (0.1, 0.5, 2.0)
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
 _said: set[str] = set()
@@ -49,6 +58,13 @@ _said: set[str] = set()
 def is_machine_fault(error: OSError) -> bool:
     """True for an error of the machine; False for one about this file: absent, a folder, not allowed, damaged."""
     return error.errno in ADVICE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an error of whatever library means that memory, or a thread with its stack, could not be had."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _MEMORY_TEXTS)
 
 
 def is_unsupported(error: OSError) -> bool:

@@ -92,7 +92,7 @@ def loop_config(
         save_every_steps=config.run.save_every_steps,
         validate_every_steps=config.valid.every_steps,
         restarts=restarts,
-        measure_peak=lambda: matmul_peak_flops(comm.device(), dtype, seconds=0.3),
+        measure_peak=lambda: matmul_peak_flops(comm.device(), dtype, seconds=0.1),
         flops_of=flops_of,
     )
 

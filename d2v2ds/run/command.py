@@ -1,9 +1,12 @@
 """Command line of a run: pretraining and fine-tuning share it."""
 
 import argparse
+import errno
 import logging
+import os
 
-from d2v2ds.errors import D2V2Error
+from d2v2ds.errors import D2V2Error, MachineError
+from d2v2ds.io.machine_faults import ADVICE, is_out_of_memory
 from d2v2ds.run.pretraining import pretrain
 
 logger = logging.getLogger("d2v2ds.run")
@@ -31,4 +34,11 @@ def run_command(program: str, description: str, arguments: list[str] | None = No
         logging.basicConfig(format="%(levelname)s %(message)s")
         logger.error("%s", error)
         return error.exit_code
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        said = str(error).strip().splitlines() or ["MemoryError"]
+        logger.error("rank %s: %s; %s", os.environ.get("RANK", "0"), said[0], ADVICE[errno.ENOMEM])
+        return MachineError.exit_code
     return 0

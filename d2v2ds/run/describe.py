@@ -1,6 +1,7 @@
 """Log lines about a run before its first step."""
 
 import logging
+import sys
 from pathlib import Path
 
 import yaml
@@ -18,11 +19,29 @@ from d2v2ds.train.checkpointing import differing_fields
 logger = logging.getLogger(__name__)
 
 
+class _LogFile(logging.FileHandler):
+    """Appends to a file; what cannot be written, such as on a full disk, is left out and said once on stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in `logging`
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            print(f"{self.baseFilename} cannot be written, the run continues without: {error}", file=sys.stderr)
+
+    _has_failed = False
+
+
 def start_logging(run_dir: Path) -> None:
     """Log INFO of d2v2ds on rank 0 and WARNING of everything else; rank 0 also appends to `<run>/log.txt`."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
+    fault = ""
     if comm.rank() == 0:
-        handlers.append(logging.FileHandler(run_dir / "log.txt"))
+        try:
+            handlers.append(_LogFile(run_dir / "log.txt"))
+        except OSError as error:
+            fault = f"{run_dir / 'log.txt'} cannot be written, the run continues without: {error}"
     logging.basicConfig(
         format="%(asctime)s %(message)s" if comm.rank() == 0 else f"%(asctime)s rank {comm.rank()} %(message)s",
         datefmt="%H:%M:%S",
@@ -32,6 +51,8 @@ def start_logging(run_dir: Path) -> None:
     logging.getLogger("d2v2ds").setLevel(logging.INFO if comm.rank() == 0 else logging.WARNING)
     if comm.rank() > 0:  # every rank sees the same; rank 0 logs it
         logging.getLogger("d2v2ds.train.guard").setLevel(logging.ERROR)
+    if fault:
+        logger.warning("%s", fault)
 
 
 def warn_once(message: str) -> None:

@@ -50,7 +50,7 @@ def matmul_peak_flops(device: torch.device, dtype: torch.dtype, *, seconds: floa
         dtype: of the factors.
         seconds: how long to try; at least three products after the first, which warms up.
     """
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not touched
     a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
     times: list[float] = []

@@ -18,8 +18,8 @@ from d2v2ds.data.loader import DataStream
 from d2v2ds.data.order import BatchPlan
 from d2v2ds.data.reader import Reader
 from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
-from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
-from d2v2ds.io.machine_faults import advice
+from d2v2ds.errors import ConfigError, MachineError, MissingExtraError, ShardError
+from d2v2ds.io.machine_faults import TRANSIENT, advice, reading_error
 from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import open_reader
 from d2v2ds.objectives.protocol import Objective
@@ -131,13 +131,20 @@ def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Re
 
 
 def run_dir_faults(run_dir: Path) -> list[str]:
-    """Return messages if the run's folder, which is made if absent, cannot be written or holds what is no file."""
+    """Return messages if the run's folder, which is made if absent, cannot be written or holds what is no file.
+
+    Raises:
+        MachineError: its disk or network failed.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise MachineError(f"run.dir {run_dir}: cannot be made: {error}; {advice(error)}") from error
         return [f"run.dir {run_dir}: cannot be made: {error}"]
     if not os.access(run_dir, os.W_OK):
-        return [f"run.dir {run_dir}: not writable"]
+        why = "a read-only file system" if os.statvfs(run_dir).f_flag & os.ST_RDONLY else "no right to"
+        return [f"run.dir {run_dir}: not writable: {why}"]
     # a FIFO would hold up whoever opens it, for ever
     try:
         kinds = {
@@ -146,6 +153,8 @@ def run_dir_faults(run_dir: Path) -> list[str]:
     except FileNotFoundError:
         return []  # a run at work replaces files
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise reading_error(f"run.dir {run_dir}", error, ConfigError) from error
         return [f"run.dir {run_dir}: cannot be read: {error}; {advice(error)}"]
     return [f"{path}: expected a file, found {kind}; remove it" for path, kind in sorted(kinds.items()) if kind]
 

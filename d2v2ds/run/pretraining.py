@@ -62,12 +62,12 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
             tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if config.data.num_workers > 0:
             start_worker_server()
-        checkpoints = start(prepared, config_name, allow_grown)
+        checkpoints = start(prepared, config_name, allow_grown, lock)
         train(prepared, checkpoints, stop)
         logger.info("done: %d steps, run in %s", checkpoints.progress.step, config.run.dir)
 
 
-def start(prepared: Prepared, config_name: str, allow_grown: bool) -> Checkpoints:
+def start(prepared: Prepared, config_name: str, allow_grown: bool, lock: FolderLock) -> Checkpoints:
     """Build engine and teacher, restore the newest checkpoint if there is one, and write down what starts."""
     config, streams = prepared.config, prepared.streams
     will_resume = has_checkpoints(config.run.dir)
@@ -85,6 +85,7 @@ def start(prepared: Prepared, config_name: str, allow_grown: bool) -> Checkpoint
         settings={"model": to_dict(config.model), "objective": to_dict(config.objective)},
         keep=Keep(last=config.run.keep_checkpoints or None, every_steps=config.run.keep_every_steps),
         asynchronous=config.run.async_checkpoints,
+        lock_state=lambda: lock.state() if comm.rank() == 0 else "",
     )
     if will_resume:
         checkpoints.resume(allow_grown)

@@ -68,7 +68,7 @@ class Attempt:
     checkpoint: str
     """The newest finished one, empty if there is none."""
     warned: str
-    """The signal by which SLURM or somebody asked the run to stop, empty if nobody did."""
+    """The signal by which SLURM or somebody asked the run to stop, KILL if it killed the job's script, or empty."""
 
     @property
     def is_crash(self) -> bool:

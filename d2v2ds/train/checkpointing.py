@@ -8,11 +8,11 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from d2v2ds.data.order import BatchPlan, SamplerState
 from d2v2ds.distributed import comm
@@ -35,6 +35,7 @@ FREE_FIELDS = re.compile(
 """Settings that may differ in a resumed run: its weights are valid with any value."""
 MAX_FAILURES = 2
 """Failed saves in a row that end the run."""
+LOST_FOLDER = "move the folder back, or start the same command to continue from what lies there"
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Checkpoints:
         settings: Mapping[str, Any],
         keep: Keep,
         asynchronous: bool,
+        lock_state: Callable[[], str],
     ) -> None:
         """
         Args:
@@ -87,11 +89,13 @@ class Checkpoints:
             settings: of the network, as plain values; a checkpoint with other settings raises `ConfigError`.
             keep: checkpoints that are not removed.
             asynchronous: write while training continues.
+            lock_state: whether the run still has its folder, as `FolderLock.state`; asked on rank 0 at every save.
         """
         self.student, self.teacher = student, teacher
         self.folder, self._rollbacks_file = run_dir / "checkpoints", run_dir / "rollbacks.jsonl"
         self.plans, self.guard, self.progress, self.settings = plans, guard, progress, settings
         self._saver = Saver(student, teacher, self.folder, keep, asynchronous)
+        self._lock_state = lock_state
         self._began = 0.0
         self._failures = 0
         self.stall_s = 0.0
@@ -103,10 +107,16 @@ class Checkpoints:
         """Write a checkpoint of this step, in the background if `asynchronous`.
 
         Raises:
-            SaveError: the second failure in a row; earlier checkpoints are intact.
+            SaveError: the second failure in a row; earlier checkpoints are intact. Or the run's folder is not the one
+                that it began in; if it is gone, a checkpoint is written there nevertheless.
         """
         started = time.perf_counter()
         self._settle(self._saver.finish())
+        lock_state = comm.broadcast_object(self._lock_state())
+        if lock_state == "taken":
+            raise SaveError(
+                f"{self.folder.parent}: another run has taken the place of this one's folder; {LOST_FOLDER}"
+            )
         self._began = time.perf_counter()
         state = {
             "step": self.progress.step,
@@ -116,6 +126,8 @@ class Checkpoints:
             "settings": self.settings,
         }
         self._settle(self._saver.save(f"step{self.progress.step:08d}", state, validation_loss))
+        if lock_state == "gone":
+            self._end_without_folder()
         self.stall_s += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -128,6 +140,16 @@ class Checkpoints:
         while self._failures:
             self.begin()
             self._settle(self._saver.finish())
+
+    def _end_without_folder(self) -> NoReturn:
+        """Wait until the current checkpoint is on disk, and raise SaveError."""
+        outcome = self._saver.finish()
+        saved = (
+            f"no checkpoint could be written: {outcome.fault}" if outcome and outcome.fault else "this step is saved"
+        )
+        raise SaveError(
+            f"{self.folder.parent}: the run's folder was moved, removed or unmounted; {saved}; {LOST_FOLDER}"
+        )
 
     @property
     def is_busy(self) -> bool:

@@ -9,13 +9,14 @@ from torch import Tensor
 from d2v2ds.errors import MissingExtraError
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, size: tuple[float, float], *, constrained: bool = False) -> tuple[Any, Any]:
+    """Make a figure and its axes. A constrained layout draws several times, which takes seconds beside training."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("figures need matplotlib", "eval") from error
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -31,11 +32,13 @@ def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
     if grid_side is not None:
         squares = picture.reshape(count, grid_side, grid_side)
         picture = squares.transpose(1, 0, 2).reshape(grid_side, count * grid_side)
-    figure, axes = _figure(1, 1, (10, 1 + (0.25 * count if grid_side is None else 10 / count)))
+    size = (10.0, 1 + (0.25 * count if grid_side is None else 10 / count))
+    figure, axes = _figure(1, 1, size)
     axes[0, 0].imshow(picture, aspect="auto" if grid_side is None else "equal", cmap="Greys", interpolation="nearest")
     if grid_side is not None:
         for edge in range(1, count):
             axes[0, 0].axvline(edge * grid_side - 0.5, color="tab:red", linewidth=1)
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.55 / size[1], top=1 - 0.35 / size[1])
     axes[0, 0].set(xlabel="token", ylabel="mask", title=f"masked (black): {float(masked.float().mean()):.1%}")
     return figure
 
@@ -48,6 +51,7 @@ def alibi_figure(scale: Tensor, slopes: Sequence[float]) -> Any:
         slopes: slope of each of the H heads.
     """
     figure, axes = _figure(1, 2, (10, 3))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.17, top=0.89, wspace=0.4)
     scale = scale.expand(-1, len(slopes))
     for row in scale.tolist():
         axes[0, 0].plot(range(1, len(row) + 1), row, "o-")
@@ -69,7 +73,7 @@ def save_curves(records: Sequence[dict[str, float]], names: Sequence[str], path:
     """
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)
-    figure, axes = _figure(rows, columns, (5 * columns, 3.5 * rows))
+    figure, axes = _figure(rows, columns, (5 * columns, 3.5 * rows), constrained=True)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):

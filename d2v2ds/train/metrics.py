@@ -5,9 +5,11 @@ with its `step`. A run of several modalities puts the modality in front, as in `
 after the checkpoint's step are removed, so that the file equals that of a run that never stopped.
 """
 
+import functools
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,6 +125,7 @@ class Metrics:
         self._warned: set[str] = set()
         self._known: set[Path] = set()
         self._writer: SummaryWriter | None = None
+        _silence_tensorboard_threads()
         self.rewind(resume_step)
 
     def rewind(self, step: int) -> None:
@@ -203,6 +206,18 @@ class Metrics:
             logger.warning("%s can be written again; the records in between are lost", what)
             self._warned.discard(what)
         return True
+
+
+@functools.cache
+def _silence_tensorboard_threads() -> None:
+    """Keep TensorBoard's thread from printing a traceback when it cannot write; the next record reports the error."""
+    before = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:

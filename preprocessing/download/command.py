@@ -137,7 +137,9 @@ def _unpack(transfer: Transfer, folder: Path, keep_archive: bool) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Make the folder and keep other downloads out of it: two of them would write into the same files."""
     (folder / WORK_NAME).mkdir(parents=True, exist_ok=True)
-    with (folder / WORK_NAME / "lock").open("w") as lock:
+    # a link would be written through, a FIFO would block for ever
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(folder / WORK_NAME / "lock", flags, 0o666), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from d2v2ds.errors import ConfigError, D2V2Error
 from d2v2ds.io import durable
+from d2v2ds.io.read import read_text
 
 WORK_NAME = ".download"
 """Folder beside the fetched files; hidden, so that the packers skip it."""
@@ -81,7 +82,10 @@ class Transfer:
     def is_done(self, place: Path) -> bool:
         """Return whether `place`, the file or a folder made from it, is complete and belongs to this source."""
         record = self.work / f"{place.name}.done"
-        return place.exists() and record.exists() and record.read_text() == (self.source.checksum or self.source.url)
+        try:
+            return place.exists() and read_text(record, ConfigError) == (self.source.checksum or self.source.url)
+        except ConfigError:
+            return False  # absent or damaged: fetched again
 
     def record(self, place: Path) -> None:
         """Note that `place` belongs to this source; to be called just before it appears complete, by a rename."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from d2v2ds.data.schema import SKIPPED_NAME, Index
 from d2v2ds.errors import D2V2Error, MachineError
-from d2v2ds.io.machine_faults import advice
+from d2v2ds.io.machine_faults import advice, is_out_of_memory
 from preprocessing.driver.exit_codes import EXIT_INTERRUPTED, EXIT_TOO_MANY_SKIPPED, exit_code
 from preprocessing.driver.input_files import said_ignored
 from preprocessing.driver.notes import NOTES_NAME, excess_notes, said_notes
@@ -105,7 +105,9 @@ def run(packer: Packer, options: argparse.Namespace, arguments: Sequence[str] | 
             kept = f"; {_KEPT}" if isinstance(error, MachineError) else ""
             print(f"error: {error}{kept}", file=sys.stderr)
         return exit_code(error)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"error: no memory left: use fewer --workers; {_KEPT}", file=sys.stderr)
         return exit_code(MachineError())
     except OSError as error:

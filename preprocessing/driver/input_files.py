@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import ConfigError, MachineError
 from d2v2ds.io.machine_faults import is_machine_fault, reading_error
 from d2v2ds.io.read import irregular, read_text
 
@@ -45,7 +45,7 @@ def unreadable(path: str, error: OSError) -> str:
     """Return why an input file cannot be read, to stand behind its name.
 
     Raises:
-        MachineError: the machine is at fault, not the file.
+        MachineError: the machine is at fault, not the file; also if the file's folder is gone.
     """
     if is_machine_fault(error):
         raise reading_error(path, error, ConfigError) from error
@@ -53,6 +53,8 @@ def unreadable(path: str, error: OSError) -> str:
         return f"unreadable: {error.strerror}"
     if os.path.islink(path):  # noqa: PTH114
         return f"a link to {utf8(os.readlink(path))}, where nothing is"  # noqa: PTH115
+    if not os.path.isdir(os.path.dirname(path) or "."):  # noqa: PTH112, PTH120
+        raise MachineError(f"{path}: its folder was moved, removed or unmounted since the input was listed")
     return "no such file: it was there when the input was listed"
 
 

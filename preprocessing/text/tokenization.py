@@ -4,6 +4,7 @@ What they obey and how they encode: `d2v2ds.modalities.text.tokenizers`. One pro
 process per core.
 """
 
+import errno
 import functools
 import re
 import struct
@@ -14,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from d2v2ds.errors import ConfigError
-from d2v2ds.io.machine_faults import reading_error
+from d2v2ds.errors import ConfigError, MachineError
+from d2v2ds.io.machine_faults import ADVICE, is_out_of_memory, reading_error
 from d2v2ds.io.read import read_bytes, read_text
 from d2v2ds.modalities.text.shards import TOKEN_DTYPES
 from d2v2ds.modalities.text.tokenizers import (
@@ -94,6 +95,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, normalization: No
 
     Raises:
         ConfigError: if the texts do not allow such a vocabulary.
+        MachineError: if memory runs out.
     """
     keeps_all = normalization == "identity"
     model = BytesIO()
@@ -121,6 +123,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, normalization: No
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise MachineError(f"--train-tokenizer: {error}; {ADVICE[errno.ENOMEM]}") from error
         most = re.search(r"<= (\d+)", str(error))  # it was asked for one less: ``<mask>`` comes last
         advice = f"; --vocab-size {int(most[1]) + 1} is possible" if most else ""
         if "sentences_.empty()" in str(error):

@@ -296,3 +296,17 @@ def test_a_fifo_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_a_folder_that_vanishes_is_no_damage_of_its_rows(tmp_path: Path) -> None:
+    """One shard that is gone from a folder is."""
+    folder = pack_folder("pcm16", tmp_path)
+    shards = AudioShards(folder)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(MachineError, match=f"{folder}: the folder was moved, removed or unmounted"):
+        shards.locate(0)
+    (tmp_path / "moved").rename(folder)
+    shards.locate(0)
+    (folder / shards.index.shards[0].file).unlink()
+    with pytest.raises(ShardError):
+        AudioShards(folder).locate(0)

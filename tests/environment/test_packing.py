@@ -5,22 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 from tests.environment.shim import without
 from tests.preprocessing.helpers import contents
-
-
-@pytest.fixture(scope="session")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recordings of 6 MB, more than one direct write."""
-    folder = tmp_path_factory.mktemp("recordings")
-    for number in range(4):
-        noise = np.random.default_rng(number).normal(0, 900, 16000 * 48).astype(np.int16)
-        soundfile.write(folder / f"{number}.wav", noise, 16000)
-    return folder
 
 
 @pytest.fixture(scope="session")

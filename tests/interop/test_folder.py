@@ -1,5 +1,6 @@
 """The export folder: whole or not there, read back as written, and clear about what is wrong with it."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.data.schema import FileEntry, read_beside
-from d2v2ds.errors import CheckpointError, ShardError
+from d2v2ds.errors import CheckpointError, MachineError, ShardError
+from d2v2ds.interop import export_folder
 from d2v2ds.interop.card import card
 from d2v2ds.interop.export_folder import OBJECTIVE_PREFIX, Kind, ModelFolder, load_trunk
 from d2v2ds.interop.export_write import new_folder, write_file, write_tensors
@@ -557,3 +559,16 @@ def test_a_flipped_bit_of_a_weight_is_named(tmp_path: Path) -> None:
         load_trunk(ModelFolder(tmp_path / "model"))
     save_file(load_file(file), file)  # another program writes no checksums, and its file is read
     load_trunk(ModelFolder(tmp_path / "model"))
+
+
+def test_a_machine_that_cannot_read_an_export_does_not_call_it_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    write_folder(tmp_path / "model", tiny_config())
+    folder = ModelFolder(tmp_path / "model")
+    monkeypatch.setattr(export_folder, "safe_open", fail)
+    with pytest.raises(MachineError, match="Too many open files; .*ulimit -n"):
+        dict(folder.tensors("model"))

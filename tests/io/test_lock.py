@@ -101,3 +101,15 @@ def test_a_run_into_the_folder_of_another_ends_before_it_writes_anything(tmp_pat
     assert done.returncode == 2, done.stderr[-3000:]
     assert f"run.dir {run_dir}: rank 0: {run_dir}/lock: another one is at work there" in done.stderr
     assert {path.name for path in run_dir.iterdir()} <= {"lock", "log.txt"}
+
+
+def test_a_lock_whose_folder_was_moved_or_taken_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with FolderLock(folder / "lock") as lock:
+        lock.take()
+        assert lock.state() == "held"
+        folder.rename(tmp_path / "moved")
+        assert lock.state() == "gone"
+        with FolderLock(folder / "lock") as other:
+            other.take()
+            assert (lock.state(), other.state()) == ("taken", "held")

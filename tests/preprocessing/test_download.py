@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from preprocessing.download import fetch
+from preprocessing.download import command, fetch
 from preprocessing.download.command import main
 from preprocessing.download.corpora import CORPORA, archives_of
 from preprocessing.download.fetch import WORK_NAME, Source, Transfer
@@ -544,3 +544,22 @@ def test_a_list_that_is_a_fifo_or_not_utf8_is_refused(tmp_path: Path, capsys: py
     assert main(["urls", "--list", str(tmp_path / "other"), "--to", str(tmp_path / "to")]) == 2
     said = capsys.readouterr().err
     assert "expected a file, found a FIFO" in said and "expected UTF-8, found byte 0xff" in said
+
+
+def test_files_of_a_stranger_beside_a_download_are_not_trusted(server: Server, tmp_path: Path) -> None:
+    """A note that is no text counts as none; a lock that is a link or a FIFO is not opened."""
+    transfer = Transfer(Source(url=f"{server.url}/a.bin", name="a.bin", checksum=sha256(DATA)), tmp_path)
+    transfer.path.write_bytes(DATA)
+    transfer.work.mkdir()
+    (transfer.work / "a.bin.done").write_bytes(b"\xff\xfe")
+    assert not transfer.is_done(transfer.path)
+    precious, lock = tmp_path / "precious", transfer.work / "lock"
+    precious.write_text("own")
+    lock.symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"), command._locked(tmp_path):
+        pass
+    assert precious.read_text() == "own"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(OSError, match="No such device"), command._locked(tmp_path):
+        pass

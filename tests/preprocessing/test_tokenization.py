@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import ConfigError, MachineError
 from d2v2ds.modalities.text.tokenizers import (
     TOKENIZER_BYTES,
     BytePairTokenizer,
@@ -103,6 +103,17 @@ def test_a_vocabulary_that_the_text_cannot_give_is_refused(texts: list[str], voc
     with pytest.raises(ConfigError, match=f"--vocab-size {vocab_size}: sentencepiece cannot train on this") as error:
         train_sentencepiece(texts, vocab_size, "nmt_nfkc")
     assert ("the input holds no text" in str(error.value)) == (texts == [])
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sentencepiece
+
+    def fail(**_: object) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", fail)
+    with pytest.raises(MachineError, match="bad_alloc; .* no memory left"):
+        train_sentencepiece(TEXTS, 300, "nmt_nfkc")
 
 
 def test_the_advised_vocabulary_is_possible_and_the_largest() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import d2v2ds.export
+from d2v2ds.errors import CheckpointError, MachineError
 from d2v2ds.export import main
 from d2v2ds.interop.export_folder import ModelFolder
 from d2v2ds.probe import main as probe
@@ -115,3 +117,14 @@ def test_a_torn_last_start_leaves_the_one_before(tmp_path: Path, caplog: pytest.
     (tmp_path / "starts.jsonl").write_text('{"command": ["a"]}\n{"command": ["b"]}\n{"comm')
     assert _last_start(tmp_path) == {"command": ["b"]}
     assert "1 damaged lines" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "code"), [(MachineError("no descriptors"), 8), (CheckpointError("damaged"), 2)])
+def test_a_fault_of_the_machine_has_its_own_code(
+    error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(d2v2ds.export, "export", fail)
+    assert d2v2ds.export.main([str(tmp_path), "--to", str(tmp_path / "out")]) == code

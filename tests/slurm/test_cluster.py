@@ -1,5 +1,6 @@
 """The job scripts on a real controller with two nodes: the whole chain, arrays, and jobs that must stop."""
 
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_script_can_be_placed_unmodified(cluster: Cluster) -> None:
     for script in sorted((ROOT / "slurm").glob("*.sh")):
-        if script.name != "launch.sh":
+        if script.name not in ("launch.sh", "rank.sh"):
             placed = cluster.attempt("sbatch", "--test-only", str(script.relative_to(ROOT)))
             assert placed.returncode == 0, f"{script.name}: {placed.stderr}"
             assert "to start at" in placed.stderr
@@ -80,7 +81,10 @@ def test_array_packs_in_parts_and_the_job_after_it_writes_the_index(cluster: Clu
 def site(cluster: Cluster, name: str, body: str) -> dict[str, str]:
     """Site values with which ranks run `bash -c BODY` instead, and those that hang are not waited for long."""
     file = cluster.folder / f"{name}.env"
-    file.write_text(f"{cluster.site.read_text()}\nD2V2DS_SRUN=(--wait=5 bash -c {shlex.quote(body)})\n")
+    body = f'if [[ "$*" != *d2v2ds.pretrain* ]]; then exec "$@"; fi; {body}'
+    file.write_text(
+        f"{cluster.site.read_text()}\nD2V2DS_SRUN=(--wait=5)\nD2V2DS_PREFIX=(bash -c {shlex.quote(body)} bash)\n"
+    )
     return {"D2V2DS_SITE": str(file)}
 
 
@@ -113,6 +117,25 @@ def test_job_that_fails_alike_three_times_stops(cluster: Cluster) -> None:
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "9:0", "2")
     assert [(one["restart"], one["code"]) for one in attempts(run_dir)] == [(0, 9), (1, 9), (2, 9)]
     assert "stop: GIVING UP: 3 crashes in a row with code 9" in cluster.output(job)
+
+
+def test_job_whose_script_alone_is_killed_goes_back_into_the_queue(cluster: Cluster) -> None:
+    """SLURM ends such a job. The ranks save, and the first of them notes the attempt and requeues."""
+    run_dir, pid = cluster.jobs / "orphaned", cluster.jobs / "script"
+    body = (
+        f'if [[ $SLURM_RESTART_COUNT == 1 ]]; then exit 0; fi; trap "sleep 0.5; exit 75" TERM USR1; '
+        f'echo "$D2V2DS_SCRIPT" > {pid}.$SLURM_PROCID; for i in {{1..300}}; do sleep 0.1; done'
+    )
+    where = site(cluster, "orphaned", body)
+    job = cluster.submit(*TWO_NODES, "--gpus-per-node=1", "slurm/pretrain_audio.sh", f"run.dir={run_dir}", **where)
+    cluster.until(lambda: len(list(cluster.jobs.glob("script.*"))) == 2)
+    os.kill(int(pid.with_name("script.0").read_text().split()[1]), signal.SIGKILL)
+    ended = cluster.finished(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.story()
+    ends = [(one["restart"], one["code"], one["warned"]) for one in attempts(run_dir)]
+    assert ends == [(0, 75, "KILL"), (1, 0, "")]
+    said = (run_dir / "logs" / f"job{job}.restart0.log").read_text()
+    assert "the job's script was killed; rank 0 ended with 75 and notes it" in said and "requeued" in said
 
 
 def test_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:

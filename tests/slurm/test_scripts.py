@@ -18,7 +18,7 @@ from d2v2ds.run.restart import FINISHED, SAVED, STOPS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-TEMPLATES = [path for path in SCRIPTS if path.name != "launch.sh"]
+TEMPLATES = [path for path in SCRIPTS if path.name not in ("launch.sh", "rank.sh")]
 CONF = "ClusterName=none\nSlurmctldHost=localhost\nNodeName=n1\nPartitionName=p Nodes=ALL\n"
 """What `scontrol` wants to see before it looks at its arguments."""
 
@@ -239,7 +239,8 @@ def test_site_values_reach_the_command(batch: Batch) -> None:
     batch.pretrain()
     words = batch.srun()
     start = words.index("--network=x y")
-    assert words[start + 1 : start + 5] == ["env", "A=b c", "python", "-m"]
+    assert words[start + 1 : start + 4] == ["bash", str(ROOT / "slurm" / "rank.sh"), str(batch.run_dir)]
+    assert words[start + 4 : start + 8] == ["env", "A=b c", "python", "-m"]
     assert "data.shards=/d/audio" in words
     batch.submit("preprocess_audio.sh")
     words = batch.srun()

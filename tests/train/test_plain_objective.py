@@ -9,6 +9,7 @@ import pytest
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.checkpoint.format import iterate_student, iterate_teacher
 from d2v2ds.errors import CheckpointError, PreemptedError
+from d2v2ds.io.lock import FolderLock
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.run.preempt import StopRequest
@@ -48,7 +49,7 @@ def run(overrides: list[str], run_dir: Path, *, is_stopped: bool = False) -> lis
         held_out, more_faults = open_held_out(config, objective)
         assert faults + more_faults == []
         prepared = replace(prepared, objective=objective, streams=streams, held_out=held_out)
-        checkpoints = start(prepared, "audio_tiny", allow_grown=False)
+        checkpoints = start(prepared, "audio_tiny", allow_grown=False, lock=FolderLock(run_dir / "lock"))
         assert checkpoints.teacher is None
         train(prepared, checkpoints, stop)
     return plain.updates

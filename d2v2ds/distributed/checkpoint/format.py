@@ -333,7 +333,17 @@ def _pieces_of(file: Path) -> dict[str, tuple[int, int]]:
         with safe_open(file, "pt") as handle:
             offsets = json.loads((handle.metadata() or {})["offsets"])
             found = {name: (int(offset), handle.get_slice(name).get_shape()) for name, offset in offsets.items()}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise reading_error(file, error, CheckpointError) from error
+    except (
+        SafetensorError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{file}: damaged, no flat pieces with their offsets: {error!r}") from error
     if bad := [name for name, (offset, shape) in found.items() if offset < 0 or len(shape) != 1]:
         raise CheckpointError(f"{file}: damaged, expected flat pieces, found others: {', '.join(bad[:5])}")

@@ -197,7 +197,7 @@ def _read_own_file(
     file = TensorFileReader(path / name, manifest.files[name]["bytes"], manifest.files[name]["crc32"])
     try:
         saved = dict(json.loads(file.metadata["offsets"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path / name}: damaged, no offsets of its pieces: {error!r}") from error
     own = {
         parameter: tensor

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2v2ds.errors import D2V2Error
+from d2v2ds.errors import D2V2Error, MachineError
 from d2v2ds.interop.fairseq.files import export_file, findings, import_file
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"written: {options.out}")
     except (D2V2Error, OSError) as error:
         print(error, file=sys.stderr)
-        return D2V2Error.exit_code
+        return error.exit_code if isinstance(error, MachineError) else D2V2Error.exit_code
     return 0
 
 

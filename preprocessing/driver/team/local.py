@@ -1,5 +1,6 @@
 """`LocalTeam`: this process and its children."""
 
+import errno
 import multiprocessing
 import signal
 import sys
@@ -12,7 +13,8 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
-from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.errors import ConfigError, D2V2Error, MachineError
+from d2v2ds.io.machine_faults import ADVICE, is_out_of_memory
 from preprocessing.driver.exit_codes import EXIT_FAILED
 from preprocessing.driver.progress import Report, Throttle
 from preprocessing.driver.team.protocol import Job, Result, Work
@@ -139,3 +141,9 @@ def _run_worker(connection: Connection) -> None:
         except (D2V2Error, OSError) as error:
             with suppress(BrokenPipeError):  # an error of another worker was first, and nobody listens any more
                 connection.send(("error", error))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fault = MachineError(f"a worker: {error or 'MemoryError'}; {ADVICE[errno.ENOMEM]}")
+            with suppress(BrokenPipeError):
+                connection.send(("error", fault))
