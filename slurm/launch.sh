@@ -2,7 +2,7 @@
 # Shared body of the job scripts: they `source` it, it is not submitted itself.
 #
 # In:  what SLURM sets in a job, the site values below, the arguments behind the script's name.
-# Out: the functions `pretrain`, `preprocess` and `export_model`, of which a script calls one.
+# Out: the functions `pretrain`, `preprocess`, `export_model` and `evaluate_model`, of which a script calls one.
 #
 # Arguments are passed on as words and never evaluated, so spaces, quotes and `$` in them are only characters.
 
@@ -194,4 +194,12 @@ export_model() {
     prepare
     exec srun --export=ALL --nodes=1 --ntasks=1 "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
         python -m d2v2ds.export "$@" </dev/null
+}
+
+# Evaluate a fine-tuned model.
+#   evaluate_model MODEL --shards DIR [option ...]
+evaluate_model() {
+    prepare
+    exec srun --export=ALL --nodes=1 --ntasks=1 "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
+        python -m d2v2ds.evaluate "$@" </dev/null
 }

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,17 @@ TOO_MUCH_FOR_PILLOW = {
 }  # fmt: skip
 """Good files that Pillow refuses for their metadata; all are upright and lossless."""
 SIDE = 64
-"""The shorter side of all files, so that the view of evaluation is a crop that is not resized."""
+"""The shorter side of all files, so that a view that does not resize is a crop."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_resizing() -> Iterator[None]:
+    """Let the view of evaluation crop only: pixels are compared, not resampling."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d2v2ds.modalities.image.reader.resized_side", lambda side: side)
+        yield
+
+
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")

@@ -132,7 +132,7 @@ def test_every_job_survives_its_nodes() -> None:
     for script in TEMPLATES:
         text = script.read_text()
         assert "#SBATCH --requeue\n" in text and "#SBATCH --open-mode=append\n" in text, script.name
-        assert ("#SBATCH --signal=B:USR1@" in text) == script.name.startswith("pretrain_"), script.name
+        assert ("#SBATCH --signal=B:USR1@" in text) == script.name.startswith(("pretrain_", "finetune_")), script.name
 
 
 def test_example_of_site_values_changes_nothing_and_names_only_what_exists() -> None:
