@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lm-weight", type=float, default=2.0, help="factor of log10 p of the words (2)")
     parser.add_argument("--word-score", type=float, default=-1.0, help="added for every word (-1)")
     parser.add_argument("--boundary-score", type=float, default=0.0, help="added for every frame of | (0)")
+    parser.add_argument("--draws", type=int, default=1000, help="sets of rows drawn for an interval (1000)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.model,
             EvaluationOptions(
                 shards=tuple(options.shards), to=options.to, tag=options.checkpoint, device=options.device,
-                lm=options.lm, lexicon=options.lexicon, beam=beam,
+                draws=options.draws, lm=options.lm, lexicon=options.lexicon, beam=beam,
             ),
         )  # fmt: skip
     except D2V2Error as error:

@@ -133,7 +133,7 @@ class Numbers:
             number = float(value)
         except ValueError as error:
             raise ValueError(f"expected a number, found {value!r:.60}") from error
-        if not abs(number) < float("inf"):
+        if not abs(number / self.scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"expected a finite number, found {value!r:.60}")
         return number / self.scale
 

@@ -7,7 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("d2v2ds", "preprocessing")
 
-COMMANDS = frozenset({"pretrain", "finetune", "probe", "evaluate", "ngram", "export", "extract", "checkpoints", "demo"})
+COMMANDS = frozenset(
+    {"pretrain", "finetune", "probe", "evaluate", "ngram", "outputs", "export", "extract", "checkpoints", "demo"}
+)
 """Modules or folders of `d2v2ds` that a user starts; so is every ``__main__.py``."""
 
 

@@ -83,7 +83,7 @@ def _chosen(kinds: list[type], raw: Mapping[str, Any], where: str) -> tuple[type
     tags = {tag_of(kind)[1]: kind for kind in kinds}
     field = tag_of(kinds[0])[0]
     found = raw.get(field, next(iter(tags)))
-    if found in tags:
+    if isinstance(found, str) and found in tags:
         return tags[found], ""
     return None, f"{where}.{field}: expected one of {', '.join(tags)}, found {found!r}"
 

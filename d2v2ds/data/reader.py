@@ -174,7 +174,7 @@ class Reader(Generic[Part]):
         encoder, found = self.labelled.encoder, []
         for row in rows.tolist():
             value = self.annotation(row, encoder.column)
-            if value is None:
+            if value is None or not value.strip():
                 raise ShardError(f"{self.shards.name(row)}: expected a {encoder.column}, found none")
             try:
                 found.append(encoder.encode([value]))

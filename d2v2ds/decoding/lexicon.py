@@ -5,7 +5,7 @@ from pathlib import Path
 
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.read import read_text
-from d2v2ds.tasks.vocabulary import Vocabulary, spell
+from d2v2ds.tasks.vocabulary import WORD_END, Vocabulary, spell
 
 _MOST_BYTES = 1 << 30
 _SHOWN = 5
@@ -22,8 +22,10 @@ def read_lexicon(path: Path) -> dict[str, tuple[str, ...]]:
         if not line.strip():
             continue
         word, *letters = line.split()
-        if not letters:
-            raise ConfigError(f"{path} line {number}: expected a word and its letters, found {line[:60]!r}")
+        if not letters or letters[-1] != WORD_END:
+            raise ConfigError(
+                f"{path} line {number}: expected a word and its letters with {WORD_END} at the end, found {line[:60]!r}"
+            )
         found.setdefault(word, tuple(letters))
     if not found:
         raise ConfigError(f"{path}: expected lines of a word, a tab and its letters, found none")

@@ -257,9 +257,12 @@ def optimizer_layout(engine: DeepSpeedEngine) -> tuple[list[str], dict[str, dict
                 raise TypeError(
                     f"optimizer state {key!r}: expected one number, or one for each weight, found {value!r}"
                 )
-            if key in scalars:
-                by_group.setdefault(key, {})[group.group] = scalars[key]["value"]
+            if key in scalars:  # at stage 0 a skipped block has counted fewer steps than others of its group
+                own = by_group.setdefault(key, {})
+                own[group.group] = max(own.get(group.group, 0), scalars[key]["value"])
     for key, values in by_group.items():
+        for group in flat_groups(engine):  # at stage 0 a group that waits has no state yet
+            values.setdefault(group.group, 0)
         if len(set(values.values())) > 1:
             scalars[key]["groups"] = values
     return sorted(keys), scalars

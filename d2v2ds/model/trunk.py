@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
@@ -115,6 +116,8 @@ class Trunk(nn.Module):
         encoder = self.encoder(batch.modality)
         blocks = [*encoder.prenet.blocks, *self.blocks]
         x, biases = encoder.all_tokens(local, batch.padding, len(blocks), zero_padding=hide_padding)
+        if torch.is_grad_enabled() and self.training and not x.requires_grad:
+            x.requires_grad_()  # ZeRO-3 needs an input with gradient of each block that trains
         return run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0]
 
     def feed_forward_outputs(self, batch: Batch, local: Tensor) -> list[Tensor]:

@@ -304,6 +304,9 @@ class Data2Vec2:
         factor = None if loss.beta else loss.factor(self.trunk.block.width)
         return prediction_metrics(totals, factor)
 
+    def check_validation(self) -> None:
+        """Do nothing: no package is needed."""
+
     def selection(self, values: Mapping[str, float]) -> float | None:
         """Return the validation loss."""
         return values.get("valid/loss/total")

@@ -166,6 +166,13 @@ class Objective(Protocol):
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Compute the metrics of one modality, less `loss/NAME`, from sums over all ranks."""
 
+    def check_validation(self) -> None:
+        """Check that the packages of a validation are there.
+
+        Raises:
+            MissingExtraError: one is not installed.
+        """
+
     def selection(self, values: Mapping[str, float]) -> float | None:
         """Return the value by which the best checkpoint is chosen, the lower the better; None without validation.
 

@@ -2,17 +2,20 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from d2v2ds.batch import Batch, Labels
+from d2v2ds.data.mixture import DATASET_BITS, split_row_numbers
 from d2v2ds.data.order import MicroBatch, PlanConfig, cut_micro_batches
 from d2v2ds.data.reader import Reader
 from d2v2ds.decoding.beam import BeamConfig, BeamDecoder
@@ -77,9 +80,18 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
     Raises:
         CheckpointError, ConfigError, ShardError, MissingExtraError: with what to do.
     """
+    source = source.resolve()
+    beside = source.with_name(f"{source.name}-evaluation") if is_export(source) else source / "evaluation"
+    to = options.to or beside
     model = load_task(source, options.tag)
+    if isinstance(model.task, Ctc):
+        recognition.count_errors([])  # says what is not installed before the work
     reader = _reader(model, options.shards)
     decoder = _decoder(model, options)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{to}: cannot be made: {error}; {advice(error)}") from error
     unread: list[str] = []
     rows = list(run_rows(model, reader, device_of(options.device), unread))
     if not rows or len(unread) > options.max_unread * (len(rows) + len(unread)):
@@ -87,8 +99,6 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
             f"{', '.join(map(str, options.shards))}: {len(unread)} of {len(rows) + len(unread)} rows cannot be "
             f"evaluated, at most {options.max_unread:.0%} may; the first: {unread[0] if unread else 'no row'}"
         )
-    beside = source.with_name(f"{source.name}-evaluation") if is_export(source) else source / "evaluation"
-    to = options.to or beside
     result: dict[str, Any] = {
         "model": source.name,
         "origin": {key: value for key, value in model.origin.items() if isinstance(value, str | int)},
@@ -96,10 +106,6 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
         "rows": len(rows),
         "unread": len(unread),
     }
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{to}: cannot be made: {error}; {advice(error)}") from error
     if isinstance(model.task, Ctc):
         result |= _recognition(model.task, reader, rows, decoder, options, to)
     else:
@@ -114,7 +120,12 @@ def _reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
     data = replace(data, shards=tuple(folders) if len(folders) > 1 else folders[0])
     network = model.task.trunk.modalities[model.modality]
     reader = open_reader(model.modality, data, network, None, model.task.labelled(model.modality), augments=False)
-    if problems := reader.misfits():
+    problems = reader.misfits()
+    if model.folder is not None:
+        problems += [
+            fault for folder in folders for fault in modality.packed_faults(model.folder, model.preprocessing, folder)
+        ]
+    if problems:
         raise ConfigError("; ".join(problems))
     return reader
 
@@ -140,47 +151,56 @@ def run_rows(model: TaskModel, reader: Reader, device: torch.device, unread: lis
         unread: gets a message for each row that cannot be read or has no label.
     """
     network = model.network.to(device)
-    rows = np.concatenate([(number << 40) + np.arange(len(part.sizes)) for number, part in enumerate(reader.datasets)])
+    parts = enumerate(reader.datasets)
+    rows = np.concatenate([(number << DATASET_BITS) + np.arange(len(part.sizes)) for number, part in parts])
     sizes = np.concatenate([np.asarray(part.sizes) for part in reader.datasets])
     tokens = np.array([reader.network.num_tokens(int(size)) for size in sizes])
+    for row in rows[tokens < 1].tolist():
+        unread.append(f"{reader.shards.name(row)}: too short for one token of the model")
+    rows, sizes, tokens = rows[tokens >= 1], sizes[tokens >= 1], tokens[tokens >= 1]
     largest = int(sizes.max(initial=1))
     per_batch = max(1.0, _BATCH_TOKENS / max(int(tokens.max(initial=1)), 1))
     limits = PlanConfig(micro_size=int(largest * per_batch), num_micro=1, min_size=1, max_size=largest, crops=False)
     with tqdm(total=len(rows), desc="evaluating", unit="row", leave=False, disable=None) as bar:
         for members, size in cut_micro_batches(rows, sizes, limits):
-            found = _readable(reader, members, size, unread)
+            for batch, labels in _batches(reader, members, size, unread):
+                yield from _rows_of(network(batch.to(device)), batch, labels)
             bar.update(len(members))
-            if found is None:
-                continue
-            batch, labels = found
-            out = network(batch.to(device))
-            yield from _rows_of(out, batch, labels)
 
 
-def _readable(reader: Reader, rows: Any, size: int, unread: list[str]) -> tuple[Batch, list[Labels]] | None:
-    """Read a batch with labels; rows that cannot be read are left out and noted."""
-    good, labels = [], []
+def _batches(
+    reader: Reader, rows: NDArray[np.int64], size: int, unread: list[str]
+) -> Iterator[tuple[Batch, list[Labels]]]:
+    """Read rows as one batch; if one cannot be read, each alone. Rows without a label are left out and noted."""
+    labels: dict[int, Labels] = {}
     for row in rows.tolist():
         try:
-            reader.read(MicroBatch(0, np.array([row]), size), 0)
             own = reader.read_labels(np.array([row]))
         except ShardError as error:
             unread.append(str(error))
-            continue
-        assert own is not None
-        good.append(row)
-        labels.append(own)
-    if not good:
-        return None
-    examples = reader.read(MicroBatch(0, np.array(good), size), 0)
+        else:
+            assert own is not None
+            labels[row] = own
+    good = np.array(list(labels), dtype=np.int64)
+    if not len(good):
+        return
+    try:
+        examples = reader.read(MicroBatch(0, good, size), 0)
+    except ShardError as error:
+        if len(good) == 1:
+            unread.append(str(error))
+            return
+        for row in good:
+            yield from _batches(reader, np.array([row]), size, unread)
+        return
     batch = Batch(
         modality=reader.modality,
         source=examples.source,
         padding=examples.padding,
-        ids=torch.tensor(good),
-        labels=join_labels(labels),
+        ids=torch.from_numpy(good),
+        labels=join_labels(list(labels.values())),
     )
-    return batch, labels
+    yield batch, list(labels.values())
 
 
 def _rows_of(out: Any, batch: Batch, labels: list[Labels]) -> Iterator[Row]:
@@ -188,7 +208,8 @@ def _rows_of(out: Any, batch: Batch, labels: list[Labels]) -> Iterator[Row]:
     for number, count, logits, wanted in zip(
         batch.ids.tolist(), frames, out["logits"].float().cpu(), labels, strict=True
     ):
-        yield Row(number >> 40, number & ((1 << 40) - 1), logits if count is None else logits[:count], wanted)
+        folder, row = (int(part) for part in split_row_numbers(number))
+        yield Row(folder, row, logits if count is None else logits[:count], wanted)
 
 
 def _recognition(
@@ -248,8 +269,8 @@ def _classification(
         np.stack([row.logits.double().numpy() for row in rows]),
         np.concatenate([row.wanted.values.numpy() for row in rows]),
     )
-    chosen = {
-        "one": classification.one_class,
+    chosen: dict[str, Callable[[classification.Outputs], dict[str, classification.Score]]] = {
+        "one": partial(classification.one_class, positive=task.positive),
         "several": classification.several_labels,
         "number": classification.numbers,
     }
@@ -258,10 +279,10 @@ def _classification(
     }
     ids = [str(reader.shards.parts[row.folder].read_labels(row.row).id) for row in rows]
     if kind == "one":
-        counts = classification.confusion(outputs)
-        result["classes"], result["confusion"] = list(classes), counts.tolist()
-        result["worst"] = classification.worst(outputs, ids, classes, _WORST)
-        if len(counts) <= _MOST_PICTURED:
+        result["classes"], result["worst"] = list(classes), classification.worst(outputs, ids, classes, _WORST)
+        if len(classes) <= _MOST_PICTURED:
+            counts = classification.confusion(outputs)
+            result["confusion"] = counts.tolist()
             _picture(draw_confusion, counts, classes, to / "confusion.png")
     return result
 

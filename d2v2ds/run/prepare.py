@@ -23,7 +23,7 @@ from d2v2ds.io.machine_faults import TRANSIENT, advice, reading_error
 from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import open_reader
 from d2v2ds.objectives.protocol import Objective
-from d2v2ds.run.outputs import with_outputs
+from d2v2ds.run.outputs import vocabulary_faults, with_outputs
 from d2v2ds.run.warm_start import open_warm_start
 from d2v2ds.train.checkpointing import has_checkpoints
 
@@ -61,6 +61,7 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
     if not data_problems:
         try:
             config = with_outputs(config)
+            data_problems = vocabulary_faults(config)
         except (ConfigError, ShardError) as error:
             data_problems = [f"objective: {error}"]
     objective = config.objective.build(config.model, config.run.seed)
@@ -110,6 +111,11 @@ def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Re
     """Open the folders of the validation; returns problems too."""
     data, problems = config.data.modalities, []
     readers: dict[str, Reader] = {}
+    if config.valid.modalities:
+        try:
+            objective.check_validation()
+        except MissingExtraError as error:
+            problems.append(f"valid: {error}")
     for name, path in config.valid.modalities.items():
         if name not in data or name not in config.model.modalities or name not in config.objective.modalities:
             continue  # `RunConfig.check` reports this

@@ -93,6 +93,9 @@ def start(prepared: Prepared, config_name: str, allow_grown: bool, lock: FolderL
             warn_once(f"changed since the last start: {change}")
     comm.require_on_rank0(lambda: _write_start(config, prepared.ds_config), f"run.dir {config.run.dir}")
     describe(config, streams)
+    for name, reader in prepared.held_out.items():
+        for remark in reader.remarks():
+            logger.info("valid.%s: %s", name, remark)
     for advice in batch_advice(config_name, config):
         warn_once(advice)
     return checkpoints

@@ -38,6 +38,8 @@ class TaskModel:
     """What happens to an input before the network reads it."""
     origin: dict[str, Any]
     """Where the weights come from."""
+    folder: Path | None = None
+    """The export; None for a run."""
 
     @property
     def modality(self) -> str:
@@ -63,7 +65,7 @@ def load_task(source: Path, tag: str | None = None) -> TaskModel:
         state = {f"trunk.{name}": tensor for name, tensor in folder.tensors("model")}
         state |= dict(folder.tensors("objective"))
         preprocessing = folder.description.preprocessing[task.config.modality]
-        return TaskModel(task, _network(task, state, str(source)), preprocessing, folder.description.origin)
+        return TaskModel(task, _network(task, state, str(source)), preprocessing, folder.description.origin, source)
     config = run_config(source)
     checkpoint = checkpoint_folder(source, tag or _best(source))
     model = trunk_config(checkpoint)

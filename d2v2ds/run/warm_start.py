@@ -74,6 +74,10 @@ class WarmStart:
             problems.append(f"{where}: {part} {own} has shape {shape}, this run's {self._expected[name]}{way_out}")
         if len(other) > MOST_SHAPES:
             problems.append(f"{where}: {len(other) - MOST_SHAPES} more tensors have other shapes")
+        theirs = self.folder.description.objective or {}
+        outputs = theirs.get("vocabulary") or theirs.get("classes")
+        if outputs and self._has("head") and tuple(outputs) != getattr(self._config.objective, "names", ()):
+            problems.append(f"{where}: its head has other outputs than this run's; leave it out with init.skip=[head]")
         if not any(name.startswith("trunk.blocks.") for name in self._found["model"]):
             problems.append(f"{where}: has none of the shared blocks")
         problems += [f"init.skip: {prefix!r} is no parameter or part of one" for prefix in self._skip if not any(

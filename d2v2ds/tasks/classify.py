@@ -16,6 +16,7 @@ from torch import Tensor
 from d2v2ds.batch import Batch, Labels
 from d2v2ds.bounds import Count, Positive, Share
 from d2v2ds.labels import ClassNumbers, ClassSets, LabelEncoder, Numbers
+from d2v2ds.model.local import normalise_pixels
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.protocol import Losses, Totals
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
@@ -68,6 +69,28 @@ class ClassifyConfig(TaskConfig):
     inputs."""
 
     label_column = "label"
+
+    def check(self, trunk: TrunkConfig) -> list[str]:
+        """Return one message for each contradiction between fields, or with the trunk."""
+        problems = super().check(trunk)
+        network = trunk.modalities.get(self.modality)
+        if network is None:
+            return problems  # `RunConfig.check` reports this
+        is_grid = network.grid_side is not None
+        if isinstance(self.head, PatchHeadConfig) != is_grid:
+            fitting = "patches" if is_grid else "sentence or frames"
+            problems.append(f"head.kind is {self.head.kind!r}, {self.modality} needs {fitting}")
+        if isinstance(self.head, PatchHeadConfig) and self.head.pooling == "cls" and not network.num_extra_tokens:
+            problems.append("head.pooling is 'cls', and the network has no extra token")
+        if self.image_mixing is not None and not (is_grid and self.kind == "one"):
+            problems.append("image_mixing is for images with one class each")
+        if self.waveform_mixing is not None and not (not is_grid and self.kind == "several"):
+            problems.append("waveform_mixing is for recordings with several labels (kind: several)")
+        if self.label_smoothing and self.kind != "one":
+            problems.append(f"label_smoothing is {self.label_smoothing}, it is for one class (kind: one)")
+        if self.per_positive and self.kind != "several":
+            problems.append("per_positive is for several labels (kind: several)")
+        return problems
 
     @property
     def counts_outputs(self) -> bool:
@@ -165,6 +188,11 @@ class Classify(Task[ClassifyConfig]):
         """C."""
         return len(self.config.classes) or self.config.num_outputs
 
+    @property
+    def positive(self) -> int:
+        """Class of two whose F1 is meant: that named 1, else the second."""
+        return self.config.classes.index("1") if "1" in self.config.classes else 1
+
     def new_network(self, activation_checkpointing: bool) -> ClassifyNetwork:
         """Build encoder and head."""
         return ClassifyNetwork(
@@ -207,7 +235,9 @@ class Classify(Task[ClassifyConfig]):
         if config.image_mixing is not None and config.kind == "one":
             mix = draw_image_mix(config.image_mixing, *batch.source.shape[-2:])
             soft = mix_classes(labels, self.num_outputs, config.label_smoothing, mix)
-            return replace(batch, source=mix_images(batch.source, mix), labels=Labels(values=soft))
+            is_raw = batch.source.dtype == torch.uint8  # the local encoder takes floats for normalised pixels
+            pixels = normalise_pixels(batch.source, torch.float32) if is_raw else batch.source
+            return replace(batch, source=mix_images(pixels, mix), labels=Labels(values=soft))
         if config.waveform_mixing is not None:
             waves = draw_waveform_mix(config.waveform_mixing, len(labels))
             soft = mix_labels(labels, waves) if config.waveform_mixing.labels else labels
@@ -246,6 +276,6 @@ class Classify(Task[ClassifyConfig]):
             return {}
         values = {"score/accuracy": 100 * float(totals.statistics["correct"]) / totals.count}
         if "confusion" in totals.statistics:
-            scores = confusion_scores(totals.statistics["confusion"])
+            scores = confusion_scores(totals.statistics["confusion"], self.positive)
             values |= {f"score/{name}": 100 * value for name, value in scores.items()}
         return values

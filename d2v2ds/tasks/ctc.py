@@ -20,13 +20,14 @@ from d2v2ds.objectives.protocol import Losses, Totals
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import TokenHead
 from d2v2ds.tasks.task import Task
-from d2v2ds.tasks.vocabulary import BLANK, UNKNOWN, WORD_END, Vocabulary, count_letters
+from d2v2ds.tasks.vocabulary import BLANK, NO_LETTER, UNKNOWN, WORD_END, Vocabulary, count_letters
 from d2v2ds.tasks.words import edit_counts
 
 UNITS: Mapping[str, str] = {
     "loss/ctc": "-ln p(letters | frames) per utterance; mean over utterances",
     "ctc/loss_per_letter": "the same per letter; mean over letters",
     "ctc/infeasible": "utterances with more letters than frames, which do not train; share",
+    "ctc/unknown": "letters of transcripts that the vocabulary lacks; share",
     "ctc/blank": "frames whose most likely output is blank; share of real frames",
     "ctc/wer": "word error rate of greedy decoding; errors per 100 words of the reference, validation only",
     "ctc/cer": "letter error rate of greedy decoding, word ends included; per 100 letters, validation only",
@@ -118,9 +119,14 @@ def ctc_losses(logits: Tensor, frames: Tensor, letters: Tensor, lengths: Tensor)
     return F.ctc_loss(log_probs, letters, frames, lengths, blank=BLANK, reduction="none", zero_infinity=True)
 
 
+def _inside(letters: Tensor, lengths: Tensor) -> Tensor:
+    """(B, U), (B,) -> (B, U) bool, True for letters that are no padding."""
+    return torch.arange(letters.shape[1], device=letters.device) < lengths[:, None]
+
+
 def needed_frames(letters: Tensor, lengths: Tensor) -> Tensor:
     """(B, U), (B,) -> (B,) least frames for these letters: one each, and a blank between equal neighbours."""
-    inside = torch.arange(1, letters.shape[1], device=letters.device) < lengths[:, None]  # (B, U - 1)
+    inside = _inside(letters, lengths)[:, 1:]
     repeats = ((letters[:, 1:] == letters[:, :-1]) & inside).sum(1)
     return lengths + repeats
 
@@ -166,6 +172,7 @@ class Ctc(Task[CtcConfig]):
         sums = {
             "letters": labels.lengths.sum(),
             "infeasible": (needed_frames(labels.values, labels.lengths) > frames).sum(),
+            "unknown": ((labels.values == UNKNOWN) & _inside(labels.values, labels.lengths)).sum(),
             "blank": ((logits.detach().argmax(-1) == BLANK) & real).sum(),
             "frames": frames.sum(),
         }
@@ -180,9 +187,11 @@ class Ctc(Task[CtcConfig]):
         assert labels.lengths is not None
         found = greedy(logits, frames)
         wanted = [row[:n] for row, n in zip(labels.values.tolist(), labels.lengths.tolist(), strict=True)]
-        vocabulary = self.vocabulary
-        words = [edit_counts(vocabulary.words(a), vocabulary.words(b)) for a, b in zip(wanted, found, strict=True)]
-        letters = [edit_counts(a, b) for a, b in zip(wanted, found, strict=True)]
+        spell = self.vocabulary.words
+        words = [edit_counts(spell(a, NO_LETTER), spell(b)) for a, b in zip(wanted, found, strict=True)]
+        # a letter that the vocabulary lacks cannot be found
+        known = [[-1 if number == UNKNOWN else number for number in row] for row in wanted]
+        letters = [edit_counts(a, b) for a, b in zip(known, found, strict=True)]
         totals = {
             "word_errors": sum(one.errors for one in words),
             "words": sum(one.wanted for one in words),
@@ -197,12 +206,21 @@ class Ctc(Task[CtcConfig]):
         values = {
             "ctc/loss_per_letter": totals.sums["ctc"] / letters,
             "ctc/infeasible": sums["infeasible"] / totals.count,
+            "ctc/unknown": sums["unknown"] / letters,
             "ctc/blank": sums["blank"] / max(sums["frames"], 1.0),
         }
         if "words" in sums:
             values["ctc/wer"] = 100 * sums["word_errors"] / max(sums["words"], 1.0)
             values["ctc/cer"] = 100 * sums["letter_errors"] / letters
         return values
+
+    def check_validation(self) -> None:
+        """Try to count errors.
+
+        Raises:
+            MissingExtraError: rapidfuzz is not installed.
+        """
+        edit_counts([], [])
 
     def selection(self, values: Mapping[str, float]) -> float | None:
         """Return the word error rate."""

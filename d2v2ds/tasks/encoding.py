@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class TaskConfig:
     modality: str
     """Modality of the inputs."""
     outputs: UserPath | None = None
-    """File with the names of the outputs, written by `d2v2ds.outputs`; None: those of the training shards."""
+    """File with the names of the outputs, of `d2v2ds.outputs` or of a run (outputs.json); None: those of the training
+    shards."""
     mask: SpanMaskConfig = SpanMaskConfig()
     """Masks of the inputs in training; none by default."""
     mask_noise_std: PositiveOrZero = 0.01
@@ -87,10 +88,22 @@ class TaskConfig:
                 re.compile(pattern)
             except re.error as error:
                 problems.append(f"freeze: {pattern!r} is no regular expression: {error}")
+        if self.freeze and not problems and not trunk.check() and self.modality in trunk.modalities:
+            with torch.device("meta"):
+                names = [name for name, _ in self.build(trunk, 0).new_network(False).named_parameters()]
+            problems += [
+                f"freeze: no parameter has a name that matches {pattern!r}; there is for example {names[0]}"
+                for pattern in self.freeze
+                if not any(re.fullmatch(pattern, name) for name in names)
+            ]
         for name, spans, limit in (("channels", self.mask.channels, trunk.block.width),):
             if spans is not None and spans.length >= limit:
                 problems.append(f"mask.{name}.length {spans.length} must be below the {limit} {name}")
         return problems
+
+    def build(self, trunk: TrunkConfig, seed: int) -> Any:
+        """Build the objective of a run."""
+        raise NotImplementedError
 
     def scaled(self, ratio: float) -> dict[str, float]:
         """Return nothing: no setting depends on the batch."""

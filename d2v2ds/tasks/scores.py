@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def confusion_scores(confusion: Tensor) -> dict[str, float]:
+def confusion_scores(confusion: Tensor, positive: int = 1) -> dict[str, float]:
     """Compute scores from (C, C) counts: row = right class, column = found class.
 
     Returns:
@@ -18,7 +18,7 @@ def confusion_scores(confusion: Tensor) -> dict[str, float]:
     spread = (total**2 - (wanted**2).sum()) * (total**2 - (found**2).sum())
     return {
         "balanced_accuracy": float((right / wanted.clamp(min=1))[occurs].mean()),
-        "f1": float(f1[1] if len(f1) == 2 else f1[occurs].mean()),
+        "f1": float(f1[positive] if len(f1) == 2 else f1[occurs].mean()),
         "mcc": float(covariance / spread.sqrt()) if spread > 0 else 0.0,
     }
 

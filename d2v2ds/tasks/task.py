@@ -133,6 +133,9 @@ class Task(Generic[Config]):
         """Return nothing."""
         return {}
 
+    def check_validation(self) -> None:
+        """Do nothing: no package is needed."""
+
     def selection(self, values: Mapping[str, float]) -> float | None:
         """Return the validation loss; tasks with a better measure override it."""
         return values.get("valid/loss/total")

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 BLANK, PAD, END, UNKNOWN = range(4)
+NO_LETTER = "\ufffd"
+"""Stands for a letter of a reference that the vocabulary lacks, so that no output equals it."""
 WORD_END = "|"
 """Output behind every word, the last one too."""
 LIBRISPEECH = tuple("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
@@ -33,9 +35,10 @@ class Vocabulary:
         """Convert a transcript: the letters of every word, then a word end. Unknown letters become `UNKNOWN`."""
         return [self._numbers.get(letter, UNKNOWN) for letter in spell(text)]
 
-    def words(self, numbers: Iterable[int]) -> list[str]:
-        """Convert outputs, without blanks and repeats, to words."""
-        kept = (self.symbols[number] for number in numbers if number not in (BLANK, END))
+    def words(self, numbers: Iterable[int], unknown: str = SPECIAL[UNKNOWN]) -> list[str]:
+        """Convert outputs, without blanks and repeats, to words; `unknown` stands for letters without a number."""
+        symbols = [*self.symbols[:UNKNOWN], unknown, *self.symbols[UNKNOWN + 1 :]]
+        kept = (symbols[number] for number in numbers if number not in (BLANK, END))
         return "".join(" " if symbol == WORD_END else symbol for symbol in kept).split()
 
 

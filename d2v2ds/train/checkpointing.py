@@ -30,7 +30,9 @@ from d2v2ds.train.guard import COUNTS, Guard
 logger = logging.getLogger(__name__)
 
 FREE_FIELDS = re.compile(
-    r"(model\.block\.attention_path|objective\.ema\.\w+|objective\.modalities\.\w+\.(mask|loss)\.\w+):"
+    r"(model\.block\.attention_path|objective\.ema\.\w+|objective\.modalities\.\w+\.(mask|loss)\.\w+"
+    r"|objective\.(outputs|mask|mask_noise_std|prenet_layer_drop|drop_path|final_dropout|label_smoothing|image_mixing"
+    r"|waveform_mixing)(\.\w+)*):|model\.modalities\.\w+\.conv_gradient: None -> 1\.0$"
 )
 """Settings that may differ in a resumed run: its weights are valid with any value."""
 MAX_FAILURES = 2

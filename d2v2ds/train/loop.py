@@ -101,6 +101,7 @@ class Trainer:
         self.validation = validation
         self.samples = self._no_samples()
         self._peak_flops: float | None = None
+        self._known_faults: set[str] = set()
         self._part_norms = PartNorms(engine, self._gradient_metric)
 
     def run(self, data: Iterator[StepData]) -> None:
@@ -175,7 +176,9 @@ class Trainer:
             DamagedDataError: too many rows could not be read, or none on some rank.
             SaveError: as `Checkpoints.advance`.
         """
-        faults = [] if data is None else [fault for batch in data.micro for fault in batch.faults]
+        found = [] if data is None else [fault for batch in data.micro for fault in batch.faults]
+        faults = [fault for fault in dict.fromkeys(found) if fault not in self._known_faults]  # a row counts once
+        self._known_faults.update(faults)
         is_needed = self.progress.step < self.config.total_steps
         no_data = isinstance(fetched.error, ShardError) and is_needed
         failed = isinstance(fetched.error, MachineError) and is_needed

@@ -189,7 +189,10 @@ def test_lexicon_is_read_and_the_first_spelling_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("A\tA |\nB\n", r"lexicon\.txt line 2: expected a word and its letters, found 'B'"), ("\n", "found none")],
+    [
+        ("A\tA |\nB\n", r"lexicon\.txt line 2: expected a word and its letters with \| at the end, found 'B'"),
+        ("\n", "found none"),
+    ],
 )
 def test_lexicon_of_another_form_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "lexicon.txt"

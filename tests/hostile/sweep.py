@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from d2v2ds.errors import D2V2Error
+from d2v2ds.io.lock import FolderLock
 
 LIMIT_S = 5
 LIMIT_BYTES = 1 << 30
@@ -271,7 +272,7 @@ class Resuming:
         from d2v2ds.run.pretraining import start
 
         prepared = prepare("audio_tiny", arguments_of(shards, run_dir), world=1)
-        self.checkpoints = start(prepared, "audio_tiny", allow_grown=False)
+        self.checkpoints = start(prepared, "audio_tiny", False, FolderLock(run_dir / "lock"))
 
     def __call__(self, folder: Path) -> str:
         """Resume, and return a digest of weights, moments, average and step."""
@@ -298,7 +299,7 @@ def make_run(shards: Path, run_dir: Path) -> None:
 
     prepared = prepare("audio_tiny", arguments_of(shards, run_dir), world=1)
     with StopRequest() as stop:
-        train(prepared, start(prepared, "audio_tiny", allow_grown=False), stop)
+        train(prepared, start(prepared, "audio_tiny", False, FolderLock(run_dir / "lock")), stop)
 
 
 def sweep_runs(work: Path, each: int | None) -> Outcome:

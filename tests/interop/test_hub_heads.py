@@ -1,6 +1,7 @@
 """Fine-tuned exports with transformers: the logits and losses of our tasks, and pipelines."""
 
 import io
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,3 +168,43 @@ def quiet() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     yield
     transformers.logging.set_verbosity_warning()
+
+
+def test_a_head_that_was_saved_into_the_export_is_the_one_that_loads(exports: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exports["ctc"][0], folder)
+    model = auto("ctc").from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        model.head.proj.bias.fill_(7.0)
+    model.save_pretrained(folder)
+    again = auto("ctc").from_pretrained(folder, trust_remote_code=True)
+    assert (again.head.proj.bias == 7.0).all(), "not that of objective.safetensors, which still lies there"
+
+
+def test_a_missing_head_is_an_error(exports: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exports["ctc"][0], folder)
+    (folder / "objective.safetensors").unlink()
+    with pytest.raises(OSError, match="expected the head in objective.safetensors"):
+        auto("ctc").from_pretrained(folder, trust_remote_code=True)
+
+
+def test_padded_frames_are_blank(exports: dict[str, Any]) -> None:
+    model = auto("ctc").from_pretrained(exports["ctc"][0], trust_remote_code=True).eval()
+    mask = torch.ones(2, 4000, dtype=torch.long)
+    mask[1, 1500:] = 0
+    with torch.no_grad():
+        logits = model(input_values=torch.randn(2, 4000), attention_mask=mask).logits
+    assert (logits[1].argmax(-1)[-5:] == 0).all()
+
+
+def test_a_trainer_takes_a_step(exports: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers trains with it")
+    model = auto("image").from_pretrained(exports["image"][0], trust_remote_code=True)
+    side = exports["image"][1].trunk.modalities["image"].image_size
+    rows = [{"pixel_values": torch.randn(3, side, side), "labels": number % 2} for number in range(4)]
+    options = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    found = transformers.Trainer(model=model, args=options, train_dataset=rows).train()
+    assert found.global_step == 1

@@ -100,6 +100,9 @@ class Plain:
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         return {"output/mean": float(totals.statistics["outputs"]) / totals.count}
 
+    def check_validation(self) -> None:
+        """Do nothing: no package is needed."""
+
     def selection(self, values: Mapping[str, float]) -> float | None:
         return values.get("valid/loss/total")
 

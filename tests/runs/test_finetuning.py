@@ -1,5 +1,6 @@
 """Whole fine-tuning runs: every ZeRO stage, any number of ranks, a frozen phase, stop and resume."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -139,3 +140,27 @@ def test_metrics_and_outputs_are_there(plain: Path) -> None:
     assert {"ctc/blank", "ctc/infeasible", "ctc/loss_per_letter"} <= records[0].keys()
     assert records[0]["ctc/infeasible"] == 0.0
     assert '"n"' in (plain / "outputs.json").read_text()
+
+
+@pytest.mark.parametrize("freeze", [r"trunk\.encoders\..*", r"trunk\.(encoders|blocks\.0)\..*"])
+def test_parts_that_are_never_trained_hold_no_stage_up(folders: tuple[Path, Path], tmp_path: Path, freeze: str) -> None:
+    """ZeRO-3 needs an input with gradient of the first block that trains."""
+    for name, world, stage in (("whole", 1, 0), ("sharded", 2, 3)):
+        finetune(world, folders, tmp_path / name, fp32(stage, tmp_path), f"objective.freeze=['{freeze}']")
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    before, after = weights(tmp_path / "sharded", 3), weights(tmp_path / "sharded", STEPS)
+    fixed = {name for name in before if torch.equal(before[name], after[name])}
+    assert "trunk.encoders.audio.prenet.norm.weight" in fixed
+    assert "trunk.blocks.1.norm1.weight" not in fixed
+    assert ("trunk.blocks.0.norm1.weight" in fixed) == ("blocks" in freeze)
+
+
+def test_a_run_in_bf16_that_stops_inside_the_frozen_phase_goes_on(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    common = ("engine.deepspeed=zero3_bf16", "objective.freeze_steps=4")
+    finetune(2, folders, tmp_path / "whole", *common)
+    finetune(2, folders, tmp_path / "parts", *common)
+    for folder in (tmp_path / "parts" / "checkpoints").glob(f"step{STEPS:08d}"):
+        shutil.rmtree(folder)
+    (tmp_path / "parts" / "checkpoints" / "latest").unlink(missing_ok=True)
+    assert "resumed at step 3" in finetune(2, folders, tmp_path / "parts", *common)
+    assert deterministic(tmp_path / "parts") == deterministic(tmp_path / "whole")

@@ -1,9 +1,12 @@
 """Fine-tuned models of d2v2ds as models of transformers: CTC, and classification of images, recordings and texts."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +30,7 @@ class _WithHead(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["Block", "ModalityEncoder"]
     _keys_to_ignore_on_load_missing = [r"head\..*"]
+    accepts_loss_kwargs = False  # losses are means over inputs, whatever else a Trainer counts
 
     head: nn.Module
 
@@ -38,20 +42,38 @@ class _WithHead(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, then the head; constants stay untrainable."""
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, info = super().from_pretrained(name, *args, **(kwargs | {"output_loading_info": True}))
+        loaded = (model, info) if kwargs.get("output_loading_info") else model
         for constant in model.d2v2ds._constants:
             model.d2v2ds.get_parameter(constant).requires_grad_(False)
-        options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
+        options: dict[str, Any] = {
+            key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs
+        }
+        if _has_head(name, options):  # saved by transformers, with the encoder
+            return loaded
         file = cached_file(name, _HEAD_FILE, _raise_exceptions_for_missing_entries=False, **options)
-        if file is not None:
-            state = {key.removeprefix("head."): value for key, value in load_file(file).items()}
-            like = next(model.head.parameters())
-            model.head.load_state_dict({key: value.to(like.dtype) for key, value in state.items()})
+        if file is None:
+            raise OSError(f"{name}: expected the head in {_HEAD_FILE} or model.safetensors, found it in neither")
+        state = {key.removeprefix("head."): value for key, value in load_file(file).items()}
+        like = next(model.head.parameters())
+        model.head.load_state_dict({key: value.to(like.dtype) for key, value in state.items()})
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         self.d2v2ds._init_weights(module)
+
+
+def _has_head(name: Any, options: dict[str, Any]) -> bool:
+    """Return True if model.safetensors, or the index of its pieces, lists tensors of a head."""
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+        if path is not None and file.endswith(".json"):
+            listed = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+            return any(key.startswith("head.") for key in listed)
+        if path is not None:
+            with safe_open(path, "pt") as tensors:
+                return any(key.startswith("head.") for key in tensors.keys())  # noqa: SIM118
+    return False
 
 
 class D2V2DSForCTC(_WithHead):
@@ -83,6 +105,10 @@ class D2V2DSForCTC(_WithHead):
         """
         found = self.d2v2ds(input_values=input_values, attention_mask=attention_mask, **kwargs)
         logits = self.head(found.last_hidden_state)
+        if found.attention_mask is not None:  # padded frames are blank, as in the official code
+            hidden = found.attention_mask.logical_not()
+            logits = logits.masked_fill(hidden[..., None], torch.finfo(logits.dtype).min)
+            logits[..., 0] = logits[..., 0].masked_fill(hidden, 0)
         loss = None
         if labels is not None:
             real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
@@ -109,6 +135,7 @@ class _Classifier(_WithHead):
         padding = None if found.attention_mask is None else found.attention_mask.logical_not()
         (encoder,) = self.d2v2ds.encoders.values()
         logits = self.head(found.last_hidden_state, encoder.num_extra_tokens, padding)
+        scale = float((self.config.objective or {}).get("scale", 1.0))
         loss = None
         if labels is not None:
             kind = (self.config.objective or {}).get("kind", "one")
@@ -117,8 +144,8 @@ class _Classifier(_WithHead):
             elif kind == "several":
                 loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum") / len(labels)
             else:
-                loss = (logits.float()[:, 0] - labels).square().mean()
-        return loss, logits, found
+                loss = (logits.float()[:, 0] - labels / scale).square().mean()
+        return loss, logits * scale if scale != 1.0 else logits, found
 
 
 class D2V2DSForImageClassification(_Classifier):
