@@ -123,7 +123,10 @@ def batch_of(config: RunConfig, modality: str) -> Batch:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+LARGE = {"multimodal_large", "audio_large", "image_huge14", "image_huge16", "text_large", "text_large_1m"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.run if name in LARGE else ()) for name in NAMES])
 def test_configuration_takes_a_step(name: str) -> None:
     config = load_config(name)
     objective = shallow(config)

@@ -195,6 +195,7 @@ def run_script(tmp_path, body, timeout_s=60):
         return result.returncode, out.read(), err.read()
 
 
+@pytest.mark.run
 def test_workers_do_not_import_the_program_that_starts_them(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -216,6 +217,7 @@ def descendants(process):
     return [*children, *(d for child in children for d in descendants(child))]
 
 
+@pytest.mark.run
 def test_workers_outlive_the_signals_of_a_job(tmp_path):
     """Every process below the training process gets every signal; then it reads on."""
     code, out, err = run_script(
@@ -241,6 +243,7 @@ def test_workers_outlive_the_signals_of_a_job(tmp_path):
     assert (code, out) == (0, "read on\n"), err
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("ending", "expected"),
     [("raise SystemExit(3)", 3), ("next(open_loader(num_workers=1, source=DamagedAudio(40)))", 1)],
@@ -260,6 +263,7 @@ def test_a_program_that_does_not_close_its_loaders_ends(tmp_path, ending, expect
     assert ("does not decode" in err) == (expected == 1)
 
 
+@pytest.mark.run
 def test_workers_end_with_a_killed_training_process(tmp_path):
     code, out, err = run_script(
         tmp_path,

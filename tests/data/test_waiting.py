@@ -119,6 +119,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.run
 @pytest.mark.skipif(not can_mount(), reason="no right to mount a small /dev/shm")
 def test_a_small_dev_shm_changes_no_batch(tmp_path):
     script = tmp_path / "read.py"

@@ -538,6 +538,7 @@ def test_mpi_ranks_write_the_same_bytes_as_one_worker(mixed: Path, tmp_path: Pat
     assert contents(tmp_path / "mpi") == contents(tmp_path / "one")
 
 
+@pytest.mark.run
 @pytest.mark.distributed
 def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in", 200)

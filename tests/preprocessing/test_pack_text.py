@@ -208,6 +208,7 @@ def test_mpi_ranks_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     assert contents(tmp_path / "mpi") == contents(tmp_path / "one")
 
 
+@pytest.mark.run
 @pytest.mark.distributed
 @pytest.mark.parametrize("finished", [1, 9])
 def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path, finished: int) -> None:

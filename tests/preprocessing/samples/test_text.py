@@ -24,6 +24,7 @@ def documents(corpus: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (corpus / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.run
 def test_every_topic_is_in_both_splits_and_no_text_in_both(corpus: Path) -> None:
     train, valid = documents(corpus, "train"), documents(corpus, "valid")
     assert {one["label"] for one in train} == {one["label"] for one in valid} == set(TOPICS)
@@ -34,6 +35,7 @@ def test_every_topic_is_in_both_splits_and_no_text_in_both(corpus: Path) -> None
     assert sum(map(len, texts)) > 1_500_000 and min(len(text.split()) for text in texts) >= MIN_WORDS
 
 
+@pytest.mark.run
 def test_another_process_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     result = run_module("preprocessing.samples.text", "--output", tmp_path / "again")
     assert result.returncode == 0 and "documentation inside Python" in result.stdout
@@ -58,6 +60,7 @@ def test_a_text_that_occurs_twice_is_kept_once(monkeypatch: pytest.MonkeyPatch) 
     assert [(one.id, one.label) for one in collect({"x": ("m",), "y": ("n",)})] == [("m.a", "x")]
 
 
+@pytest.mark.run
 def test_both_ways_of_packing_take_it(corpus: Path, tmp_path: Path) -> None:
     train = ["--input", str(corpus / "train.jsonl"), "--workers", "1", "--block-tokens", "128"]
     assert pack([*train, "--output", str(tmp_path / "train"), "--train-tokenizer", "--vocab-size", "2000"]) == 0
