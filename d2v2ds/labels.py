@@ -1,4 +1,4 @@
-"""What a fine-tuning task asks of packed rows: whole inputs, the annotation that holds the label, its encoding.
+"""Demands of a fine-tuning task on packed rows: whole inputs, the annotation with the label, its encoding.
 
 Encoders are picklable: data workers use them. They need torch, not the network.
 """

@@ -35,7 +35,7 @@ class TaskModel:
     network: TaskNetwork
     """In eval mode, fp32, without gradient, on the CPU."""
     preprocessing: dict[str, Any]
-    """What happens to an input before the network reads it."""
+    """Settings of the preprocessing of an input, by name."""
     origin: dict[str, Any]
     """Where the weights come from."""
     folder: Path | None = None

@@ -103,7 +103,7 @@ class SentenceHead(nn.Module):
         self.proj = nn.Linear(width, num_outputs)
 
     def forward(self, features: Tensor, num_extra: int, padding: Tensor | None) -> Tensor:
-        """As `PatchHead.forward`; `padding` is not read, for the first token is never padding."""
+        """See `PatchHead.forward`; `padding` is not read, for the first token is never padding."""
         first = dropout(features[:, num_extra], self.rate, self.training)
         hidden = torch.tanh(self.dense(first))
         return self.proj(dropout(hidden, self.rate, self.training))

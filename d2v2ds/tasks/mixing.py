@@ -30,7 +30,7 @@ class ImageMixingConfig:
 
 @dataclass(frozen=True)
 class ImageMix:
-    """What is mixed in one batch."""
+    """Draw for one batch of images."""
 
     own: float
     """Share of the image's own label."""
@@ -97,7 +97,7 @@ class WaveformMixingConfig:
 
 @dataclass(frozen=True)
 class WaveformMix:
-    """What is mixed in one batch."""
+    """Draw for one batch of recordings."""
 
     own: float
     """Share of a recording's own samples, before both are scaled to keep the power."""

@@ -1,4 +1,4 @@
-"""What a run survives: kills at every moment, signals, other numbers of ranks, damaged checkpoints, late ranks.
+"""Faults that a run survives: kills at every moment, signals, other numbers of ranks, damaged checkpoints, late ranks.
 
 Each with real processes; the metrics and weights are compared with those of a run that nothing happened to, started by
 the deepspeed launcher. The long half is `slow`; `make faults` runs everything.

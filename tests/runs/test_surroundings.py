@@ -1,4 +1,4 @@
-"""What a run survives around it: full disks, clocks that jump, damaged and growing data, validation, retention.
+"""Surroundings that a run survives: full disks, clocks that jump, damaged and growing data, validation, retention.
 
 As `test_faults.py`, in a file of its own so that both run at the same time.
 """
