@@ -3,7 +3,7 @@
 Encoders are picklable: data workers use them. They need torch, not the network.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,13 @@ class Labelled:
     """D, for masks of channels."""
 
 
+def spell(text: str, word_end: str) -> Iterator[str]:
+    """Yield the letters of a transcript, and `word_end` behind every word."""
+    for word in text.split():
+        yield from word
+        yield word_end
+
+
 @dataclass(frozen=True)
 class Letters:
     """Transcripts as sequences of letters; a `LabelEncoder`."""
@@ -67,7 +74,7 @@ class Letters:
         Raises:
             ValueError: it has no word.
         """
-        letters = [letter for word in text.split() for letter in (*word, self.word_end)]
+        letters = list(spell(text, self.word_end))
         if not letters:
             raise ValueError(f"expected a transcript with a word, found {text!r:.60}")
         return [self.numbers.get(letter, self.unknown) for letter in letters]

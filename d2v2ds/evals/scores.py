@@ -36,10 +36,11 @@ def balanced_accuracy(wanted: Classes, found: Classes) -> float:
     return float(np.mean([np.mean(found[wanted == one] == one) for one in classes]))
 
 
-def top_k(wanted: Classes, scores: Numbers, k: int) -> float:
-    """Share of rows whose class is among the k with the highest scores, (N,), (N, C) -> 0 to 1."""
+def top_k_hits(wanted: Classes, scores: Numbers, k: int) -> NDArray[np.bool_]:
+    """Find the rows whose class is among the k with the highest scores: (N,), (N, C) -> (N,)."""
     best = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
-    return float(np.mean((best == wanted[:, None]).any(1)))
+    hits: NDArray[np.bool_] = (best == wanted[:, None]).any(1)
+    return hits
 
 
 def f1(wanted: Classes, found: Classes, positive: int | None = None) -> float:

@@ -121,7 +121,6 @@ def _network(task: Task[Any], state: dict[str, Tensor], where: str) -> TaskNetwo
     return network.requires_grad_(False).eval()
 
 
-@torch.inference_mode()
 def device_of(name: str | None) -> torch.device:
     """Return a device by name; None: a GPU if there is one."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -4,7 +4,7 @@ Source of the settings: the official examples/data2vec/config/v2, fine-tuning fi
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
@@ -225,8 +225,3 @@ class Ctc(Task[CtcConfig]):
     def selection(self, values: Mapping[str, float]) -> float | None:
         """Return the word error rate."""
         return values.get("valid/ctc/wer")
-
-    def logits_of(self, output: CtcOutput) -> Iterator[Tensor]:
-        """Yield the logits (T, V) of every utterance, real frames only."""
-        for row, count in zip(output["logits"], output["frames"].tolist(), strict=True):
-            yield row[:count]

@@ -25,7 +25,7 @@ class ImageMixingConfig:
     share: Share = 1.0
     """Batches that are mixed."""
     cutmix_share: Share = 0.5
-    """Of these, batches that are mixed by cutmix; not read if only one of the two is on."""
+    """Share of the mixed batches that cutmix mixes; used only if both are on."""
 
 
 @dataclass(frozen=True)

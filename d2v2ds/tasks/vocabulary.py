@@ -6,6 +6,8 @@ The first four numbers are those of the official dictionaries: `<s>`, the blank 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from d2v2ds import labels
+
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 BLANK, PAD, END, UNKNOWN = range(4)
 NO_LETTER = "\ufffd"
@@ -44,9 +46,7 @@ class Vocabulary:
 
 def spell(text: str) -> Iterator[str]:
     """Yield the letters of a transcript with the word ends."""
-    for word in text.split():
-        yield from word
-        yield WORD_END
+    return labels.spell(text, WORD_END)
 
 
 def count_letters(texts: Mapping[str, int]) -> tuple[str, ...]:

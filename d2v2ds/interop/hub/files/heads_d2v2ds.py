@@ -130,7 +130,8 @@ class _Classifier(_WithHead):
         self.head = settings.build(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def _classify(self, labels: Tensor | None, **inputs: Any) -> tuple[Tensor | None, Tensor, Any]:
+    def _classify(self, kind: Any, labels: Tensor | None, return_dict: bool | None, **inputs: Any) -> Any:
+        """Run encoder and head; returns an output of the given kind, or a tuple."""
         found = self.d2v2ds(**inputs, with_extra_tokens=True)
         padding = None if found.attention_mask is None else found.attention_mask.logical_not()
         (encoder,) = self.d2v2ds.encoders.values()
@@ -138,14 +139,16 @@ class _Classifier(_WithHead):
         scale = float((self.config.objective or {}).get("scale", 1.0))
         loss = None
         if labels is not None:
-            kind = (self.config.objective or {}).get("kind", "one")
-            if kind == "one":
+            wanted = (self.config.objective or {}).get("kind", "one")
+            if wanted == "one":
                 loss = F.cross_entropy(logits.float(), labels)
-            elif kind == "several":
+            elif wanted == "several":
                 loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum") / len(labels)
             else:
                 loss = (logits.float()[:, 0] - labels / scale).square().mean()
-        return loss, logits * scale if scale != 1.0 else logits, found
+        scaled = logits * scale if scale != 1.0 else logits
+        output = kind(loss=loss, logits=scaled, hidden_states=found.hidden_states)
+        return output.to_tuple() if return_dict is False else output
 
 
 class D2V2DSForImageClassification(_Classifier):
@@ -159,9 +162,8 @@ class D2V2DSForImageClassification(_Classifier):
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """(B, 3, Y, X) -> `logits` (B, C); `loss` with (B,) labels."""
-        loss, logits, found = self._classify(labels, pixel_values=pixel_values, **kwargs)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
-        return output.to_tuple() if return_dict is False else output
+        inputs = {"pixel_values": pixel_values}
+        return self._classify(ImageClassifierOutput, labels, return_dict, **inputs, **kwargs)
 
 
 class D2V2DSForAudioClassification(_Classifier):
@@ -176,9 +178,8 @@ class D2V2DSForAudioClassification(_Classifier):
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """(B, S) -> `logits` (B, C); `loss` with labels."""
-        loss, logits, found = self._classify(labels, input_values=input_values, attention_mask=attention_mask, **kwargs)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
-        return output.to_tuple() if return_dict is False else output
+        inputs = {"input_values": input_values, "attention_mask": attention_mask}
+        return self._classify(SequenceClassifierOutput, labels, return_dict, **inputs, **kwargs)
 
 
 class D2V2DSForSequenceClassification(_Classifier):
@@ -194,6 +195,5 @@ class D2V2DSForSequenceClassification(_Classifier):
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """(B, S) ids -> `logits` (B, C); `loss` with labels."""
         kwargs.pop("token_type_ids", None)
-        loss, logits, found = self._classify(labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
-        return output.to_tuple() if return_dict is False else output
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._classify(SequenceClassifierOutput, labels, return_dict, **inputs, **kwargs)
