@@ -21,7 +21,16 @@ from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits,
 from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.objectives.flops import step_flops
 from d2v2ds.objectives.loss import LossConfig, channel_moments, cls_loss, regression_loss
-from d2v2ds.objectives.protocol import AveragedNetwork, HealthBounds, HealthLimit, Losses, Totals, Vectors
+from d2v2ds.objectives.protocol import (
+    AveragedNetwork,
+    Course,
+    HealthBounds,
+    HealthLimit,
+    Losses,
+    Symptom,
+    Totals,
+    Vectors,
+)
 from d2v2ds.objectives.targets import TargetConfig
 from d2v2ds.objectives.teacher_network import TeacherNetwork
 from d2v2ds.rng import kept_layers
@@ -333,3 +342,7 @@ class Data2Vec2:
     def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
         """Return the bounds that a collapsed run crosses."""
         return health_limits(bounds)
+
+    def symptoms(self, course: Course) -> list[Symptom]:
+        """Return nothing: the health limits say it."""
+        return []

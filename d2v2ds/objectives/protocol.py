@@ -67,6 +67,33 @@ class HealthLimit:
     """Likely cause, and the setting to change."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """Course of a run since its start, for a diagnosis; metrics are those of the run's records."""
+
+    step: int
+    """Finished steps at the newest record."""
+    values: Mapping[str, float]
+    """Newest record."""
+    first_step: int
+    first: Mapping[str, float]
+    """First record; empty after a resume."""
+    lowest: Mapping[str, float]
+    """Lowest value of every metric in the records before the newest."""
+    lr_share: float
+    """Learning rate over the highest of the schedule."""
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """Sign that a run will not learn what it should."""
+
+    kind: str
+    """Name of the rule; a run reports each once until it has gone."""
+    sentence: str
+    """Value, and the likely cause with what to do."""
+
+
 class HealthBounds(Protocol):
     """Bounds from the configuration, such as `train.guard.HealthConfig`."""
 
@@ -188,3 +215,6 @@ class Objective(Protocol):
 
     def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
         """Return the limits of this objective's health statistics."""
+
+    def symptoms(self, course: Course) -> list[Symptom]:
+        """Diagnose a run from its metrics; empty while nothing is amiss."""

@@ -80,7 +80,12 @@ def start(prepared: Prepared, config_name: str, allow_grown: bool, lock: FolderL
         teacher,
         config.run.dir,
         plans={name: stream.plan for name, stream in streams.items()},
-        guard=Guard(config.health, prepared.objective.health_limits(config.health)),
+        guard=Guard(
+            config.health,
+            prepared.objective.health_limits(config.health),
+            prepared.objective.symptoms,
+            config.lr.peak,
+        ),
         progress=Progress(sampler={name: SamplerState() for name in streams}),
         settings={"model": to_dict(config.model), "objective": to_dict(config.objective)},
         keep=Keep(last=config.run.keep_checkpoints or None, every_steps=config.run.keep_every_steps),

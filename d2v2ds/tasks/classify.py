@@ -18,7 +18,16 @@ from d2v2ds.bounds import Count, Positive, Share
 from d2v2ds.labels import ClassNumbers, ClassSets, LabelEncoder, Numbers
 from d2v2ds.model.local import normalise_pixels
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.objectives.protocol import Losses, Totals
+from d2v2ds.objectives.protocol import Course, Losses, Symptom, Totals
+from d2v2ds.tasks.diagnosis import (
+    INPUT_UNITS,
+    LEAST_WANTED,
+    class_symptoms,
+    input_metrics,
+    input_sums,
+    input_symptoms,
+    loss_symptoms,
+)
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import HeadConfig, PatchHeadConfig
 from d2v2ds.tasks.mixing import (
@@ -35,6 +44,7 @@ from d2v2ds.tasks.scores import confusion_scores, correlation
 from d2v2ds.tasks.task import Task
 
 LossKind = Literal["one", "several", "number"]
+_LOSS_NAMES: Mapping[LossKind, str] = {"one": "cross_entropy", "several": "binary", "number": "square"}
 _CONFUSION_CLASSES = 200
 """Most classes whose confusion is counted in validation."""
 
@@ -171,10 +181,12 @@ class Classify(Task[ClassifyConfig]):
     """`Objective` of classification and regression."""
 
     units: Mapping[str, str] = {
+        **INPUT_UNITS,
         "loss/cross_entropy": "-ln p(class | input); mean over inputs",
         "loss/binary": "binary cross entropy, summed over classes; mean over inputs, or over labels that hold",
         "loss/square": "squared error; mean over inputs",
         "score/accuracy": "inputs whose most likely class is the right one; percent",
+        "score/missed_classes": f"classes of {LEAST_WANTED} inputs or more in the interval that none was taken for",
         "score/balanced_accuracy": "the same by class, mean over classes that occur; percent, validation only",
         "score/f1": "harmonic mean of precision and recall, of class 1 of two, else mean over classes; percent",
         "score/mcc": "Matthews correlation; times 100, validation only",
@@ -219,15 +231,20 @@ class Classify(Task[ClassifyConfig]):
         out: ClassifyOutput = network(batch, self.kept_blocks(step), self.is_frozen(step))
         logits, wanted = out["logits"], batch.required_labels().values
         smoothing = 0.0 if step is None else self.config.label_smoothing
-        kind = self.config.kind
-        if kind == "one":
-            name, each = "cross_entropy", one_class_losses(logits, wanted, smoothing)
-        elif kind == "several":
-            name, each = "binary", several_label_losses(logits, wanted)
+        if self.config.kind == "one":
+            each = one_class_losses(logits, wanted, smoothing)
+        elif self.config.kind == "several":
+            each = several_label_losses(logits, wanted)
         else:
-            name, each = "square", number_losses(logits, wanted)
-        statistics = self._statistics(logits.detach(), hard, step)
-        return Losses(sums={name: each.sum()}, count=count, statistics=statistics, output=out)
+            each = number_losses(logits, wanted)
+        statistics = self._statistics(logits.detach(), hard, step) | input_sums(batch)
+        return Losses(sums={_LOSS_NAMES[self.config.kind]: each.sum()}, count=count, statistics=statistics, output=out)
+
+    def symptoms(self, course: Course) -> list[Symptom]:
+        """Say why an accuracy may stay at chance."""
+        loss, frozen = f"loss/{_LOSS_NAMES[self.config.kind]}", self.config.freeze_steps
+        found = input_symptoms(course) + loss_symptoms(course, loss, frozen_steps=frozen)
+        return found + class_symptoms(course, self.num_outputs)
 
     def mixed(self, batch: Batch) -> Batch:
         """Mix a training batch as the settings say."""
@@ -261,8 +278,9 @@ class Classify(Task[ClassifyConfig]):
         if labels.is_floating_point():
             labels = labels.argmax(1)
         found = logits.argmax(-1)
-        statistics = {"correct": (found == labels).sum().double()}
         size = self.num_outputs
+        by_class = [torch.bincount(which, minlength=size).double() for which in (labels, found)]
+        statistics = {"correct": (found == labels).sum().double(), "by_class": torch.stack(by_class)}
         if step is None and size <= _CONFUSION_CLASSES:
             cells = torch.bincount(labels * size + found, minlength=size * size)
             statistics["confusion"] = cells.view(size, size).double()
@@ -270,11 +288,14 @@ class Classify(Task[ClassifyConfig]):
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Compute scores."""
+        values = input_metrics(totals.statistics)
         if self.config.kind == "number":
-            return {"score/pearson": 100 * correlation(totals.statistics["moments"], totals.count)}
+            return values | {"score/pearson": 100 * correlation(totals.statistics["moments"], totals.count)}
         if self.config.kind == "several":
-            return {}
-        values = {"score/accuracy": 100 * float(totals.statistics["correct"]) / totals.count}
+            return values
+        values |= {"score/accuracy": 100 * float(totals.statistics["correct"]) / totals.count}
+        wanted, found = totals.statistics["by_class"]
+        values["score/missed_classes"] = float(((wanted >= LEAST_WANTED) & (found == 0)).sum())
         if "confusion" in totals.statistics:
             scores = confusion_scores(totals.statistics["confusion"], self.positive)
             values |= {f"score/{name}": 100 * value for name, value in scores.items()}

@@ -3,6 +3,7 @@
 Source of the settings: the official examples/data2vec/config/v2, fine-tuning files of wav2vec_ctc.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from d2v2ds.batch import Batch
 from d2v2ds.bounds import Rate
 from d2v2ds.labels import Letters
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.objectives.protocol import Losses, Totals
+from d2v2ds.objectives.protocol import Course, Losses, Symptom, Totals
+from d2v2ds.tasks.diagnosis import INPUT_UNITS, ctc_symptoms, input_metrics, input_sums, input_symptoms
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import TokenHead
 from d2v2ds.tasks.task import Task
@@ -24,11 +26,13 @@ from d2v2ds.tasks.vocabulary import BLANK, NO_LETTER, UNKNOWN, WORD_END, Vocabul
 from d2v2ds.tasks.words import edit_counts
 
 UNITS: Mapping[str, str] = {
+    **INPUT_UNITS,
     "loss/ctc": "-ln p(letters | frames) per utterance; mean over utterances",
     "ctc/loss_per_letter": "the same per letter; mean over letters",
     "ctc/infeasible": "utterances with more letters than frames, which do not train; share",
     "ctc/unknown": "letters of transcripts that the vocabulary lacks; share",
     "ctc/blank": "frames whose most likely output is blank; share of real frames",
+    "ctc/over_uniform": "loss over that of equally likely outputs in every frame; ratio of means",
     "ctc/wer": "word error rate of greedy decoding; errors per 100 words of the reference, validation only",
     "ctc/cer": "letter error rate of greedy decoding, word ends included; per 100 letters, validation only",
 }
@@ -176,7 +180,7 @@ class Ctc(Task[CtcConfig]):
             "blank": ((logits.detach().argmax(-1) == BLANK) & real).sum(),
             "frames": frames.sum(),
         }
-        statistics = {name: value.double() for name, value in sums.items()}
+        statistics = {name: value.double() for name, value in sums.items()} | input_sums(batch)
         if step is None:
             statistics |= self._errors(logits, frames, batch)
         return Losses(sums={"ctc": each.sum()}, count=len(each), statistics=statistics, output=out)
@@ -201,18 +205,23 @@ class Ctc(Task[CtcConfig]):
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Compute shares and error rates."""
-        sums = {name: float(value) for name, value in totals.statistics.items()}
+        sums = {name: float(value) for name, value in totals.statistics.items() if value.dim() == 0}
         letters = max(sums["letters"], 1.0)
         values = {
             "ctc/loss_per_letter": totals.sums["ctc"] / letters,
             "ctc/infeasible": sums["infeasible"] / totals.count,
             "ctc/unknown": sums["unknown"] / letters,
             "ctc/blank": sums["blank"] / max(sums["frames"], 1.0),
-        }
+            "ctc/over_uniform": totals.sums["ctc"] / (max(sums["frames"], 1.0) * math.log(len(self.vocabulary))),
+        } | input_metrics(totals.statistics)
         if "words" in sums:
             values["ctc/wer"] = 100 * sums["word_errors"] / max(sums["words"], 1.0)
             values["ctc/cer"] = 100 * sums["letter_errors"] / letters
         return values
+
+    def symptoms(self, course: Course) -> list[Symptom]:
+        """Say why a word error rate may stay at 100 %."""
+        return input_symptoms(course) + ctc_symptoms(course, len(self.vocabulary), self.config.freeze_steps)
 
     def check_validation(self) -> None:
         """Try to count errors.

@@ -14,7 +14,7 @@ from d2v2ds.model.flops import block_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.network import NetworkSettings
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.objectives.protocol import AveragedNetwork, HealthBounds, HealthLimit, Losses, Vectors
+from d2v2ds.objectives.protocol import AveragedNetwork, Course, HealthBounds, HealthLimit, Losses, Symptom, Vectors
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork, draw_kept_blocks
 
 Config = TypeVar("Config", bound=TaskConfig)
@@ -150,6 +150,10 @@ class Task(Generic[Config]):
 
     def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
         """Return nothing."""
+        return []
+
+    def symptoms(self, course: Course) -> list[Symptom]:
+        """Return nothing; tasks with a diagnosis override it."""
         return []
 
 

@@ -1,13 +1,14 @@
-"""Checks on a running job: steps that are not finite, rows that cannot be read, and collapse."""
+"""Checks on a running job: steps that are not finite, rows that cannot be read, collapse, and a diagnosis."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from d2v2ds.bounds import Bounds, Count, CountOrZero, PositiveOrZero
 from d2v2ds.errors import CollapseError, DamagedDataError, NonFiniteError
-from d2v2ds.objectives.protocol import HealthLimit
+from d2v2ds.objectives.protocol import Course, HealthLimit, Symptom
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class HealthConfig:
     min_std: PositiveOrZero = 0.05
     """Floor of the standard deviation of targets and predictions (the official code stops at 0.1 and 0.01)."""
     warm_up_steps: CountOrZero = 100
-    """Optimizer steps before the first check for collapse."""
+    """Optimizer steps before the first check for collapse, and before the first diagnosis of a fine-tuning run."""
     stop_on_collapse: bool = False
     """Raise `CollapseError` instead of warning."""
     late_factor: Annotated[float, Bounds(ge=1)] = 10.0
@@ -44,13 +45,25 @@ class HealthConfig:
 class Guard:
     """Counts bad steps and detects collapse. Every rank passes it the same numbers, so all ranks decide alike."""
 
-    def __init__(self, config: HealthConfig, limits: Sequence[HealthLimit]) -> None:
+    def __init__(
+        self,
+        config: HealthConfig,
+        limits: Sequence[HealthLimit],
+        symptoms: Callable[[Course], list[Symptom]] = lambda course: [],
+        lr_peak: float = math.inf,
+    ) -> None:
         """
         Args:
             config: limits of the run.
             limits: bounds of the objective's health statistics.
+            symptoms: the objective's diagnosis.
+            lr_peak: highest learning rate of the run.
         """
         self.config, self._limits = config, limits
+        self._symptoms, self._lr_peak = symptoms, lr_peak
+        self._first: tuple[int, Mapping[str, float]] | None = None
+        self._lowest: dict[str, float] = {}
+        self._reported: set[str] = set()
         self.nonfinite_in_a_row = 0
         self.nonfinite_total = 0
         self.damaged_rows = 0
@@ -127,6 +140,38 @@ class Guard:
         if alarms and self.config.stop_on_collapse:
             raise CollapseError(f"step {step}: " + "; ".join(alarms))
         return alarms
+
+    def diagnose(self, step: int, values: Mapping[str, float]) -> list[str]:
+        """Note a record, and warn of each symptom that is new since the record before.
+
+        Args:
+            step: of the record.
+            values: metrics by name.
+
+        Returns:
+            The sentences.
+        """
+        if self._first is None:  # a run that resumes later has not seen its first losses
+            self._first = step, values if step <= self.config.warm_up_steps else {}
+        first_step, first = self._first
+        course = Course(
+            step=step,
+            values=values,
+            first_step=first_step,
+            first=first,
+            lowest=dict(self._lowest),
+            lr_share=values.get("optim/lr", 0.0) / (self._lr_peak or math.inf),
+        )
+        for name, value in values.items():
+            self._lowest[name] = min(value, self._lowest.get(name, value))
+        if step < self.config.warm_up_steps:
+            return []
+        found = {symptom.kind: symptom.sentence for symptom in self._symptoms(course)}
+        new = [sentence for kind, sentence in found.items() if kind not in self._reported]
+        self._reported = set(found)
+        for sentence in new:
+            logger.warning("step %d: diagnosis: %s", step, sentence)
+        return new
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts, for a checkpoint."""

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk, TrunkConfig
-from d2v2ds.objectives.protocol import AveragedNetwork, HealthBounds, HealthLimit, Losses, Totals, Vectors
+from d2v2ds.objectives.protocol import (
+    AveragedNetwork,
+    Course,
+    HealthBounds,
+    HealthLimit,
+    Losses,
+    Symptom,
+    Totals,
+    Vectors,
+)
 
 WANTED = 3.0
 """What every input is to be mapped to."""
@@ -111,6 +120,10 @@ class Plain:
 
     def held_out_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
         yield from ()
+
+    def symptoms(self, course: Course) -> list[Symptom]:
+        """Return nothing."""
+        return []
 
     def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
         return []
