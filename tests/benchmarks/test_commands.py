@@ -16,6 +16,10 @@ COMMANDS = {
     "downloading": ("--mib 1 --rounds 1", ["curl, then sha256", "download"]),
     "ema": ("--million 13", ["share", "goal 80 %"]),
     "extracting": ("--configs audio_tiny image_tiny --inputs 3 --repeats 1", ["audio_tiny", "image_tiny"]),
+    "finetuning": (
+        "--step finetune/ctc_tiny --evaluate finetune/ctc_tiny --seconds 2 --utterances 4 --repeats 1",
+        ["step", "evaluation", "greedy", "beam"],
+    ),
     "onnx_speed": ("--config image_tiny --batch 1", ["int8"]),
     "packing": ("--hours 0.02 --rounds 1", ["bare soundfile decode", "1 worker / bare decode", "2 workers / 1 worker"]),
     "packing_images": ("--images 6 --rounds 1", ["copy into one file", "packing, 2 workers", "decode / 1 worker"]),
