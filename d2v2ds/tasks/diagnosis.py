@@ -26,6 +26,8 @@ USUAL_LR = 1e-5, 1e-3
 """Learning rates of the published fine-tuning runs."""
 RISE = 0.25
 """Fraction of what the loss had fallen that it may rise again."""
+NOISE = 0.05
+"""Fraction of the first loss by which records differ by chance."""
 FALL = 0.02
 """Fraction of the first loss that it must have fallen."""
 LEAST_WANTED = 20
@@ -79,7 +81,7 @@ def loss_symptoms(course: Course, name: str, *, frozen_steps: int) -> list[Sympt
     if now is None or first is None or lowest is None:
         return []
     lr = course.values.get("optim/lr", 0.0)
-    if now - lowest > RISE * max(first - lowest, FALL * abs(first)):
+    if now - lowest > max(RISE * (first - lowest), NOISE * abs(first)):
         return [
             Symptom(
                 "rise",

@@ -64,6 +64,7 @@ class Guard:
         self._first: tuple[int, Mapping[str, float]] | None = None
         self._lowest: dict[str, float] = {}
         self._reported: set[str] = set()
+        self._is_resumed = False
         self.nonfinite_in_a_row = 0
         self.nonfinite_total = 0
         self.damaged_rows = 0
@@ -151,8 +152,8 @@ class Guard:
         Returns:
             The sentences.
         """
-        if self._first is None:  # a run that resumes later has not seen its first losses
-            self._first = step, values if step <= self.config.warm_up_steps else {}
+        if self._first is None:
+            self._first = step, {} if self._is_resumed else values
         first_step, first = self._first
         course = Course(
             step=step,
@@ -178,7 +179,8 @@ class Guard:
         return {name: getattr(self, name) for name in COUNTS}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Set the counts from `state_dict`."""
+        """Set the counts from `state_dict`, and forget what a diagnosis compares with."""
+        self._first, self._lowest, self._is_resumed = None, {}, True
         for name in COUNTS:
             setattr(self, name, state[name])
 

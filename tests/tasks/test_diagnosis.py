@@ -97,7 +97,10 @@ def test_a_loss_that_rises_again_names_the_learning_rate() -> None:
 
 
 def test_noise_of_a_small_loss_is_no_rise() -> None:
-    at = course(values={"ctc/loss_per_letter": 0.05}, lowest={"ctc/loss_per_letter": 0.01})
+    at = course(values={"ctc/loss_per_letter": 0.14}, lowest={"ctc/loss_per_letter": 0.01})
+    assert loss_symptoms(at, "ctc/loss_per_letter", frozen_steps=0) == []
+    first, now = {"ctc/loss_per_letter": 2.1}, {"ctc/loss_per_letter": 2.05}
+    at = replace(course(values=now, lowest={"ctc/loss_per_letter": 2.0}), first=first)
     assert loss_symptoms(at, "ctc/loss_per_letter", frozen_steps=0) == []
 
 
@@ -139,4 +142,7 @@ def test_a_symptom_is_reported_once_and_again_when_it_returns() -> None:
 
 def test_a_resumed_run_is_not_called_stuck() -> None:
     guard = Guard(HealthConfig(), [], lambda at: ctc_symptoms(at, 32, 0), lr_peak=0.0)
-    assert [guard.diagnose(step, HEALTHY) for step in (5000, 5100, 5200)] == [[], [], []]
+    guard.load_state_dict({"nonfinite_in_a_row": 0, "nonfinite_total": 0, "damaged_rows": 0})
+    assert [guard.diagnose(step, HEALTHY) for step in (50, 100, 200)] == [[], [], []]
+    fresh = Guard(guard.config, [], lambda at: ctc_symptoms(at, 32, 0), lr_peak=0.0)
+    assert [len(fresh.diagnose(step, HEALTHY)) for step in (50, 100, 200)] == [0, 0, 0], "a rate of 0 is no warm-up"
