@@ -4,8 +4,10 @@
 
 Without --data a small corpus is made that needs no network: voices spoken by espeak-ng, digits of scikit-learn laid
 over its photographs, the documentation of Python's standard library; with it, your own recordings, pictures or texts
-are used. Then: pack, pretrain a tiny configuration under the deepspeed launcher with ZeRO-3, draw the curves, and probe
-what was learned where labels exist. Every step is the command a user would type, and is printed before it runs.
+are used.
+Then: pack, pretrain a tiny configuration under the deepspeed launcher with ZeRO-3, draw the curves, probe what was
+learned where labels exist, and fine-tune it beside random weights for a word error rate or an accuracy. Every step is
+the command a user would type, and is printed before it runs.
 """
 
 import argparse
@@ -24,12 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--modality", choices=[*(one.name for one in SHIPPED), "joint"], default="audio")
     parser.add_argument("--data", type=Path, help="your own data, as the packer takes it; a sample if not given")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--fine-tuning-steps", type=int, default=60, metavar="N", help="0 leaves it out (60)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for d2v2ds.pretrain")
     options = parser.parse_args(arguments)
     if options.modality == "joint" and options.data is not None:
         parser.error("--data is of one modality; for a joint run on your own data pack each and start d2v2ds.pretrain")
     try:
-        demo(options.runs, options.modality, options.data, options.ranks, options.overrides)
+        demo(options.runs, options.modality, options.data, options.ranks, options.overrides, options.fine_tuning_steps)
     except StepFailedError as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1

@@ -28,6 +28,24 @@ def python(module: str, *arguments: str) -> None:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """A task for the pretrained network and for its random start."""
+
+    config: str
+    """Configuration of `d2v2ds.finetune`."""
+    train: Path
+    """Labelled shards to learn from."""
+    valid: Path
+    """Labelled shards to score."""
+    score: tuple[str, str]
+    """Keys of the score in evaluation.json."""
+    says: str
+    """The score in words."""
+    overrides: tuple[str, ...] = ()
+    """Settings that they need."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Packed data of one modality."""
 
@@ -37,6 +55,8 @@ class Prepared:
     """Settings that they need."""
     probe: tuple[str, ...] | None = None
     """Arguments of `d2v2ds.probe`; None without labels."""
+    fine_tuning: FineTuning | None = None
+    """None without labels."""
 
 
 def pack(kind: str, source: Path, output: Path, *arguments: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from d2v2ds import FeatureExtractor
@@ -272,6 +273,26 @@ def test_demo_goes_from_recordings_to_a_verdict(shards: Path, tmp_path: Path) ->
     assert stopped.returncode == 1
     assert "run.no_such_setting: unknown key" in stopped.stderr
     assert {index: index.stat().st_mtime_ns for index in packed} == packed, "the second time the packing is kept"
+
+
+@pytest.mark.run
+def test_demo_of_classes_ends_with_an_accuracy_of_both_starts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for part, name, count in (("train", "a", 8), ("train", "b", 8), ("valid", "a", 4), ("valid", "b", 4)):
+        (tmp_path / "pictures" / part / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / part / name / f"{number}.png")
+    short = ["run.total_steps=2", "run.save_every_steps=2", "lr.warmup_steps=1", "objective.ema.anneal_steps=2"]
+    arguments = ["--modality", "image", "--data", str(tmp_path / "pictures"), "--fine-tuning-steps", "2", "--", *short]
+    done = demo("--runs", str(tmp_path / "demo"), *arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = done.stdout.splitlines()[-5:]
+    (last,) = [line for line in done.stdout.splitlines() if line.startswith("accuracy (%) on held-out pictures: ")]
+    assert " pretrained, " in last and last.endswith(" random, after 2 steps each"), said
+    runs = [tmp_path / "demo" / f"finetune-{name}" for name in ("pretrained", "random")]
+    starts = ["init.weights" in (run / "log.txt").read_text() for run in runs]
+    assert starts == [True, False]
 
 
 @pytest.mark.run

@@ -1,5 +1,6 @@
 """The job scripts on a real controller with two nodes: the whole chain, arrays, and jobs that must stop."""
 
+import json
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ from d2v2ds.interop.export_folder import ModelFolder
 from tests.preprocessing.helpers import contents
 from tests.runs.launching import deterministic, records
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import STEPS, TWO_NODES, assert_same_run, attempts, pretrain
+from tests.slurm.jobs import STEPS, TWO_NODES, assert_same_run, attempts, fine_tune, pretrain, with_transcripts
 
 pytestmark = pytest.mark.run
 ROOT = Path(__file__).parents[2]
@@ -29,12 +30,16 @@ def test_every_script_can_be_placed_unmodified(cluster: Cluster) -> None:
 def test_packed_pretrained_warned_requeued_finished_and_exported(
     cluster: Cluster, shards: Path, unbroken: Path
 ) -> None:
-    """The chain of README: each job waits for the one before; the middle one is warned while it runs."""
+    """The chain of README: each job waits for the one before; the second one is warned while it runs."""
     packed, run_dir, model = (cluster.jobs / name for name in ("packed", "run", "model"))
     source = ["--input", str(shards.parent / "manifest.tsv"), "--output", str(packed), "--shard-bytes", "128K"]
     prepare = cluster.submit(*TWO_NODES, "slurm/preprocess_audio.sh", *source)
     train = pretrain(cluster, packed, run_dir, f"--dependency=afterok:{prepare}")
     export = cluster.submit(f"--dependency=afterok:{train}", "slurm/export.sh", str(run_dir), "--to", str(model))
+    tuned, labelled = cluster.jobs / "tuned", with_transcripts(shards.parent, cluster.jobs)
+    tune = fine_tune(cluster, labelled, model, tuned, f"--dependency=afterok:{export}")
+    words = [str(tuned), "--shards", str(labelled), "--draws", "20"]
+    score = cluster.submit(f"--dependency=afterok:{tune}", "slurm/evaluate.sh", *words)
 
     assert cluster.finished(prepare)["JobState"] == "COMPLETED", cluster.output(prepare)
     assert cluster.job(prepare)["NodeList"] == "a[1-2]"
@@ -61,6 +66,13 @@ def test_packed_pretrained_warned_requeued_finished_and_exported(
 
     assert cluster.finished(export)["JobState"] == "COMPLETED", cluster.output(export)
     assert ModelFolder(model).description.origin["step"] == STEPS
+
+    assert cluster.finished(tune)["JobState"] == "COMPLETED", cluster.output(tune)
+    assert f"weights of {model}" in next((tuned / "logs").iterdir()).read_text()
+    assert [(one["job"], one["code"]) for one in attempts(tuned)] == [(tune, 0)]
+    assert cluster.finished(score)["JobState"] == "COMPLETED", cluster.output(score)
+    found = json.loads((tuned / "evaluation" / "evaluation.json").read_text())
+    assert found["rows"] == 40 and found["greedy"]["wer"]["wanted"] == 60
 
 
 def test_array_packs_in_parts_and_the_job_after_it_writes_the_index(cluster: Cluster, shards: Path) -> None:

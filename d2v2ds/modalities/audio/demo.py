@@ -1,9 +1,10 @@
 """Recordings for the demonstration."""
 
+import csv
 from pathlib import Path
 
 from d2v2ds.modalities.audio.shards import AudioShards
-from d2v2ds.modalities.demo import Prepared, key_of, pack, python
+from d2v2ds.modalities.demo import FineTuning, Prepared, key_of, pack, python
 
 
 def joins_clips(shards: AudioShards) -> bool:
@@ -14,17 +15,43 @@ def joins_clips(shards: AudioShards) -> bool:
 
 PACKING_AUDIO = ("--resample", "--min-seconds", "0.1", "--max-seconds", "20")
 JOINING = ("--join-seconds", "3", "6")
+RECOGNISING = (
+    "data.audio.max_seconds=8",
+    "data.audio.global_batch_seconds=32",
+    "data.audio.micro_batch_seconds=16",
+    "objective.mask={}",
+    "lr.peak=1e-3",
+)
 
 
 def prepare(runs: Path, data: Path | None) -> Prepared:
     """Recordings: joined for pretraining where they are short, single for the probe."""
+    task = None
     if data is None:
         python("preprocessing.samples.speech", "--output", str(runs / "corpus"))
         data = runs / "corpus" / "manifest.tsv"
+        task = recognise_digits(runs, data)
     clips = train = pack("audio", data, runs / f"clips-{key_of(data)}", *PACKING_AUDIO)
     shards = AudioShards(clips)
     if joins_clips(shards):
         train = pack("audio", data, runs / f"joined-{key_of(data)}", *PACKING_AUDIO, *JOINING)
     rows = [shards.read_labels(i) for i in range(len(shards))]
     labelled = len({row.speaker for row in rows if row.label and row.speaker}) > 1
-    return Prepared(train, (), ("--shards", str(clips), "--leave-out", "speaker") if labelled else None)
+    return Prepared(train, (), ("--shards", str(clips), "--leave-out", "speaker") if labelled else None, task)
+
+
+def recognise_digits(runs: Path, manifest: Path) -> FineTuning:
+    """Strings of digits of the sample corpus, two of its voices left out."""
+    with manifest.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["label"]]
+    held_out = set(sorted({row["speaker"] for row in rows})[-2:])
+    packed = {}
+    for name, is_held_out in (("train", False), ("valid", True)):
+        path = manifest.with_name(f"digits-{name}.tsv")
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in rows if (row["speaker"] in held_out) == is_held_out)
+        packed[name] = pack("audio", path, runs / f"digits-{name}", *PACKING_AUDIO, *JOINING)
+    says = f"word error rate (%) of strings of digits by {' and '.join(sorted(held_out))}, who were left out"
+    return FineTuning("finetune/ctc_tiny", packed["train"], packed["valid"], ("greedy", "wer"), says, RECOGNISING)
