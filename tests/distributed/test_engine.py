@@ -274,6 +274,23 @@ def test_skipped_block_has_zero_gradient_that_step(findings: dict, stage: int | 
     assert max(seen["gaps"]) < 1e-5, seen["gaps"]
 
 
+def decay_of_a_skipped_block() -> float:
+    """What weight decay leaves of a block that no micro-batch of the step ran, over what it was."""
+    engine = sgd_engine(0, "fp32", accumulation=1)
+    for group in engine.optimizer.param_groups:
+        group["weight_decay"] = 0.1
+    weight = next(p for name, p in engine.module.named_parameters() if name.startswith("blocks.1."))
+    before = weight.detach().clone()
+    engine.module.skipped = (1,)
+    toy.backward(engine, *toy.micro_batch(0, 0, 0), 16)
+    assert optimizer_step(engine).applied
+    return float((weight.detach() / before).mean())
+
+
+def test_one_rank_at_stage_0_updates_a_skipped_block_as_several_do() -> None:
+    assert run_distributed(decay_of_a_skipped_block, 1, timeout_s=60) == [pytest.approx(1 - 0.1 * LR)]
+
+
 def test_activation_checkpointing_under_stage_3_changes_nothing(findings: dict) -> None:
     assert findings["recomputation"] == [True, True]
 
