@@ -24,6 +24,7 @@ class Stream(IntEnum):
     AUGMENT = 5
     MIXTURE = 6
     CHANNELS = 7
+    OPERATIONS = 8
 
 
 def hash64(*parts: ArrayLike) -> NDArray[np.uint64]:

@@ -7,6 +7,7 @@ memory. One process, one thread, processor time. Micro-batches of 16 images are 
 turn, so that they share the machine's moods; of each the fastest of the repeats counts. All ways cut the same crops,
 which only ours have to draw:
 
+shard to batch, RandAugment   Ours with the published RandAugment of fine-tuning: the difference is its price.
 bare decode + crop            Pillow decodes, at the reduced scale that the crop allows, and crops. Nothing is resized.
 bare decode + crop + resize   The same, and Pillow resizes the crop (bicubic). No flip, no tensor.
 without draft                 Pillow decodes at full scale, crops, resizes, flips; NumPy and torch make the batch.
@@ -17,6 +18,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from d2v2ds.data.collate import Collator
 from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import MicroBatch
 from d2v2ds.masking import MaskConfig
+from d2v2ds.modalities.image.rand_augment import RandAugmentConfig
 from d2v2ds.modalities.image.reader import ImageDataConfig, ImageReader, augmentation_numbers, draw_crops
 from d2v2ds.modalities.image.shards import ImageShards
 from tests.data.fake_images import FakeImages, encode, photo
@@ -37,6 +40,7 @@ MASK = MaskConfig(masked_fraction=0.8, adjust=0.07, block_length=3, num_masks=16
 PHOTOS = ((500, 375), (800, 600), (1600, 1200))
 BICUBIC = Image.Resampling.BICUBIC
 OURS, BARE, FULL = "shard to batch", "bare decode + crop", "without draft"
+AUGMENTED = "shard to batch, RandAugment"
 
 Corners = tuple[int, int, int, int]
 
@@ -70,9 +74,12 @@ def measure(name: str, source: ImageShards, num_images: int, repeats: int) -> No
     """Print the table of one set of images."""
     config = ImageDataConfig(shards=Path(), global_batch_images=1, micro_batch_images=1)
     reader = ImageReader(JoinedShards([source]), config, Network(), MASK)
+    augmented = replace(config, rand_augment=RandAugmentConfig())
+    augmenting = ImageReader(JoinedShards([source]), augmented, Network(), MASK)
     collator = Collator(reader=reader, seed=0)
     ways: dict[str, Callable[[MicroBatch, list[Corners], list[bool]], object]] = {
         OURS: lambda micro, boxes, flips: reader.read(micro, 0),
+        AUGMENTED: lambda micro, boxes, flips: augmenting.read(micro, 0),
         "shard to batch with masks": lambda micro, boxes, flips: collator(micro),
         BARE: lambda micro, boxes, flips: [bare(source, *one) for one in zip(micro.rows, boxes, strict=True)],
         "bare decode + crop + resize": lambda micro, boxes, flips: [
@@ -96,6 +103,10 @@ def measure(name: str, source: ImageShards, num_images: int, repeats: int) -> No
         ratio = taken / seconds[OURS]
         goal = f", goal {goals[way]}: {'reached' if ratio >= goals[way] else 'MISSED'}" if way in goals else ""
         sys.stdout.write(f"  {way:<28} {len(rows) / taken:>7,.0f} images/s   ours is {ratio:.2f} x as fast{goal}\n")
+    price = 1000 * (seconds[AUGMENTED] - seconds[OURS]) / len(rows)
+    sys.stdout.write(
+        f"  RandAugment takes {price:.2f} ms an image, {price * len(rows) / 1000 / seconds[OURS]:.0%} of reading it\n"
+    )
 
 
 def fastest(

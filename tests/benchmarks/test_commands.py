@@ -29,7 +29,10 @@ COMMANDS = {
         "--clips 7 --repeats 1 --steps 3",
         ["pcm16: shard to batch with masks", "flac: soundfile decoding", "masks: 96 rows"],
     ),
-    "reading_images": ("--images 2 --repeats 1", ["500 x 375", "bare decode + crop", "without draft"]),
+    "reading_images": (
+        "--images 2 --repeats 1",
+        ["500 x 375", "bare decode + crop", "without draft", "RandAugment takes"],
+    ),
     "reading_text": ("--rows 64 --rounds 1", ["np.copyto, cached", "TextReader.read"]),
     "zero": ("--config audio_tiny --seconds 1 --steps 1 --stages zero3_bf16", ["zero3_bf16"]),
 }

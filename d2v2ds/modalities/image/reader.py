@@ -2,7 +2,8 @@
 
 In: encoded image files in the shard. Out: uint8 (B, 3, Y, X), random resized crops, flipped by chance; the model
 normalises them on its device. The augmentation is that of the official recipe: a crop of 0.2 to 1 of the
-area, its sides in a ratio of 3/4 to 4/3, resized with bicubic interpolation, and mirrored half of the time.
+area, its sides in a ratio of 3/4 to 4/3, resized with bicubic interpolation, and mirrored half of the time. In
+fine-tuning RandAugment follows, on the crop.
 
 A crop is chosen in the image as it is displayed and cut from the image as it is stored; only the small result is
 turned upright. Where a JPEG is decoded at a reduced scale, the edges of the crop move to the nearest whole pixel of
@@ -26,6 +27,7 @@ from d2v2ds.data.reader import DataSettings, Examples, Reader, Unit, mask_faults
 from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.network import ImageNetwork
+from d2v2ds.modalities.image.rand_augment import RandAugmentConfig, draw_operations
 from d2v2ds.modalities.image.shards import EncodedImage, ImageShards
 from d2v2ds.rng import Stream, hash64, to_unit_interval
 from d2v2ds.shapes import resized_side
@@ -57,6 +59,8 @@ class ImageDataConfig(DataSettings):
     """Smallest and largest width of a crop in units of its height; uniform in the logarithm."""
     flip_probability: Share = 0.5
     """Probability of mirroring left and right (fraction)."""
+    rand_augment: RandAugmentConfig | None = None
+    """RandAugment of the crops; None for none, as in pretraining."""
 
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Images of one optimizer step, and their side in pixels."""
@@ -136,6 +140,7 @@ class ImageReader(Reader[ImageShards]):
     def read(self, micro: MicroBatch, seed: int) -> Examples:
         """Images (B, 3, Y, X) uint8, Y = X = `micro.size`, in memory channels last, as they are decoded and resized."""
         from d2v2ds.data.codecs.pixels import displayed
+        from d2v2ds.modalities.image.operations import operate
 
         rows, config, side = micro.rows.tolist(), self.config, micro.size
         if not self.augments:
@@ -158,6 +163,10 @@ class ImageReader(Reader[ImageShards]):
                 out[0].permute(1, 2, 0).numpy()[:] = displayed(resize(part, side, side), image.orientation)
             if flip:
                 out.copy_(out.flip(3))  # twice as fast as NumPy's copy of a reversed view
+        if config.rand_augment is not None:
+            drawn = draw_operations(config.rand_augment, seed=seed, epoch=micro.epoch, rows=micro.rows)
+            for out, operations in zip(outputs, drawn, strict=True):
+                operate(out[0].permute(1, 2, 0).numpy(), operations)
         return Examples(source)
 
     def read_whole(self, row: int) -> Tensor:
