@@ -29,6 +29,7 @@ from d2v2ds.tasks.diagnosis import (
     loss_symptoms,
 )
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
+from d2v2ds.tasks.erasing import ErasingConfig, erase
 from d2v2ds.tasks.heads import HeadConfig, PatchHeadConfig
 from d2v2ds.tasks.mixing import (
     ImageMixingConfig,
@@ -70,6 +71,8 @@ class ClassifyConfig(TaskConfig):
     """Largest wanted number: the network learns the numbers over it (5 for STS-B)."""
     label_smoothing: Share = 0.0
     """Share of a label that is spread evenly over all classes in training."""
+    erasing: ErasingConfig | None = None
+    """Random erasing of images, before they are mixed; None for none."""
     image_mixing: ImageMixingConfig | None = None
     """Mixup and cutmix of images; None for none."""
     waveform_mixing: WaveformMixingConfig | None = None
@@ -92,6 +95,8 @@ class ClassifyConfig(TaskConfig):
             problems.append(f"head.kind is {self.head.kind!r}, {self.modality} needs {fitting}")
         if isinstance(self.head, PatchHeadConfig) and self.head.pooling == "cls" and not network.num_extra_tokens:
             problems.append("head.pooling is 'cls', and the network has no extra token")
+        if self.erasing is not None:
+            problems += self.erasing.check() if is_grid else ["erasing is for images"]
         if self.image_mixing is not None and not (is_grid and self.kind == "one"):
             problems.append("image_mixing is for images with one class each")
         if self.waveform_mixing is not None and not (not is_grid and self.kind == "several"):
@@ -177,6 +182,11 @@ def number_losses(logits: Tensor, wanted: Tensor) -> Tensor:
     return (logits.float()[:, 0] - wanted).square()
 
 
+def _normalised(images: Tensor) -> Tensor:
+    """Normalise raw pixels; floats are normalised already, as the local encoder takes them."""
+    return normalise_pixels(images, torch.float32) if images.dtype == torch.uint8 else images
+
+
 class Classify(Task[ClassifyConfig]):
     """`Objective` of classification and regression."""
 
@@ -224,10 +234,10 @@ class Classify(Task[ClassifyConfig]):
         return float(batch.required_labels().values.sum()) if self.config.per_positive else len(batch.ids)
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
-        """Mix a training batch, run it, and score it."""
+        """Erase and mix a training batch, run it, and score it."""
         hard, count = batch.required_labels().values, self.count(batch)
         if step is not None:
-            batch = self.mixed(batch)
+            batch = self.mixed(self.erased(batch))
         out: ClassifyOutput = network(batch, self.kept_blocks(step), self.is_frozen(step))
         logits, wanted = out["logits"], batch.required_labels().values
         smoothing = 0.0 if step is None else self.config.label_smoothing
@@ -246,15 +256,19 @@ class Classify(Task[ClassifyConfig]):
         found = input_symptoms(course) + loss_symptoms(course, loss, frozen_steps=frozen)
         return found + class_symptoms(course, self.num_outputs)
 
+    def erased(self, batch: Batch) -> Batch:
+        """Erase boxes of a training batch as the settings say."""
+        if self.config.erasing is None:
+            return batch
+        return replace(batch, source=erase(_normalised(batch.source), self.config.erasing))
+
     def mixed(self, batch: Batch) -> Batch:
         """Mix a training batch as the settings say."""
         config, labels = self.config, batch.required_labels().values
         if config.image_mixing is not None and config.kind == "one":
             mix = draw_image_mix(config.image_mixing, *batch.source.shape[-2:])
             soft = mix_classes(labels, self.num_outputs, config.label_smoothing, mix)
-            is_raw = batch.source.dtype == torch.uint8  # the local encoder takes floats for normalised pixels
-            pixels = normalise_pixels(batch.source, torch.float32) if is_raw else batch.source
-            return replace(batch, source=mix_images(pixels, mix), labels=Labels(values=soft))
+            return replace(batch, source=mix_images(_normalised(batch.source), mix), labels=Labels(values=soft))
         if config.waveform_mixing is not None:
             waves = draw_waveform_mix(config.waveform_mixing, len(labels))
             soft = mix_labels(labels, waves) if config.waveform_mixing.labels else labels

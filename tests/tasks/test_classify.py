@@ -41,6 +41,22 @@ def test_raw_pixels_are_normalised_before_they_are_mixed(mixing: ImageMixingConf
     assert torch.equal(of_raw.labels.values, of_floats.labels.values)
 
 
+def test_a_linear_classifier_trains_the_head_alone_behind_an_encoder_in_training_mode() -> None:
+    """`linear_classifier` of the official mae_image_classification: no gradient in the encoder, drop path active."""
+    config = ClassifyConfig(modality="image", num_outputs=3, head=PatchHeadConfig(), drop_path=0.5,
+                            freeze=(r"trunk\..*",))  # fmt: skip
+    assert config.check(tiny_config("image")) == []
+    built = task(config)
+    network = built.build_network(activation_checkpointing=False)
+    built.initialise(network, seed=1)
+    batch = labelled("image", torch.tensor([0, 2, 1, 0]))
+    first, again = (built.losses(network, batch, step) for step in (0, 1))
+    assert not torch.equal(first.sums["cross_entropy"], again.sums["cross_entropy"]), "drop path is active"
+    first.sums["cross_entropy"].backward()
+    trained = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert trained == {"head.norm.weight", "head.norm.bias", "head.proj.weight", "head.proj.bias"}
+
+
 def test_validation_mixes_nothing() -> None:
     mixing = WaveformMixingConfig(least=0.5)
     head = FrameHeadConfig(pooling="mean")
