@@ -13,8 +13,10 @@ from d2v2ds.batch import Batch, Labels
 from d2v2ds.config.__main__ import main
 from d2v2ds.config.load import CONFIG_FOLDER, RunConfig, load_config
 from d2v2ds.masking import SpanMaskConfig, Spans
+from d2v2ds.modalities.image.rand_augment import RandAugmentConfig
 from d2v2ds.tasks.classify import ClassifyConfig
 from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.erasing import ErasingConfig
 from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
 from d2v2ds.tasks.mixing import ImageMixingConfig, WaveformMixingConfig
 from d2v2ds.tasks.vocabulary import LIBRISPEECH
@@ -228,6 +230,8 @@ def test_image_classification_has_the_published_values(name: str) -> None:
     assert config.total_steps == row.updates
     assert (data.global_batch_images, data.micro_batch_images, data.num_micro) == (16 * 32, 32, 16)
     assert (data.crop_scale, data.crop_ratio, data.flip_probability) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert data.rand_augment == RandAugmentConfig(operations=2, probability=0.5, magnitude=9.0, magnitude_std=0.5)
+    assert objective.erasing == ErasingConfig(probability=0.25, area=(0.02, 1 / 3), ratio=0.3)
     assert (objective.kind, objective.head, objective.label_smoothing) == ("one", PatchHeadConfig(), 0.1)
     assert objective.image_mixing == ImageMixingConfig(mixup=0.7, cutmix=1.0, share=0.9, cutmix_share=0.5)
     assert (objective.layer_decay, objective.drop_path) == (row.layer_decay, row.drop_path)
@@ -244,6 +248,11 @@ def test_image_classification_has_the_published_values(name: str) -> None:
     first = "trunk.encoders.image.prenet.blocks.0.norm1.weight" if name == "base" else "trunk.blocks.0.norm1.weight"
     assert task.lr_scale(first) == pytest.approx(row.layer_decay**depth)
     assert task.lr_scale("head.proj.weight") == 1.0
+
+
+@pytest.mark.parametrize("name", ["image_base", "image_large", "image_huge14", "image_tiny"])
+def test_pretraining_has_no_augmentation_of_fine_tuning(name: str) -> None:
+    assert load_config(name, ["data.shards=folder"]).data.modalities["image"].rand_augment is None
 
 
 def test_stochastic_depth_grows_over_the_blocks_also_on_the_meta_device() -> None:

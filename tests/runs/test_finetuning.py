@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from d2v2ds.distributed.checkpoint.format import iterate_student
 from preprocessing.pack_audio import main as pack
+from preprocessing.pack_images import main as pack_images
+from tests.data.fake_images import photo
 from tests.runs.launching import RATE, Processes, deterministic, fp32, rank_variables
 
 pytestmark = pytest.mark.run
@@ -164,3 +167,40 @@ def test_a_run_in_bf16_that_stops_inside_the_frozen_phase_goes_on(folders: tuple
     (tmp_path / "parts" / "checkpoints" / "latest").unlink(missing_ok=True)
     assert "resumed at step 3" in finetune(2, folders, tmp_path / "parts", *common)
     assert deterministic(tmp_path / "parts") == deterministic(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs of two classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(24):
+        kind = folder / "in" / "ab"[number % 2]
+        kind.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(40, 36, number)).save(kind / f"{number}.png")
+    assert pack_images(["--input", str(folder / "in"), "--output", str(folder / "packed"), "--workers", "1"]) == 0
+    return folder / "packed"
+
+
+def test_augmented_images_are_the_same_after_a_resume_and_on_other_ranks(pictures: Path, tmp_path: Path) -> None:
+    """RandAugment, erasing and mixing; the first stop lies inside an epoch."""
+    words = ["--config", "finetune/image_classify_tiny", f"data.shards={pictures}", "lr.warmup_steps=2"]
+    words += ["model.block.width=32", "model.block.num_heads=2", "model.shared_depth=2", "data.num_workers=1"]
+    words += ["data.image.global_batch_images=8", "data.image.micro_batch_images=4", "data.image.rand_augment={}"]
+    words += ["objective.erasing={}", "run.log_every_steps=1", "run.save_every_steps=2"]
+
+    def run(world: int, name: str, steps: int) -> list[dict[str, float]]:
+        given = [*words, f"run.dir={tmp_path / name}", f"run.total_steps={steps}", fp32(0, tmp_path)]
+        with Processes("d2v2ds.finetune", given, rank_variables(world), tmp_path / f"{name}-logs") as ranks:
+            assert ranks.wait() == [0] * world, ranks.printed(0)[-5000:]
+        return deterministic(tmp_path / name)
+
+    whole = run(2, "whole", 5)
+    run(2, "parts", 5)
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "parts" / "checkpoints" / f"step{step:08d}", ignore_errors=True)
+    (tmp_path / "parts" / "checkpoints" / "latest").unlink(missing_ok=True)
+    assert run(2, "parts", 5) == whole
+    expected, found = weights(tmp_path / "whole", 5), weights(tmp_path / "parts", 5)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    alone = [record["loss/cross_entropy"] for record in run(1, "alone", 5)]
+    assert alone == pytest.approx([record["loss/cross_entropy"] for record in whole], rel=1e-4)
