@@ -1,5 +1,4 @@
-"""Operations of RandAugment on Pillow images. No torch, nor torchvision: its wheel cannot be imported beside a CPU build of
-torch.
+"""Operations of RandAugment on Pillow images. No torch, and no torchvision, whose wheel needs the CUDA build of torch.
 
 Ranges are those of AutoAugment (arXiv 1805.09501, table 6) and RandAugment (arXiv 1909.13719), in the order of the
 published `inc1`: strength 0 changes least, 1 most. Rotation, shear and shift are bicubic and fill what they uncover
