@@ -13,8 +13,9 @@ from tqdm import tqdm
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.data.folders import folders_of
 from d2v2ds.errors import ConfigError, ShardError
+from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.io import durable
-from d2v2ds.io.read import is_there, read_json
+from d2v2ds.io.read import is_there
 from d2v2ds.modalities.known import open_shards
 from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.encoding import TaskConfig
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 FILE = "outputs.json"
 """Name of the file in a run's folder."""
-_MOST_BYTES = 64 << 20
 _SAMPLED_ROWS = 2000
 """Transcripts of a folder that are compared with the vocabulary."""
 _MOST_UNKNOWN = 0.2
@@ -108,20 +108,6 @@ def count_annotations(folders: Sequence[Path], column: str) -> Counter[str]:
     if not found:
         raise ConfigError(f"{', '.join(map(str, folders))}: no row has a {column}; pack them with annotations")
     return found
-
-
-def read_outputs(path: Path) -> tuple[str, ...]:
-    """Read a file of outputs.
-
-    Raises:
-        ConfigError: it cannot be read, or is none.
-    """
-    found = read_json(path, ConfigError, _MOST_BYTES).get("outputs")
-    if not isinstance(found, list) or not found or not all(isinstance(name, str) and name for name in found):
-        raise ConfigError(f"{path}: expected 'outputs', a list of names, found {found!r:.60}")
-    if len(set(found)) != len(found):
-        raise ConfigError(f"{path}: expected different names, found some twice")
-    return tuple(found)
 
 
 def write_outputs(path: Path, names: Sequence[str]) -> None:

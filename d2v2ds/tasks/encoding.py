@@ -32,8 +32,8 @@ class TaskConfig:
     modality: str
     """Modality of the inputs."""
     outputs: UserPath | None = None
-    """File with the names of the outputs, of `d2v2ds.outputs` or of a run (outputs.json); None: those of the training
-    shards."""
+    """File with the names of the outputs: of `d2v2ds.outputs`, of a run (outputs.json), or an official dict.ltr.txt;
+    None: those of the training shards."""
     mask: SpanMaskConfig = SpanMaskConfig()
     """Masks of the inputs in training; none by default."""
     mask_noise_std: PositiveOrZero = 0.01

@@ -12,8 +12,9 @@ import soundfile
 from d2v2ds.config.load import load_config
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.errors import ConfigError
+from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.outputs import main
-from d2v2ds.run.outputs import read_outputs, vocabulary_faults, with_outputs, write_outputs
+from d2v2ds.run.outputs import vocabulary_faults, with_outputs, write_outputs
 from d2v2ds.tasks.ctc import CtcConfig
 from preprocessing.pack_audio import main as pack
 

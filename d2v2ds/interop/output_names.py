@@ -1,0 +1,39 @@
+"""Files with the names of a task's outputs: of `d2v2ds.outputs`, of runs, and dictionaries of official models."""
+
+import re
+from pathlib import Path
+
+from d2v2ds.errors import ConfigError
+from d2v2ds.io.read import read_json, read_text
+
+_MOST_BYTES = 64 << 20
+_COUNTED = re.compile(r"(.*\S)\s+\d+")
+"""Line of an official dictionary: a symbol and how often it occurs."""
+
+
+def read_outputs(path: Path) -> tuple[str, ...]:
+    """Read letters or classes in the order of the outputs.
+
+    Args:
+        path: JSON with a list `outputs`; or a text with one name in each line. If every line ends with a number, as in
+            the official dict.ltr.txt, these are counts and left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or is none of these.
+        MachineError: the machine is at fault.
+    """
+    if path.suffix == ".json":
+        found = read_json(path, ConfigError, _MOST_BYTES).get("outputs")
+        if not isinstance(found, list) or not found or not all(isinstance(name, str) and name for name in found):
+            raise ConfigError(f"{path}: expected 'outputs', a list of names, found {found!r:.60}")
+    else:
+        lines = [line.strip() for line in read_text(path, ConfigError, _MOST_BYTES).split("\n")]
+        found = [line for line in lines if line]
+        counted = [_COUNTED.fullmatch(line) for line in found]
+        if not found:
+            raise ConfigError(f"{path}: expected a name in each line, found an empty file")
+        if all(counted):
+            found = [match[1] for match in counted if match]
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{path}: expected different names, found some twice; names that end with numbers need JSON")
+    return tuple(found)
