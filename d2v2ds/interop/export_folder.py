@@ -2,9 +2,8 @@
 
     config.json             `Description`: network, preprocessing, where the weights come from; keys of the hub besides
     model.safetensors       the student's trunk; above 5 GB in pieces, with model.safetensors.index.json
-    objective.safetensors   what the objective trains beside the trunk, such as decoders: for runs that go on
+    objective.safetensors   what the objective trains beside the trunk: decoders, or the head of a fine-tuned model
     teacher.safetensors     the averaged trunk, where it was asked for
-    head.safetensors        what a fine-tuned official checkpoint has behind its encoder, by its own names
     tokenizer.*             of text
     README.md               the model card
 
@@ -48,7 +47,7 @@ FILES_KEY = "files"
 PIECE_BYTES = 5_000_000_000
 """Weights of more bytes are divided into several files."""
 
-Part = Literal["model", "objective", "teacher", "head"]
+Part = Literal["model", "objective", "teacher"]
 OBJECTIVE_PREFIX = "objective."
 """Prefix of the objective's tensors in a single file."""
 Weights = Literal["student", "teacher"]

@@ -151,7 +151,6 @@ def _layouts(checkpoint: Path, config: RunConfig, model: TrunkConfig) -> dict[Pa
         "model": {name.removeprefix(TRUNK): kind for name, kind in student.items() if name.startswith(TRUNK)},
         "objective": {name: kind for name, kind in student.items() if not name.startswith(TRUNK)},
         "teacher": {name.removeprefix(TRUNK): kind for name, kind in teacher.items()},
-        "head": {},
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d2v2ds.bounds import Rate
 from d2v2ds.model.cpu.dropout import dropout
 
+PatchPooling = Literal["mean", "cls"]
 FramePooling = Literal["linear_softmax", "mean", "mean_sigmoid", "max", "mean_features"]
 
 
@@ -20,7 +21,7 @@ class PatchHeadConfig:
     """Settings of a head for images: pooled patches, norm, linear layer."""
 
     kind: Literal["patches"] = "patches"
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: PatchPooling = "mean"
     """Mean over the patches without extra tokens, or the first extra token."""
     norm: bool = True
     """Normalise the pooled vector."""

@@ -403,15 +403,6 @@ def test_tokenizer_of_another_modality_is_refused(
     assert "the checkpoint is of audio; leave it out" in capsys.readouterr().err
 
 
-def test_command_brings_a_fine_tuned_file_back_too(audio: dict[str, Any], tmp_path: Path) -> None:
-    tuned = fine_tuned(audio, "w2v_encoder.w2v_model.", CTC, OmegaConf.create({"m": {"w2v_args": audio["cfg"]}}))
-    file, folder, back = save(tmp_path / "official.pt", tuned), tmp_path / "folder", tmp_path / "back.pt"
-    assert main(["import", str(file), "--out", str(folder)]) == 0
-    assert ModelFolder(folder).has("head")
-    assert main(["export", str(folder), "--out", str(back)]) == 0
-    assert_same_tensors(read_pickled(back)["model"], tuned["model"])
-
-
 def test_export_of_a_joint_network_needs_a_modality_and_gives_its_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

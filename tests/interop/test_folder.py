@@ -219,7 +219,7 @@ def test_a_single_file_has_trunk_and_objective_apart(tmp_path: Path) -> None:
     for part in ("model", "objective"):
         assert same(dict(folder.tensors(part)), parts[part])
         assert all(torch.equal(folder.tensor(part, name), tensor) for name, tensor in parts[part].items())
-    assert (folder.has("objective"), folder.has("teacher"), folder.has("head")) == (True, False, False)
+    assert (folder.has("objective"), folder.has("teacher")) == (True, False)
     assert same(load_trunk(folder).state_dict(), parts["model"])
 
 

@@ -1,20 +1,19 @@
 """Read and write official data2vec 2.0 checkpoints. fairseq is not needed.
 
-    python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--drop-unknown] [--only-model] [--tokenizer FILE]
+    python -m d2v2ds.interop.fairseq import FILE.pt --out FOLDER [--outputs dict.ltr.txt] [--tokenizer FILE]
     python -m d2v2ds.interop.fairseq export FOLDER --out FILE.pt [--modality audio]
 
-`import` takes pretraining checkpoints (student and, under `_ema`, teacher) and fine-tuned ones (encoder and head) and
-writes our export folder, see `export_folder.py`; nothing in the file is run. `export` writes the official layout back.
-Tensors keep their type and their bits in both directions. Of the official configuration only the fields that define
-the network are read and kept; everything else is listed and left behind.
+`import` takes pretraining checkpoints (student and, under `_ema`, teacher) and fine-tuned ones, whose outputs
+--outputs names; nothing in the file is run. `export` writes the official layout back. Tensors keep type and bits.
 """
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from d2v2ds.errors import D2V2Error, MachineError
-from d2v2ds.interop.fairseq.files import export_file, findings, import_file
+from d2v2ds.interop.fairseq.files import ImportOptions, export_file, findings, import_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     importing.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="of text: RoBERTa's tokenizer.json or a sentencepiece .model"
     )
+    importing.add_argument("--outputs", type=Path, metavar="FILE", help="letters or classes of a fine-tuned model")
+    importing.add_argument("--encoder-only", action="store_true", help="leave out the head of a fine-tuned model")
     exporting = commands.add_parser("export", help="our folder -> official file")
     exporting.add_argument("source", type=Path, metavar="FOLDER", help="an export of this project")
     exporting.add_argument("--out", type=Path, required=True, metavar="FILE.pt", help="to write")
@@ -42,9 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "import":
-            found = import_file(
-                options.source, options.out, options.drop_unknown, options.tokenizer, options.only_model
-            )
+            wanted = {field.name: getattr(options, field.name) for field in fields(ImportOptions)}
+            found = import_file(options.source, options.out, ImportOptions(**wanted))
             print(f"{options.source}: {findings(found)}\nwritten: {options.out}")
         else:
             export_file(options.source, options.out, options.modality)

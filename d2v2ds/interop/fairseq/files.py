@@ -1,5 +1,6 @@
 """Official files -> our export folders, and back. Tensors keep their type and their bits in both directions."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,9 +10,19 @@ from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.card import write_card
-from d2v2ds.interop.export_folder import Description, Kind, ModelFolder, Part, require_layout
+from d2v2ds.interop.export_folder import Description, Kind, Layout, ModelFolder, Part, require_layout
 from d2v2ds.interop.export_write import new_folder, write_config, write_tensors
-from d2v2ds.interop.fairseq.official_section import official_section
+from d2v2ds.interop.fairseq.heads import (
+    HEAD,
+    TunedConfig,
+    head_state,
+    official_configuration,
+    official_task,
+    read_head,
+    tuned_config,
+)
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.interop.fairseq.official_section import any_objective, official_section
 from d2v2ds.interop.fairseq.read import (
     OWN_LICENCE,
     OfficialCheckpoint,
@@ -22,11 +33,16 @@ from d2v2ds.interop.fairseq.read import (
 )
 from d2v2ds.interop.fairseq.write import write_official
 from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.io.read import validate
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
 from d2v2ds.objectives.data2vec2 import ModalityConfig
+from d2v2ds.tasks.classify import ClassifyConfig
+
+_Head = tuple[TunedConfig, Tensors]
+"""Settings of a task, and the tensors of its head."""
 
 
 def findings(checkpoint: OfficialCheckpoint) -> str:
@@ -35,8 +51,6 @@ def findings(checkpoint: OfficialCheckpoint) -> str:
     lines = [f"{checkpoint.modality}, student of {_counts(student)}"]
     if checkpoint.teacher is not None:
         lines.append(f"teacher of {_counts(checkpoint.teacher)}")
-    if checkpoint.head:
-        lines.append(f"head, by its own names: {', '.join(checkpoint.head)}")
     if checkpoint.ignored:
         lines.append(f"ignored: {', '.join(checkpoint.ignored)}")
     lines += [f"WARNING: {warning}" for warning in checkpoint.warnings]
@@ -47,7 +61,9 @@ def _counts(tensors: Tensors) -> str:
     return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} parameters"
 
 
-def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tokenizer: Tokenizer | None) -> None:
+def write_folder(
+    path: Path, checkpoint: OfficialCheckpoint, file_name: str, tokenizer: Tokenizer | None, head: _Head | None = None
+) -> None:
     """Write what was read as our export folder.
 
     Args:
@@ -55,6 +71,7 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
         checkpoint: what was read.
         file_name: of the official file, for the record.
         tokenizer: of text, to be copied.
+        head: settings of the task and tensors of the head, instead of the objective of pretraining.
 
     Raises:
         CheckpointError: something else is in the way.
@@ -63,74 +80,117 @@ def write_folder(path: Path, checkpoint: OfficialCheckpoint, file_name: str, tok
     preprocessing = {name: modality_of(name, file_name).describe_preprocessing(model.modalities[name], None, None)}
     if tokenizer is not None:
         preprocessing[name] |= {"tokenizer": tokenizer.kind, "file": tokenizer.file_name}
-    if any(tensor.is_meta for tensor in checkpoint.trunk.values()):
+    if any(tensor.is_meta for tensor in (*checkpoint.trunk.values(), *({} if head is None else head[1]).values())):
         raise CheckpointError(f"{file_name}: expected weights, found names and shapes alone (of torch's device meta)")
-    official = {
-        "file": file_name,
-        "modality": checkpoint.modality,
-        "section": checkpoint.section,
-        "prefix": checkpoint.prefix,
-        "ignored": checkpoint.ignored,
-    }
-    parts: dict[Part, Tensors] = {
-        "model": checkpoint.trunk,
-        "objective": checkpoint.decoder,
-        "teacher": checkpoint.teacher or {},
-        "head": checkpoint.head,
-    }
-    objective = asdict(checkpoint.network.objective())
-    del objective["mask"]  # a placeholder: what is read of an official configuration is the network
+    parts: dict[Part, Tensors] = {"model": checkpoint.trunk}
+    if head is None:
+        parts |= {"objective": checkpoint.decoder, "teacher": checkpoint.teacher or {}}
+    else:
+        parts["objective"] = head[1]
     description = Description(
         model=model,
-        objective={"name": "data2vec2", "modalities": {name: objective}},
+        objective=_of_pretraining(checkpoint) if head is None else json.loads(json.dumps(asdict(head[0]))),
         preprocessing=preprocessing,
         origin={
             "kind": "official",
             "source": f"the official checkpoint {file_name}, read by d2v2ds",
             "licence": checkpoint.licence,
-            "official": official,
+            "official": {
+                "file": file_name,
+                "modality": checkpoint.modality,
+                "section": checkpoint.section,
+                "prefix": checkpoint.prefix,
+                "ignored": checkpoint.ignored,
+            },
         },
     )
     with new_folder(path) as folder:
         for part, tensors in parts.items():
             if tensors:
-                layout = {name: Kind.of(tensor) for name, tensor in tensors.items()}
-                write_tensors(folder, part, layout, tensors.items())
+                write_tensors(folder, part, _layout_of(tensors), tensors.items())
         if tokenizer is not None:
             (folder / tokenizer.file_name).write_bytes(tokenizer.data)
         num_parameters = sum(tensor.numel() for tensor in checkpoint.trunk.values())
         write_card(folder, description, path.name, num_parameters)
-        write_config(folder, description, write_hub_files(folder, model, preprocessing))
+        task = None if head is None else description.objective
+        write_config(folder, description, write_hub_files(folder, model, preprocessing, task))
 
 
-def import_file(
-    file: Path, folder: Path, drop_unknown: bool = False, tokenizer: Path | None = None, only_model: bool = False
-) -> OfficialCheckpoint:
+def _of_pretraining(checkpoint: OfficialCheckpoint) -> dict[str, Any]:
+    """Settings of the objective that an official file was pretrained with, as plain values."""
+    objective = asdict(checkpoint.network.objective())
+    del objective["mask"]  # a placeholder: what is read of an official configuration is the network
+    return {"name": "data2vec2", "modalities": {checkpoint.modality: objective}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Options of an import."""
+
+    drop_unknown: bool = False
+    """Leave out tensors of the encoder that our network lacks."""
+    only_model: bool = False
+    """Read nothing but weights and configuration, whatever else is in the file."""
+    tokenizer: Path | None = None
+    """Of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only."""
+    outputs: Path | None = None
+    """Names of the outputs of a fine-tuned model, see `read_outputs`; None: those of the file."""
+    encoder_only: bool = False
+    """Leave out the head of a fine-tuned model, whatever it is."""
+
+
+def import_file(file: Path, folder: Path, options: ImportOptions | None = None) -> OfficialCheckpoint:
     """Read an official file and write our folder.
 
     Args:
         file: official checkpoint.
         folder: to write.
-        drop_unknown: leave out tensors of the encoder that our network lacks.
-        tokenizer: of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only.
-        only_model: read nothing but weights and configuration, whatever else is in the file.
+        options: what is left out and what is added.
 
     Returns:
         What was read, with warnings about it.
 
     Raises:
-        CheckpointError: see `read_official`; or the tokenizer is not one of this model, or `folder` something else.
-        UnsupportedOptionError: see `read_official`.
-        ConfigError: the tokenizer cannot be read.
+        CheckpointError: see `read_official` and `read_head`; or the tokenizer is not one of this model, or `folder`
+            something else.
+        UnsupportedOptionError: see `read_official` and `read_head`.
+        ConfigError: the tokenizer or the file of outputs cannot be read.
     """
-    checkpoint = read_official(file, drop_unknown, only_model)
+    options = options or ImportOptions()
+    checkpoint = read_official(file, options.drop_unknown, options.only_model)
+    head = _head_of(file, checkpoint, options)
     loaded = None
-    if tokenizer is not None:
-        loaded = _tokenizer_of(checkpoint, tokenizer)
+    if options.tokenizer is not None:
+        loaded = _tokenizer_of(checkpoint, options.tokenizer)
     elif isinstance(checkpoint.network.trunk.modalities[checkpoint.modality], TextNetwork):
         checkpoint.warnings.append("no --tokenizer: the folder gives features of token ids, not of text")
-    write_folder(folder, checkpoint, file.name, loaded)
+    write_folder(folder, checkpoint, file.name, loaded, head)
     return checkpoint
+
+
+def _head_of(file: Path, checkpoint: OfficialCheckpoint, options: ImportOptions) -> _Head | None:
+    """Translate the head of a fine-tuned file; None for one of pretraining, and where it is not wanted."""
+    names = () if options.outputs is None else read_outputs(options.outputs)
+    if not checkpoint.prefix or options.encoder_only:
+        if names:
+            raise CheckpointError(
+                f"--outputs {options.outputs}: {file} has no head, or it is left out; leave it out too"
+            )
+        if checkpoint.head:
+            checkpoint.warnings.append(f"left out: {', '.join(checkpoint.head)}")
+        return None
+    trunk = checkpoint.network.trunk
+    try:
+        head = read_head(checkpoint.head, checkpoint.prefix, checkpoint.modality, checkpoint.facts, names, trunk)
+    except (CheckpointError, UnsupportedOptionError) as error:
+        raise type(error)(f"{file}: {error}") from error
+    if head[0].counts_outputs:
+        checkpoint.warnings.append("no --outputs: the classes have numbers and no names, and cannot be evaluated")
+    if isinstance(head[0], ClassifyConfig) and head[0].kind == "number" and checkpoint.facts.settings is None:
+        checkpoint.warnings.append("its numbers are those of its training: official labels of STS-B are divided by 5")
+    if checkpoint.has_decoder or checkpoint.teacher is not None:
+        checkpoint.warnings.append("left out: decoder and teacher, which a fine-tuned model does not use")
+    return head
 
 
 _TOKENIZER_KINDS = {".json": "bpe", ".model": "sentencepiece"}
@@ -185,32 +245,54 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
         UnsupportedOptionError: the official configuration cannot say what the network computes.
     """
     folder = ModelFolder(path)
-    model = folder.description.model
-    active = list(model.modalities)
-    if modality is None and len(active) > 1:
-        raise CheckpointError(f"{path}: holds {', '.join(active)}; an official file holds one, choose it: --modality")
-    modality = modality or active[0]
+    model, settings = folder.description.model, folder.description.objective or {}
+    tuned = tuned_config(settings, f"{path}: objective")
+    modality = _chosen(path, [tuned.modality] if tuned else list(model.modalities), modality)
     origin = validate(_Origin, folder.description.origin, f"{path}: origin", CheckpointError)
-    section = origin.official.section or official_section(model, _objective(folder, modality), modality)
-    trunk, decoder, teacher = (
+    section = origin.official.section
+    if not section:
+        objective = _objective(folder, modality) if tuned is None else any_objective(model, modality)
+        section = official_section(model, objective, modality)
+    trunk, beside, teacher = (
         dict(_of_modality(folder.tensors(part), modality)) for part in ("model", "objective", "teacher")
     )
-    student = trunk | decoder
-    tokens = student.get("encoders.text.local.tokens.weight")
-    single, _, _ = checked_section(section, modality, tokens, f"{path}: origin.official.section")
+    tokens = trunk.get("encoders.text.local.tokens.weight")
+    head = {name: tensor for name, tensor in beside.items() if name.startswith(HEAD)}
+    decoder = {name: tensor for name, tensor in beside.items() if name not in head}
+    where = f"{path}: origin.official.section"
+    single, _, _ = checked_section(section, modality, tokens, where, has_decoder=bool(decoder))
     expected = network_states(single, modality, str(path), has_decoder=bool(decoder))
-    require_layout(path, {name: Kind.of(tensor) for name, tensor in student.items()}, expected.student)
+    require_layout(path, _layout_of(trunk | decoder), expected.student)
     if teacher:
-        require_layout(path, {name: Kind.of(tensor) for name, tensor in teacher.items()}, expected.teacher)
+        require_layout(path, _layout_of(teacher), expected.teacher)
+    if tuned is None:
+        prefix = origin.official.prefix
+        write_official(file, trunk | decoder, teacher or None, section, prefix=prefix, licence=origin.licence)
+        return
+    require_layout(path, _layout_of(head), head_state(tuned, model))
+    task = official_task(tuned)
     write_official(
         file,
-        student,
-        teacher or None,
+        trunk,
+        None,
         section,
-        head=dict(folder.tensors("head")),
-        prefix=origin.official.prefix,
+        head={task.official_name(name): tensor for name, tensor in head.items()},
+        prefix=task.prefix,
         licence=origin.licence,
+        model=official_configuration(tuned, section),
+        facts={"objective": settings},
     )
+
+
+def _chosen(path: Path, found: list[str], wanted: str | None) -> str:
+    """Choose the modality of an official file, which holds one."""
+    if wanted is None and len(found) > 1:
+        raise CheckpointError(f"{path}: holds {', '.join(found)}; an official file holds one, choose it: --modality")
+    return wanted or found[0]
+
+
+def _layout_of(tensors: Tensors) -> Layout:
+    return {name: Kind.of(tensor) for name, tensor in tensors.items()}
 
 
 def _objective(folder: ModelFolder, modality: str) -> ModalityConfig:
@@ -227,7 +309,7 @@ def _objective(folder: ModelFolder, modality: str) -> ModalityConfig:
 
 
 def _of_modality(tensors: Iterable[tuple[str, Tensor]], modality: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one modality and the shared ones."""
+    """The tensors of one modality and the shared ones, and those of a head."""
     for name, tensor in tensors:
-        if name.startswith(("blocks.", f"encoders.{modality}.", f"decoders.{modality}.")):
+        if name.startswith(("blocks.", HEAD, f"encoders.{modality}.", f"decoders.{modality}.")):
             yield name, tensor

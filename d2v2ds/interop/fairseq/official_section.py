@@ -6,12 +6,14 @@ from typing import Any
 
 from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
 from d2v2ds.interop.fairseq.official_fields import FINAL_NORMS, LAYER_NORMS, UnsupportedOptionError
+from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.network import AudioNetwork
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.data2vec2 import ModalityConfig
+from d2v2ds.objectives.targets import TargetConfig
 
 
 def official_section(config: TrunkConfig, objective: ModalityConfig, modality: str) -> dict[str, Any]:
@@ -65,6 +67,24 @@ def official_section(config: TrunkConfig, objective: ModalityConfig, modality: s
     }
     _require_same(section, modality, config, objective)
     return section
+
+
+def any_objective(config: TrunkConfig, modality: str) -> ModalityConfig:
+    """Settings of an objective for a network whose pretraining is not known: the official defaults.
+
+    The official classes of fine-tuned models build a decoder by them, and drop it.
+
+    Args:
+        config: settings of the trunk.
+        modality: one that the trunk has.
+    """
+    groups = 16 if config.block.width % 16 == 0 else 1
+    return ModalityConfig(
+        share_local_encoder=not isinstance(config.modalities[modality], ImageNetwork),
+        mask=MaskConfig(masked_fraction=0.5, num_masks=1, kind="random"),
+        decoder=DecoderConfig(width=384, depth=5, kernel=5, groups=groups),
+        target=TargetConfig(num_layers=config.shared_depth, layer_norms=("instance",)),
+    )
 
 
 def _require_same(section: dict[str, Any], modality: str, config: TrunkConfig, objective: ModalityConfig) -> None:

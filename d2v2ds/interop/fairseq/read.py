@@ -6,7 +6,7 @@ everything else is listed and left behind.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
+from d2v2ds.interop.fairseq.heads import READ_OPTIONS, Facts, read_facts
 from d2v2ds.interop.fairseq.keymap import (
     is_alibi_scale,
     official_names,
@@ -90,7 +91,9 @@ class OfficialCheckpoint:
     head: Tensors
     """Tensors of a fine-tuned file outside the encoder, by its own names."""
     prefix: str
-    """Prefix of the encoder's names in a fine-tuned file."""
+    """Prefix of the encoder's names in a fine-tuned file; empty in one of pretraining."""
+    facts: Facts
+    """What the file says of its head."""
     ignored: list[str]
     """Other entries of the file, as `name=value` or `name`."""
     licence: str
@@ -130,7 +133,7 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
 
     faults: list[str] = []
     unknown: list[str] = []
-    has_decoder = any(".decoder." in name for name in encoder)
+    has_decoder = _has_decoder(encoder)
     states = network_states(network, modality, str(path), has_decoder=has_decoder)
     student = _translated(encoder, _layout(states.student), "", faults, unknown)
     teacher, warnings = None, []
@@ -156,10 +159,20 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
         teacher=teacher,
         head=head,
         prefix=prefix,
+        facts=_facts(path, content),
         ignored=[name for name in ignored if name != f"cfg.{MADE_BY}"],
         licence=_licence(modality, content.get("cfg")),
         warnings=warnings,
     )
+
+
+def _facts(path: Path, content: Mapping[str, Any]) -> Facts:
+    try:
+        return read_facts(content, MADE_BY)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: expected a dictionary of plain values under task_state, found {error}"
+        ) from error
 
 
 def _require_bytes(path: Path, weights: Mapping[str, Any]) -> None:
@@ -211,6 +224,11 @@ def _divided(weights: Mapping[str, Any], prefix: str) -> tuple[Tensors, Tensors,
     return encoder, head, ignored
 
 
+def _has_decoder(encoder: Iterable[str]) -> bool:
+    """Return True if official names of an encoder are with those of a decoder."""
+    return any(".decoder." in name for name in encoder)
+
+
 def _network(
     path: Path, content: Mapping[str, Any], modality: str, encoder: Tensors
 ) -> tuple[OfficialNetwork, dict[str, Any], list[str]]:
@@ -227,12 +245,13 @@ def _network(
         )
     place, official = found
     tokens = encoder.get("modality_encoders.TEXT.local_encoder.embed_tokens.weight")
-    network, section, ignored = checked_section(official, modality, tokens, f"{path}: {place}")
+    has_decoder = _has_decoder(encoder)
+    network, section, ignored = checked_section(official, modality, tokens, f"{path}: {place}", has_decoder=has_decoder)
     return network, section, [f"{place}.{name}" for name in ignored] + _beside(roots, place)
 
 
 def checked_section(
-    official: Any, modality: str, tokens: Tensor | None, where: str
+    official: Any, modality: str, tokens: Tensor | None, where: str, *, has_decoder: bool
 ) -> tuple[OfficialNetwork, dict[str, Any], list[str]]:
     """Translate an official section from a file, and check every number in it.
 
@@ -241,6 +260,7 @@ def checked_section(
         modality: of the network.
         tokens: embedding of text.
         where: file and place, for messages.
+        has_decoder: check the settings of pretraining too, which mean nothing to a fine-tuned model.
 
     Returns:
         As `read_section`.
@@ -253,7 +273,7 @@ def checked_section(
         read_trunk(asdict(network.trunk), where)  # for the bounds of single fields
         TypeAdapter(ModalityConfig).validate_python(asdict(network.objective()))
         objective = Data2Vec2Config(ema=_ANY_EMA, modalities={modality: network.objective()})
-        problems = network.trunk.check() + objective.check(network.trunk)
+        problems = network.trunk.check() + (objective.check(network.trunk) if has_decoder else [])
     except UnsupportedOptionError as error:
         raise UnsupportedOptionError(f"{where}: not supported: {error}") from error
     except _NO_NETWORK as error:
@@ -268,7 +288,8 @@ def _beside(roots: dict[str, Any], place: str) -> list[str]:
     way = place.split(".")
     found, values = [], roots
     for depth, step in enumerate(way):
-        found += [".".join([*way[:depth], str(key)]) for key, one in values.items() if key != step and one is not None]
+        others = (str(key) for key, one in values.items() if key != step and one is not None)
+        found += [".".join([*way[:depth], key]) for key in others if not (depth and key in READ_OPTIONS)]
         values = values[step]
     return found
 

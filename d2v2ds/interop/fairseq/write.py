@@ -24,6 +24,8 @@ def write_official(
     head: Mapping[str, Tensor] | None = None,
     prefix: str = "",
     licence: str = OWN_LICENCE,
+    model: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the official layout, of plain containers and tensors alone.
 
@@ -32,19 +34,23 @@ def write_official(
         student: by our names, in our shapes, each in the type that the file shall have, on the CPU.
         teacher: likewise, or None.
         section: official fields of the network, see `official_section`.
-        head: tensors outside the encoder, by their own names.
+        head: tensors outside the encoder, by official names.
         prefix: put before the encoder's names.
         licence: of the weights, for a later import.
+        model: configuration of a fine-tuned model, which has the section inside; None: the section itself.
+        facts: what a later import finds beside it.
 
     Raises:
         KeyError: a tensor has no official name.
     """
-    model: dict[str, Any] = {prefix + name: tensor for name, tensor in _official(student)} | dict(head or {})
+    weights: dict[str, Any] = {prefix + name: tensor for name, tensor in _official(student)} | dict(head or {})
     if teacher is not None:
-        model[prefix + TEACHER] = dict(_official(teacher, bare_blocks=has_bare_blocks(section)))
+        weights[prefix + TEACHER] = dict(_official(teacher, bare_blocks=has_bare_blocks(section)))
+    made_by = {"licence": licence, **(facts or {})}
+    configuration = {"model": dict(section if model is None else model), MADE_BY: made_by}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
-        torch.save({"args": None, "cfg": {"model": dict(section), MADE_BY: {"licence": licence}}, "model": model}, file)
+        torch.save({"args": None, "cfg": configuration, "model": weights}, file)
 
 
 def _official(tensors: Mapping[str, Tensor], *, bare_blocks: bool = False) -> Iterator[tuple[str, Tensor]]:

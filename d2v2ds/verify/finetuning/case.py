@@ -9,6 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from d2v2ds.errors import D2V2Error
+from d2v2ds.interop.fairseq.heads import FRAME_POOLINGS, official_task
+from d2v2ds.interop.fairseq.heads import TASKS as OFFICIAL_TASKS
 from d2v2ds.interop.fairseq.keymap import to_official, to_ours
 from d2v2ds.interop.fairseq.official_config import network_of
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
@@ -16,23 +18,11 @@ from d2v2ds.masking import SpanMaskConfig, Spans
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.tasks.classify import ClassifyConfig, LossKind
 from d2v2ds.tasks.ctc import CtcConfig
-from d2v2ds.tasks.heads import FrameHeadConfig, FramePooling, PatchHeadConfig, SentenceHeadConfig
+from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
 from d2v2ds.tasks.mixing import ImageMixingConfig, WaveformMixingConfig
 from d2v2ds.tasks.task import Task
 from d2v2ds.verify.case import TASKS, ReadTensors, Tensors
 from d2v2ds.verify.finetuning.records import ReadValues, refuse_dropping
-
-_PREFIXES = {"ctc": "w2v_encoder.w2v_model.", "image": "model.", "text": "model.", "audio": "d2v_model."}
-"""Official names of the encoder, by CTC or modality of a classification."""
-_SENTENCE = "classification_heads.sentence_classification_head."
-_HEADS = {
-    "w2v_encoder.proj.": "head.proj.",
-    "proj.": "head.proj.",
-    "fc_norm.": "head.norm.",
-    "head.": "head.proj.",
-    f"{_SENTENCE}dense.": "head.dense.",
-    f"{_SENTENCE}out_proj.": "head.proj.",
-}
 
 
 class Options:
@@ -138,15 +128,15 @@ class TaskCase:
         Raises:
             D2V2Error: it has none here.
         """
-        prefix = _PREFIXES["ctc" if isinstance(self.config, CtcConfig) else self.modality]
-        if official.startswith(prefix):
-            name = to_ours(official.removeprefix(prefix))
+        task = official_task(self.config)
+        if official.startswith(task.prefix):
+            name = to_ours(official.removeprefix(task.prefix))
             if name is not None and not name.startswith("decoders."):
                 return f"trunk.{name}"
-        for theirs, ours in _HEADS.items():
-            if official.startswith(theirs):
-                return ours + official.removeprefix(theirs)
-        raise D2V2Error(f"{official}: the model has no such parameter")
+        found = task.our_name(official)
+        if found is None:
+            raise D2V2Error(f"{official}: the model has no such parameter")
+        return found
 
 
 def official_task_name(name: str) -> str:
@@ -159,9 +149,8 @@ def official_task_name(name: str) -> str:
         official = to_official(name.removeprefix("trunk."))
         if official is None:
             raise D2V2Error(f"{name} has no official name")
-        return _PREFIXES["image"] + official
-    ours = {"head.norm.": "fc_norm.", "head.proj.": "head."}
-    return next(theirs + name.removeprefix(mine) for mine, theirs in ours.items() if name.startswith(mine))
+        return OFFICIAL_TASKS["patches"].prefix + official
+    return OFFICIAL_TASKS["patches"].official_name(name)
 
 
 def _trunk(meta: Mapping[str, Any], modality: str, options: Options) -> TrunkConfig:
@@ -259,20 +248,10 @@ def _text(meta: Mapping[str, Any], options: Options, tensors: Tensors) -> tuple[
     return config, outputs
 
 
-_FRAME_POOLINGS: dict[str, FramePooling] = {
-    "lin_softmax": "linear_softmax",
-    "average": "mean",
-    "average_sigmoid": "mean_sigmoid",
-    "max_sigmoid": "max",
-    "max": "max",
-    "average_before": "mean_features",
-}
-
-
 def _audio(meta: Mapping[str, Any], options: Options, tensors: Tensors) -> tuple[ClassifyConfig, int]:
     options.zero("attention_dropout", "activation_dropout", "dropout_input", "final_dropout", "mask_dropout")
     mode = options("prediction_mode", "lin_softmax")
-    if mode not in _FRAME_POOLINGS:
+    if mode not in FRAME_POOLINGS:
         raise UnsupportedOptionError(f"prediction_mode={mode}")
     least, outputs = options("source_mixup", -1), meta["num_classes"]
     mixing = WaveformMixingConfig(
@@ -282,7 +261,7 @@ def _audio(meta: Mapping[str, Any], options: Options, tensors: Tensors) -> tuple
         modality="audio",
         kind="several",
         num_outputs=outputs,
-        head=FrameHeadConfig(pooling=_FRAME_POOLINGS[mode], pool_padding=True),
+        head=FrameHeadConfig(pooling=FRAME_POOLINGS[mode], pool_padding=True),
         mask=_span_mask(options),
         mask_noise_std=0.0,
         hide_padding=False,
