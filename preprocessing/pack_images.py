@@ -24,7 +24,7 @@ from PIL import features
 from d2v2ds.data.codecs.imagefile import ALPHA_OVER
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import ConfigError
-from d2v2ds.modalities.image.shards import IMAGE_LAYOUT
+from d2v2ds.modalities.image.shards import IMAGE_LAYOUT, IMAGE_SUFFIXES
 from preprocessing.driver.command import common_parser, run
 from preprocessing.driver.input_files import check_present, check_unique, listed, utf8
 from preprocessing.driver.packing import read_all
@@ -34,7 +34,7 @@ from preprocessing.driver.shard_plan import Noted, Plan, cut_shards, fingerprint
 from preprocessing.driver.team.protocol import Team
 from preprocessing.image.find import ArchiveScan, file_sizes, find_images, make_units, part_bytes
 from preprocessing.image.rows import ImageSettings, rows_of
-from preprocessing.image.units import IMAGE_SUFFIXES, MISSING, Archive, ArchiveFacts, FileRun, ImageUnit, Listing
+from preprocessing.image.units import MISSING, Archive, ArchiveFacts, FileRun, ImageUnit, Listing
 
 _FILES_PER_JOB = 1 << 15
 """Files whose size one process asks for in one go: less does not pay for starting it."""

@@ -15,7 +15,9 @@ from pathlib import Path
 from d2v2ds.data.codecs.flac import LARGEST_RATIO, STREAMINFO_BYTES, parse_streaminfo
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.machine_faults import retried
+from d2v2ds.io.walk import walk
 from d2v2ds.modalities.audio.mixing import rate_fault
+from d2v2ds.modalities.audio.shards import AUDIO_SUFFIXES
 from d2v2ds.modalities.audio.sound_bytes import BadAudioError, open_bytes
 from d2v2ds.modalities.audio.sound_file import open_sound
 from preprocessing.audio.fairseq_manifest import read_fairseq_manifest
@@ -27,11 +29,8 @@ from preprocessing.driver.input_files import (
     text_lines,
     unreadable,
     utf8,
-    walk,
 )
 from preprocessing.driver.progress import Report
-
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

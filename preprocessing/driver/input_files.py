@@ -1,8 +1,7 @@
 """Search for input files: folders, TSV manifests, unique ids, and names of places for messages."""
 
 import os
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,47 +100,6 @@ def not_there(root: Path) -> str:
         return "a link to nowhere" if root.is_symlink() else "nothing there"
     except OSError as error:
         return unreadable(str(root), error)
-
-
-def walk(root: Path, suffixes: Collection[str], ignored: Counter[str]) -> list[tuple[str, list[str]]]:
-    """Folders below `root` that hold files of these suffixes (lower case), with the files' names; all sorted.
-
-    Links are followed, each real folder is entered once, hidden files and folders are left out. Files of other
-    suffixes are counted by these in `ignored`.
-
-    Raises:
-        ConfigError: a folder cannot be read; what it holds would be missing without a trace.
-        MachineError: the machine is at fault.
-    """
-
-    def refuse(error: OSError) -> None:
-        if is_machine_fault(error):
-            raise reading_error(error.filename, error, ConfigError) from error
-        raise ConfigError(
-            f"--input {root}: {error.filename} cannot be read: {error.strerror}; allow it, or give folders without it"
-        ) from error
-
-    found = []
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        kept = []
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  (300,000 files)
-            if name.startswith("."):
-                continue
-            if suffix in suffixes:
-                kept.append(name)
-            else:
-                ignored[suffix] += 1
-        if kept:
-            found.append((folder, sorted(kept)))
-    return sorted(found)
 
 
 def source_name(root: Path, path: str) -> str:

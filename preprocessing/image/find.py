@@ -15,14 +15,15 @@ from pathlib import Path
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
 from d2v2ds.io.read import irregular
-from preprocessing.driver.input_files import listed, read_manifest, source_name, utf8, walk
+from d2v2ds.io.walk import walk
+from d2v2ds.modalities.image.shards import IMAGE_SUFFIXES
+from preprocessing.driver.input_files import listed, read_manifest, source_name, utf8
 from preprocessing.driver.progress import Report
 from preprocessing.image.tables import open_table, table_parts
 from preprocessing.image.tar_examples import scan_tar
 from preprocessing.image.tar_members import ArchiveError, TarFile
 from preprocessing.image.units import (
     ARCHIVE_SUFFIXES,
-    IMAGE_SUFFIXES,
     MANIFEST_SUFFIXES,
     MISSING,
     Archive,

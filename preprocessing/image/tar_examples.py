@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise, takewhile
 
+from d2v2ds.modalities.image.shards import IMAGE_SUFFIXES
 from preprocessing.image.tar_members import ArchiveError, TarFile, TarMember
-from preprocessing.image.units import IMAGE_SUFFIXES, ArchiveFacts, Part, TarRun
+from preprocessing.image.units import ArchiveFacts, Part, TarRun
 
 LABEL_SUFFIXES = ("cls", "json", "txt")
 """Members that may hold the label of an image, best first."""

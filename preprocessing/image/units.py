@@ -5,9 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"}
-)
 ARCHIVE_SUFFIXES = (".tar", ".parquet")
 MANIFEST_SUFFIXES = frozenset({".tsv", ".txt"})
 MISSING = -1

@@ -9,7 +9,8 @@ from pathlib import Path
 from d2v2ds.errors import ConfigError
 from d2v2ds.io.machine_faults import is_machine_fault, reading_error, retried
 from d2v2ds.io.read import irregular
-from preprocessing.driver.input_files import check_present, read_manifest, source_name, unreadable, walk
+from d2v2ds.io.walk import walk
+from preprocessing.driver.input_files import check_present, read_manifest, source_name, unreadable
 from preprocessing.text.documents import DocumentOptions, Form, TextFile
 from preprocessing.text.tsv import check_columns, tsv_columns, wanted_columns
 

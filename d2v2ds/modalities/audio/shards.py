@@ -24,6 +24,9 @@ _MOST = 2 / 3
 
 Samples = NDArray[np.int16]
 
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
+"""Suffixes of sound files in folders; the content decides the format."""
+
 AUDIO_LAYOUT = Layout(
     name="audio",
     fields=(

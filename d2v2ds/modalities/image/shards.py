@@ -8,6 +8,11 @@ from d2v2ds.data.schema import Index, Layout, column
 from d2v2ds.data.shards import Shards
 from d2v2ds.errors import ShardError
 
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"}
+)
+"""Suffixes of image files in folders; the content decides the format."""
+
 IMAGE_LAYOUT = Layout(
     name="image",
     fields=(

@@ -20,8 +20,9 @@ from typing import Any
 
 from d2v2ds.data.schema import Index
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.walk import walk
 from preprocessing.driver.command import common_parser, run
-from preprocessing.driver.input_files import check_present, check_unique, read_manifest, source_name, walk
+from preprocessing.driver.input_files import check_present, check_unique, read_manifest, source_name
 from preprocessing.driver.packing import read_all
 from preprocessing.driver.progress import MEBIBYTES, Report
 from preprocessing.driver.protocol import Notes, Row
