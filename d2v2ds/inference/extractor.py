@@ -213,7 +213,7 @@ class FeatureExtractor:
         sizes = [piece.source.shape[-1] for piece in pieces]
         for chosen in batches_by_size(sizes, self.batch_tokens, network.num_tokens):
             batch = [pieces[i] for i in chosen]
-            source, padding = _collate([piece.source for piece in batch], self.inference(modality).fill)
+            source, padding = collate([piece.source for piece in batch], self.inference(modality).fill)
             if padding is not None:
                 padding = padding.to(self.device)
             outputs = self.model.layers(modality, source.to(self.device), padding, depth=max(numbers))
@@ -247,7 +247,7 @@ def batches_by_size(sizes: Sequence[int], most: int, num_tokens: Callable[[int],
         order = order[room:]
 
 
-def _collate(sources: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor | None]:
+def collate(sources: Sequence[Tensor], fill: float) -> tuple[Tensor, Tensor | None]:
     """Stack sources, padded at the end of the last axis: (b, ..., S) and padding (b, S) or None."""
     lengths = torch.tensor([source.shape[-1] for source in sources])
     if bool((lengths == lengths[0]).all()):

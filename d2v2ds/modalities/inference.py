@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class InputOptions:
     """Shorter recordings are refused: they are clicks or cut-off files more often than sounds."""
     window_seconds: float = 40.0
     """Longer recordings are cut into windows."""
+    context_seconds: float | None = None
+    """A window's features are used up to so far from its ends; None: `CONTEXT_SHARE` of it."""
     in_list: bool = True
     """True if the inputs were given as a list, so that each is one; an array that was given alone may be several."""
 
@@ -53,6 +56,32 @@ class Inference(Protocol):
 
     def cut(self, index: int, source: Tensor, options: InputOptions) -> list[Piece]:
         """Divide one source into pieces that the model can take."""
+
+
+@runtime_checkable
+class FileInference(Inference, Protocol):
+    """An `Inference` that also reads files of inputs, of any length."""
+
+    suffixes: frozenset[str]
+    """Lower-case suffixes of files with such inputs."""
+
+    @property
+    def token_seconds(self) -> float | None:
+        """Time from one token to the next (seconds); None for inputs without time."""
+
+    def inputs(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the inputs of a file, each with its name: the path, or with a line number behind it.
+
+        Raises:
+            ValueError, MachineError: it cannot be read.
+        """
+
+    def pieces(self, index: int, item: Any, options: InputOptions, place: str) -> Iterator[Piece]:
+        """Yield what `cut` makes of `read`; of a long input only the next pieces are in memory.
+
+        Raises:
+            ValueError, MissingExtraError: as `read`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +123,14 @@ class GraphInput:
         return ["source"] if self.padding is None else ["source", "padding"]
 
 
-def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
+def windows(total: int, size: int, context: int | None = None) -> Iterator[tuple[int, int, int]]:
     """Cut tokens into overlapping windows; each token is taken from a window in which it lies far from the ends.
 
     Args:
         total: T.
         size: most tokens of a window.
+        context: tokens at an inner end of a window that are taken from its neighbour, less than half of `size`; None:
+            `size` / `CONTEXT_SHARE`. Two windows overlap by twice as many, and the middle of the overlap divides them.
 
     Yields:
         (start, first, last): the window begins at token `start`; tokens `first` to `last` (exclusive) are its own.
@@ -107,7 +138,7 @@ def windows(total: int, size: int) -> Iterator[tuple[int, int, int]]:
     if total <= size:
         yield 0, 0, total
         return
-    context = size // CONTEXT_SHARE
+    context = size // CONTEXT_SHARE if context is None else context
     taken = 0
     while taken < total:
         start = min(max(0, taken - context), total - size)

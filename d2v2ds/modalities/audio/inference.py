@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v2ds.errors import MissingExtraError
+from d2v2ds.modalities.audio.long_sound import LongSound, decoded
 from d2v2ds.modalities.audio.mixing import Mixer, rate_fault
 from d2v2ds.modalities.audio.network import AudioNetwork
+from d2v2ds.modalities.audio.shards import AUDIO_SUFFIXES
 from d2v2ds.modalities.audio.sound_bytes import BadAudioError
 from d2v2ds.modalities.inference import CONTEXT_SHARE, InputOptions, Piece, windows
 from d2v2ds.shapes import shortest_input
@@ -27,6 +30,7 @@ class AudioInference:
     """Raw recordings for one exported model; an `Inference`."""
 
     fill = 0.0
+    suffixes = AUDIO_SUFFIXES
 
     def __init__(self, network: AudioNetwork, preprocessing: Mapping[str, Any]) -> None:
         """
@@ -48,22 +52,67 @@ class AudioInference:
             )
         return normalised(samples, self._variance_eps)
 
+    @property
+    def token_seconds(self) -> float:
+        """Time from one token to the next (seconds)."""
+        return self._hop / self._rate
+
+    @property
+    def _hop(self) -> int:
+        """Samples from one token to the next."""
+        return math.prod(stride for _, _, stride in self._network.conv_layers)
+
     def cut(self, index: int, source: Tensor, options: InputOptions) -> list[Piece]:
         """Divide a long recording into overlapping windows."""
-        layers = self._network.conv_layers
-        total = self._network.num_tokens(len(source))
+        extents = self._extents(len(source), options, f"input {index}")
+        return [Piece(index, source[start:stop], *place) for start, stop, *place in extents]
+
+    def _extents(self, samples: int, options: InputOptions, place: str) -> list[tuple[int, int, int, int, int]]:
+        """First and last sample of every window, then `first`, `last` and `place` of its `Piece`.
+
+        Raises:
+            ValueError: the recording is too short for a token, or the context leaves nothing of a window.
+        """
+        layers, hop = self._network.conv_layers, self._hop
+        total = self._network.num_tokens(samples)
         if total < 1:
-            needed = shortest_input(1, layers)
-            raise ValueError(f"input {index}: {len(source)} samples make no token; the front end needs {needed}")
-        hop = math.prod(stride for _, _, stride in layers)
+            raise ValueError(
+                f"{place}: {samples} samples make no token; the front end needs {shortest_input(1, layers)}"
+            )
         size = max(2 * CONTEXT_SHARE, int(options.window_seconds * self._rate) // hop)
         if total <= size:
-            return [Piece(index, source, 0, total, 0)]
-        samples = shortest_input(size, layers)
+            return [(0, samples, 0, total, 0)]
+        wanted = options.context_seconds
+        context = None if wanted is None else int(wanted * self._rate) // hop
+        if context is not None and not 0 <= 2 * context < size:
+            raise ValueError(
+                f"context of {wanted:g} s: expected less than half of a window of {size * hop / self._rate:g} s"
+            )
+        length = shortest_input(size, layers)
         return [
-            Piece(index, source[start * hop : start * hop + samples], first - start, last - start, first)
-            for start, first, last in windows(total, size)
+            (start * hop, start * hop + length, first - start, last - start, first)
+            for start, first, last in windows(total, size, context)
         ]
+
+    def inputs(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the file itself."""
+        yield str(path), path
+
+    def pieces(self, index: int, item: Any, options: InputOptions, place: str) -> Iterator[Piece]:
+        """Yield the windows of a sound file, normalised by mean and variance of the whole recording.
+
+        The file is read block by block: once for its statistics, and if it is long once more. Other inputs are
+        recordings in memory.
+        """
+        if not isinstance(item, str | os.PathLike):
+            yield from self.cut(index, self.read(item, options, place), options)
+            return
+        sound = LongSound(item, self._rate, place)
+        extents = self._extents(sound.samples, options, place)
+        scale = 1.0 / np.sqrt(sound.moments.variance + self._variance_eps)
+        for samples, (_, _, *where) in zip(sound.ranges([extent[:2] for extent in extents]), extents, strict=True):
+            wide = (samples.astype(np.float64) - sound.moments.mean) * scale
+            yield Piece(index, torch.from_numpy(wide.astype(np.float32)), *where)
 
 
 def read_waveform(
@@ -179,24 +228,8 @@ def _one_channel(samples: NDArray[Any], place: str, in_list: bool) -> NDArray[np
 
 def _read_sound(encoded: str | os.PathLike[str] | bytes, wanted_hz: int, place: str) -> tuple[NDArray[np.float32], int]:
     """Decode a sound file, or its content, and resample it: (S,) and the rate that it had."""
-    try:
-        from d2v2ds.modalities.audio.sound_file import most_samples, open_sound, resampled
-    except ImportError as error:
-        raise MissingExtraError("sound files need soundfile and soxr", "audio") from error
-    name = f"a file of {len(encoded):,} bytes" if isinstance(encoded, bytes) else os.fspath(encoded)
-    parts, length = [np.empty(0, dtype=np.float32)], 0
-    try:
-        with open_sound(encoded) as sound:
-            for block in resampled(sound.blocks(), sound.rate, wanted_hz):
-                parts.append(block)
-                length += len(block)
-                if length > most_samples(sound.bytes):
-                    raise BadAudioError(f"more than {length:,} samples, which no recording of its bytes has")
-            return np.concatenate(parts), sound.rate
-    except BadAudioError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise ValueError(f"{place}: no file {name}") from None
-        raise ValueError(f"{place}: {name} cannot be decoded: {str(error).removeprefix(f'{name}: ')}") from error
+    with decoded(encoded, wanted_hz, place) as (rate, blocks):
+        return np.concatenate([np.empty(0, dtype=np.float32), *blocks]), rate
 
 
 def _not_empty(samples: NDArray[np.float32], place: str) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """Pictures of any size -> squares of pixels that an image encoder reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 from d2v2ds.errors import CheckpointError
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.modalities.image.reader import resize, whole_view
+from d2v2ds.modalities.image.shards import IMAGE_SUFFIXES
 from d2v2ds.modalities.inference import InputOptions, Piece
 
 
@@ -16,6 +18,8 @@ class ImageInference:
     """Raw pictures for one exported model; an `Inference`."""
 
     fill = 0.0
+    suffixes = IMAGE_SUFFIXES
+    token_seconds = None
 
     def __init__(self, network: ImageNetwork, preprocessing: Mapping[str, Any]) -> None:
         """
@@ -41,6 +45,14 @@ class ImageInference:
     def cut(self, index: int, source: Tensor, options: InputOptions) -> list[Piece]:
         """Return the whole picture as one piece."""
         return [Piece(index, source, 0, self._network.num_tokens(source.shape[-1]), 0)]
+
+    def inputs(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the file itself."""
+        yield str(path), path
+
+    def pieces(self, index: int, item: Any, options: InputOptions, place: str) -> Iterator[Piece]:
+        """Yield the whole picture."""
+        yield from self.cut(index, self.read(item, options, place), options)
 
 
 def read_picture(given: Any, side: int, place: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Strings -> token ids that a text encoder reads."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
+from d2v2ds.io.machine_faults import reading_error
+from d2v2ds.io.read import open_regular
 from d2v2ds.modalities.inference import InputOptions, Piece, windows
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.modalities.text.tokenizers import BOS, EOS, TOKENIZERS, Tokenizer, load_tokenizer
@@ -20,6 +23,8 @@ class TextInference:
     """Raw texts for one exported model; an `Inference`."""
 
     fill = float(PAD_ID)
+    suffixes = frozenset({".txt", ".text"})
+    token_seconds = None
 
     def __init__(self, network: TextNetwork, preprocessing: Mapping[str, Any], folder: Path) -> None:
         """
@@ -72,6 +77,24 @@ class TextInference:
             begin = 0 if with_front else first - start + 1
             pieces.append(Piece(index, piece, begin, last - start + 1, 0 if with_front else first + 1))
         return pieces
+
+    def inputs(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the lines that are not blank, without white space around them, named FILE:LINE."""
+        try:
+            with open_regular(path, CheckpointError) as file:
+                for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
+                    if text := line.strip():
+                        yield f"{path}:{number}", text
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8, found {error}") from error
+        except OSError as error:
+            raise reading_error(path, error, CheckpointError) from error
+
+    def pieces(self, index: int, item: Any, options: InputOptions, place: str) -> Iterator[Piece]:
+        """Yield the windows of a text."""
+        yield from self.cut(index, self.read(item, options, place), options)
 
 
 def token_ids(text: str, tokenizer: Tokenizer, place: str) -> Tensor:
