@@ -9,6 +9,7 @@ papers that use natural logarithms for both are smaller by the factor ln 10 = 2.
 `<s>` and scores `</s>`. A hypothesis counts with its best alignment; alignments are not added.
 """
 
+import copy
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,7 @@ class BeamDecoder:
             raise ConfigError(f"{language_model} is no ARPA file, its words cannot be read; give a lexicon")
         chosen = spelled(arpa_words or []) if lexicon is None else {word: tuple(own) for word, own in lexicon.items()}
         numbers = encode_lexicon(chosen, vocabulary)
-        self._words = list(numbers)
+        self._numbers, self._words = numbers, list(numbers)
         dictionary = text.dictionary.Dictionary()
         for word in (*self._words, _UNKNOWN_WORD):
             dictionary.add_entry(word)
@@ -133,17 +134,30 @@ class BeamDecoder:
                 f"language model {language_model}: has none of the {len(self._words)} words of the lexicon; is it of "
                 "another case?"
             )
-        self._decoder = self._build(text, numbers, dictionary.get_index(_UNKNOWN_WORD))
+        self._unknown = dictionary.get_index(_UNKNOWN_WORD)
+        self._trie = self._build_trie(text.decoder)
+        self._decoder = self._build_decoder(text.decoder)
 
-    def _build(self, text: Any, numbers: Mapping[str, list[int]], unknown: int) -> Any:
-        config, vocabulary, library = self.config, self._vocabulary, text.decoder
-        boundary = vocabulary.symbols.index(WORD_END)
-        trie = library.Trie(len(vocabulary), boundary)
+    def with_settings(self, config: BeamConfig) -> "BeamDecoder":
+        """Return a search with other settings; lexicon and language model are shared and not read again."""
+        other = copy.copy(self)
+        other.config = config
+        other._decoder = other._build_decoder(_flashlight().decoder)
+        return other
+
+    def _build_trie(self, library: Any) -> Any:
+        """Build the tree of spellings, with the best word's probability at every node."""
+        trie = library.Trie(len(self._vocabulary), self._vocabulary.symbols.index(WORD_END))
         start = self._lm.start(False)
         for number, word in enumerate(self._words):
             _, score = self._lm.score(start, number)
-            trie.insert(numbers[word], number, score)
+            trie.insert(self._numbers[word], number, score)
         trie.smear(library.SmearingMode.MAX)
+        return trie
+
+    def _build_decoder(self, library: Any) -> Any:
+        config, vocabulary = self.config, self._vocabulary
+        boundary = vocabulary.symbols.index(WORD_END)
         options = library.LexiconDecoderOptions(
             beam_size=config.beam,
             beam_size_token=config.beam_letters or len(vocabulary),
@@ -155,7 +169,7 @@ class BeamDecoder:
             log_add=False,
             criterion_type=library.CriterionType.CTC,
         )
-        return library.LexiconDecoder(options, trie, self._lm, boundary, BLANK, unknown, [], False)
+        return library.LexiconDecoder(options, self._trie, self._lm, boundary, BLANK, self._unknown, [], False)
 
     def __call__(self, emissions: Tensor) -> list[Hypothesis]:
         """Search one utterance.
@@ -175,6 +189,10 @@ class BeamDecoder:
     def _hypothesis(self, result: Any, num_frames: int) -> Hypothesis:
         words = tuple(self._words[number] for number in result.words if 0 <= number < len(self._words))
         return Hypothesis(words, float(result.score), tuple(result.tokens[1 : num_frames + 1]))
+
+    def spelling(self, word: str) -> list[int]:
+        """Return the numbers of a word's letters, the word end at their end."""
+        return self._numbers[word]
 
     def log10(self, words: Sequence[str]) -> float:
         """Return log10 p of a sentence with `</s>` after `<s>`; unknown words count as `<unk>`."""

@@ -27,6 +27,7 @@ class Vocabulary:
             units: outputs behind the four special ones.
         """
         self.symbols = (*SPECIAL, *units)
+        self._word_end = self.symbols.index(WORD_END) if WORD_END in units else -1
         self._numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
 
     def __len__(self) -> int:
@@ -39,9 +40,25 @@ class Vocabulary:
 
     def words(self, numbers: Iterable[int], unknown: str = SPECIAL[UNKNOWN]) -> list[str]:
         """Convert outputs, without blanks and repeats, to words; `unknown` stands for letters without a number."""
-        symbols = [*self.symbols[:UNKNOWN], unknown, *self.symbols[UNKNOWN + 1 :]]
-        kept = (symbols[number] for number in numbers if number not in (BLANK, END))
-        return "".join(" " if symbol == WORD_END else symbol for symbol in kept).split()
+        return [word for word, _, _ in self.word_spans(numbers, unknown)]
+
+    def word_spans(self, numbers: Iterable[int], unknown: str = SPECIAL[UNKNOWN]) -> list[tuple[str, int, int]]:
+        """Convert outputs as `words` does, each word with its place.
+
+        Returns:
+            For every word the word, the index of its first letter, and that behind its last one.
+        """
+        found: list[tuple[str, int, int]] = []
+        word, first, last = "", 0, 0
+        for place, number in enumerate([*numbers, self._word_end]):
+            if number == self._word_end:
+                if word:
+                    found.append((word, first, last))
+                word = ""
+            elif number not in (BLANK, END):
+                first, last = (first if word else place), place + 1
+                word += unknown if number == UNKNOWN else self.symbols[number]
+        return found
 
 
 def spell(text: str) -> Iterator[str]:
