@@ -1,6 +1,6 @@
 """Evaluate a fine-tuned model on packed shards: error rates or scores with 95 % intervals.
 
-    python -m d2v2ds.evaluate RUN_OR_EXPORT --shards DIR [--lm ARPA_OR_BINARY] [--lexicon FILE]
+    python -m d2v2ds.evaluate RUN_OR_EXPORT --shards DIR [--lm ARPA_OR_BINARY] [--lexicon FILE] [--decoder FILE]
 
 Prints a table and writes evaluation.json, transcripts and pictures. Weights of the language model are those of the
 official decoder: natural logarithms of the network, log10 of the language model.
@@ -11,8 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
-from d2v2ds.decoding.beam import BeamConfig
 from d2v2ds.errors import D2V2Error
+from d2v2ds.run.decoder_choice import add_arguments, choice_of
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate, table
 
 
@@ -24,27 +24,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, help="folder for results (RUN/evaluation or EXPORT-evaluation)")
     parser.add_argument("--checkpoint", metavar="TAG", help="of a run; the best one by default")
     parser.add_argument("--device", help="such as cuda:0 or cpu")
-    parser.add_argument("--lm", type=Path, help="n-gram model, ARPA or KenLM's binary form")
-    parser.add_argument(
-        "--lexicon", type=Path, help="lines of WORD, a tab, and its letters; else the words of the ARPA"
-    )
-    parser.add_argument("--beam", type=int, default=50, help="hypotheses kept at each frame (50)")
-    parser.add_argument("--lm-weight", type=float, default=2.0, help="factor of log10 p of the words (2)")
-    parser.add_argument("--word-score", type=float, default=-1.0, help="added for every word (-1)")
-    parser.add_argument("--boundary-score", type=float, default=0.0, help="added for every frame of | (0)")
     parser.add_argument("--draws", type=int, default=1000, help="sets of rows drawn for an interval (1000)")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        beam = BeamConfig(
-            beam=options.beam, lm_weight=options.lm_weight, word_score=options.word_score,
-            boundary_score=options.boundary_score,
-        )  # fmt: skip
         result = evaluate(
             options.model,
             EvaluationOptions(
                 shards=tuple(options.shards), to=options.to, tag=options.checkpoint, device=options.device,
-                draws=options.draws, lm=options.lm, lexicon=options.lexicon, beam=beam,
+                draws=options.draws, decoder=choice_of(options),
             ),
         )  # fmt: skip
     except D2V2Error as error:

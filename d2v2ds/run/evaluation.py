@@ -18,8 +18,7 @@ from d2v2ds.batch import Batch, Labels
 from d2v2ds.data.mixture import DATASET_BITS, split_row_numbers
 from d2v2ds.data.order import MicroBatch, PlanConfig, cut_micro_batches
 from d2v2ds.data.reader import Reader
-from d2v2ds.decoding.beam import BeamConfig, BeamDecoder
-from d2v2ds.decoding.lexicon import read_lexicon
+from d2v2ds.decoding.beam import BeamDecoder
 from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
 from d2v2ds.evals import classification, recognition
 from d2v2ds.evals.pictures import draw_confusion, draw_rates_by_length
@@ -28,6 +27,7 @@ from d2v2ds.io import durable
 from d2v2ds.io.machine_faults import advice
 from d2v2ds.labels import join_labels
 from d2v2ds.modalities.known import known_modalities, open_reader
+from d2v2ds.run.decoder_choice import DecoderChoice
 from d2v2ds.run.task_model import TaskModel, device_of, load_task
 from d2v2ds.tasks.classify import Classify
 from d2v2ds.tasks.ctc import Ctc, greedy
@@ -52,10 +52,8 @@ class EvaluationOptions:
     tag: str | None = None
     """Checkpoint of a run; None: the best one."""
     device: str | None = None
-    lm: Path | None = None
-    """n-gram model for beam search."""
-    lexicon: Path | None = None
-    beam: BeamConfig = field(default_factory=BeamConfig)
+    decoder: DecoderChoice = field(default_factory=DecoderChoice)
+    """Beam search beside greedy decoding, if it has a language model."""
     draws: int = 1000
     """Sets of rows that are drawn for an interval."""
     max_unread: float = 0.01
@@ -132,12 +130,11 @@ def _reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
 
 def _decoder(model: TaskModel, options: EvaluationOptions) -> BeamDecoder | None:
     """Build the beam search, before anything is computed."""
-    if options.lm is None:
+    if options.decoder.lm is None:
         return None
     if not isinstance(model.task, Ctc):
         raise ConfigError(f"--lm: only a recogniser reads a language model, this is {model.task.config.name}")
-    lexicon = None if options.lexicon is None else read_lexicon(options.lexicon)
-    return BeamDecoder(model.task.vocabulary, options.lm, lexicon, options.beam)
+    return options.decoder.build(model.task.vocabulary)
 
 
 @torch.inference_mode()
@@ -240,7 +237,7 @@ def _recognition(
         lines = [f"{one.id}\t{one.wanted}\t{one.found}" for one in utterances]
         durable.replace_text(to / f"transcripts_{name}.tsv", "\n".join(["id\twanted\tfound", *lines]) + "\n")
     if decoder is not None:
-        result["beam"]["settings"] = asdict(decoder.config)
+        result["beam"] |= options.decoder.describe()
     return result
 
 

@@ -19,6 +19,7 @@ from d2v2ds.evaluate import main
 from d2v2ds.interop.export_folder import Description, Kind
 from d2v2ds.interop.export_write import write_config, write_tensors
 from d2v2ds.modalities.known import open_shards
+from d2v2ds.run.decoder_choice import DecoderChoice
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate
 from d2v2ds.run.task_model import load_task
 from d2v2ds.tasks.classify import ClassifyConfig
@@ -122,7 +123,11 @@ def test_a_padded_batch_is_scored_as_each_row_alone(recogniser: Path, recordings
 def test_a_language_model_forbids_other_words(recogniser: Path, recordings: Path, tmp_path: Path) -> None:
     (tmp_path / "lm.arpa").write_text(ARPA)
     options = EvaluationOptions(
-        shards=(recordings,), to=tmp_path / "out", max_unread=0.2, draws=20, lm=tmp_path / "lm.arpa"
+        shards=(recordings,),
+        to=tmp_path / "out",
+        max_unread=0.2,
+        draws=20,
+        decoder=DecoderChoice(lm=tmp_path / "lm.arpa"),
     )
     result = evaluate(recogniser, options)
     lines = (tmp_path / "out" / "transcripts_beam.tsv").read_text().splitlines()[1:]
@@ -161,7 +166,7 @@ def test_images_are_scored_by_their_middle(tmp_path: Path) -> None:
     assert result["scores"]["accuracy"]["value"] == pytest.approx(100 * counts.trace() / 12)
     assert (tmp_path / "model-evaluation" / "confusion.png").stat().st_size > 0
     with pytest.raises(ConfigError, match="only a recogniser reads a language model"):
-        evaluate(model, EvaluationOptions(shards=(packed,), lm=tmp_path / "x.arpa"))
+        evaluate(model, EvaluationOptions(shards=(packed,), decoder=DecoderChoice(lm=tmp_path / "x.arpa")))
 
 
 def test_the_command_prints_a_table(

@@ -1,0 +1,137 @@
+"""Choice of a decoder: language model, lexicon and weights, from options or a file of `d2v2ds.tune_decoder`."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from d2v2ds.decoding.beam import BeamConfig, BeamDecoder
+from d2v2ds.decoding.lexicon import read_lexicon
+from d2v2ds.errors import ConfigError
+from d2v2ds.io import durable
+from d2v2ds.io.read import read_json, validate
+from d2v2ds.tasks.vocabulary import Vocabulary
+
+FORMAT = "d2v2ds-decoder"
+UNITS = "emissions: natural logarithms; language model: log10, as in the official decoder"
+_WEIGHTS = ("beam", "lm_weight", "word_score", "boundary_score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderChoice:
+    """Language model, lexicon and settings of a beam search; without a language model decoding is greedy."""
+
+    lm: Path | None = None
+    """n-gram model, ARPA or KenLM's binary form."""
+    lexicon: Path | None = None
+    """Spellings of the words; None: the words of the ARPA file, by their own letters."""
+    beam: BeamConfig = field(default_factory=BeamConfig)
+    file: Path | None = None
+    """File with these choices; None if they were given one by one."""
+
+    def build(self, vocabulary: Vocabulary) -> BeamDecoder | None:
+        """Build the search; None for greedy decoding.
+
+        Raises:
+            ConfigError, MissingExtraError: as `BeamDecoder` and `read_lexicon`.
+        """
+        if self.lm is None:
+            return None
+        lexicon = None if self.lexicon is None else read_lexicon(self.lexicon)
+        return BeamDecoder(vocabulary, self.lm, lexicon, self.beam)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values for a result: names of the files, settings, and their units."""
+        names = {"lm": self.lm, "lexicon": self.lexicon, "decoder": self.file}
+        return {
+            **{key: path.name for key, path in names.items() if path is not None},
+            "settings": asdict(self.beam),
+            "units": UNITS,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Content of a file of choices."""
+
+    format: str
+    lm: str
+    lexicon: str | None
+    settings: BeamConfig
+    units: str
+    tuning: dict[str, Any] = field(default_factory=dict)
+
+
+def write_choice(path: Path, choice: DecoderChoice, tuning: Mapping[str, Any]) -> None:
+    """Write a decoder's file; language model and lexicon are named relative to it.
+
+    Args:
+        path: file to write.
+        choice: with a language model.
+        tuning: plain values, how the settings were found.
+    """
+    assert choice.lm is not None
+
+    def relative(file: Path) -> str:
+        return os.path.relpath(file.resolve(), path.resolve().parent)
+
+    stored = _Stored(
+        format=FORMAT,
+        lm=relative(choice.lm),
+        lexicon=None if choice.lexicon is None else relative(choice.lexicon),
+        settings=choice.beam,
+        units=UNITS,
+        tuning=dict(tuning),
+    )
+    durable.replace_text(path, json.dumps(asdict(stored), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_choice(path: Path) -> DecoderChoice:
+    """Read a decoder's file.
+
+    Raises:
+        ConfigError: it is none, or damaged.
+    """
+    stored = validate(_Stored, read_json(path, ConfigError), path, ConfigError)
+    if stored.format != FORMAT or stored.units != UNITS:
+        raise ConfigError(
+            f"{path}: expected format {FORMAT!r} and units {UNITS!r}, found {stored.format!r:.40} and "
+            f"{stored.units!r:.90}; tune it again with this version"
+        )
+    lexicon = None if stored.lexicon is None else path.parent / stored.lexicon
+    return DecoderChoice(lm=path.parent / stored.lm, lexicon=lexicon, beam=stored.settings, file=path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a decoder to a command."""
+    default = BeamConfig()
+    parser.add_argument("--lm", type=Path, help="n-gram model, ARPA or KenLM's binary form; none: greedy decoding")
+    parser.add_argument("--lexicon", type=Path, help="lines of WORD, a tab, and letters; else the words of the ARPA")
+    parser.add_argument(
+        "--decoder", type=Path, help="file of d2v2ds.tune_decoder with all of these; single options go before it"
+    )
+    parser.add_argument("--beam", type=int, help=f"hypotheses kept at each frame ({default.beam})")
+    parser.add_argument("--lm-weight", type=float, help=f"factor of log10 p of the words ({default.lm_weight:g})")
+    parser.add_argument("--word-score", type=float, help=f"added for every word ({default.word_score:g})")
+    parser.add_argument("--boundary-score", type=float, help=f"added for every frame of | ({default.boundary_score:g})")
+
+
+def choice_of(options: argparse.Namespace) -> DecoderChoice:
+    """Read the options that `add_arguments` added.
+
+    Raises:
+        ConfigError: the decoder's file is wrong, or a setting is impossible.
+    """
+    choice = DecoderChoice() if options.decoder is None else read_choice(options.decoder)
+    given = {name: getattr(options, name) for name in _WEIGHTS if getattr(options, name) is not None}
+    beam = validate(BeamConfig, asdict(replace(choice.beam, **given)), "decoder", ConfigError)
+    chosen = replace(
+        choice, lm=options.lm or choice.lm, lexicon=options.lexicon or choice.lexicon, beam=beam,
+        file=None if given or options.lm or options.lexicon else choice.file,
+    )  # fmt: skip
+    if chosen.lm is None and (given or chosen.lexicon):
+        raise ConfigError("--beam, --lexicon, --lm-weight, --word-score, --boundary-score: they need --lm or --decoder")
+    return chosen
