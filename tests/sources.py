@@ -8,8 +8,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("d2v2ds", "preprocessing")
 
 COMMANDS = frozenset(
-    {"pretrain", "finetune", "probe", "evaluate", "ngram", "outputs", "export", "extract", "checkpoints", "demo"}
-)
+    {
+        "pretrain", "finetune", "probe", "evaluate", "ngram", "outputs", "transcribe", "classify", "tune_decoder",
+        "export", "extract", "checkpoints", "demo",
+    }
+)  # fmt: skip
 """Modules or folders of `d2v2ds` that a user starts; so is every ``__main__.py``."""
 
 

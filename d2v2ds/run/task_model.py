@@ -40,6 +40,8 @@ class TaskModel:
     """Where the weights come from."""
     folder: Path | None = None
     """The export; None for a run."""
+    files: Path = Path()
+    """Folder with files of the preprocessing, such as a tokenizer: the export, or packed rows of the run."""
 
     @property
     def modality(self) -> str:
@@ -65,7 +67,9 @@ def load_task(source: Path, tag: str | None = None) -> TaskModel:
         state = {f"trunk.{name}": tensor for name, tensor in folder.tensors("model")}
         state |= dict(folder.tensors("objective"))
         preprocessing = folder.description.preprocessing[task.config.modality]
-        return TaskModel(task, _network(task, state, str(source)), preprocessing, folder.description.origin, source)
+        return TaskModel(
+            task, _network(task, state, str(source)), preprocessing, folder.description.origin, source, source
+        )
     config = run_config(source)
     checkpoint = checkpoint_folder(source, tag or _best(source))
     model = trunk_config(checkpoint)
@@ -82,7 +86,8 @@ def load_task(source: Path, tag: str | None = None) -> TaskModel:
         "checkpoint": checkpoint.name,
         "step": read_manifest(checkpoint).counters["global_steps"],
     }
-    return TaskModel(task, _network(task, dict(iterate_student(checkpoint)), str(checkpoint)), preprocessing, origin)
+    network = _network(task, dict(iterate_student(checkpoint)), str(checkpoint))
+    return TaskModel(task, network, preprocessing, origin, files=folders_of(data.shards)[0])
 
 
 def _best(run_dir: Path) -> str | None:

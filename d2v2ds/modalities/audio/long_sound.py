@@ -48,7 +48,8 @@ def decoded(
     except BadAudioError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise ValueError(f"{place}: no file {name}") from None
-        raise ValueError(f"{place}: {name} cannot be decoded: {str(error).removeprefix(f'{name}: ')}") from error
+        where = place if place == name else f"{place}: {name}"
+        raise ValueError(f"{where} cannot be decoded: {str(error).removeprefix(f'{name}: ')}") from error
 
 
 class Moments:
