@@ -84,19 +84,13 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
     model = load_task(source, options.tag)
     if isinstance(model.task, Ctc):
         recognition.count_errors([])  # says what is not installed before the work
-    reader = _reader(model, options.shards)
+    reader = labelled_reader(model, options.shards)
     decoder = _decoder(model, options)
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{to}: cannot be made: {error}; {advice(error)}") from error
-    unread: list[str] = []
-    rows = list(run_rows(model, reader, device_of(options.device), unread))
-    if not rows or len(unread) > options.max_unread * (len(rows) + len(unread)):
-        raise ShardError(
-            f"{', '.join(map(str, options.shards))}: {len(unread)} of {len(rows) + len(unread)} rows cannot be "
-            f"evaluated, at most {options.max_unread:.0%} may; the first: {unread[0] if unread else 'no row'}"
-        )
+    rows, unread = read_rows(model, reader, options.device, options.max_unread)
     result: dict[str, Any] = {
         "model": source.name,
         "origin": {key: value for key, value in model.origin.items() if isinstance(value, str | int)},
@@ -112,7 +106,40 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
     return result
 
 
-def _reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
+def read_rows(
+    model: TaskModel, reader: Reader, device: str | None, max_unread: float = 0.01
+) -> tuple[list[Row], list[str]]:
+    """Run every row through the network.
+
+    Args:
+        model: runs them.
+        reader: of the rows, with labels.
+        device: of the network; None: a GPU if there is one.
+        max_unread: share of rows that may lack a label or be unreadable.
+
+    Returns:
+        Rows, and a message for each that was left out.
+
+    Raises:
+        ShardError: more were left out, or none is there.
+    """
+    unread: list[str] = []
+    rows = list(run_rows(model, reader, device_of(device), unread))
+    if not rows or len(unread) > max_unread * (len(rows) + len(unread)):
+        folders = ", ".join(str(part.folder) for part in reader.shards.parts)
+        raise ShardError(
+            f"{folders}: {len(unread)} of {len(rows) + len(unread)} rows cannot be evaluated, at most "
+            f"{max_unread:.0%} may; the first: {unread[0] if unread else 'no row'}"
+        )
+    return rows, unread
+
+
+def labelled_reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
+    """Open packed folders for a fine-tuned model.
+
+    Raises:
+        ConfigError, ShardError: they cannot be read, or not by this model.
+    """
     modality = known_modalities()[model.modality]
     data = modality.whole_inputs(folders[0], model.preprocessing)
     data = replace(data, shards=tuple(folders) if len(folders) > 1 else folders[0])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from d2v2ds.classify import main
 from d2v2ds.modalities.known import open_shards
-from d2v2ds.run.evaluation import _reader, run_rows
+from d2v2ds.run.evaluation import labelled_reader, run_rows
 from d2v2ds.run.labelling import describe, probabilities
 from d2v2ds.run.task_model import load_task
 from d2v2ds.tasks.classify import ClassifyConfig
@@ -32,7 +32,7 @@ def probabilities_of_rows(model_folder: Path, packed: Path) -> dict[str, np.ndar
     """Probabilities that evaluation computes, by the id of a row."""
     model, shards = load_task(model_folder), open_shards(packed)
     unread: list[str] = []
-    rows = list(run_rows(model, _reader(model, [packed]), torch.device("cpu"), unread))
+    rows = list(run_rows(model, labelled_reader(model, [packed]), torch.device("cpu"), unread))
     assert not unread
     return {shards.read_labels(row.row).id: probabilities(model.task, row.logits[None]).numpy() for row in rows}  # type: ignore[arg-type]
 
