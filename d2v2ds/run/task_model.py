@@ -1,30 +1,21 @@
 """Load a fine-tuned model from the folder of a run or from an export."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from d2v2ds.config.objectives import ObjectiveConfig
 from d2v2ds.data.folders import folders_of
 from d2v2ds.data.schema import read_index
 from d2v2ds.distributed.checkpoint.format import iterate_student, read_manifest, read_settings
 from d2v2ds.errors import CheckpointError, ShardError
 from d2v2ds.interop.export_folder import ModelFolder, is_export
-from d2v2ds.io.read import validate
+from d2v2ds.interop.task_network import folder_task, loaded_network, task_of
 from d2v2ds.modalities.known import known_modalities
-from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.run.folder import checkpoint_folder, run_config, trunk_config
-from d2v2ds.tasks.classify import ClassifyConfig
-from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.encoding import TaskNetwork
 from d2v2ds.tasks.task import Task
-
-TASKS: dict[str, type[CtcConfig] | type[ClassifyConfig]] = {"ctc": CtcConfig, "classify": ClassifyConfig}
-"""Settings of each task, by its name in a description."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +53,13 @@ def load_task(source: Path, tag: str | None = None) -> TaskModel:
     """
     if is_export(source):
         folder = ModelFolder(source)
-        settings, model = folder.description.objective, folder.description.model
-        task = _task(settings, model, str(source))
-        state = {f"trunk.{name}": tensor for name, tensor in folder.tensors("model")}
-        state |= dict(folder.tensors("objective"))
+        task, network = folder_task(folder)
         preprocessing = folder.description.preprocessing[task.config.modality]
-        return TaskModel(
-            task, _network(task, state, str(source)), preprocessing, folder.description.origin, source, source
-        )
+        return TaskModel(task, network, preprocessing, folder.description.origin, source, source)
     config = run_config(source)
     checkpoint = checkpoint_folder(source, tag or _best(source))
     model = trunk_config(checkpoint)
-    task = _task(read_settings(checkpoint)["objective"], model, str(checkpoint))
+    task = task_of(read_settings(checkpoint)["objective"], model, str(checkpoint))
     modality = known_modalities()[task.config.modality]
     data = config.data.modalities[modality.name]
     try:
@@ -86,7 +72,7 @@ def load_task(source: Path, tag: str | None = None) -> TaskModel:
         "checkpoint": checkpoint.name,
         "step": read_manifest(checkpoint).counters["global_steps"],
     }
-    network = _network(task, dict(iterate_student(checkpoint)), str(checkpoint))
+    network = loaded_network(task, iterate_student(checkpoint), str(checkpoint))
     return TaskModel(task, network, preprocessing, origin, files=folders_of(data.shards)[0])
 
 
@@ -102,28 +88,6 @@ def _best(run_dir: Path) -> str | None:
         if value is not None:
             found.append((value, path.name))
     return min(found)[1] if found else None
-
-
-def _task(settings: Mapping[str, Any] | None, model: TrunkConfig, where: str) -> Task[Any]:
-    name = (settings or {}).get("name")
-    if settings is None or name not in TASKS:
-        raise CheckpointError(
-            f"{where}: expected a fine-tuned model ({', '.join(TASKS)}), found {name or 'no task'}; "
-            "python -m d2v2ds.finetune makes one"
-        )
-    config: ObjectiveConfig = validate(TASKS[name], dict(settings), f"{where}: objective", CheckpointError)
-    assert not isinstance(config, type)
-    return config.build(model, seed=0)  # type: ignore[return-value]
-
-
-def _network(task: Task[Any], state: dict[str, Tensor], where: str) -> TaskNetwork:
-    network = task.build_network(activation_checkpointing=False)
-    assert isinstance(network, TaskNetwork)
-    try:
-        network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    except RuntimeError as error:
-        raise CheckpointError(f"{where}: does not fit its own description: {error}") from error
-    return network.requires_grad_(False).eval()
 
 
 def device_of(name: str | None) -> torch.device:

@@ -1,7 +1,7 @@
 """Weights of a language model, tuned on a development set; see `d2v2ds.tune_decoder`.
 
-Published results have weights of 128 trials: the language model's from 0 to 5, the word score from -5 to 5, the score of
-word boundaries from -8 to 0 (official file of the sweep: Bayesian search on dev_other). Here the first trial has the
+Published results have weights of 128 trials: the language model's from 0 to 5, the word score from -5 to 5, the score
+of word boundaries from -8 to 0 (official file of the sweep: Bayesian search on dev_other). Here the first trial has the
 given settings. The others of the first half are uniform in these ranges, the second half is normal around the best of
 the first, with a tenth of the ranges as standard deviation. A trial depends on the seed and the trials before it alone.
 """
