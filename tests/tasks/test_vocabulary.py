@@ -1,4 +1,4 @@
-"""Vocabularies of any script, word ends, unknown letters; sentences; edit distances."""
+"""Vocabularies of any script, word ends, unknown letters; edit distances."""
 
 import sys
 from collections.abc import Hashable, Sequence
@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2v2ds.errors import MissingExtraError
-from d2v2ds.tasks.sentences import join_sentences
 from d2v2ds.tasks.vocabulary import BLANK, END, LIBRISPEECH, PAD, UNKNOWN, Vocabulary, count_letters, spell
 from d2v2ds.tasks.words import edit_counts
 
@@ -44,12 +43,6 @@ def test_letters_come_by_frequency_then_by_code_point() -> None:
     assert count_letters({"BB A": 1, "CB": 1, "": 3}) == ("B", "|", "A", "C")
     assert list(spell(" A  BC\n")) == ["A", "|", "B", "C", "|"]
     assert count_letters({}) == ()
-
-
-def test_sentences_are_joined_as_in_the_official_code() -> None:
-    assert join_sentences([7, 8]) == [0, 7, 8, 2]
-    assert join_sentences([7], [9]) == [0, 7, 2, 2, 9, 2]
-    assert join_sentences([], []) == [0, 2, 2, 2]
 
 
 def distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:

@@ -15,7 +15,8 @@ from d2v2ds.io.machine_faults import reading_error
 from d2v2ds.io.read import open_regular
 from d2v2ds.modalities.inference import InputOptions, Piece, windows
 from d2v2ds.modalities.text.network import TextNetwork
-from d2v2ds.modalities.text.tokenizers import BOS, EOS, TOKENIZERS, Tokenizer, load_tokenizer
+from d2v2ds.modalities.text.sentences import join_sentences
+from d2v2ds.modalities.text.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from d2v2ds.shapes import PAD_ID
 
 
@@ -110,7 +111,7 @@ def token_ids(text: str, tokenizer: Tokenizer, place: str) -> Tensor:
     ids, _ = tokenizer.encode([text])
     if not len(ids):
         raise ValueError(f"{place}: expected text, found {text!r}, of which the tokenizer makes no token")
-    return torch.from_numpy(np.concatenate(([BOS], ids, [EOS])).astype(np.int64))
+    return torch.from_numpy(join_sentences(ids))
 
 
 def given_ids(given: Any, vocab_size: int, place: str) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch, Labels, SpanMasks
 from d2v2ds.errors import D2V2Error
 from d2v2ds.modalities.audio.inference import normalised
+from d2v2ds.modalities.text.sentences import join_sentences
 from d2v2ds.model.alibi import alibi_slopes, dense_bias
 from d2v2ds.shapes import AUDIO_NORM_EPS
 from d2v2ds.tasks.classify import Classify, ClassifyConfig
 from d2v2ds.tasks.ctc import Ctc, CtcConfig, ctc_losses, greedy
 from d2v2ds.tasks.encoding import drop_path_rates
 from d2v2ds.tasks.mixing import ImageMix, WaveformMix, mix_classes, mix_images, mix_labels, mix_waveforms
-from d2v2ds.tasks.sentences import join_sentences
 from d2v2ds.tasks.words import edit_counts
 from d2v2ds.verify.finetuning.case import TaskCase
 from d2v2ds.verify.finetuning.records import (
@@ -181,7 +181,7 @@ def _compare_sentences(report: Report, case: TaskCase, source: Tensor) -> None:
     sentences = case.meta.get("sentences_without_specials")
     if sentences is not None:
         parts = [one if isinstance(one[0], list) else [one] for one in sentences]
-        rows = [torch.tensor(join_sentences(*one)) for one in parts]
+        rows = [torch.from_numpy(join_sentences(*one)) for one in parts]
         made = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
         report.compare("tokens", made, source)
 
