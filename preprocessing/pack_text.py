@@ -3,7 +3,8 @@
 Documents are tokenized and end with ``</s>``; they are joined, across documents, and cut into pieces of
 --block-tokens less one, each with ``<s>`` in front. Joining begins anew with every shard, so only
 the last block of a shard may be shorter. The tokenizer is trained on the corpus (--train-tokenizer) or given
-(--tokenizer), and lies in the shard folder. --one-row-per-document makes rows for probes instead.
+(--tokenizer), and lies in the shard folder. --one-row-per-document makes rows with labels instead, for probes and
+fine-tuning: ``<s> A </s>``. With --pair-columns A B a row holds two sentences: ``<s> A </s> </s> B </s>``.
 
 Killed and started again with the same command, it keeps finished shards and ends with the same bytes.
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.data.schema import Index
-from d2v2ds.modalities.text.shards import TEXT_LAYOUT
+from d2v2ds.modalities.text.shards import SENTENCES, TEXT_LAYOUT
 from d2v2ds.modalities.text.tokenizers import TOKENIZERS, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from preprocessing.driver.command import common_parser, parse_bytes, run
 from preprocessing.driver.output_file import replacing
@@ -33,7 +34,7 @@ from preprocessing.driver.shard_plan import Plan
 from preprocessing.driver.team.protocol import Team
 from preprocessing.driver.writer import PACKING_NAME
 from preprocessing.text.documents import DOCUMENT_KINDS, ERRORS, DocumentOptions, TextSpan
-from preprocessing.text.rows import block_rows, document_rows
+from preprocessing.text.rows import block_rows, document_rows, pair_rows
 from preprocessing.text.shard_plan import TextSettings, make_plan, sample_texts
 from preprocessing.text.tokenization import (
     NORMALIZATIONS,
@@ -53,11 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.part and options.train_tokenizer:
         parser.error("--part with --train-tokenizer: parts on two machines could train two tokenizers; train one on a "
                      "sample first and give its file as --tokenizer")  # fmt: skip
+    if options.pair_columns and options.text_field is not None:
+        parser.error("--text-field and --pair-columns exclude each other: the first column of a pair is its text")
+    first, second = options.pair_columns or (options.text_field or DocumentOptions().text_field, None)
+    has_labels = options.one_row_per_document or second is not None
     settings = TextSettings(
         documents=DocumentOptions(
             document=options.document,
-            text_field=options.text_field,
-            label_field=options.label_field if options.one_row_per_document else None,
+            text_field=first,
+            pair_field=second,
+            label_field=options.label_field if has_labels else None,
             errors=options.errors,
         ),
         tokenizer=options.tokenizer,
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train_bytes=options.train_bytes,
         seed=options.seed,
         block_tokens=options.block_tokens,
-        one_row_per_document=options.one_row_per_document,
+        one_row_per_document=has_labels,
         shard_bytes=options.shard_bytes,
     )
     return run(TextPacker(settings), options, arguments)
@@ -108,11 +114,12 @@ class TextPacker:
             "tokenizer": tokenizer.kind,
             "tokenizer_file": tokenizer.file_name,
             "special": special_ids(tokenizer),
-        }
+        } | ({SENTENCES: 2} if self.settings.has_pairs else {})
 
     def rows(self, units: Sequence[TextSpan], folder: Path, notes: Notes) -> Iterator[Row]:
-        """Blocks, or documents."""
+        """Blocks, documents, or pairs."""
         make = document_rows if self.settings.one_row_per_document else block_rows
+        make = pair_rows if self.settings.has_pairs else make
         return make(units, _tokenizer_of(folder), self.settings, notes)
 
     def totals(self, size: int, counts: Mapping[str, int]) -> dict[str, Any]:
@@ -152,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--document", choices=DOCUMENT_KINDS, default=documents.document,
         help="what is a document in plain text: a line, lines between blank lines, a file (%(default)s)")  # fmt: skip
-    add("--text-field", default=documents.text_field, metavar="NAME", help="in JSON lines and TSV (%(default)s)")
+    add("--text-field", metavar="NAME", help=f"in JSON lines and TSV ({documents.text_field})")
+    add("--pair-columns", nargs=2, metavar=("A", "B"), help="fields or columns of two sentences that make one row")
     add("--errors", choices=ERRORS, default=documents.errors, help="what to do with invalid UTF-8 (%(default)s)")
     add("--tokenizer", type=Path, metavar="PATH",
         help="sentencepiece .model, tokenizer.json, or a folder with encoder.json, vocab.bpe and dict.txt")  # fmt: skip
@@ -164,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         help="text that a tokenizer is trained on, drawn by --seed (100M)")  # fmt: skip
     add("--seed", type=int, default=defaults.seed, help="of that draw (%(default)s)")
     add("--block-tokens", type=int, default=defaults.block_tokens, metavar="N", help="tokens of a row (%(default)s)")
-    add("--one-row-per-document", action="store_true", help="rows for probes, cut to --block-tokens, with id and label")
+    add("--one-row-per-document", action="store_true", help="rows with id and label, cut to --block-tokens")
     add("--label-field", "--label-column", default="label", metavar="NAME", help="in JSON lines and TSV (%(default)s)")
     return parser
 

@@ -64,10 +64,22 @@ class DocumentOptions:
     """Unit of plain text: a line, a paragraph (lines between blank lines), or a file. In JSON and TSV it is a line."""
     text_field: str = "text"
     """The JSON field or TSV column that holds the text."""
+    pair_field: str | None = None
+    """The JSON field or TSV column that holds the second sentence of a pair; None: documents are single texts."""
     label_field: str | None = None
     """The JSON field or TSV column that holds the label; None reads no labels."""
     errors: Errors = "strict"
     """strict: invalid UTF-8 is an error; replace: it becomes U+FFFD."""
+
+    @property
+    def keeps_empty(self) -> bool:
+        """True if texts without a character are documents: rows with labels, or with another sentence, count."""
+        return self.label_field is not None or self.pair_field is not None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """JSON fields or TSV columns that are read: text, second sentence and label, as far as they are set."""
+        return tuple(name for name in (self.text_field, self.pair_field, self.label_field) if name is not None)
 
 
 @dataclass(kw_only=True)
@@ -84,5 +96,14 @@ class DocumentBatch:
     """Line numbers inside the span, from 0; empty for plain text."""
     labels: list[str | None] = field(default_factory=list)
     """Labels of the documents; empty unless `DocumentOptions.label_field` is set."""
+    seconds: list[str] = field(default_factory=list)
+    """Second sentences; empty unless `DocumentOptions.pair_field` is set."""
     nulls: int = 0
     """Lines among them whose text is null; they are no documents."""
+    quoted: int = 0
+    """TSV fields among them that look quoted as in CSV; quotes are characters like others."""
+
+    @property
+    def all_texts(self) -> list[str]:
+        """Texts and second sentences."""
+        return [*self.texts, *self.seconds] if self.seconds else self.texts

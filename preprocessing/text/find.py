@@ -12,7 +12,7 @@ from d2v2ds.io.read import irregular
 from d2v2ds.io.walk import walk
 from preprocessing.driver.input_files import check_present, read_manifest, source_name, unreadable
 from preprocessing.text.documents import DocumentOptions, Form, TextFile
-from preprocessing.text.tsv import check_columns, tsv_columns, wanted_columns
+from preprocessing.text.tsv import check_columns, tsv_columns
 
 FORMS: dict[str, Form] = {".txt": "text", ".text": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
 """Suffixes that a folder is searched for. Not ``.tsv``, because folders often hold a table of their own files."""
@@ -66,7 +66,7 @@ def _is_manifest(file: TextFile, options: DocumentOptions) -> bool:
     columns = tsv_columns(file)
     is_manifest = "path" in columns and options.text_field not in columns
     if not is_manifest:
-        check_columns(file, columns, wanted_columns(options))
+        check_columns(file, columns, options)
     return is_manifest
 
 

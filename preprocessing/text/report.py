@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from d2v2ds.data.schema import INDEX_NAME, Index
 from d2v2ds.errors import MissingExtraError, ShardError
-from d2v2ds.modalities.text.shards import TOKEN_DTYPES, TextShards, format_fault
+from d2v2ds.modalities.text.sentences import is_pair
+from d2v2ds.modalities.text.shards import SENTENCES, TOKEN_DTYPES, TextShards, format_fault
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
 from preprocessing.driver.report_lines import MAX_ROWS, distinct_line, fault, percentiles, sampled_labels, spread
 
@@ -40,6 +41,10 @@ def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> 
     starts = (bounds[:-1] - bounds[0]) // dtype.itemsize
     for row in np.flatnonzero(ids[starts] != bos).tolist():
         yield fault(f"{name} row {first + row}", "first token", f"{bos} (<s>)", ids[starts[row]])
+    if SENTENCES in index.format:
+        for row, tokens in enumerate(np.split(ids, starts[1:])):
+            if not is_pair(tokens):
+                yield fault(f"{name} row {first + row}", "tokens", "<s> A </s> </s> B </s>", tokens[:8].tolist())
     for at in np.flatnonzero(ids >= vocab_size)[:1].tolist():
         row = int(starts.searchsorted(at, side="right")) - 1
         yield fault(f"{name} row {first + row}", f"token {at - starts[row]}", f"an id below {vocab_size}", ids[at])
@@ -48,7 +53,8 @@ def batch_faults(batch: pa.RecordBatch, index: Index, name: str, first: int) -> 
 def headline(index: Index) -> str:
     """Tokenizer and length of a row."""
     form = index.format
-    return f"{form['tokenizer']} of {form['vocab_size']:,} ids as {form['token_dtype']}, rows of {form['block_tokens']}"
+    kind = "pairs of up to" if SENTENCES in form else "rows of"
+    return f"{form['tokenizer']} of {form['vocab_size']:,} ids as {form['token_dtype']}, {kind} {form['block_tokens']}"
 
 
 def lines(shards: TextShards) -> list[str]:

@@ -1,4 +1,4 @@
-"""Documents to rows of tokens: blocks across documents for pretraining, or one row per document for probes.
+"""Documents to rows of tokens: blocks across documents for pretraining, or one row per document or pair with labels.
 
 Token ids stay in NumPy arrays from the tokenizer to the shard; no Python loop runs over tokens.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v2ds.modalities.text.sentences import PAIR_SPECIALS, SINGLE_SPECIALS, join_sentences
 from d2v2ds.modalities.text.tokenizers import BOS, EOS, UNK, Tokenizer
 from preprocessing.driver.protocol import Notes, Row
 from preprocessing.driver.shard_plan import Skipped
@@ -25,7 +26,7 @@ def block_rows(units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSe
     """Yield the blocks of one shard: its documents joined, cut, each with ``<s>`` in front; the last may be shorter."""
     blocks = Blocks(settings.block_tokens, token_dtype(tokenizer.vocab_size))
     for span in units:
-        tally = _Tally()
+        tally = Tally()
         blocks.source = span.file.source
         for batch in read_documents(span, settings.documents):
             ids, lengths = tokenizer.encode(batch.texts)
@@ -40,9 +41,9 @@ def document_rows(
 ) -> Iterator[Row]:
     """Yield one row per document: ``<s>``, its tokens as far as they fit, ``</s>``."""
     dtype = token_dtype(tokenizer.vocab_size)
-    most = settings.block_tokens - 2
+    most = settings.block_tokens - SINGLE_SPECIALS
     for span in units:
-        tally = _Tally()
+        tally = Tally()
         documents = 0
         for batch in read_documents(span, settings.documents):
             ids, lengths = tokenizer.encode(batch.texts)
@@ -54,24 +55,61 @@ def document_rows(
                 start = stop - length
                 kept = min(length, most)
                 tally.cut += kept < length
-                tokens = np.empty(kept + 2, dtype=dtype)
-                tokens[0], tokens[1:-1], tokens[-1] = BOS, ids[start : start + kept], EOS
-                yield Row(
-                    payload=tokens,
-                    values={
-                        "id": f"{span.file.source}#{batch.lines[number] + 1 if batch.lines else documents}",
-                        "num_tokens": len(tokens),
-                        "label": batch.labels[number] if batch.labels else span.file.label,
-                        "source": span.file.source,
-                        "start": documents,
-                    },
-                )
+                yield _row(span, batch, number, documents, join_sentences(ids[start : start + kept], dtype=dtype))
                 documents += 1
         tally.close(span, notes)
 
 
+def pair_rows(units: Sequence[TextSpan], tokenizer: Tokenizer, settings: TextSettings, notes: Notes) -> Iterator[Row]:
+    """Yield one row per pair: ``<s> A </s> </s> B </s>``. Pairs are never cut.
+
+    Pairs that are longer than a row, and pairs of which a sentence has no token, are left out and noted.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    most = settings.block_tokens - PAIR_SPECIALS
+    for span in units:
+        tally = Tally()
+        pairs = 0
+        for batch in read_documents(span, settings.documents):
+            ids, lengths = tokenizer.encode(batch.all_texts)
+            tally.add(batch, ids)
+            sentences = np.split(ids, np.cumsum(lengths)[:-1])
+            halves = zip(sentences[: len(batch.texts)], sentences[len(batch.texts) :], strict=True)
+            for number, (first, second) in enumerate(halves):
+                if not len(first) or not len(second):
+                    tally.empty += 1
+                elif len(first) + len(second) > most:
+                    tally.too_long += 1
+                else:
+                    yield _row(span, batch, number, pairs, join_sentences(first, second, dtype))
+                    pairs += 1
+        tally.close(span, notes)
+
+
+def _row(span: TextSpan, batch: DocumentBatch, number: int, start: int, tokens: NDArray[Any]) -> Row:
+    """Make the row of one document.
+
+    Args:
+        span: where it comes from.
+        batch: of the document.
+        number: of the document in it.
+        start: number of the row among those of the span.
+        tokens: (S,) ids, special ones included.
+    """
+    return Row(
+        payload=tokens,
+        values={
+            "id": f"{span.file.source}#{batch.lines[number] + 1 if batch.lines else start}",
+            "num_tokens": len(tokens),
+            "label": batch.labels[number] if batch.labels else span.file.label,
+            "source": span.file.source,
+            "start": start,
+        },
+    )
+
+
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """Counts of one span."""
 
     documents: int = 0
@@ -84,20 +122,28 @@ class _Tally:
     """U+FFFD, which `DocumentOptions.errors` puts in the place of invalid UTF-8."""
     cut: int = 0
     """Documents longer than a row."""
+    empty: int = 0
+    """Pairs that are left out because a sentence has no token."""
+    too_long: int = 0
+    """Pairs that are left out because they are longer than a row."""
+    quoted: int = 0
+    """Fields that look quoted as in CSV."""
 
     def add(self, batch: DocumentBatch, ids: NDArray[Any]) -> None:
         """Count a batch and the (n,) ids of its texts."""
         self.documents += len(batch.texts) - batch.begins_inside
-        self.bytes += _text_bytes(batch.texts)
+        texts = batch.all_texts
+        self.bytes += _text_bytes(texts)
         self.tokens += len(ids)
         self.unknown += int(np.count_nonzero(ids == UNK))
         self.nulls += batch.nulls
-        self.characters += sum(map(len, batch.texts))
-        self.invalid += sum(text.count("\ufffd") for text in batch.texts)
+        self.quoted += batch.quoted
+        self.characters += sum(map(len, texts))
+        self.invalid += sum(text.count("\ufffd") for text in texts)
 
     def close(self, span: TextSpan, notes: Notes) -> None:
         """Report the counts of a whole span; a whole file without a document counts as skipped."""
-        notes.counts["documents"] += self.documents
+        notes.counts["documents"] += self.documents - self.empty - self.too_long
         notes.counts["bytes"] += self.bytes
         order, source = span.order, span.file.source
         note = partial(notes.note, order=order, source=source)
@@ -116,6 +162,14 @@ class _Tally:
             note("invalid characters", detail, lost=self.invalid / self.characters)
         if self.cut:
             note("cut documents", f"{self.cut:,} of {self.documents:,} documents", lost=0.0)
+        for kind, count in {
+            "pairs with an empty sentence": self.empty,
+            "pairs longer than a row": self.too_long,
+        }.items():
+            if count:
+                note(kind, f"left out {count:,} of {self.documents:,} pairs", lost=count / self.documents)
+        if self.quoted:
+            note("quoted fields", f"{self.quoted:,} fields; their quotes are characters of the text", lost=0.0)
         notes.report(span.files, span.size)
 
 

@@ -57,14 +57,22 @@ class TextSettings:
             faults.append(
                 f"--vocab-size {self.vocab_size}: expected at least 300: 256 bytes, the specials, and letters"
             )
-        if self.block_tokens < 3:
-            faults.append(f"--block-tokens {self.block_tokens}: expected at least 3: <s>, a token and </s>")
+        least, parts = (3, "<s>, a token and </s>") if not self.has_pairs else (6, "four special ids and two tokens")
+        if self.block_tokens < least:
+            faults.append(f"--block-tokens {self.block_tokens}: expected at least {least}: {parts}")
+        if self.has_pairs and self.documents.text_field == self.documents.pair_field:
+            faults.append(f"--pair-columns: expected two columns, found {self.documents.text_field!r} twice")
         if self.shard_bytes < 1:
             faults.append(f"--shard-bytes {self.shard_bytes} must be positive")
         if self.train_bytes < 1:
             faults.append(f"--train-bytes {self.train_bytes} must be positive")
         if faults:
             raise ConfigError("\n".join(faults))
+
+    @property
+    def has_pairs(self) -> bool:
+        """True if a row holds two sentences."""
+        return self.documents.pair_field is not None
 
     def planned_vocab_size(self) -> int:
         """Return the size of the vocabulary, which is known before a tokenizer is trained."""
@@ -85,8 +93,9 @@ class TextSettings:
             }
         else:
             tokenizer = {"sha256": hashlib.sha256(read_tokenizer(self.tokenizer).data).hexdigest()}
+        documents = {name: value for name, value in vars(self.documents).items() if name != "pair_field" or value}
         return {
-            **vars(self.documents),
+            **documents,
             "tokenizer": tokenizer,
             "block_tokens": self.block_tokens,
             "one_row_per_document": self.one_row_per_document,
@@ -104,6 +113,11 @@ def make_plan(inputs: Sequence[Path], settings: TextSettings) -> Plan:
     files = find_text_files(inputs, settings.documents, ignored)
     if settings.one_row_per_document:
         check_unique((file.source, file.path) for file in files)
+    if settings.has_pairs and (plain := [file.source for file in files if file.form == "text"]):
+        raise ConfigError(
+            f"--pair-columns: expected JSON lines or TSV files, found plain text: {', '.join(plain[:3])}"
+            f"{f', ... {len(plain)} files' if len(plain) > 3 else ''}"
+        )
     bytes_per_size = token_dtype(settings.planned_vocab_size()).itemsize / BYTES_PER_TOKEN
     span_bytes = max(1, round(settings.shard_bytes / bytes_per_size / SPANS_PER_SHARD))
     spans: list[TextSpan] = []
@@ -166,7 +180,7 @@ def sample_texts(spans: Sequence[TextSpan], settings: TextSettings) -> Iterator[
     for number in chosen:
         taken = 0
         for batch in read_documents(spans[number], options):
-            for text in batch.texts:
+            for text in batch.all_texts:
                 yield text
                 taken += len(text)
                 if quota is not None and taken >= quota:

@@ -12,9 +12,13 @@ _HEADER_BYTES = 64 << 10
 
 def read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch]:
     """Read the documents of a span of a TSV file; see `preprocessing.text.read.read_documents`."""
-    columns, wanted = tsv_columns(span.file), wanted_columns(options)
-    check_columns(span.file, columns, wanted)
-    at = [columns.index(name) for name in wanted]
+    columns = tsv_columns(span.file)
+    check_columns(span.file, columns, options)
+    text_at, pair_at, label_at = (
+        None if name is None else columns.index(name)
+        for name in (options.text_field, options.pair_field, options.label_field)
+    )
+    assert text_at is not None
     for first, position, data in whole_lines(span):
         batch = DocumentBatch(texts=[], lines=(numbers := []))
         for number, line in enumerate(decode_lines(data, position, span, options.errors), start=first):
@@ -22,14 +26,19 @@ def read_tsv(span: TextSpan, options: DocumentOptions) -> Iterator[DocumentBatch
                 continue
             values = line.removesuffix("\r").split("\t")
             if len(values) != len(columns):
+                hint = "; quotes do not protect tabs or line ends here" if '"' in line else ""
                 raise ConfigError(
-                    f"{place_of(span, number)}: expected {len(columns)} tab-separated fields, found {len(values)}"
+                    f"{place_of(span, number)}: expected {len(columns)} tab-separated fields, found {len(values)}{hint}"
                 )
-            text = values[at[0]].strip()
-            if options.label_field is not None:
-                batch.labels.append(values[at[1]] or None)
-            elif not text:
+            text = values[text_at].strip()
+            if not text and not options.keeps_empty:
                 continue
+            if label_at is not None:
+                batch.labels.append(values[label_at] or None)
+            if pair_at is not None:
+                batch.seconds.append(values[pair_at].strip())
+                batch.quoted += _looks_quoted(batch.seconds[-1])
+            batch.quoted += _looks_quoted(text)
             numbers.append(number)
             batch.texts.append(text)
         if batch.texts:
@@ -44,15 +53,17 @@ def tsv_columns(file: TextFile) -> list[str]:
     return line.removesuffix("\r").split("\t")
 
 
-def wanted_columns(options: DocumentOptions) -> list[str]:
-    """Return the columns that reading needs: text, and label if one is set."""
-    return [options.text_field, *([options.label_field] if options.label_field else [])]
-
-
-def check_columns(file: TextFile, columns: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise a `ConfigError` if a TSV file lacks a column."""
-    if absent := [name for name in wanted if name not in columns]:
+def check_columns(file: TextFile, columns: Sequence[str], options: DocumentOptions) -> None:
+    """Raise a `ConfigError` if a TSV file lacks a column that the options name."""
+    if absent := [name for name in options.fields if name not in columns]:
+        text = "--text-field" if options.pair_field is None else "--pair-columns"
         raise ConfigError(
             f"{file.source} line 1: expected tab-separated column names with {', '.join(map(repr, absent))}, found "
-            f"{list(columns)!r:.200}; name the columns by --text-field and --label-field"
+            f"{list(columns)!r:.200}; name the columns by {text} and --label-field"
         )
+
+
+def _looks_quoted(text: str) -> bool:
+    """Return True for a field as CSV quotes it: quotes around it and, inside, only doubled ones."""
+    inside = text[1:-1]
+    return text[:1] == '"' == text[-1:] and '""' in inside and '"' not in inside.replace('""', "")

@@ -407,12 +407,17 @@ def test_verify_finds_every_kind_of_damage(stories: Path, model: Path, tmp_path:
         ({"num_tokens": [3, 4]}, ["row 1: tokens: expected 4 of 2 bytes, found 6 bytes"]),
         ({"tokens": [[0], [0] * 65]}, ["row 1: num_tokens: expected 1 to 64, found 65"]),
         ({"tokens": [[], [0]]}, ["row 0: num_tokens: expected 1 to 64, found 0"]),
+        (
+            {"sentences": 2, "tokens": [[0, 5, 2, 2, 6, 2], [0, 5, 2]]},
+            ["row 1: tokens: expected <s> A </s> </s> B </s>"],
+        ),
         ({}, []),
     ],
 )
 def test_faults_of_rows_are_named(change: dict, words: list[str]) -> None:
     special = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}
     form = {"token_dtype": "uint16", "vocab_size": 420, "block_tokens": 64, "special": special}
+    form |= {"sentences": 2} if "sentences" in change else {}
     entry = FileEntry(file="", bytes=0, crc32="")
     index = Index(modality="text", format=form, settings={}, files=1, files_skipped=0, plan_sha256="", rows=2,
                   totals={}, rows_file=entry, shards=())  # fmt: skip

@@ -23,6 +23,8 @@ Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 MOST_BLOCK_TOKENS = 1 << 20
 """Longest row, in tokens."""
+SENTENCES = "sentences"
+"""Entry of `Index.format` that only folders of pairs have, with the value 2: each row is `<s> A </s> </s> B </s>`."""
 _SPECIAL = {"bos", "pad", "eos", "unk"}
 
 TEXT_LAYOUT = Layout(
@@ -57,6 +59,8 @@ def format_fault(format: Mapping[str, Any]) -> str:
     for field, (least, most) in {"vocab_size": (6, MOST_IDS), "block_tokens": (3, MOST_BLOCK_TOKENS)}.items():
         if type(found := format.get(field)) is not int or not least <= found <= most:
             return f"{field} is {found!r:.40}, expected {least} to {most:,}"
+    if format.get(SENTENCES, 2) != 2:
+        return f"{SENTENCES} is {format[SENTENCES]!r:.40}, expected 2, or no such entry"
     special = format.get("special")
     ids = special if isinstance(special, dict) else {}
     if not ids.keys() >= _SPECIAL or not all(type(id) is int and 0 <= id < format["vocab_size"] for id in ids.values()):

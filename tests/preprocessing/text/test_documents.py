@@ -312,7 +312,7 @@ def test_half_characters_are_replaced_on_demand_and_whole_ones_stay(tmp_path: Pa
 
 def test_bad_labels_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"text": "a", "label": 3}\n{"text": ""}\n{"text": "b", "label": [1]}\n')
-    with pytest.raises(ConfigError, match=r"line 3: expected text or a whole number as label 'label', found \[1\]"):
+    with pytest.raises(ConfigError, match=r"line 3: expected text or a number as label 'label', found \[1\]"):
         documents_of(path, LABELS)
     batches = list(read_documents(TextSpan(file=text_file(path), stop=path.read_bytes().rfind(b"{")), LABELS))
     assert [(batch.texts, batch.labels) for batch in batches] == [(["a", ""], ["3", None])], "a labelled row stays"
