@@ -100,6 +100,15 @@ class Modality:
         """Return one message for each reason why packed rows do not mean what they meant to an exported model."""
         return []
 
+    def row_faults(self, preprocessing: Mapping[str, Any], shards: Path) -> list[str]:
+        """Return one message for each reason why packed rows are of another kind than those of a fine-tuned model.
+
+        Args:
+            preprocessing: of the model, from `describe_preprocessing` with the index of its training data.
+            shards: folder of other rows with labels.
+        """
+        return []
+
     def prepare_demo(self, runs: Path, data: Path | None) -> Prepared:
         """Pack data for `d2v2ds.demo`.
 

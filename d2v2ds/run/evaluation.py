@@ -146,6 +146,7 @@ def labelled_reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
     network = model.task.trunk.modalities[model.modality]
     reader = open_reader(model.modality, data, network, None, model.task.labelled(model.modality), augments=False)
     problems = reader.misfits()
+    problems += [fault for folder in folders for fault in modality.row_faults(model.preprocessing, folder)]
     if model.folder is not None:
         problems += [
             fault for folder in folders for fault in modality.packed_faults(model.folder, model.preprocessing, folder)

@@ -17,11 +17,12 @@ from d2v2ds.data.folders import folders_of
 from d2v2ds.data.loader import DataStream
 from d2v2ds.data.order import BatchPlan
 from d2v2ds.data.reader import Reader
+from d2v2ds.data.schema import read_index
 from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.errors import ConfigError, MachineError, MissingExtraError, ShardError
 from d2v2ds.io.machine_faults import TRANSIENT, advice, reading_error
 from d2v2ds.io.read import irregular
-from d2v2ds.modalities.known import open_reader
+from d2v2ds.modalities.known import known_modalities, open_reader
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.run.outputs import vocabulary_faults, with_outputs
 from d2v2ds.run.warm_start import open_warm_start
@@ -97,7 +98,7 @@ def open_streams(config: RunConfig, objective: Objective) -> tuple[dict[str, Dat
         try:
             network = config.model.modalities[name]
             reader = open_reader(name, settings, network, objective.mask(name), objective.labelled(name))
-            faults = reader.faults()
+            faults = reader.faults() + row_faults(config, objective, name, folders_of(settings.shards), "data")
             if not faults:
                 plan = BatchPlan(reader.datasets, config=reader.plan_config(), seed=config.run.seed)
                 streams[name] = DataStream(reader, plan)
@@ -131,9 +132,25 @@ def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Re
                 augments=objective.labelled(name) is None,
             )
             problems += [f"valid.{name} {path}: {fault}" for fault in readers[name].faults()]
+            problems += row_faults(config, objective, name, [path], "valid")
         except (ShardError, MissingExtraError) as error:
             problems.append(f"valid.{name}: {error}")
     return readers, problems
+
+
+def row_faults(config: RunConfig, objective: Objective, name: str, folders: Sequence[Path], section: str) -> list[str]:
+    """Return one message for each folder of a task that holds another kind of rows than its first training folder.
+
+    Raises:
+        ShardError: the index of a folder cannot be read.
+    """
+    if objective.labelled(name) is None:
+        return []
+    settings, modality = config.data.modalities[name], known_modalities()[name]
+    index = read_index(folders_of(settings.shards)[0])
+    preprocessing = modality.describe_preprocessing(config.model.modalities[name], settings, index)
+    found = (fault for folder in folders for fault in modality.row_faults(preprocessing, folder))
+    return [f"{section}.{name}: {fault}" for fault in found]
 
 
 def run_dir_faults(run_dir: Path) -> list[str]:

@@ -27,6 +27,7 @@ from d2v2ds.interop.export_folder import Description, Kind, ModelFolder, load_tr
 from d2v2ds.interop.export_write import write_config, write_tensors
 from d2v2ds.interop.hub.write import write_hub_files
 from d2v2ds.modalities.image.reader import ImageReader
+from d2v2ds.modalities.text.sentences import join_sentences
 from d2v2ds.modalities.text.tokenizers import BytePairTokenizer, SentencePieceTokenizer
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.local import normalise_pixels
@@ -401,6 +402,20 @@ def check_tokenizer(folder: Path, ours: SentencePieceTokenizer | BytePairTokeniz
         for one in (tokenizer, again):
             assert one(text)["input_ids"] == expected, text
             assert one.decode(expected, skip_special_tokens=True) == ours.decode(expected)
+    texts = [text for text in TEXTS_WITH_SPECIALS if text]  # transformers takes an empty second text for none
+    for first, second in zip(texts, reversed(texts), strict=True):
+        pair = join_sentences(*(ours.encode([text])[0] for text in (first, second))).tolist()
+        for one in (tokenizer, again):
+            assert one(first, second)["input_ids"] == pair, (first, second)
+    found = tokenizer("the sea", "a ship", return_special_tokens_mask=True, return_token_type_ids=True)
+    assert [id for id, mark in zip(found["input_ids"], found["special_tokens_mask"], strict=True) if mark] == [
+        0,
+        2,
+        2,
+        2,
+    ]
+    assert found["token_type_ids"] == [0] * len(found["input_ids"]), "no segment ids"
+    assert (tokenizer.num_special_tokens_to_add(), tokenizer.num_special_tokens_to_add(pair=True)) == (2, 4)
     batch = tokenizer(["the sea", "the old whale and the ship"], padding=True, return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask"}
     assert (

@@ -18,11 +18,13 @@ from d2v2ds.config.load import to_dict
 from d2v2ds.interop.export_folder import Description, Kind
 from d2v2ds.interop.export_write import write_config, write_tensors
 from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.modalities.text.shards import TextShards
 from d2v2ds.model.local import normalise_pixels
 from d2v2ds.tasks.classify import ClassifyConfig
 from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
 from d2v2ds.tasks.task import Task
+from preprocessing.pack_text import main as pack_text
 from tests.data.fake_images import photo
 from tests.interop.folders import published_preprocessing, tiny_config
 from tests.model.tiny_joint import joint_batch
@@ -154,6 +156,27 @@ def test_pipelines_take_what_people_have(exports: dict[str, Any]) -> None:
     assert {one["label"] for one in image(Image.open(picture))} == {"cat", "dog"}
     text = transformers.pipeline("text-classification", model=str(exports["text"][0]), **options)
     assert text("a small text")[0]["label"] in ("bad", "good")
+
+
+def test_a_pair_has_the_scores_of_its_packed_row(exports: dict[str, Any], tmp_path: Path) -> None:
+    """From a table to a row to scores, and from two strings to the same scores."""
+    folder, _, network = exports["text"]
+    pairs = [("the old whale", "a ship, and the sea"), ("42", "they'll"), ("isn't the sea", "the sea")]
+    lines = ["a\tb\tlabel", *(f"{first}\t{second}\tgood" for first, second in pairs)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    given = ["--input", str(tmp_path / "pairs.tsv"), "--output", str(tmp_path / "packed"), "--workers", "1"]
+    assert pack_text([*given, "--tokenizer", str(folder / "tokenizer.model"), "--pair-columns", "a", "b"]) == 0
+    shards = TextShards(tmp_path / "packed")
+    classify = transformers.pipeline("text-classification", model=str(folder), trust_remote_code=True)
+    for row, (first, second) in enumerate(pairs):
+        source = torch.from_numpy(shards.read_tokens(row).astype(np.int64))[None]
+        with torch.no_grad():
+            logits = network(Batch(modality="text", source=source, ids=torch.tensor([row])))["logits"]
+        found = classify({"text": first, "text_pair": second}, top_k=None)
+        scores = {one["label"]: one["score"] for one in found}
+        assert [scores["bad"], scores["good"]] == pytest.approx(logits[0].softmax(0).tolist(), abs=1e-5)
+        swapped = {one["label"]: one["score"] for one in classify({"text": second, "text_pair": first}, top_k=None)}
+        assert swapped["bad"] != pytest.approx(scores["bad"], abs=1e-6), "the order matters"
 
 
 def test_an_encoder_has_no_head(exports: dict[str, Any]) -> None:

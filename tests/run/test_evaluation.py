@@ -24,11 +24,13 @@ from d2v2ds.run.evaluation import EvaluationOptions, evaluate
 from d2v2ds.run.task_model import load_task
 from d2v2ds.tasks.classify import ClassifyConfig
 from d2v2ds.tasks.ctc import CtcConfig, greedy
-from d2v2ds.tasks.heads import PatchHeadConfig
+from d2v2ds.tasks.heads import PatchHeadConfig, SentenceHeadConfig
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
+from preprocessing.pack_text import main as pack_text
 from tests.data.fake_images import photo
 from tests.interop.folders import published_preprocessing, tiny_config
+from tests.preprocessing.texts import sentencepiece_model
 
 ARPA = """\\data\\
 ngram 1=5
@@ -48,9 +50,11 @@ ngram 2=1
 """
 
 
-def write(folder: Path, config: Any, seed: int = 5) -> Path:
+def write(folder: Path, config: Any, seed: int = 5, preprocessing: dict[str, Any] | None = None) -> Path:
     """An export of random weights."""
     trunk = tiny_config(config.modality)
+    if config.modality == "text":
+        trunk = replace(trunk, modalities={"text": replace(trunk.modalities["text"], vocab_size=420, max_tokens=64)})
     if config.modality == "image":
         trunk = replace(trunk, modalities={"image": replace(trunk.modalities["image"], image_size=16, patch_size=8)})
     task = config.build(trunk, seed=0)
@@ -66,9 +70,9 @@ def write(folder: Path, config: Any, seed: int = 5) -> Path:
     }
     for part, tensors in parts.items():
         write_tensors(folder, part, {name: Kind.of(value) for name, value in tensors.items()}, tensors.items(), 10**9)
-    description = Description(
-        model=task.trunk, objective=to_dict(config), preprocessing=published_preprocessing(task.trunk), origin={}
-    )
+    described = published_preprocessing(task.trunk)
+    described[config.modality] |= preprocessing or {}
+    description = Description(model=task.trunk, objective=to_dict(config), preprocessing=described, origin={})
     write_config(folder, description, {})
     return folder
 
@@ -167,6 +171,31 @@ def test_images_are_scored_by_their_middle(tmp_path: Path) -> None:
     assert (tmp_path / "model-evaluation" / "confusion.png").stat().st_size > 0
     with pytest.raises(ConfigError, match="only a recogniser reads a language model"):
         evaluate(model, EvaluationOptions(shards=(packed,), decoder=DecoderChoice(lm=tmp_path / "x.arpa")))
+
+
+def test_pairs_of_sentences_are_scored_as_each_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "given.model").write_bytes(sentencepiece_model())
+    lines = ["a\tb\tlabel", *(f"the {n} sea\tan old {'ship ' * n}\t{n % 2}" for n in range(9))]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    given = ["--input", str(tmp_path / "pairs.tsv"), "--workers", "1", "--block-tokens", "64"]
+    given += ["--tokenizer", str(tmp_path / "given.model"), "--output"]
+    assert pack_text([*given, str(tmp_path / "pairs"), "--pair-columns", "a", "b"]) == 0
+    assert pack_text([*given, str(tmp_path / "single"), "--one-row-per-document", "--text-field", "a"]) == 0
+    config = ClassifyConfig(modality="text", classes=("0", "1"), head=SentenceHeadConfig())
+    model = write(tmp_path / "model", config, preprocessing={"sentences": 2})
+    result = evaluate(model, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
+    loaded, shards, right = load_task(model), open_shards(tmp_path / "pairs"), 0
+    for row in range(9):
+        source = torch.from_numpy(shards.read_tokens(row).astype(np.int64))  # type: ignore[attr-defined]
+        with torch.no_grad():
+            out = loaded.network(Batch(modality="text", source=source[None], ids=torch.tensor([row])))
+        right += int(out["logits"].argmax()) == row % 2
+    assert result["rows"] == 9 and result["scores"]["accuracy"]["value"] == pytest.approx(100 * right / 9)
+    with pytest.raises(ConfigError, match="single: expected pairs of sentences as in training, found single texts"):
+        evaluate(model, EvaluationOptions(shards=(tmp_path / "single",), draws=20))
+    other = write(tmp_path / "other", config)
+    with pytest.raises(ConfigError, match="found pairs of sentences; pack without --pair-columns"):
+        evaluate(other, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
 
 
 def test_the_command_prints_a_table(

@@ -18,7 +18,7 @@ from d2v2ds.modalities.text.demo import prepare
 from d2v2ds.modalities.text.inference import TextInference
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.modalities.text.reader import TOKENS, TextDataConfig, TextReader
-from d2v2ds.modalities.text.shards import TextShards
+from d2v2ds.modalities.text.shards import SENTENCES, TextShards
 from d2v2ds.modalities.text.tokenizers import TOKENIZER_BYTES
 from d2v2ds.shapes import PAD_ID
 
@@ -103,8 +103,10 @@ class Text(Modality):
         return TextDataConfig(shards=folder, global_batch_tokens=1, micro_batch_tokens=1)
 
     def describe_preprocessing(self, network: Any, data: Any | None, index: Index | None) -> dict[str, Any]:
-        """<s> in front, </s> at the end; `file` holds the tokenizer, whose kind is `tokenizer`."""
+        """<s> in front, </s> at the end; `file` holds the tokenizer, whose kind is `tokenizer`; `sentences` 2: of pairs."""
         found = {"tokenizer": None, "file": None, "max_tokens": network.max_tokens}
+        if index is not None and SENTENCES in index.format:
+            found[SENTENCES] = index.format[SENTENCES]
         if index is not None and index.files_beside:
             found |= {"tokenizer": index.format["tokenizer"], "file": index.files_beside[0].file}
         return found
@@ -122,6 +124,15 @@ class Text(Modality):
             return []
         own = model_folder / file
         return [f"{shards}: was packed with another tokenizer than the model's; pack with --tokenizer {own}"]
+
+    def row_faults(self, preprocessing: Mapping[str, Any], shards: Path) -> list[str]:
+        """Compare whether rows are pairs of sentences."""
+        own, other = SENTENCES in preprocessing, SENTENCES in read_index(shards).format
+        if own == other:
+            return []
+        kinds = {True: "pairs of sentences", False: "single texts"}
+        advice = "with --pair-columns" if own else "without --pair-columns"
+        return [f"{shards}: expected {kinds[own]} as in training, found {kinds[other]}; pack {advice}"]
 
     def prepare_demo(self, runs: Path, data: Path | None) -> Prepared:
         """Pack a sample, or the user's own data."""

@@ -8,7 +8,7 @@ from transformers.tokenization_utils_tokenizers import EncodingFast
 
 
 class D2V2DSBytePairTokenizer(TokenizersBackend):
-    """Reads tokenizer.json as it was trained with; `<s> ... </s>` stand around every text.
+    """Reads tokenizer.json as it was trained with; a text becomes `<s> A </s>`, a pair `<s> A </s> </s> B </s>`.
 
     Special tokens that happen to be written in a text are encoded as the characters they are, as in training:
     tokenizer_config.json, which also names them, says `split_special_tokens`. Tokens behind `<mask>`, which the model
@@ -24,7 +24,7 @@ class D2V2DSBytePairTokenizer(TokenizersBackend):
         names = self.bos_token, self.eos_token
         self._tokenizer.post_processor = TemplateProcessing(
             single="{} $A {}".format(*names),
-            pair="{0} $A {1} {0}:1 $B:1 {1}:1".format(*names),
+            pair="{0} $A {1} {1} $B {1}".format(*names),  # no segment ids
             special_tokens=list(zip(names, (self.bos_token_id, self.eos_token_id), strict=True)),
         )
 

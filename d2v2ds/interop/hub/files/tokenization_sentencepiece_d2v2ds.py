@@ -17,7 +17,7 @@ _UNK = 3
 
 
 class D2V2DSSentencePieceTokenizer(PreTrainedTokenizer):
-    """Reads tokenizer.model; `<s> ... </s>` stand around every text.
+    """Reads tokenizer.model; a text becomes `<s> A </s>`, a pair `<s> A </s> </s> B </s>`.
 
     Special tokens that happen to be written in a text are encoded as the characters they are, as in training:
     tokenizer_config.json, which also names them, says `split_special_tokens`.
@@ -47,6 +47,33 @@ class D2V2DSSentencePieceTokenizer(PreTrainedTokenizer):
     def vocab_size(self) -> int:
         """V, number of ids."""
         return len(self._pieces)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Put special ids around one or two sequences."""
+        start, end = self.bos_token_id, self.eos_token_id
+        first = [start, *token_ids_0, end]
+        return first if token_ids_1 is None else [*first, end, *token_ids_1, end]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """Mark special ids by 1."""
+        if already_has_special_tokens:
+            mask: list[int] = super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
+            return mask
+        first = [1, *([0] * len(token_ids_0)), 1]
+        return first if token_ids_1 is None else [*first, 1, *([0] * len(token_ids_1)), 1]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Return zeros: there are no segment ids."""
+        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def get_vocab(self) -> dict[str, int]:
         """Ids by piece."""
