@@ -51,6 +51,13 @@ class PlanConfig:
     """True: the rows of a micro-batch are cropped to its smallest. False: they are padded to its largest."""
     whole: bool = False
     """True: rows above `max_size` are never drawn."""
+    micro_rows: int | None = None
+    """Most rows of one micro-batch, whatever their size; None: `micro_size` alone decides."""
+
+    def room(self, size: int) -> int:
+        """Return the most rows of a micro-batch whose largest row has this size."""
+        rows = self.micro_size // size
+        return rows if self.micro_rows is None else min(rows, self.micro_rows)
 
     def usable(self, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Find the rows that are drawn: (n,) sizes -> (n,) bool."""
@@ -214,12 +221,13 @@ class BatchPlan:
         self.mixture.load_state_dict(stored, next_epoch=state.epoch + has_begun, allow_grown=allow_grown)
         return state
 
-    def _settings(self) -> dict[str, int]:
+    def _settings(self) -> dict[str, int | None]:
         return {
             "seed": self.seed,
             "min_size": self.config.min_size,
             "max_size": self.config.max_size,
             "micro_size": self.config.micro_size,
+            "micro_rows": self.config.micro_rows,
         }
 
 
@@ -255,7 +263,7 @@ def cut_micro_batches(
     groups = []
     start = 0
     while start < len(rows):
-        stop = min(start + config.micro_size // int(counted[start]), len(rows))
+        stop = min(start + config.room(int(counted[start])), len(rows))
         groups.append((rows[start:stop], int(counted[stop - 1 if config.crops else start])))
         start = stop
     return groups

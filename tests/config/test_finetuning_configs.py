@@ -100,20 +100,22 @@ class Glue(NamedTuple):
     """One published file of GLUE."""
 
     outputs: int
+    batch: int
+    """Most rows of an update."""
     updates: int
     warmup: int
     peak: float
 
 
 GLUE = {
-    "cola": Glue(2, 5_336, 320, 2e-5),
-    "mnli": Glue(3, 123_873, 7_432, 2e-5),
-    "mrpc": Glue(2, 2_296, 137, 2e-5),
-    "qnli": Glue(2, 33_112, 1_986, 2e-5),
-    "qqp": Glue(2, 113_272, 28_318, 2e-5),
-    "rte": Glue(2, 2_036, 122, 2e-5),
-    "sst2": Glue(2, 20_935, 1_256, 2e-5),
-    "stsb": Glue(1, 3_598, 214, 4e-5),
+    "cola": Glue(2, 16, 5_336, 320, 2e-5),
+    "mnli": Glue(3, 32, 123_873, 7_432, 2e-5),
+    "mrpc": Glue(2, 16, 2_296, 137, 2e-5),
+    "qnli": Glue(2, 32, 33_112, 1_986, 2e-5),
+    "qqp": Glue(2, 32, 113_272, 28_318, 2e-5),
+    "rte": Glue(2, 16, 2_036, 122, 2e-5),
+    "sst2": Glue(2, 32, 20_935, 1_256, 2e-5),
+    "stsb": Glue(1, 16, 3_598, 214, 4e-5),
 }
 PARAMETERS = (
     {f"ctc_{name}": 93_188_140 if name.startswith("base") else 313_308_208 for name in CTC}
@@ -270,7 +272,7 @@ def test_sentence_tasks_have_the_published_values(name: str) -> None:
     data, objective = config.data.modalities["text"], config.objective
     assert isinstance(objective, ClassifyConfig)
     assert config.total_steps == row.updates
-    assert (data.global_batch_tokens, data.micro_batch_tokens) == (4400, 4400)
+    assert (data.global_batch_tokens, data.micro_batch_tokens, data.global_batch_rows) == (4400, 4400, row.batch)
     assert (objective.head, objective.num_outputs) == (SentenceHeadConfig(dropout=0.0), row.outputs)
     kind = ("number", 5.0, "name") if name == "stsb" else ("one", 1.0, "frequency")
     assert (objective.kind, objective.scale, objective.class_order) == kind

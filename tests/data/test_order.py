@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,58 @@ def test_one_window_is_the_published_order():
         group, usable = usable[:count], usable[count:]
         published.append((group[-1], len(group)))
     assert ours == sorted(published)
+
+
+# ---- the limit of rows ----
+
+ROWS = replace(CONFIG, micro_rows=4)
+
+
+def test_rows_of_a_micro_batch_are_limited_whatever_their_size():
+    config = PlanConfig(micro_size=2000, num_micro=1, min_size=1, max_size=900, crops=False, micro_rows=3)
+    groups = cut_micro_batches(np.arange(8), np.array([900, 900, 10, 12, 11, 10, 10, 9]), config)
+    assert [(rows.tolist(), size) for rows, size in groups] == [([0, 1], 900), ([3, 4, 2], 12), ([5, 6, 7], 10)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_global_batch_keeps_the_limit_of_rows_on_any_number_of_ranks(small_windows, world):
+    num_samples, plan = lengths(500), make_plan(lengths(500), ROWS)
+    largest = 0
+    for batch in take(plan, 150):
+        counted = [m for rank in range(world) for m in for_rank(batch, rank, world) if m.weight]
+        assert all(len(m.rows) * num_samples[m.rows].clip(max=800).max() <= 20 * RATE for m in counted)
+        assert sum(len(m.rows) for m in counted) <= 12, "three micro-batches of four rows"
+        largest = max(largest, sum(len(m.rows) for m in counted))
+    assert largest == 12
+    unlimited = max(sum(len(m.rows) for m in batch.micro) for batch in take(make_plan(num_samples), 150))
+    assert unlimited > 12, "the limit matters here"
+
+
+def test_a_limit_of_rows_loses_and_repeats_nothing(small_windows):
+    num_samples = lengths(180)
+    seen = np.concatenate([m.rows for m in first_epoch(make_plan(num_samples, ROWS))])
+    assert sorted(seen) == np.flatnonzero(num_samples >= RATE).tolist()
+
+
+def test_resume_with_a_limit_of_rows_continues_the_sequence(small_windows):
+    plan = make_plan(lengths(120), ROWS)
+    batches = take(plan, 40)
+    for i in range(39):
+        stored = json.loads(json.dumps(plan.state_dict(batches[i].state_after)))
+        (following,) = take(make_plan(lengths(120), ROWS), 1, plan.load_state_dict(stored))
+        assert content(following.micro) == content(batches[i + 1].micro)
+        assert following.state_after == batches[i + 1].state_after
+
+
+def test_a_position_under_another_limit_of_rows_is_refused():
+    stored = make_plan(lengths(100), ROWS).state_dict(SamplerState(0, 0, 2))
+    with pytest.raises(CheckpointError, match="micro_rows was 4, is None"):
+        make_plan(lengths(100)).load_state_dict(stored)
+    with pytest.raises(CheckpointError, match="micro_rows was 4, is 5"):
+        make_plan(lengths(100), replace(CONFIG, micro_rows=5)).load_state_dict(stored)
+    without = make_plan(lengths(100)).state_dict(SamplerState(0, 0, 2))
+    del without["micro_rows"]
+    assert make_plan(lengths(100)).load_state_dict(without) == SamplerState(0, 0, 2), "stored before there was a limit"
 
 
 # ---- the stream ----

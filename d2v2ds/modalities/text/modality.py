@@ -103,7 +103,7 @@ class Text(Modality):
         return TextDataConfig(shards=folder, global_batch_tokens=1, micro_batch_tokens=1)
 
     def describe_preprocessing(self, network: Any, data: Any | None, index: Index | None) -> dict[str, Any]:
-        """<s> in front, </s> at the end; `file` holds the tokenizer of kind `tokenizer`; `sentences` 2: rows are pairs."""
+        """<s> in front, </s> at the end; `file` holds the tokenizer of kind `tokenizer`; `sentences` is 2 for pairs."""
         found = {"tokenizer": None, "file": None, "max_tokens": network.max_tokens}
         if index is not None and SENTENCES in index.format:
             found[SENTENCES] = index.format[SENTENCES]

@@ -31,10 +31,30 @@ class TextDataConfig(DataSettings):
     multiple of the next."""
     micro_batch_tokens: Count
     """Tokens per forward pass on one rank (count, an upper limit); decides the memory needed."""
+    global_batch_rows: Count | None = None
+    """Rows per optimizer step over all ranks (count, an upper limit beside the tokens, shared evenly by the
+    micro-batches); a multiple of `global_batch_tokens` over `micro_batch_tokens`. None: the tokens alone decide."""
+
+    @property
+    def micro_batch_rows(self) -> int | None:
+        """Most rows of one forward pass; None without a limit."""
+        return None if self.global_batch_rows is None else self.global_batch_rows // self.num_micro
+
+    def check(self) -> list[str]:
+        """Return one message for each contradiction between fields."""
+        faults = super().check()
+        if not faults and self.global_batch_rows is not None and self.global_batch_rows % self.num_micro:
+            more = -(-self.global_batch_rows // self.num_micro) * self.num_micro
+            faults.append(
+                f"data.text.global_batch_rows {self.global_batch_rows} cannot be divided among the {self.num_micro} "
+                f"micro-batches of a step (global_batch_tokens over micro_batch_tokens); expected for example {more}"
+            )
+        return faults
 
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Texts of the greatest length in one optimizer step, and that length in tokens."""
-        return self.global_batch / network.max_tokens, network.max_tokens
+        rows = self.global_batch / network.max_tokens
+        return rows if self.global_batch_rows is None else min(rows, self.global_batch_rows), network.max_tokens
 
 
 TOKENS = Unit(
@@ -71,6 +91,7 @@ class TextReader(Reader[TextShards]):
             min_size=self._smallest(),
             max_size=self.block_tokens,
             crops=False,
+            micro_rows=config.micro_batch_rows,
         )
 
     def _smallest(self) -> int:

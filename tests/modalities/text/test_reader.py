@@ -100,11 +100,33 @@ def test_faults_name_settings_and_folder(shards: TextShards) -> None:
         assert any(words in fault for fault in faults), words
 
 
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_step_keeps_its_limit_of_rows(shards: TextShards, rows: int) -> None:
+    reader = reader_of(shards, global_batch_rows=rows)  # four micro-batches of 128 tokens
+    assert config(global_batch_rows=rows).check() == []
+    batches = BatchPlan(reader.sizes, config=reader.plan_config(), seed=0).iter_from(SamplerState())
+    counts = [[len(one.rows) for one in next(batches).micro] for _ in range(9)]
+    assert all(sum(one) <= rows and max(one) <= rows // 4 for one in counts)
+    assert max(map(max, counts)) == rows // 4
+
+
+def test_a_limit_of_rows_that_cannot_be_divided_is_named() -> None:
+    assert config(global_batch_rows=6).check() == [
+        "data.text.global_batch_rows 6 cannot be divided among the 4 micro-batches of a step (global_batch_tokens over "
+        "micro_batch_tokens); expected for example 8"
+    ]
+    assert config(global_batch_rows=6, global_batch_tokens=100).check() == config(global_batch_tokens=100).check() != []
+    network: Any = Network()
+    assert config(global_batch_rows=4).largest_samples(network) == (4, 64)
+    assert config(global_batch_rows=400).largest_samples(network) == config().largest_samples(network) == (8.0, 64)
+
+
 @pytest.mark.parametrize(
     ("override", "bound"),
     [
         ("global_batch_tokens=0", "greater than or equal to 1"),
         ("micro_batch_tokens=0", "greater than or equal to 1"),
+        ("global_batch_rows=0", "greater than or equal to 1"),
         ("loss_weight=-1.0", "greater than or equal to 0"),
     ],
 )
