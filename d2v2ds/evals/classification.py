@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v2ds.evals import scores
+from d2v2ds.tasks.scores import mean_average_precision, pearson, spearman
 
 Score = Callable[[NDArray[np.int64]], float]
 
@@ -41,21 +42,15 @@ def one_class(outputs: Outputs, positive: int = 1) -> dict[str, Score]:
 
 def several_labels(outputs: Outputs) -> dict[str, Score]:
     """Mean average precision over classes that have a positive row."""
-
-    def mean_average_precision(rows: NDArray[np.int64]) -> float:
-        wanted = outputs.wanted[rows]
-        occurs = wanted.any(0)
-        return float(scores.average_precision(wanted[:, occurs], outputs.logits[rows][:, occurs]).mean())
-
-    return {"map": mean_average_precision}
+    return {"map": lambda rows: mean_average_precision(outputs.wanted[rows], outputs.logits[rows])}
 
 
 def numbers(outputs: Outputs) -> dict[str, Score]:
     """Correlations of numbers."""
     wanted, found = outputs.wanted.astype(np.float64), outputs.logits[:, 0]
     return {
-        "pearson": lambda rows: scores.pearson(wanted[rows], found[rows]),
-        "spearman": lambda rows: scores.spearman(wanted[rows], found[rows]),
+        "pearson": lambda rows: pearson(wanted[rows], found[rows]),
+        "spearman": lambda rows: spearman(wanted[rows], found[rows]),
     }
 
 

@@ -1,28 +1,14 @@
 """Scores of a model from its outputs for a whole set: scikit-learn, SciPy and rapidfuzz compute them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v2ds.errors import MissingExtraError
+from d2v2ds.tasks.scores import sklearn_metrics
 
 Numbers = NDArray[np.float64]
 Classes = NDArray[np.int64]
-
-
-def _metrics() -> Any:
-    """Import scikit-learn's metrics.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        from sklearn import metrics
-    except ImportError as error:
-        raise MissingExtraError("scores need scikit-learn", "eval") from error
-    return metrics
 
 
 def accuracy(wanted: Classes, found: Classes) -> float:
@@ -46,37 +32,12 @@ def top_k_hits(wanted: Classes, scores: Numbers, k: int) -> NDArray[np.bool_]:
 def f1(wanted: Classes, found: Classes, positive: int | None = None) -> float:
     """F1 of one class, or the mean over classes that occur, 0 to 1."""
     labels = [positive] if positive is not None else np.unique(wanted)
-    return float(_metrics().f1_score(wanted, found, labels=labels, average="macro", zero_division=0.0))
+    return float(sklearn_metrics().f1_score(wanted, found, labels=labels, average="macro", zero_division=0.0))
 
 
 def mcc(wanted: Classes, found: Classes) -> float:
     """Matthews correlation, -1 to 1; 0 if one side has a single class."""
-    return float(_metrics().matthews_corrcoef(wanted, found))
-
-
-def pearson(wanted: Numbers, found: Numbers) -> float:
-    """Pearson's correlation, -1 to 1; 0 without spread."""
-    a, b = wanted - wanted.mean(), found - found.mean()
-    spread = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / spread if spread > 0 else 0.0
-
-
-def spearman(wanted: Numbers, found: Numbers) -> float:
-    """Spearman's rank correlation, -1 to 1; equal numbers share their mean rank."""
-    from scipy.stats import rankdata  # comes with scikit-learn
-
-    return pearson(rankdata(wanted), rankdata(found))
-
-
-def average_precision(wanted: Numbers, scores: Numbers) -> Numbers:
-    """Average precision of every class, (N, C), (N, C) -> (C,), 0 to 1; 0 for a class without positives.
-
-    sum_k (R_k - R_(k-1)) P_k over thresholds, without interpolation.
-    """
-    compute = _metrics().average_precision_score
-    return np.array(
-        [compute(wanted[:, c], scores[:, c]) if wanted[:, c].any() else 0.0 for c in range(wanted.shape[1])]
-    )
+    return float(sklearn_metrics().matthews_corrcoef(wanted, found))
 
 
 def error_rate(errors: Sequence[int], wanted: Sequence[int]) -> float:

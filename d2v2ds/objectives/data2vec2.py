@@ -193,6 +193,7 @@ class Data2Vec2:
     units: Mapping[str, str] = UNITS
     run_units: Mapping[str, str] = RUN_UNITS
     headline: tuple[str, ...] = ()
+    kept_numbers = 0
 
     def __init__(self, config: Data2Vec2Config, trunk: TrunkConfig, seed: int) -> None:
         """

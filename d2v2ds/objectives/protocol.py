@@ -6,7 +6,7 @@ imports neither DeepSpeed nor files.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class Losses:
     """Items that the sums cover, such as masked tokens; known without a device sync."""
     statistics: dict[str, Tensor]
     """Further sums without gradient, fp64 of any shape; added over micro-batches, steps and ranks."""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values of each row, (B, ...), in validation: for scores that sums cannot give, such as rank correlations. They
+    are joined over micro-batches and ranks."""
     output: Any
     """Output that only the objective's own health statistics read."""
 
@@ -38,6 +41,8 @@ class Totals:
     count: float
     statistics: Mapping[str, Tensor]
     """fp64 on the CPU."""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """`Losses.kept` of all rows, (N, ...) on the CPU, in the order of ranks."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,10 @@ class Objective(Protocol):
     headline: tuple[str, ...]
     """Metrics that the log of a validation shows beside the loss."""
 
+    @property
+    def kept_numbers(self) -> int:
+        """Numbers of a row that validation keeps in `Losses.kept`, labels not counted; 0 if it keeps nothing."""
+
     def mask(self, modality: str) -> MaskConfig | None:
         """Masks of this modality's micro-batches; None for none."""
 
@@ -194,10 +203,11 @@ class Objective(Protocol):
         """Compute the metrics of one modality, less `loss/NAME`, from sums over all ranks."""
 
     def check_validation(self) -> None:
-        """Check that the packages of a validation are there.
+        """Check that the packages of a validation are there, and that it gives the scores that settings ask for.
 
         Raises:
-            MissingExtraError: one is not installed.
+            ConfigError: it does not give such a score.
+            MissingExtraError: a package is not installed.
         """
 
     def selection(self, values: Mapping[str, float]) -> float | None:

@@ -115,7 +115,7 @@ def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Re
     if config.valid.modalities:
         try:
             objective.check_validation()
-        except MissingExtraError as error:
+        except (ConfigError, MissingExtraError) as error:
             problems.append(f"valid: {error}")
     for name, path in config.valid.modalities.items():
         if name not in data or name not in config.model.modalities or name not in config.objective.modalities:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch, Labels
 from d2v2ds.bounds import Count, Positive, Share
+from d2v2ds.errors import ConfigError
 from d2v2ds.labels import ClassNumbers, ClassSets, LabelEncoder, Numbers
 from d2v2ds.model.local import normalise_pixels
 from d2v2ds.model.trunk import TrunkConfig
@@ -41,11 +42,18 @@ from d2v2ds.tasks.mixing import (
     mix_labels,
     mix_waveforms,
 )
-from d2v2ds.tasks.scores import confusion_scores, correlation
+from d2v2ds.tasks.scores import confusion_scores, correlation, mean_average_precision, sklearn_metrics, spearman
 from d2v2ds.tasks.task import Task
 
 LossKind = Literal["one", "several", "number"]
 _LOSS_NAMES: Mapping[LossKind, str] = {"one": "cross_entropy", "several": "binary", "number": "square"}
+Score = Literal["accuracy", "balanced_accuracy", "f1", "mcc", "map", "pearson", "spearman", "loss"]
+_SCORES: dict[LossKind, tuple[Score, ...]] = {
+    "one": ("accuracy", "balanced_accuracy", "f1", "mcc"),
+    "several": ("map",),
+    "number": ("pearson", "spearman"),
+}
+"""Scores of a validation, by kind of loss; the loss besides."""
 _CONFUSION_CLASSES = 200
 """Most classes whose confusion is counted in validation."""
 
@@ -80,6 +88,9 @@ class ClassifyConfig(TaskConfig):
     per_positive: bool = False
     """With several labels, True: the loss is a mean over all labels that hold, as in the official code. False: over
     inputs."""
+    select: tuple[Score, ...] | None = None
+    """Scores of the validation whose mean decides which checkpoint is the best, such as [accuracy, f1], or [loss].
+    None: the accuracy with one class, else the loss."""
 
     label_column = "label"
 
@@ -105,7 +116,19 @@ class ClassifyConfig(TaskConfig):
             problems.append(f"label_smoothing is {self.label_smoothing}, it is for one class (kind: one)")
         if self.per_positive and self.kind != "several":
             problems.append("per_positive is for several labels (kind: several)")
-        return problems
+        return problems + self._select_faults()
+
+    def _select_faults(self) -> list[str]:
+        """Return a message if `select` names scores that this kind of loss does not have."""
+        known = _SCORES[self.kind]
+        if self.select is None or self.select == ("loss",):
+            return []
+        if self.select and len(set(self.select)) == len(self.select) and set(self.select) <= set(known):
+            return []
+        found = ", ".join(self.select) or "none"
+        return [
+            f"select: expected some of {', '.join(known)}, each once, or loss alone (kind: {self.kind}), found {found}"
+        ]
 
     @property
     def counts_outputs(self) -> bool:
@@ -201,9 +224,11 @@ class Classify(Task[ClassifyConfig]):
         "score/f1": "harmonic mean of precision and recall, of class 1 of two, else mean over classes; percent",
         "score/mcc": "Matthews correlation; times 100, validation only",
         "score/pearson": "correlation of predicted and wanted numbers; times 100",
+        "score/spearman": "correlation of their ranks; times 100, validation only",
+        "score/map": "average precision; mean over classes that occur; percent, validation only",
     }
 
-    headline: tuple[str, ...] = ("score/accuracy", "score/f1", "score/mcc", "score/pearson")
+    headline: tuple[str, ...] = tuple(f"score/{name}" for names in _SCORES.values() for name in names)
 
     @property
     def num_outputs(self) -> int:
@@ -214,6 +239,11 @@ class Classify(Task[ClassifyConfig]):
     def positive(self) -> int:
         """Class of two whose F1 is meant: that named 1, else the second."""
         return self.config.classes.index("1") if "1" in self.config.classes else 1
+
+    @property
+    def kept_numbers(self) -> int:
+        """Outputs of a row that have to be compared with those of all others; labels besides."""
+        return 0 if self.config.kind == "one" else self.num_outputs
 
     def new_network(self, activation_checkpointing: bool) -> ClassifyNetwork:
         """Build encoder and head."""
@@ -247,8 +277,12 @@ class Classify(Task[ClassifyConfig]):
             each = several_label_losses(logits, wanted)
         else:
             each = number_losses(logits, wanted)
-        statistics = self._statistics(logits.detach(), hard, step) | input_sums(batch)
-        return Losses(sums={_LOSS_NAMES[self.config.kind]: each.sum()}, count=count, statistics=statistics, output=out)
+        statistics, kept = self._statistics(logits.detach(), hard, step) | input_sums(batch), {}
+        if step is None and self.kept_numbers:
+            is_several = self.config.kind == "several"
+            kept = {"found": logits.detach().float(), "wanted": wanted.bool() if is_several else wanted}
+        sums = {_LOSS_NAMES[self.config.kind]: each.sum()}
+        return Losses(sums=sums, count=count, statistics=statistics, kept=kept, output=out)
 
     def symptoms(self, course: Course) -> list[Symptom]:
         """Say why an accuracy may stay at chance."""
@@ -277,10 +311,30 @@ class Classify(Task[ClassifyConfig]):
             return replace(batch, source=source, labels=Labels(values=soft))
         return batch
 
+    def check_validation(self) -> None:
+        """Check that the scores of a validation can be computed.
+
+        Raises:
+            ConfigError: `select` names one that is not computed for so many classes.
+            MissingExtraError: scikit-learn is not installed, and scores need it.
+        """
+        if self.kept_numbers:
+            sklearn_metrics()
+        names = [name for name in self.config.select or () if name not in ("accuracy", "loss")]
+        if self.config.kind == "one" and names and self.num_outputs > _CONFUSION_CLASSES:
+            raise ConfigError(
+                f"objective.select: {', '.join(names)} needs at most {_CONFUSION_CLASSES} classes, found "
+                f"{self.num_outputs}; select accuracy or loss"
+            )
+
     def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return 100 less the accuracy; with several labels or numbers the loss."""
-        accuracy = values.get("valid/score/accuracy")
-        return values.get("valid/loss/total") if accuracy is None else 100.0 - accuracy
+        """Return 100 less the mean of the selected scores, or the loss."""
+        names = self.config.select or (("accuracy",) if self.config.kind == "one" else ("loss",))
+        if names == ("loss",):
+            return values.get("valid/loss/total")
+        found = [values.get(f"valid/score/{name}") for name in names]
+        scores = [score for score in found if score is not None]
+        return 100.0 - sum(scores) / len(scores) if len(scores) == len(found) else None
 
     def _statistics(self, logits: Tensor, labels: Tensor, step: int | None) -> dict[str, Tensor]:
         """Sums from which `metrics` computes scores."""
@@ -303,13 +357,18 @@ class Classify(Task[ClassifyConfig]):
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Compute scores."""
         values = input_metrics(totals.statistics)
+        kept = {name: numbers.double().numpy() for name, numbers in totals.kept.items()}
         if self.config.kind == "number":
-            return values | {"score/pearson": 100 * correlation(totals.statistics["moments"], totals.count)}
-        if self.config.kind == "several":
+            values["score/pearson"] = 100 * correlation(totals.statistics["moments"], totals.count)
+            if kept:
+                values["score/spearman"] = 100 * spearman(kept["wanted"], kept["found"][:, 0])
             return values
-        values |= {"score/accuracy": 100 * float(totals.statistics["correct"]) / totals.count}
-        wanted, found = totals.statistics["by_class"]
-        values["score/missed_classes"] = float(((wanted >= LEAST_WANTED) & (found == 0)).sum())
+        if self.config.kind == "several":
+            found = {"score/map": 100 * mean_average_precision(kept["wanted"], kept["found"])} if kept else {}
+            return values | found
+        values["score/accuracy"] = 100 * float(totals.statistics["correct"]) / totals.count
+        wanted, predicted = totals.statistics["by_class"]
+        values["score/missed_classes"] = float(((wanted >= LEAST_WANTED) & (predicted == 0)).sum())
         if "confusion" in totals.statistics:
             scores = confusion_scores(totals.statistics["confusion"], self.positive)
             values |= {f"score/{name}": 100 * value for name, value in scores.items()}

@@ -1,6 +1,17 @@
-"""Scores of a validation from sums over all its inputs; `d2v2ds.evaluate` has them with intervals."""
+"""Scores of a validation, from sums over all its inputs or from the outputs for each of them.
 
+`d2v2ds.evaluate` has them with intervals. scikit-learn and SciPy compute what needs all outputs.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from d2v2ds.errors import MissingExtraError
+
+Numbers = NDArray[np.float64]
 
 
 def confusion_scores(confusion: Tensor, positive: int = 1) -> dict[str, float]:
@@ -28,3 +39,49 @@ def correlation(moments: Tensor, count: float) -> float:
     x, y, xx, xy, yy = moments.double().tolist()
     spread = (count * xx - x * x) * (count * yy - y * y)
     return (count * xy - x * y) / spread**0.5 if spread > 0 else 0.0
+
+
+def sklearn_metrics() -> Any:
+    """Import scikit-learn's metrics.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        from sklearn import metrics
+    except ImportError as error:
+        raise MissingExtraError("scores need scikit-learn", "eval") from error
+    return metrics
+
+
+def pearson(wanted: Numbers, found: Numbers) -> float:
+    """Pearson's correlation, -1 to 1; 0 without spread."""
+    a, b = wanted - wanted.mean(), found - found.mean()
+    spread = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / spread if spread > 0 else 0.0
+
+
+def spearman(wanted: Numbers, found: Numbers) -> float:
+    """Spearman's rank correlation, -1 to 1; equal numbers share their mean rank."""
+    from scipy.stats import rankdata  # comes with scikit-learn
+
+    return pearson(rankdata(wanted), rankdata(found))
+
+
+def average_precision(wanted: Numbers, scores: Numbers) -> Numbers:
+    """Average precision of every class, (N, C), (N, C) -> (C,), 0 to 1; 0 for a class without positives.
+
+    sum_k (R_k - R_(k-1)) P_k over thresholds, without interpolation.
+    """
+    compute = sklearn_metrics().average_precision_score
+    return np.array(
+        [compute(wanted[:, c], scores[:, c]) if wanted[:, c].any() else 0.0 for c in range(wanted.shape[1])]
+    )
+
+
+def mean_average_precision(wanted: Numbers, scores: Numbers) -> float:
+    """Mean of `average_precision` over classes that have a positive row, 0 to 1; NaN without one or for such scores."""
+    occurs = wanted.any(0)
+    if not occurs.any() or not np.isfinite(scores).all():
+        return float("nan")
+    return float(average_precision(wanted[:, occurs], scores[:, occurs]).mean())

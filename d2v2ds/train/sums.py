@@ -19,16 +19,22 @@ class Sums:
         """Items that the losses cover."""
         self.statistics: dict[str, Tensor] = {}
         """fp64 sums by name."""
+        self.kept: dict[str, list[Tensor]] = {}
+        """Values of this rank's rows by name, a tensor (B, ...) on the CPU for each micro-batch."""
 
     def add(self, losses: Losses, weight: float) -> None:
         """Add one micro-batch; a filler with weight 0 adds only its names."""
         self._add({name: loss.detach() * weight for name, loss in losses.sums.items()}, losses.count * weight)
         self._add_statistics({name: value * weight for name, value in losses.statistics.items()})
+        for name, values in losses.kept.items():
+            self.kept.setdefault(name, []).append(values.detach().cpu()[: len(values) if weight else 0])
 
     def merge(self, other: "Sums") -> None:
         """Add other sums, such as those of a step."""
         self._add(other.losses, other.count)
         self._add_statistics(other.statistics)
+        for name, values in other.kept.items():
+            self.kept.setdefault(name, []).extend(values)
 
     def _add(self, losses: Mapping[str, Tensor], count: float) -> None:
         self.count += count
@@ -41,7 +47,7 @@ class Sums:
             self.statistics[name] = value if before is None else before.to(value.device) + value
 
     def reduce(self) -> Totals | None:
-        """Sum over ranks; return None if no rank has counted an item. Collective."""
+        """Sum over ranks and join kept values; return None if no rank has counted an item. Collective."""
         names, shapes = sorted(self.losses), {name: self.statistics[name].shape for name in sorted(self.statistics)}
         own = [self.count, *(float(self.losses[name]) for name in names)]
         for name in shapes:
@@ -52,4 +58,5 @@ class Sums:
         sums, values = dict(zip(names, rest, strict=False)), torch.tensor(rest[len(names) :], dtype=torch.float64)
         pieces = values.split([shape.numel() for shape in shapes.values()])
         statistics = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-        return Totals({name: sums[name] for name in self.losses}, count, statistics)
+        kept = {name: torch.cat(comm.gather_objects(torch.cat(self.kept[name]))) for name in sorted(self.kept)}
+        return Totals({name: sums[name] for name in self.losses}, count, statistics, kept)

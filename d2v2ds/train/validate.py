@@ -18,6 +18,7 @@ from d2v2ds.data.order import BatchPlan, GlobalBatch, MicroBatch, SamplerState, 
 from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm
 from d2v2ds.distributed.engine import Engine
+from d2v2ds.errors import ConfigError
 from d2v2ds.objectives.protocol import Losses, Objective
 from d2v2ds.train.health import Sample
 from d2v2ds.train.step import step_seed
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 SEED = 0
 """Seed of crops, masks and noise; not the run's, so that runs of several seeds are compared on the same inputs."""
+
+
+MOST_KEPT = 1 << 26
+"""Most numbers that validation keeps of the rows of one modality, on every rank: 256 MiB."""
 
 
 class Validation:
@@ -50,11 +55,14 @@ class Validation:
             micro_batches: number of each modality over all ranks; fewer if a folder has fewer.
 
         Raises:
+            ConfigError: the objective keeps more than `MOST_KEPT` numbers of the rows.
             ShardError: a folder has no row that is large enough.
         """
         self._engine, self._objective, self._weights = engine, objective, loss_weights
         self._collators = {name: Collator(reader=reader, seed=SEED) for name, reader in readers.items()}
         self._micro = {name: _first_micro_batches(reader, micro_batches) for name, reader in readers.items()}
+        for name, batch in self._micro.items():
+            _check_kept(name, sum(len(micro.rows) for micro in batch.micro), objective.kept_numbers)
 
     @torch.no_grad()
     def __call__(self) -> dict[str, dict[str, float]]:
@@ -116,3 +124,12 @@ def _first_micro_batches(reader: Reader, count: int) -> GlobalBatch:
             break
         batches += batch.micro
     return GlobalBatch(tuple(batches), SamplerState())
+
+
+def _check_kept(name: str, rows: int, numbers: int) -> None:
+    """Raise a `ConfigError` if a validation would keep too much for scores that sums cannot give."""
+    if rows * numbers > MOST_KEPT:
+        raise ConfigError(
+            f"valid.{name}: {numbers} numbers of {rows:,} rows are kept for its scores, expected at most "
+            f"{MOST_KEPT // numbers:,} rows; lower valid.micro_batches, or take a smaller folder"
+        )

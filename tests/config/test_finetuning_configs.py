@@ -105,17 +105,19 @@ class Glue(NamedTuple):
     updates: int
     warmup: int
     peak: float
+    select: tuple[str, ...] = ("accuracy",)
+    """Scores by whose mean the best checkpoint is chosen."""
 
 
 GLUE = {
-    "cola": Glue(2, 16, 5_336, 320, 2e-5),
+    "cola": Glue(2, 16, 5_336, 320, 2e-5, ("mcc",)),
     "mnli": Glue(3, 32, 123_873, 7_432, 2e-5),
-    "mrpc": Glue(2, 16, 2_296, 137, 2e-5),
+    "mrpc": Glue(2, 16, 2_296, 137, 2e-5, ("accuracy", "f1")),
     "qnli": Glue(2, 32, 33_112, 1_986, 2e-5),
-    "qqp": Glue(2, 32, 113_272, 28_318, 2e-5),
+    "qqp": Glue(2, 32, 113_272, 28_318, 2e-5, ("accuracy", "f1")),
     "rte": Glue(2, 16, 2_036, 122, 2e-5),
     "sst2": Glue(2, 32, 20_935, 1_256, 2e-5),
-    "stsb": Glue(1, 16, 3_598, 214, 4e-5),
+    "stsb": Glue(1, 16, 3_598, 214, 4e-5, ("pearson", "spearman")),
 }
 PARAMETERS = (
     {f"ctc_{name}": 93_188_140 if name.startswith("base") else 313_308_208 for name in CTC}
@@ -276,6 +278,7 @@ def test_sentence_tasks_have_the_published_values(name: str) -> None:
     assert (objective.head, objective.num_outputs) == (SentenceHeadConfig(dropout=0.0), row.outputs)
     kind = ("number", 5.0, "name") if name == "stsb" else ("one", 1.0, "frequency")
     assert (objective.kind, objective.scale, objective.class_order) == kind
+    assert objective.select == row.select
     assert (objective.mask, objective.freeze_steps, objective.layer_decay) == (SpanMaskConfig(), 0, 1.0)
     assert config.optim == OptimConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, clip_norm=0.0)
     assert config.model == load_config("text_base").model, "the dropouts of pretraining stay"
@@ -294,6 +297,7 @@ def test_audio_tagging_has_the_published_values() -> None:
     assert config.total_steps == 30_000
     assert (data.global_batch_seconds, data.micro_batch_seconds) == (8 * 160, 160)
     assert (objective.kind, objective.num_outputs, objective.per_positive) == ("several", 527, False)
+    assert objective.select == ("map",)
     assert objective.head == FrameHeadConfig(pooling="linear_softmax", pool_padding=False)
     assert objective.mask == SpanMaskConfig(time=spans(0.6, 5))
     assert objective.waveform_mixing == WaveformMixingConfig(least=0.5, rows=1.0, labels=True)

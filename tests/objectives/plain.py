@@ -47,6 +47,7 @@ class Plain:
     }
     run_units: Mapping[str, str] = {}
     headline: tuple[str, ...] = ()
+    kept_numbers = 0
 
     def __init__(self, trunk: TrunkConfig) -> None:
         self.trunk = trunk

@@ -1,19 +1,29 @@
 """Mixing inside a training step, and what the three kinds of labels count."""
 
+import math
+import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import average_precision_score
 
 from d2v2ds.batch import Batch, Labels
+from d2v2ds.distributed import comm
+from d2v2ds.errors import ConfigError, MissingExtraError
 from d2v2ds.model.local import normalise_pixels
+from d2v2ds.objectives.protocol import Totals
 from d2v2ds.tasks.classify import Classify, ClassifyConfig
 from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
 from d2v2ds.tasks.mixing import ImageMixingConfig, WaveformMixingConfig
+from d2v2ds.train.sums import Sums
+from d2v2ds.train.validate import MOST_KEPT, _check_kept
 from tests.interop.folders import tiny_config
 from tests.model.tiny_joint import joint_batch
+from tests.ranks import run_distributed
 
 
 def task(config: ClassifyConfig) -> Classify:
@@ -126,3 +136,135 @@ def test_the_class_named_1_is_the_positive_one() -> None:
     config = ClassifyConfig(modality="text", classes=("1", "0"), head=SentenceHeadConfig())
     assert task(config).positive == 0
     assert task(replace(config, classes=("bad", "good"))).positive == 1
+
+
+# --- scores that need all rows ---------------------------------------------------------------------------------------
+
+
+def rows_with(built: Classify, labels: torch.Tensor) -> Batch:
+    """A batch of empty inputs with these labels."""
+    rows = len(labels)
+    source, ids = torch.zeros(rows, 8), torch.arange(rows)
+    return Batch(modality=built.config.modality, source=source, ids=ids, labels=Labels(values=labels))
+
+
+def totals_of(built: Classify, batches: list[tuple[torch.Tensor, torch.Tensor]], world: int = 1, rank: int = 0) -> Any:
+    """Totals of a validation whose micro-batches have these outputs and labels; a filler stands before them."""
+    sums = Sums()
+    for number, (logits, labels) in enumerate([batches[0], *batches]):
+        batch = rows_with(built, labels)
+        losses = built.losses(lambda *_, logits=logits: {"logits": logits}, batch, None)
+        if number == 0 or number % world == rank:
+            sums.add(losses, float(number > 0))
+    return sums.reduce()
+
+
+def number_task() -> tuple[Classify, list[tuple[torch.Tensor, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(1)
+    config = ClassifyConfig(modality="text", kind="number", scale=5.0, head=SentenceHeadConfig())
+    wanted = [(torch.randint(0, 11, (rows,), generator=generator) / 10).float() for rows in (5, 1, 8)]  # with ties
+    found = [(one[:, None] + torch.randn(len(one), 1, generator=generator)).half().float() for one in wanted]
+    return task(config), list(zip(found, wanted, strict=True))
+
+
+def label_task() -> tuple[Classify, list[tuple[torch.Tensor, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(2)
+    config = ClassifyConfig(modality="audio", kind="several", num_outputs=6, head=FrameHeadConfig())
+    wanted = [(torch.rand(rows, 6, generator=generator) < 0.3).float() for rows in (9, 2, 4)]
+    for one in wanted:
+        one[:, 4] = 0.0  # a class that does not occur is left out
+    found = [(one + torch.randn(one.shape, generator=generator)).round(decimals=1) for one in wanted]  # with ties
+    return task(config), list(zip(found, wanted, strict=True))
+
+
+def expected_scores(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    found, wanted = (torch.cat(parts).double().numpy() for parts in zip(*batches, strict=True))
+    if found.shape[1] == 1:
+        return {
+            "score/pearson": 100 * float(pearsonr(wanted, found[:, 0])[0]),
+            "score/spearman": 100 * float(spearmanr(wanted, found[:, 0])[0]),
+        }
+    occurs = wanted.any(0)
+    return {"score/map": 100 * float(average_precision_score(wanted[:, occurs], found[:, occurs]))}
+
+
+@pytest.mark.parametrize("make", [number_task, label_task])
+def test_scores_of_a_validation_are_those_of_the_libraries(make: Any) -> None:
+    built, batches = make()
+    found = built.metrics(built.config.modality, totals_of(built, batches))
+    assert found == pytest.approx(expected_scores(batches), abs=1e-9)
+    assert built.units.keys() >= found.keys() and set(built.headline) >= found.keys()
+
+
+def test_training_keeps_no_outputs() -> None:
+    built, batches = label_task()
+    batch = rows_with(built, batches[0][1])
+    losses = built.losses(lambda *_: {"logits": batches[0][0]}, batch, 3)
+    assert losses.kept == {} and built.kept_numbers == 6
+    totals = Totals({"binary": 1.0}, 1.0, {})
+    assert built.metrics("audio", totals) == {}, "a record of training has no such scores"
+
+
+def on_ranks() -> list[dict[str, float]]:
+    parts = [make() for make in (number_task, label_task)]
+    totals = [totals_of(built, batches, comm.world(), comm.rank()) for built, batches in parts]
+    return [built.metrics("", one) for (built, _), one in zip(parts, totals, strict=True)]
+
+
+@pytest.mark.distributed
+def test_scores_are_the_same_on_two_ranks() -> None:
+    expected = [expected_scores(make()[1]) for make in (number_task, label_task)]
+    for found in run_distributed(on_ranks, 2):
+        assert found == [pytest.approx(one, abs=1e-9) for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "select", "value"),
+    [
+        ("one", None, 30.0),
+        ("one", ("accuracy", "f1"), 100 - (70 + 40) / 2),
+        ("one", ("mcc",), 120.0),
+        ("one", ("loss",), 0.5),
+        ("several", None, 0.5),
+        ("several", ("map",), 90.0),
+        ("number", None, 0.5),
+        ("number", ("pearson", "spearman"), 15.0),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_the_selected_scores(
+    kind: Any, select: tuple[Any, ...] | None, value: float
+) -> None:
+    scores = {"accuracy": 70.0, "f1": 40.0, "mcc": -20.0, "map": 10.0, "pearson": 80.0, "spearman": 90.0}
+    values = {f"valid/score/{name}": score for name, score in scores.items()} | {"valid/loss/total": 0.5}
+    built = task(ClassifyConfig(modality="text", kind=kind, head=SentenceHeadConfig(), select=select))
+    assert built.selection(values) == pytest.approx(value)
+    assert built.selection({"loss/total": 1.0}) is None, "without a validation nothing is chosen"
+
+
+def test_scores_that_so_many_classes_do_not_have_cannot_be_selected() -> None:
+    names = tuple(map(str, range(201)))
+    config = ClassifyConfig(modality="text", classes=names, head=SentenceHeadConfig(), select=("accuracy", "f1"))
+    with pytest.raises(ConfigError, match="objective.select: f1 needs at most 200 classes, found 201"):
+        task(config).check_validation()
+    task(replace(config, select=("accuracy",))).check_validation()
+    task(replace(config, classes=names[:200])).check_validation()
+
+
+def test_a_missing_library_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingExtraError, match="scores need scikit-learn"):
+        number_task()[0].check_validation()
+    task(ClassifyConfig(modality="text", num_outputs=2, head=SentenceHeadConfig())).check_validation()
+
+
+def test_outputs_that_are_not_finite_have_no_precision() -> None:
+    built, batches = label_task()
+    batches[1][0][0, 0] = float("nan")
+    assert math.isnan(built.metrics("audio", totals_of(built, batches))["score/map"])
+
+
+def test_more_outputs_than_fit_are_refused() -> None:
+    _check_kept("audio", MOST_KEPT // 527, 527)
+    _check_kept("text", 10**12, 0)
+    with pytest.raises(ConfigError, match="valid.audio: 527 numbers of 200,000 rows.*at most 127,341 rows; lower"):
+        _check_kept("audio", 200_000, 527)

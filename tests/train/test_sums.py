@@ -19,6 +19,7 @@ def losses(number: int) -> Losses:
             "tokens": torch.tensor(2.0 * number, dtype=torch.float64),
             "moments": number * torch.arange(6, dtype=torch.float64).view(2, 3),
         },
+        kept={"rows": torch.full((number % 3, 2), float(number))},
         output=None,
     )
 
@@ -32,9 +33,10 @@ def summed(numbers: list[int], fillers: list[int] | None = None) -> Sums:
     return sums
 
 
-def plain(totals: Totals | None) -> tuple[dict[str, float], float, dict[str, list[float]]]:
+def plain(totals: Totals | None) -> tuple[dict[str, float], float, dict[str, list[float]], list[list[float]]]:
     assert totals is not None
-    return dict(totals.sums), totals.count, {name: value.tolist() for name, value in totals.statistics.items()}
+    statistics = {name: value.tolist() for name, value in totals.statistics.items()}
+    return dict(totals.sums), totals.count, statistics, totals.kept["rows"].tolist()
 
 
 def test_sums_are_those_of_all_micro_batches() -> None:
@@ -43,6 +45,7 @@ def test_sums_are_those_of_all_micro_batches() -> None:
         {"regression": 21.0, "cls": 3.5},
         37.0,
         {"tokens": 14.0, "moments": [[0.0, 7.0, 14.0], [21.0, 28.0, 35.0]]},
+        [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0], [4.0, 4.0]],
     )
 
 

@@ -15,7 +15,7 @@ from d2v2ds.evals import scores
 from d2v2ds.modalities.image.inference import read_picture
 from d2v2ds.model.local import normalise_pixels
 from d2v2ds.shapes import resized_side
-from d2v2ds.tasks.scores import confusion_scores, correlation
+from d2v2ds.tasks.scores import average_precision, confusion_scores, correlation, pearson, spearman
 from d2v2ds.tasks.vocabulary import Vocabulary
 from d2v2ds.tasks.words import edit_counts
 from d2v2ds.verify.case import ReadTensors
@@ -40,7 +40,7 @@ def check_scores(values: Mapping[str, Any], report: Report) -> None:
 
 
 def _average_precision(case: Mapping[str, Any], report: Report) -> None:
-    found = scores.average_precision(np.array(case["targets"]), np.array(case["scores"]))
+    found = average_precision(np.array(case["targets"]), np.array(case["scores"]))
     for mine, wanted in zip(found.tolist(), case["average_precision"], strict=True):
         report.compare("average precision", mine, wanted)
     is_enough = len(case["scores"]) >= _LEAST_EXAMPLES
@@ -66,7 +66,7 @@ def _binary(case: Mapping[str, Any], report: Report) -> None:
 
 def _regression(case: Mapping[str, Any], report: Report) -> None:
     wanted, found = np.array(case["targ"]), np.array(case["pred"])
-    values = {"pearson": scores.pearson(wanted, found), "spearman": scores.spearman(wanted, found)}
+    values = {"pearson": pearson(wanted, found), "spearman": spearman(wanted, found)}
     values["pearson_and_spearman"] = sum(values.values()) / 2
     for name, value in values.items():
         report.compare(name, value, case[name])
