@@ -12,13 +12,13 @@ from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.keymap import to_official
 from d2v2ds.interop.fairseq.official_config import network_of
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.modalities.text.tokenizers import BOS, EOS
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config
 from d2v2ds.objectives.ema import EmaConfig
 from d2v2ds.objectives.protocol import Losses
 from d2v2ds.shapes import PAD_ID
 from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.scores import confusion_scores
-from d2v2ds.tasks.sentences import END_ID, START_ID
 from d2v2ds.tasks.task import Task, bits
 from d2v2ds.tasks.vocabulary import SPECIAL, UNKNOWN
 from d2v2ds.verify.case import Tensors
@@ -137,7 +137,7 @@ def _decoder_keys(case: Any) -> list[str]:
 def _compare_specials(report: Report, meta: Mapping[str, Any]) -> None:
     """Compare special tokens of text, and the first symbols of a recogniser."""
     if "special_ids" in meta:
-        ours = {"<s>": START_ID, "<pad>": PAD_ID, "</s>": END_ID, "<unk>": UNKNOWN, "<mask>": meta["vocab_size"] - 1}
+        ours = {"<s>": BOS, "<pad>": PAD_ID, "</s>": EOS, "<unk>": UNKNOWN, "<mask>": meta["vocab_size"] - 1}
         report.compare("special tokens", float(meta["special_ids"] == ours), 1.0)
     if "dictionary" in meta:
         report.compare("special symbols", float(tuple(meta["dictionary"][: len(SPECIAL)]) == SPECIAL), 1.0)
