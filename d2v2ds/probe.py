@@ -2,6 +2,8 @@
 
     python -m d2v2ds.probe RUN --shards DIR --label digit --leave-out speaker [--block 2 | --all-blocks]
     python -m d2v2ds.probe RUN --shards TRAIN --test-shards VALID [--baseline]
+    python -m d2v2ds.probe RUN --shards DIR --kind number --label age [--layers] [--attention]
+    python -m d2v2ds.probe RUN --shards DIR --kind ctc --leave-out speaker
 
 A block of the student is scored by logistic regression and by nearest neighbours, either leaving out one speaker at a
 time, or fitted on one folder and tested on another; the last line says in one sentence whether the model learned: by
@@ -16,29 +18,22 @@ from pathlib import Path
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.run.machine import tune_cpu
-from d2v2ds.run.probe import Options, probe
+from d2v2ds.run.probe import end_with_input, probe
+from d2v2ds.run.probe_options import add_options, options_of, question_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from a command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m d2v2ds.probe", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--shards", type=Path, required=True, help="labelled rows, packed without joining or blocks")
-    parser.add_argument("--test-shards", type=Path, help="fit on --shards and test on these")
-    parser.add_argument("--label", default="label", help="annotation to predict")
-    parser.add_argument("--leave-out", default="speaker", help="annotation whose values are left out in turn")
-    parser.add_argument("--block", type=int, help="block of the verdict; the middle one of speech, else the last one")
-    parser.add_argument("--all-blocks", action="store_true", help="score every block")
-    parser.add_argument("--baseline", action="store_true", help="score what needs no model, too (images and text)")
-    parser.add_argument("--c", type=float, help="inverse strength of the L2 of logistic regression")
-    parser.add_argument("--neighbours", type=int, help="of the kNN probe")
-    parser.add_argument("--checkpoint", dest="tag", help="tag of a checkpoint; the newest if not given")
-    given = vars(parser.parse_args(arguments))
-    run, shards, test_shards = (given.pop(name) for name in ("run", "shards", "test_shards"))
+    add_options(parser)
+    given = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
+    if given.until_input_ends:
+        end_with_input()
     tune_cpu(processes=1)
     try:
-        print(probe(run, Options(folders=(shards,) if test_shards is None else (shards, test_shards), **given)))
+        print(probe(given.run, question_of(given), options_of(given)))
     except D2V2Error as error:
         logging.getLogger(__name__).error("%s", error)
         return D2V2Error.exit_code

@@ -35,7 +35,7 @@ ALLOWED = {
     "train": {"objectives.protocol", "data", "distributed", "batch", "io", "bounds", "errors"},
     "inference": {"model", "modalities", "interop", "data", "io", "shapes", "errors"},
     "interop": {"tasks", "model", "modalities", "objectives", "data.codecs", "masking", "io", "shapes", "errors"},
-    "evals": {"tasks.scores", "model", "data", "batch", "distributed.comm", "errors"},
+    "evals": {"tasks", "model", "data", "batch", "distributed.comm", "errors"},
     "config": {"model", "data", "masking", "objectives", "tasks", "modalities", "distributed", "train", "io", "shapes", "bounds", "errors"},  # noqa: E501
     "api": {"model", "modalities", "data", "inference", "interop", "shapes", "errors"},
     "run": _BELOW_RUN,

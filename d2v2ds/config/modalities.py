@@ -1,5 +1,5 @@
 """The parts of a configuration that belong to modalities: between YAML, where a modality's settings stand beside other
-keys of `data` and `valid`, and the sections, where they are mappings by name.
+keys of `data`, `valid` and `probe`, and the sections, where they are mappings by name.
 """
 
 from typing import Any
@@ -7,18 +7,18 @@ from typing import Any
 from d2v2ds.config.faults import drop_unknown_keys, validated
 from d2v2ds.modalities.known import known_modalities
 
-_FOLDED = ("data", "valid")
+_FOLDED = ("data", "valid", "probe")
 """Sections in which modalities stand beside other keys."""
 
 
 def fold(values: dict[str, Any]) -> None:
-    """Move the modalities of `data` and `valid` into mappings, in the order of `known_modalities`, without nulls."""
+    """Move the modalities of these sections into mappings, in the order of `known_modalities`, without nulls."""
     known = known_modalities()
     for name in _FOLDED:
         section = values.get(name)
         if isinstance(section, dict):
             section["modalities"] = {one: section.pop(one) for one in known if one in section}
-    for name in ("data", "valid", "model", "objective"):
+    for name in (*_FOLDED, "model", "objective"):
         section = values.get(name)
         if isinstance(section, dict) and isinstance(section.get("modalities"), dict):
             found = section["modalities"]

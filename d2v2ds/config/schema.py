@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from d2v2ds.bounds import Amount, Bounds, Count, CountOrZero, Positive, UserPath
 from d2v2ds.config.objectives import ObjectiveConfig
@@ -112,6 +112,60 @@ class ValidSection:
     """Micro-batches of each modality that are looked at, over all ranks; fewer if the folder has fewer."""
 
 
+ProbeKind = Literal["one", "several", "number", "ctc"]
+"""What a probe predicts: one class, several classes of a row, a number, or a transcript."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSection:
+    """Probes of frozen features while a run goes on (`d2v2ds.probe`). In YAML: `probe.audio=FOLDER`.
+
+    A process of the lowest priority beside rank 0 reads a checkpoint that has just been written. The run's numbers do
+    not depend on it.
+    """
+
+    modalities: Mapping[str, UserPath] = field(default_factory=dict)
+    """Labelled folder of each modality that is probed, by name; packed without joining or blocks."""
+    test: Mapping[str, UserPath] = field(default_factory=dict)
+    """Folder to test on, by modality; without one, one group of the first folder is left out at a time."""
+    every_steps: Count | None = None
+    """Optimizer steps between probes, a multiple of run.save_every_steps; None probes the last checkpoint only."""
+    kinds: tuple[ProbeKind, ...] = ("one",)
+    """What is predicted, one probe each."""
+    label: str | None = None
+    """Annotation that is predicted; None: `label`, for ctc `text`."""
+    divider: str = ","
+    """Character between several classes of one row."""
+    leave_out: str = "speaker"
+    """Annotation whose values are left out in turn."""
+    block: CountOrZero | None = None
+    """Block that is probed; None: the middle one of speech, else the last one."""
+    threads: Count = 1
+    """Threads of the process."""
+    memory_gib: Positive = 2.0
+    """Most memory for frames of ctc (GiB)."""
+    limit_minutes: Annotated[float, Bounds(gt=0, le=1440)] = 10.0
+    """Minutes after which the probes of a checkpoint are ended; the run's end waits as long for its last one."""
+
+    def check(self, run: RunSection) -> list[str]:
+        """Return one message for each contradiction between fields, or with the run."""
+        problems = []
+        if self.every_steps is not None and self.every_steps % run.save_every_steps:
+            problems.append(
+                f"probe.every_steps is {self.every_steps}, expected a multiple of run.save_every_steps "
+                f"{run.save_every_steps}: checkpoints are probed"
+            )
+        if self.every_steps is not None and not self.modalities:
+            problems.append("probe.every_steps is given and no folder of labelled rows; give for example probe.audio")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            problems.append(f"probe.kinds is {list(self.kinds)}, expected different kinds, one or more")
+        problems += [
+            f"probe.test.{name} is given and probe.{name}, on which the probe is fitted, is not"
+            for name in self.test.keys() - self.modalities.keys()
+        ]
+        return problems
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitSection:
     """Initial weights; drawn from the seed if nothing is given."""
@@ -150,6 +204,7 @@ class RunConfig:
     engine: EngineSection = EngineSection()
     health: HealthConfig = HealthConfig()
     valid: ValidSection = ValidSection()
+    probe: ProbeSection = ProbeSection()
 
     def check(self) -> list[str]:
         """Return one message for each contradiction within and between the sections."""
@@ -158,7 +213,7 @@ class RunConfig:
         of_run = self.run.check()
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
-        problems += of_run + self.data.check() + self._modality_faults()
+        problems += of_run + self.data.check() + self._modality_faults() + self.probe.check(self.run)
         save, validate = self.run.save_every_steps, self.valid.every_steps
         if self.valid.modalities and max(save, validate) % min(save, validate):
             problems.append(
@@ -191,6 +246,11 @@ class RunConfig:
                 problems.append(f"{given} configured, {absent} not; give all of them, or set all to null")
         for name in self.valid.modalities.keys() - self.data.modalities.keys():
             problems.append(f"valid.{name} is given and data.{name} is not; validation needs the settings of its data")
+        for name in self.probe.modalities.keys() - self.data.modalities.keys():
+            problems.append(f"probe.{name} is given and data.{name} is not; a probe needs the settings of its data")
+        for name in self.probe.modalities.keys() & self.model.modalities.keys():
+            if (self.probe.block or 0) > (depth := self.model.depth(name)):
+                problems.append(f"probe.block is {self.probe.block}, the network of {name} has blocks 1 to {depth}")
         return problems
 
     @property

@@ -11,15 +11,16 @@ from d2v2ds.config.load import load_config
 from d2v2ds.errors import ConfigError
 from d2v2ds.evals.probes import Score, gain
 from d2v2ds.probe import main
-from d2v2ds.run.probe import Task, verdict
+from d2v2ds.run.probe import table, verdict
+from d2v2ds.run.probe_task import Question, Task
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
 
 
 def score(*folds: list[int]) -> Score:
     """Of folds with these hits (1) and misses (0)."""
-    hits = {str(number): np.array(fold, dtype=bool) for number, fold in enumerate(folds)}
-    return Score(hits=hits, knn=0.0)
+    hits = {str(number): np.array(fold, dtype=float) for number, fold in enumerate(folds)}
+    return Score("logistic", hits)
 
 
 def pair(rows: int, won: int, lost: int) -> tuple[Score, Score]:
@@ -40,7 +41,7 @@ def test_folds_count_alike_in_the_gain_and_its_standard_error() -> None:
     """As in the score: a speaker with few rows weighs as much as one with many."""
     trained, start = score([1, 1, 0, 0], [1] * 10), score([0, 0, 1, 0], [1] * 10)
     found = gain(trained, start)
-    assert found.points == pytest.approx(100 * (trained.logistic - start.logistic)) == pytest.approx(12.5)
+    assert found.points == pytest.approx(100 * (trained.value - start.value)) == pytest.approx(12.5)
     assert found.standard_error == pytest.approx(100 * np.sqrt(3) / 4 / 2)
 
 
@@ -57,7 +58,7 @@ def test_folds_count_alike_in_the_gain_and_its_standard_error() -> None:
 )
 def test_learning_is_five_points_and_two_standard_errors(rows: int, won: int, lost: int, learned: bool) -> None:
     trained, start = pair(rows, won, lost)
-    said = verdict(trained, start, 2)
+    said = verdict(trained, start, "block 2")
     assert said.startswith("the model learned: " if learned else "no clear sign of learning: "), said
     found = gain(trained, start)
     assert f"({found.points:+.1f} points, standard error {found.standard_error:.1f})" in said
@@ -66,7 +67,16 @@ def test_learning_is_five_points_and_two_standard_errors(rows: int, won: int, lo
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--c", "0"), ("--c", "-1"), ("--c", "nan"), ("--c", "inf"), ("--neighbours", "0"), ("--neighbours", "-3")],
+    [
+        ("--threads", "0"),
+        ("--memory-gib", "0"),
+        ("--c", "0"),
+        ("--c", "-1"),
+        ("--c", "nan"),
+        ("--c", "inf"),
+        ("--neighbours", "0"),
+        ("--neighbours", "-3"),
+    ],
 )
 def test_impossible_settings_are_refused_before_anything_is_read(
     option: str, value: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -74,6 +84,36 @@ def test_impossible_settings_are_refused_before_anything_is_read(
     assert main([str(tmp_path / "no run"), "--shards", str(tmp_path / "nothing"), option, value]) == 2
     (message,) = [record.message for record in caplog.records]
     assert message.startswith(f"{option} is {float(value):g}, expected ")
+
+
+def test_a_probe_of_transcripts_refuses_rows_of_the_table_that_it_has_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main([str(tmp_path), "--shards", str(tmp_path), "--kind", "ctc", "--layers", "--all-blocks"]) == 2
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("--all-blocks: a probe of transcripts")
+    assert "--layers: a probe" in message
+
+
+def test_errors_gain_by_falling_and_the_verdict_names_them() -> None:
+    low, high = (Score("cer", {"a": np.full(400, rate)}, is_error=True) for rate in (0.2, 0.6))
+    assert gain(low, high).points == pytest.approx(40)
+    assert gain(high, low).points == pytest.approx(-40)
+    assert verdict(low, high, "block 1").startswith("the model learned: block 1 gives cer 20.0 % against 60.0 %")
+
+
+def test_table_puts_every_score_beside_that_of_the_random_start() -> None:
+    def found(own: float) -> dict[str, Score]:
+        parts = {"a": np.full(4, own)}
+        layers = Score("accuracy", parts, {"weight_0": 0.25, "weight_1": 0.75})
+        return {"1": Score("logistic", parts, {"knn": own / 2}), "layers": layers}
+
+    assert table(found(0.75), found(0.5)) == [
+        "    block  logistic  random       kNN  random",
+        "        1      75.0    50.0      37.5    25.0",
+        "   layers      75.0    50.0                  ",
+        "layer weights of the student: 0.25 0.75",
+    ]
 
 
 def test_folders_that_no_probe_can_be_fitted_on_are_named(tmp_path: Path) -> None:
@@ -88,6 +128,6 @@ def test_folders_that_no_probe_can_be_fitted_on_are_named(tmp_path: Path) -> Non
     no_text = [f"{section}.text=null" for section in ("data", "model.modalities", "objective.modalities")]
     config = load_config("multimodal_tiny", [*folders, *no_text])
     with pytest.raises(ConfigError, match=r"images: expected rows of two classes or more of label, found only 'cats'"):
-        Task.read(config, [images, images], "label", "speaker")
+        Task.read(config, Question(folders=(images, images)))
     with pytest.raises(ConfigError, match=r"sounds: holds audio, .*images holds image; both must be of one modality"):
-        Task.read(config, [images, sounds], "label", "speaker")
+        Task.read(config, Question(folders=(images, sounds)))

@@ -1,0 +1,263 @@
+"""Probe the checkpoints of a run while it goes on: `d2v2ds.probe` in a process of the lowest priority beside rank 0.
+
+The run's own process starts that command on a finished checkpoint and waits for it in a thread. It computes nothing,
+draws no random number and writes no metric, so that weights and metrics are those of a run without probes. The command
+itself appends its scores to `<run>/probes.jsonl` and to TensorBoard (`<run>/tensorboard/probe`). Whatever happens to
+it, the run continues.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from d2v2ds.config.schema import ProbeSection
+from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.io import durable
+from d2v2ds.io.read import json_lines
+from d2v2ds.run.preempt import StopRequest
+
+logger = logging.getLogger(__name__)
+
+PROBES = "probes.jsonl"
+"""File in a run's folder: one line for each probe, with its step, kind and modality."""
+LOG = "probe.log"
+"""File in a run's folder with what the last probe printed."""
+PROGRAM = (sys.executable, "-m", "d2v2ds.probe")
+GRACE_S = 5.0
+"""Seconds between a request to end and SIGKILL."""
+_NICENESS = 19
+_POLL_S = 0.2
+_MOST_SAID = 500
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One probe of every checkpoint."""
+
+    kind: str
+    modality: str
+    options: tuple[str, ...]
+    """Options of the command, but for run and checkpoint."""
+
+
+class Probing:
+    """Probes the checkpoints of one run; a `Follower` of its checkpoints on rank 0.
+
+    A context manager: at its end it waits for the probe of the last step, unless an error ends the run; then, and at a
+    signal, it ends the probe.
+    """
+
+    def __init__(
+        self, run_dir: Path, settings: ProbeSection, total_steps: int, program: Sequence[str] = PROGRAM
+    ) -> None:
+        """
+        Args:
+            run_dir: folder of the run.
+            settings: what is probed, and when.
+            total_steps: last step, whose checkpoint is always probed.
+            program: command that probes.
+        """
+        self._run_dir, self._settings, self._total_steps = run_dir, settings, total_steps
+        self._program = tuple(program)
+        self._jobs = [_job(settings, kind, name) for name in settings.modalities for kind in settings.kinds]
+        self._step = 0
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._is_ending = False
+        self._postponed: Path | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._thread is not None and error is None:
+                with StopRequest() as stop:
+                    self._wait(stop)
+        finally:
+            self._end()
+
+    def saved(self, checkpoint: Path, step: int) -> None:
+        """Begin to probe a checkpoint if that is due, none is being probed, and `probes.jsonl` lacks it."""
+        every = self._settings.every_steps
+        is_last = step == self._total_steps
+        if not self._jobs or not (is_last or (every is not None and step % every == 0)):
+            return
+        if self._thread is not None and self._thread.is_alive():
+            if is_last:
+                self._postponed = checkpoint
+            else:
+                logger.info("step %d is not probed: the probe of step %d still runs", step, self._step)
+            return
+        self._begin(checkpoint, step)
+
+    def went_back(self, step: int) -> None:
+        """End the probe of an abandoned step, and drop the records after the step to which the run returned."""
+        if self._step > step:
+            self._end()
+        path = self._run_dir / PROBES
+        try:
+            records = list(json_lines(path, ConfigError))
+            kept = [one for one in records if one.get("step", 0) <= step]
+            if len(kept) < len(records):
+                durable.replace_text(path, "".join(json.dumps(one) + "\n" for one in kept))
+        except (D2V2Error, OSError) as error:
+            logger.warning("%s: records of abandoned steps are not removed: %s", path, error)
+
+    # ---------------------------------------------------------------- beginning and ending
+
+    def _begin(self, checkpoint: Path, step: int) -> None:
+        jobs = self._missing(step)
+        if not jobs:
+            return
+        self._step, self._is_ending = step, False
+        thread = threading.Thread(target=self._work, args=(checkpoint, step, jobs), name="probe", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.warning("step %d is not probed: %s", step, error)
+            return
+        self._thread = thread
+
+    def _missing(self, step: int) -> list[_Job]:
+        """Return the probes of a step that have no record."""
+        try:
+            found = {
+                (one.get("kind"), one.get("modality"))
+                for one in json_lines(self._run_dir / PROBES, ConfigError)
+                if one.get("step") == step
+            }
+        except D2V2Error as error:
+            logger.warning("%s cannot be read, probes may be repeated: %s", self._run_dir / PROBES, error)
+            found = set()
+        return [job for job in self._jobs if (job.kind, job.modality) not in found]
+
+    def _wait(self, stop: StopRequest) -> None:
+        """Wait for the current probe, then for that of the last step; its time limit ends each."""
+        while self._thread is not None and stop.received is None:
+            if self._thread.is_alive():
+                self._thread.join(_POLL_S)
+                continue
+            self._thread = None
+            if self._postponed is not None:
+                checkpoint, self._postponed = self._postponed, None
+                self._begin(checkpoint, self._total_steps)
+
+    def _end(self) -> None:
+        """End the current probe, if there is one."""
+        with self._lock:
+            self._is_ending = True
+            process = self._process
+        if process is not None:
+            _kill(process)
+        if self._thread is not None:
+            self._thread.join(GRACE_S)
+            self._thread = None
+
+    # ---------------------------------------------------------------- in the thread
+
+    def _work(self, checkpoint: Path, step: int, jobs: Sequence[_Job]) -> None:
+        """Run the probes of one checkpoint one after the other."""
+        deadline = time.monotonic() + 60 * self._settings.limit_minutes
+        for job in jobs:
+            try:
+                said = self._run(checkpoint, job, deadline)
+            except OSError as error:
+                said = f"its process cannot be started: {error}"
+            if self._is_ending:
+                return
+            if said:
+                logger.warning("step %d, probe of %s: %s; the run continues", step, job.modality, said)
+            else:
+                logger.info("step %d, probe of %s: %s", step, job.modality, self._last_line())
+            if time.monotonic() >= deadline:
+                return
+
+    def _run(self, checkpoint: Path, job: _Job, deadline: float) -> str:
+        """Run one probe; return what went wrong."""
+        command = [*self._program, str(self._run_dir), "--checkpoint", checkpoint.name, *job.options]
+        with self._lock, (self._run_dir / LOG).open("wb") as log:
+            if self._is_ending:
+                return ""
+            # A group of its own, so that Ctrl-C reaches the run alone. Its input is a pipe that ends with this process.
+            process = self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                env=_environment(self._settings.threads), process_group=0,
+            )  # fmt: skip
+            _yield_to_others(process.pid)
+        try:
+            code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            return f"ended after probe.limit_minutes {self._settings.limit_minutes:g}"
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+        if code == 0:
+            return ""
+        if code < 0:
+            return f"killed by signal {-code} ({signal.strsignal(-code)})"
+        return f"failed with code {code}: {self._last_line()}; {self._run_dir / LOG} has all it printed"
+
+    def _last_line(self) -> str:
+        try:
+            lines = (self._run_dir / LOG).read_text(errors="replace").strip().splitlines()
+        except OSError as error:
+            return str(error)
+        return lines[-1][:_MOST_SAID] if lines else "it printed nothing"
+
+
+def _job(settings: ProbeSection, kind: str, modality: str) -> _Job:
+    options: dict[str, Any] = {
+        "--shards": settings.modalities[modality],
+        "--kind": kind,
+        "--leave-out": settings.leave_out,
+        "--divider": settings.divider,
+        "--threads": settings.threads,
+        "--memory-gib": settings.memory_gib,
+        "--test-shards": settings.test.get(modality),
+        "--label": settings.label,
+        "--block": settings.block,
+    }
+    words = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return _Job(kind, modality, (*words, "--append", "--until-input-ends"))
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Environment of the command: few threads, and no accelerator, whose memory is the run's."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return os.environ | dict.fromkeys(names, str(threads)) | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _yield_to_others(pid: int) -> None:
+    """Let a process compute when no other wants to, and be the first that the kernel ends for want of memory."""
+    with contextlib.suppress(OSError):  # it has ended, or this system has no such setting
+        os.setpriority(os.PRIO_PROCESS, pid, _NICENESS)
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and those it started; SIGKILL follows if it does not end by itself."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE_S)
