@@ -120,7 +120,7 @@ ProbeKind = Literal["one", "several", "number", "ctc"]
 class ProbeSection:
     """Probes of frozen features while a run goes on (`d2v2ds.probe`). In YAML: `probe.audio=FOLDER`.
 
-    A process of the lowest priority beside rank 0 reads a checkpoint that has just been written. The run's numbers do
+    A process of low priority beside rank 0 reads a checkpoint that has just been written. The run's numbers do
     not depend on it.
     """
 
@@ -142,6 +142,9 @@ class ProbeSection:
     """Block that is probed; None: the middle one of speech, else the last one."""
     threads: Count = 1
     """Threads of the process."""
+    niceness: Annotated[int, Bounds(ge=0, le=19)] = 19
+    """Priority of the process; at 19, the lowest, it computes when no other wants to. A run that keeps every core busy
+    leaves it next to nothing; a smaller number then lets it finish, and takes that time from the run."""
     memory_gib: Positive = 2.0
     """Most memory for frames of ctc (GiB)."""
     limit_minutes: Annotated[float, Bounds(gt=0, le=1440)] = 10.0

@@ -20,11 +20,13 @@ from d2v2ds.data.reader import Reader
 from d2v2ds.data.schema import read_index
 from d2v2ds.distributed.ds_config import load_ds_config, merge_ds_config
 from d2v2ds.errors import ConfigError, MachineError, MissingExtraError, ShardError
+from d2v2ds.evals.probes import fit_threads
 from d2v2ds.io.machine_faults import TRANSIENT, advice, reading_error
 from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import known_modalities, open_reader
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.run.outputs import vocabulary_faults, with_outputs
+from d2v2ds.run.probe_task import Question, Task
 from d2v2ds.run.warm_start import open_warm_start
 from d2v2ds.train.checkpointing import has_checkpoints
 
@@ -73,6 +75,7 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
         streams, data_problems = open_streams(config, objective)
         held_out, held_out_problems = open_held_out(config, objective)
         data_problems += held_out_problems
+        data_problems += probe_faults(config)
     if config.model.block.attention_path == "flex" and not torch.cuda.is_available():
         problems.append("model.block.attention_path 'flex' has no backward pass on a CPU; use 'auto'")
     if config.data.modalities:
@@ -151,6 +154,34 @@ def row_faults(config: RunConfig, objective: Objective, name: str, folders: Sequ
     preprocessing = modality.describe_preprocessing(config.model.modalities[name], settings, index)
     found = (fault for folder in folders for fault in modality.row_faults(preprocessing, folder))
     return [f"{section}.{name}: {fault}" for fault in found]
+
+
+def probe_faults(config: RunConfig) -> list[str]:
+    """Return one message for each probe of the run that its folder cannot answer."""
+    settings, problems = config.probe, list[str]()
+    for name, folder in settings.modalities.items():
+        if name not in config.data.modalities or name not in config.model.modalities:
+            continue  # `RunConfig.check` reports this
+        folders = (folder,) if name not in settings.test else (folder, settings.test[name])
+        for kind in settings.kinds:
+            question = Question(
+                folders=folders,
+                kind=kind,
+                label=settings.label,
+                leave_out=settings.leave_out,
+                divider=settings.divider,
+            )
+            try:
+                with fit_threads(settings.threads):
+                    task = Task.read(config, question)
+                if task.modality != name:
+                    problems.append(f"probe.{name} {folder}: expected {name}, found a folder of {task.modality}")
+                    continue
+                width = config.model.block.width if kind == "ctc" else 0
+                task.check(task.probe_config(), width, settings.memory_gib)
+            except (ShardError, ConfigError, MissingExtraError) as error:
+                problems.append(f"probe.{name}, kind {kind}: {error}")
+    return problems
 
 
 def run_dir_faults(run_dir: Path) -> list[str]:

@@ -22,10 +22,11 @@ from d2v2ds.run.machine import tune_cpu
 from d2v2ds.run.outputs import FILE, write_outputs
 from d2v2ds.run.preempt import StopRequest
 from d2v2ds.run.prepare import Prepared, prepare
+from d2v2ds.run.probing import Probing
 from d2v2ds.run.warm_start import WarmStart
 from d2v2ds.run.watchdog import Watchdog
 from d2v2ds.tasks.encoding import TaskConfig
-from d2v2ds.train.checkpointing import Checkpoints, Progress, has_checkpoints, reading_ahead
+from d2v2ds.train.checkpointing import Checkpoints, Follower, Progress, has_checkpoints, reading_ahead
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.loop import Trainer
 from d2v2ds.train.metrics import MetricNames, Metrics
@@ -53,8 +54,14 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
     prepared = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     config = prepared.config
     timeout = timedelta(minutes=config.engine.timeout_minutes)
+    probing = Probing(config.run.dir, config.probe, config.total_steps)  # its end waits for a probe, without the group
     # no handlers before the group: a signal to a rank that waits for the others there ends it, and nothing is lost
-    with comm.process_group(timeout), StopRequest() as stop, FolderLock(config.run.dir / "lock", PATIENCE_S) as lock:
+    with (
+        probing,
+        comm.process_group(timeout),
+        StopRequest() as stop,
+        FolderLock(config.run.dir / "lock", PATIENCE_S) as lock,
+    ):
         compare(assumptions(prepared))
         start_logging(config.run.dir)
         comm.require_on_rank0(lambda: lock.take(lambda: stop.received is not None), f"run.dir {config.run.dir}")
@@ -62,12 +69,14 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
             tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", comm.world())))
         if config.data.num_workers > 0:
             start_worker_server()
-        checkpoints = start(prepared, config_name, allow_grown, lock)
+        checkpoints = start(prepared, config_name, allow_grown, lock, probing)
         train(prepared, checkpoints, stop)
         logger.info("done: %d steps, run in %s", checkpoints.progress.step, config.run.dir)
 
 
-def start(prepared: Prepared, config_name: str, allow_grown: bool, lock: FolderLock) -> Checkpoints:
+def start(
+    prepared: Prepared, config_name: str, allow_grown: bool, lock: FolderLock, follower: Follower | None = None
+) -> Checkpoints:
     """Build engine and teacher, restore the newest checkpoint if there is one, and write down what starts."""
     config, streams = prepared.config, prepared.streams
     will_resume = has_checkpoints(config.run.dir)
@@ -91,6 +100,7 @@ def start(prepared: Prepared, config_name: str, allow_grown: bool, lock: FolderL
         keep=Keep(last=config.run.keep_checkpoints or None, every_steps=config.run.keep_every_steps),
         asynchronous=config.run.async_checkpoints,
         lock_state=lambda: lock.state() if comm.rank() == 0 else "",
+        follower=follower if comm.rank() == 0 else None,
     )
     if will_resume:
         checkpoints.resume(allow_grown)

@@ -1,4 +1,4 @@
-"""Probe the checkpoints of a run while it goes on: `d2v2ds.probe` in a process of the lowest priority beside rank 0.
+"""Probe the checkpoints of a run while it goes on: `d2v2ds.probe` in a process of low priority beside rank 0.
 
 The run's own process starts that command on a finished checkpoint and waits for it in a thread. It computes nothing,
 draws no random number and writes no metric, so that weights and metrics are those of a run without probes. The command
@@ -36,7 +36,6 @@ LOG = "probe.log"
 PROGRAM = (sys.executable, "-m", "d2v2ds.probe")
 GRACE_S = 5.0
 """Seconds between a request to end and SIGKILL."""
-_NICENESS = 19
 _POLL_S = 0.2
 _MOST_SAID = 500
 
@@ -199,7 +198,7 @@ class Probing:
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                 env=_environment(self._settings.threads), process_group=0,
             )  # fmt: skip
-            _yield_to_others(process.pid)
+            _yield_to_others(process.pid, self._settings.niceness)
         try:
             code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -244,10 +243,10 @@ def _environment(threads: int) -> dict[str, str]:
     return os.environ | dict.fromkeys(names, str(threads)) | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def _yield_to_others(pid: int) -> None:
-    """Let a process compute when no other wants to, and be the first that the kernel ends for want of memory."""
+def _yield_to_others(pid: int, niceness: int) -> None:
+    """Lower the priority of a process, and let it be the first that the kernel ends for want of memory."""
     with contextlib.suppress(OSError):  # it has ended, or this system has no such setting
-        os.setpriority(os.PRIO_PROCESS, pid, _NICENESS)
+        os.setpriority(os.PRIO_PROCESS, pid, max(niceness, os.getpriority(os.PRIO_PROCESS, 0)))
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from d2v2ds.data.order import BatchPlan, SamplerState
 from d2v2ds.distributed import comm
@@ -52,6 +52,16 @@ class Progress:
     """Data position of each modality."""
 
 
+class Follower(Protocol):
+    """Uses the checkpoints of a run on rank 0, such as `run.probing.Probing`. It returns at once and raises nothing."""
+
+    def saved(self, checkpoint: Path, step: int) -> None:
+        """Take notice of a whole checkpoint, just written or just loaded."""
+
+    def went_back(self, step: int) -> None:
+        """Take notice of a rollback: everything after this step is abandoned."""
+
+
 def has_checkpoints(run_dir: Path) -> bool:
     """Return True if a run has checkpoints, whole or damaged, and so must resume. The same on every rank."""
     folder = run_dir / "checkpoints"
@@ -80,6 +90,7 @@ class Checkpoints:
         keep: Keep,
         asynchronous: bool,
         lock_state: Callable[[], str],
+        follower: Follower | None = None,
     ) -> None:
         """
         Args:
@@ -92,13 +103,15 @@ class Checkpoints:
             keep: checkpoints that are not removed.
             asynchronous: write while training continues.
             lock_state: whether the run still has its folder, as `FolderLock.state`; asked on rank 0 at every save.
+            follower: uses finished checkpoints; None on other ranks than 0.
         """
         self.student, self.teacher = student, teacher
         self.folder, self._rollbacks_file = run_dir / "checkpoints", run_dir / "rollbacks.jsonl"
         self.plans, self.guard, self.progress, self.settings = plans, guard, progress, settings
         self._saver = Saver(student, teacher, self.folder, keep, asynchronous)
         self._lock_state = lock_state
-        self._began = 0.0
+        self._follower = follower
+        self._began, self._step = 0.0, 0
         self._failures = 0
         self.stall_s = 0.0
         """Seconds for which training has waited for checkpoints; the reader resets it."""
@@ -119,7 +132,7 @@ class Checkpoints:
             raise SaveError(
                 f"{self.folder.parent}: another run has taken the place of this one's folder; {LOST_FOLDER}"
             )
-        self._began = time.perf_counter()
+        self._began, self._step = time.perf_counter(), self.progress.step
         state = {
             "step": self.progress.step,
             "seen": self.progress.seen,
@@ -174,6 +187,8 @@ class Checkpoints:
         if not outcome.fault:
             self._failures = 0
             logger.info("checkpoint %s in %.1f s", outcome.path, time.perf_counter() - self._began)
+            if self._follower is not None:
+                self._follower.saved(outcome.path, self._step)
             return
         self._failures += 1
         fault = f"checkpoint {outcome.path} was NOT written, earlier ones are intact:\n{outcome.fault}"
@@ -211,6 +226,9 @@ class Checkpoints:
         except CheckpointError as error:
             raise ConfigError(f"{self.folder / restored.tag}, data.{name}: {error}") from error
         logger.info("resumed at step %d from %s", self.progress.step, restored.tag)
+        if self._follower is not None:
+            self._follower.went_back(self.progress.step)
+            self._follower.saved(self.folder / restored.tag, self.progress.step)
 
     def _is_of_this_model(self, state: Mapping[str, Any]) -> bool:
         """Return True or raise ConfigError, which names the settings that differ; runs before weights are compared."""
@@ -264,6 +282,8 @@ class Checkpoints:
             "went back from step %d to step %d (return %d of %d), and skips the data between",
             step, self.progress.step, returns, guard.config.max_rollbacks,
         )  # fmt: skip
+        if self._follower is not None:
+            self._follower.went_back(self.progress.step)
 
     def _positions(self) -> dict[str, dict[str, int]]:
         """Data positions and the batch plans they refer to."""

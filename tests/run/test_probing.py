@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -183,6 +184,20 @@ def test_probe_yields_to_others_in_a_group_of_its_own(tmp_path: Path) -> None:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         assert {b"OMP_NUM_THREADS=3", b"CUDA_VISIBLE_DEVICES="} <= set(variables)
         raise ConfigError("enough")
+
+
+def test_command_ends_when_the_run_is_gone() -> None:
+    """Its input is a pipe of the run, which ends with the run's process, even by SIGKILL."""
+    code = "import time\nfrom d2v2ds.run.probe import end_with_input\nend_with_input()\nprint('ready', flush=True)\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}time.sleep(600)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1
 
 
 # ------------------------------------------------------------------ configuration

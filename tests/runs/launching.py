@@ -42,16 +42,19 @@ SMALL = [
 ]
 
 
-def pack_clips(folder: Path, *options: str) -> Path:
-    """Forty short clips of two speakers, labelled, packed into a folder beside them."""
+def pack_clips(folder: Path, *options: str, texts: bool = False) -> Path:
+    """Forty short clips of two speakers, labelled and if asked with transcripts, packed into a folder beside them."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    lines = ["path\tlabel\tspeaker"]
+    lines = ["path\tlabel\tspeaker" + "\ttext" * texts]
     for number in range(40):
         seconds = rng.uniform(1.2, 3.0)
         tone = np.sin(2 * np.pi * (150 + 40 * (number % 4)) * np.arange(int(seconds * RATE)) / RATE)
         soundfile.write(folder / f"{number:02d}.wav", 0.3 * tone + 0.05 * rng.standard_normal(tone.shape), RATE)
-        lines.append(f"{number:02d}.wav\t{number % 4}\t{'ab'[number % 2 ^ number // 4 % 2]}")
+        lines.append(
+            f"{number:02d}.wav\t{number % 4}\t{'ab'[number % 2 ^ number // 4 % 2]}"
+            + f"\t{'la' * (number % 4 + 1)}" * texts
+        )
     (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
     arguments = [
         "--input",
