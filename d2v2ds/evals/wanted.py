@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v2ds.errors import ConfigError
-from d2v2ds.evals import scores
+from d2v2ds.tasks import scores
 
 Rows = NDArray[np.int64]
 Numbers = NDArray[np.float64]
