@@ -174,6 +174,11 @@ def _mean(values: Tensor, hidden: Tensor | None) -> Tensor:
     return values.masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)
 
 
+def _log_sigmoid(logits: Tensor) -> Tensor:
+    """ln sigmoid as -softplus(-x), which ONNX has; its logarithm of a sigmoid is -inf from about -18 on."""
+    return -F.softplus(-logits)
+
+
 def _log_sum(values: Tensor, hidden: Tensor | None) -> Tensor:
     """Logarithm of the sum of exp over frames, without hidden ones."""
     return (values if hidden is None else values.masked_fill(hidden, -math.inf)).logsumexp(1)
@@ -181,13 +186,13 @@ def _log_sum(values: Tensor, hidden: Tensor | None) -> Tensor:
 
 def _linear_softmax(logits: Tensor, hidden: Tensor | None) -> Tensor:
     """Logit of sum(s^2) / sum(s), s = sigmoid(logits) (arXiv 1810.09050), in log space."""
-    log_share, log_rest = F.logsigmoid(logits), F.logsigmoid(-logits)
+    log_share, log_rest = _log_sigmoid(logits), _log_sigmoid(-logits)
     return _log_sum(2 * log_share, hidden) - _log_sum(log_share + log_rest, hidden)
 
 
 def _mean_sigmoid(logits: Tensor, hidden: Tensor | None) -> Tensor:
     """Logit of the mean of sigmoids."""
-    return _log_sum(F.logsigmoid(logits), hidden) - _log_sum(F.logsigmoid(-logits), hidden)
+    return _log_sum(_log_sigmoid(logits), hidden) - _log_sum(_log_sigmoid(-logits), hidden)
 
 
 def _max(logits: Tensor, hidden: Tensor | None) -> Tensor:

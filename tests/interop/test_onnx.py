@@ -1,24 +1,33 @@
 """ONNX graphs give PyTorch's features for any batch and length; a graph that does not is not let through."""
 
+import json
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from d2v2ds.batch import Batch
 from d2v2ds.errors import D2V2Error, MissingExtraError
-from d2v2ds.interop.export_folder import Description, Kind
+from d2v2ds.interop.export_folder import Description, Kind, ModelFolder
 from d2v2ds.interop.export_write import write_config, write_tensors
 from d2v2ds.interop.onnx import graph as onnx_graphs
 from d2v2ds.interop.onnx.graph import OnnxEncoder, check_onnx, export_onnx, main, random_inputs
+from d2v2ds.interop.onnx.head import graph_head
 from d2v2ds.modalities.text.modality import TEXT
 from d2v2ds.model.attention import Attention
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk
+from d2v2ds.run.task_model import load_task
+from d2v2ds.tasks.classify import ClassifyConfig
+from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
 from tests.interop.folders import published_preprocessing
 from tests.model.tiny_joint import joint_trunk_config
+from tests.run.test_evaluation import write
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -208,3 +217,49 @@ def test_command_leaves_nothing_that_failed_the_check(
     monkeypatch.setattr(onnx_graphs, "_largest_difference", lambda found, expected: 2e-4)
     assert main([str(folder), "--to", str(to), "--modality", "image", "--layers", "3"]) == 2
     assert "do not use this graph" in caplog.text and not list(to.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CtcConfig(modality="audio", vocabulary=("|", "a", "b")),
+        ClassifyConfig(modality="image", classes=("cat", "owl"), head=PatchHeadConfig()),
+        ClassifyConfig(modality="image", classes=("cat", "owl"), head=PatchHeadConfig(pooling="cls")),
+        ClassifyConfig(modality="audio", kind="several", classes=("cat", "owl", "dog"), head=FrameHeadConfig()),
+        ClassifyConfig(modality="text", kind="number", scale=5.0, head=SentenceHeadConfig()),
+    ],
+    ids=["ctc", "patches", "cls", "frames", "sentence"],
+)
+def test_a_fine_tuned_export_has_logits(config: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", config)
+    assert main([str(folder), "--to", str(tmp_path), "--layers", "3"]) == 0
+    graph = OnnxEncoder(tmp_path / f"{config.modality}.onnx")
+    assert graph.output_names == ["layer_3", "logits", "token_padding"]
+    model = load_task(folder)
+    network_config = model.task.trunk.modalities[config.modality]
+    size = onnx_graphs.graph_input(config.modality).sizes(network_config, [17])[0]
+    inputs = random_inputs(network_config, config.modality, [size, size - 3], size, torch.Generator().manual_seed(8))
+    padding = inputs[1] if len(inputs) > 1 else None
+    batch = Batch(modality=config.modality, source=inputs[0], padding=padding, ids=torch.arange(2))
+    with torch.inference_mode():
+        expected = model.network(batch)["logits"]
+    found = graph(*inputs)["logits"]
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())) and expected.std() > 0.01
+    about = json.loads(graph.metadata["d2v2ds"])
+    assert about["task"] == config.name and about["preprocessing"] == model.preprocessing
+    if isinstance(config, CtcConfig):
+        assert about["outputs"] == ["<s>", "<pad>", "</s>", "<unk>", "|", "a", "b"]
+    else:
+        assert (about["outputs"], about["kind"], about["scale"]) == (list(config.classes), config.kind, config.scale)
+    head = graph_head(ModelFolder(folder))
+    assert head is not None
+    with torch.no_grad():
+        next(head.module.parameters()).mul_(1.01)
+    with pytest.raises(D2V2Error, match="logits differs by"):
+        check_onnx(model.network.trunk, config.modality, tmp_path / f"{config.modality}.onnx", head=head)
+
+
+def test_logits_are_the_only_output_unless_layers_are_asked_for(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", CtcConfig(modality="audio", vocabulary=("|", "a")))
+    assert main([str(folder), "--to", str(tmp_path)]) == 0
+    assert OnnxEncoder(tmp_path / "audio.onnx").output_names == ["logits", "token_padding"]

@@ -5,9 +5,17 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from d2v2ds.tasks.heads import FrameHeadConfig, FramePooling, PatchHeadConfig, SentenceHeadConfig, TokenHead
+from d2v2ds.tasks.heads import (
+    FrameHeadConfig,
+    FramePooling,
+    PatchHeadConfig,
+    SentenceHeadConfig,
+    TokenHead,
+    _log_sigmoid,
+)
 
 LENGTHS = (5, 1, 3)
 FEATURES = torch.randn(3, 2 + 5, 8, generator=torch.Generator().manual_seed(1))
@@ -120,3 +128,8 @@ def test_weights_are_drawn_from_the_laws_of_the_official_heads() -> None:
     tokens.draw()
     most = (6 / (width + 32)) ** 0.5
     assert law(tokens.proj.weight) == pytest.approx((most / 3**0.5, most), rel=0.02) and not tokens.proj.bias.any()
+
+
+def test_log_sigmoid_is_that_of_torch_far_from_zero_too() -> None:
+    values = torch.tensor([-120.0, -30.0, -18.5, -1.0, 0.0, 1.0, 18.5, 30.0, 120.0])
+    torch.testing.assert_close(_log_sigmoid(values), F.logsigmoid(values), rtol=1e-6, atol=1e-8)

@@ -9,7 +9,12 @@ the graph was not traced with.
                    text (B, S) int64. B and S are free.
     padding        (B, S) bool, True = pad; audio and text only. With nothing padded: all False.
     layer_<i>      (B, T, D) float32, features as of `Trunk.layers`: 0 enters the first block.
+    logits         of a fine-tuned model: (B, T, V) float32 of CTC, output 0 is blank; or (B, C) float32. Each row needs
+                   a token that is no padding.
     token_padding  (B, T) bool, True = this token is padding.
+
+A graph with logits has `layer_<i>` only where --layers asks for them. Its metadata, key `d2v2ds`, is JSON: task, names
+of the outputs, preprocessing, and `scale`, by which a number is multiplied.
 
 The graph has opset 20, so that onnxruntime 1.17 and later can read it. It comes from `torch.export`, which knows the
 lengths as symbols; the older tracer would write down whichever branches the traced input took.
@@ -19,6 +24,7 @@ import argparse
 import ast
 import contextlib
 import importlib.util
+import json
 import logging
 import shutil
 import sys
@@ -35,6 +41,7 @@ from torch import Tensor, nn
 
 from d2v2ds.errors import D2V2Error, MissingExtraError
 from d2v2ds.interop.export_folder import ModelFolder, load_trunk
+from d2v2ds.interop.onnx.head import GraphHead, graph_head
 from d2v2ds.modalities.inference import GraphInput
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.model.trunk import Trunk
@@ -45,6 +52,8 @@ OPSET = 20
 """The first with an exact GELU, which PyTorch's becomes one node of."""
 TOLERANCE = 1e-4
 """Largest difference from PyTorch that a graph may show, over the largest feature of the layer."""
+METADATA_KEY = "d2v2ds"
+"""Key of the graph's metadata for task, outputs and preprocessing."""
 SINGLE_FILE_BYTES = 1_800_000_000
 """Weights of more bytes go to a file of their own beside the graph: a protobuf message ends at 2 GB."""
 _TRACED_TOKENS = 23
@@ -91,17 +100,28 @@ def random_inputs(
 class _Graph(nn.Module):
     """Module that is exported: tensors in, tensors out."""
 
-    def __init__(self, model: Trunk, modality: str, layers: Sequence[int]) -> None:
+    def __init__(self, model: Trunk, modality: str, layers: Sequence[int], head: nn.Module | None = None) -> None:
         super().__init__()
-        self.model, self.modality, self.layers = model, modality, layers
+        self.model, self.modality, self.layers, self.head = model, modality, layers, head
 
     def forward(self, source: Tensor, padding: Tensor | None = None) -> tuple[Tensor, ...]:
         """Compute layers and token padding, as the module docstring says."""
-        features = self.model.layers(self.modality, source, padding)
-        token_padding = self.model.encoder(self.modality).token_padding(padding, features[0].shape[1])  # (B, T)
+        encoder = self.model.encoder(self.modality)
+        features = self.model.layers(self.modality, source, padding, with_extra_tokens=True)
+        extra = encoder.num_extra_tokens
+        shown = [features[i][:, extra:] for i in self.layers]
+        rows, tokens = features[0].shape[0], features[0].shape[1] - extra
+        token_padding = encoder.token_padding(padding, tokens)  # (B, T)
+        if self.head is not None:
+            shown.append(self.head(features[-1], extra, token_padding))
         if token_padding is None:
-            token_padding = torch.zeros(features[0].shape[:2], dtype=torch.bool, device=source.device)
-        return *(features[i] for i in self.layers), token_padding
+            token_padding = torch.zeros((rows, tokens), dtype=torch.bool, device=source.device)
+        return *shown, token_padding
+
+
+def output_names(layers: Sequence[int], has_logits: bool) -> list[str]:
+    """Return the output names of a graph."""
+    return [*(f"layer_{i}" for i in layers), *(["logits"] if has_logits else []), "token_padding"]
 
 
 def exportable_encoder(model: Trunk, modality: str) -> Trunk:
@@ -173,6 +193,7 @@ def export_onnx(
     path: Path,
     *,
     layers: Sequence[int] | None = None,
+    head: GraphHead | None = None,
     single_file_bytes: int = SINGLE_FILE_BYTES,
 ) -> None:
     """Write one modality's encoder as a graph; see the module docstring for what goes in and out.
@@ -181,7 +202,8 @@ def export_onnx(
         model: on any device and of any floating type; the graph is fp32.
         modality: whose encoder.
         path: file to write. Weights of a large model lie beside it, in `path` + `.data`; move both together.
-        layers: features to return, 0 to `model.depth(modality)`; None: all.
+        layers: features to return, 0 to `model.depth(modality)`; None: all, with a head none.
+        head: of a fine-tuned model; None: features alone.
         single_file_bytes: weights of more bytes go to that other file.
 
     Raises:
@@ -190,7 +212,8 @@ def export_onnx(
     """
     require_onnx()
     twin = exportable_encoder(model, modality)
-    chosen = _chosen_layers(twin, modality, layers)
+    chosen = [] if layers is None and head is not None else _chosen_layers(twin, modality, layers)
+    module = None if head is None else head.module
     kind, config = graph_input(modality), model.config.modalities[modality]
     size = kind.sizes(config, [_TRACED_TOKENS])[0]
     inputs = random_inputs(config, modality, [size, size], size, torch.Generator().manual_seed(0))
@@ -200,17 +223,19 @@ def export_onnx(
     started = time.perf_counter()
     with torch.no_grad(), _quiet():
         program: Any = torch.onnx.export(
-            _Graph(twin, modality, chosen).eval(),
+            _Graph(twin, modality, chosen, module).eval(),
             inputs,
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
             input_names=kind.input_names,
-            output_names=[*(f"layer_{i}" for i in chosen), "token_padding"],
+            output_names=output_names(chosen, head is not None),
             dynamic_shapes=(free_axes, {0: kind.axes[0], 1: kind.axes[-1]})[: len(inputs)],
         )
     logger.info("%s: traced in %.0f s, writing", path, time.perf_counter() - started)
     _name_nodes(program.model)
+    if head is not None:
+        program.model.metadata_props[METADATA_KEY] = json.dumps(head.about, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=num_bytes > single_file_bytes)
 
@@ -251,7 +276,8 @@ class OnnxEncoder:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.output_names = [output.name for output in self._session.get_outputs()]
-        self.layers = [int(name.removeprefix("layer_")) for name in self.output_names[:-1]]
+        self.layers = [int(name.removeprefix("layer_")) for name in self.output_names if name.startswith("layer_")]
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self._input_names = [given.name for given in self._session.get_inputs()]
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -261,20 +287,23 @@ class OnnxEncoder:
         return {name: torch.from_numpy(array) for name, array in zip(self.output_names, found, strict=True)}
 
 
-def _expected(twin: Trunk, modality: str, layers: Sequence[int], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _expected(graph: _Graph, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The same outputs by PyTorch."""
     with torch.inference_mode():
-        outputs = _Graph(twin, modality, layers)(*inputs)
-    return dict(zip([*(f"layer_{i}" for i in layers), "token_padding"], outputs, strict=True))
+        outputs = graph(*inputs)
+    return dict(zip(output_names(graph.layers, graph.head is not None), outputs, strict=True))
 
 
-def check_onnx(model: Trunk, modality: str, path: Path, *, tolerance: float = TOLERANCE) -> float:
+def check_onnx(
+    model: Trunk, modality: str, path: Path, *, head: GraphHead | None = None, tolerance: float = TOLERANCE
+) -> float:
     """Run a graph on batches and lengths that it was not traced with, padded and whole, and compare with PyTorch.
 
     Args:
         model: that the graph was made of.
         modality: of the graph.
         path: the graph.
+        head: that the graph was made with.
         tolerance: largest difference allowed, over the largest feature of the layer in that batch.
 
     Returns:
@@ -284,7 +313,8 @@ def check_onnx(model: Trunk, modality: str, path: Path, *, tolerance: float = TO
         D2V2Error: if an output differs by more, with batch, size, output and numbers.
         MissingExtraError: if ONNX is not installed.
     """
-    graph, twin = OnnxEncoder(path), exportable_encoder(model, modality)
+    graph = OnnxEncoder(path)
+    own = _Graph(exportable_encoder(model, modality), modality, graph.layers, None if head is None else head.module)
     from onnxruntime.capi import onnxruntime_pybind11_state as refusals
 
     config = model.config.modalities[modality]
@@ -293,14 +323,16 @@ def check_onnx(model: Trunk, modality: str, path: Path, *, tolerance: float = TO
     worst, faults = 0.0, []
     for i, rows in enumerate(_CHECKED_ROWS):
         size = sizes[i % len(sizes)]
-        real = [size, size // 2, 0, size - 1, size // 3][:rows]  # a row may be nothing but padding
+        real = [size, size // 2, 0, size - 1, size // 3][:rows]  # a row may be nothing but padding, but for a head
+        if head is not None:
+            real = [count if config.num_tokens(count) > 0 else size for count in real]
         inputs = random_inputs(config, modality, real, size, generator)
         try:
             found = graph(*inputs)
         except (refusals.Fail, refusals.InvalidArgument, refusals.RuntimeException) as error:
             faults.append(f"{rows} rows of size {size}: onnxruntime cannot run it: {error}")
             continue
-        for name, value in _expected(twin, modality, graph.layers, inputs).items():
+        for name, value in _expected(own, inputs).items():
             difference = _largest_difference(found[name], value)
             worst = max(worst, difference)
             if difference > tolerance:
@@ -338,17 +370,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="export folder of the model")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--modality", help="whose encoder; all of them if not given")
-    parser.add_argument("--layers", type=_int_list, help="features to return, such as 6,12; all of them if not given")
+    parser.add_argument(
+        "--layers", type=_int_list, help="features to return, such as 6,12; all if not given, none beside logits"
+    )
     return parser
 
 
-def _export_checked(model: Trunk, modality: str, folder: Path, layers: Sequence[int] | None) -> None:
+def _export_checked(
+    model: Trunk, modality: str, folder: Path, layers: Sequence[int] | None, head: GraphHead | None
+) -> None:
     """Write one modality's graph; it appears in the folder only after the check."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unchecked-") as unchecked:
         file = Path(unchecked) / f"{modality}.onnx"
-        export_onnx(model, modality, file, layers=layers)
-        worst = check_onnx(model, modality, file)
+        export_onnx(model, modality, file, layers=layers, head=head)
+        worst = check_onnx(model, modality, file, head=head)
         for part in parts_of(file):
             shutil.move(part, folder / part.name)
     logger.info("%s: within %.1e of PyTorch's largest feature", folder / file.name, worst)
@@ -360,9 +396,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         require_onnx()
-        model = load_trunk(ModelFolder(options.folder))
+        exported = ModelFolder(options.folder)
+        model, head = load_trunk(exported), graph_head(exported)
         for modality in [options.modality] if options.modality else model.encoders:
-            _export_checked(model, modality, options.to, options.layers)
+            _export_checked(model, modality, options.to, options.layers, head)
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
         return 2
