@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2v2ds.errors import ConfigError
 from d2v2ds.evals.features import Features
-from d2v2ds.evals.letters import score_letters
+from d2v2ds.evals.letters import Letters, score_letters
 from d2v2ds.evals.probes import (
     Fold,
     ProbeConfig,
@@ -158,6 +158,13 @@ def test_ctc_probe_counts_letters_that_the_fitted_rows_lack_as_errors() -> None:
     known = score_letters(frames, texts, FOLDS[:1]).value
     unknown = score_letters(frames, with_others, FOLDS[:1]).value
     assert unknown > known + 0.05
+
+
+def test_output_for_unknown_letters_is_never_right() -> None:
+    letters = Letters(["a", "z"], [torch.zeros(2, WIDTH)] * 2, np.array([0]))
+    said = [letters.vocabulary.encode("z")] * 2  # unknown, word end
+    logits = [torch.nn.functional.one_hot(torch.tensor(one), len(letters.vocabulary)).float() for one in said]
+    assert letters.errors(logits, np.array([0, 1])).tolist() == [0.5, 0.5]
 
 
 def test_ctc_probe_refuses_transcripts_longer_than_their_frames() -> None:
