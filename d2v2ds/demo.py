@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--modality", choices=[*(one.name for one in SHIPPED), "joint"], default="audio")
     parser.add_argument("--data", type=Path, help="your own data, as the packer takes it; a sample if not given")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--fine-tuning-steps", type=int, default=60, metavar="N", help="0 leaves it out (60)")
+    parser.add_argument("--fine-tuning-steps", type=int, default=160, metavar="N", help="0 leaves it out (160)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="for d2v2ds.pretrain")
     options = parser.parse_args(arguments)
     if options.modality == "joint" and options.data is not None:
