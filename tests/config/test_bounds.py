@@ -121,6 +121,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         values["objective"]["mask"] = mask
         if TASKS[task] is ClassifyConfig:
             values["objective"] |= {"waveform_mixing": {"least": 0.5}, "head": {"kind": "sentence"}}
+            values["objective"]["erasing"] = {"area": [0.02, 0.3]}
         files[task] = tmp_path_factory.mktemp("full") / "task.yaml"
         files[task].write_text(yaml.safe_dump(values))
     return files
@@ -128,7 +129,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(("task", "name", "value"), TASK_CASES)
 def test_a_task_keeps_its_bounds(task: str, name: str, value: float, full: dict[str, Path]) -> None:
-    config, problems = read_config(str(full[task]), [f"{name}={value}"])
+    plain = yaml.safe_load(full[task].read_text())
+    config, problems = read_config(str(full[task]), [override(name, value, plain)])
     assert config is not None
     assert any(problem.startswith(f"{name}: Input should be ") and f"found {value}" in problem for problem in problems)
 
