@@ -47,7 +47,7 @@ def fine_tune(cluster: Cluster, shards: Path, model: Path, run_dir: Path, *optio
     network = [word for word in SMALL if word.startswith("model.")]
     steps = ["run.total_steps=4", "run.save_every_steps=4", "valid.every_steps=4", "lr.warmup_steps=1"]
     sizes = ["data.audio.max_seconds=4", "data.audio.global_batch_seconds=16", "data.audio.micro_batch_seconds=4"]
-    given = [f"data.shards={shards}", f"valid.audio={shards}", f"run.dir={run_dir}", f"init.weights={model}"]
+    given = [f"data.shards={shards}", f"run.dir={run_dir}", f"init.weights={model}"]
     masks = ["objective.mask.channels.length=4", "lr.hold_steps=2", "data.num_workers=1"]
     script = ("slurm/finetune_audio.sh", "--config", "finetune/ctc_tiny")
     arguments = [*given, *network, *steps, *sizes, *masks]

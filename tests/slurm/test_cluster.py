@@ -67,7 +67,7 @@ def test_packed_pretrained_warned_requeued_finished_and_exported(
     assert cluster.finished(export)["JobState"] == "COMPLETED", cluster.output(export)
     assert ModelFolder(model).description.origin["step"] == STEPS
 
-    assert cluster.finished(tune)["JobState"] == "COMPLETED", cluster.output(tune)
+    assert cluster.finished(tune)["JobState"] == "COMPLETED", cluster.story()
     assert f"weights of {model}" in next((tuned / "logs").iterdir()).read_text()
     assert [(one["job"], one["code"]) for one in attempts(tuned)] == [(tune, 0)]
     assert cluster.finished(score)["JobState"] == "COMPLETED", cluster.output(score)

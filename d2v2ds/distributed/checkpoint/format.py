@@ -265,9 +265,11 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
     """Settings of network and objective with which a checkpoint was saved, as plain values.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: it has none, or their file is damaged.
     """
     path = checkpoint / "client.pt"
+    if faults := file_faults(checkpoint, read_manifest(checkpoint), [path.name]):
+        raise CheckpointError(faults[0])
     settings = read_plain(path).get("settings")
     if not isinstance(settings, dict) or not {"model", "objective"} <= settings.keys():
         raise CheckpointError(f"{path}: expected the settings of model and objective, found none; no run's checkpoint")
