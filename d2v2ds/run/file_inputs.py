@@ -1,6 +1,7 @@
 """Files and folders as inputs of a fine-tuned model: what is found, read, run in batches, and could not be read."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
@@ -65,6 +66,22 @@ def find_files(paths: Sequence[Path], suffixes: Collection[str]) -> list[tuple[P
         for file in inside:
             found.setdefault(file, str(file.relative_to(path)))
     return list(found.items())
+
+
+def window_options(window_seconds: float, context_seconds: float | None = None) -> InputOptions:
+    """Make the options of windows.
+
+    Raises:
+        ConfigError: windows that are no positive time, or whose contexts leave nothing between them.
+    """
+    if not 0 < window_seconds < math.inf:
+        raise ConfigError(f"--window-seconds {window_seconds:g}: expected seconds above 0")
+    if context_seconds is not None and not 0 <= 2 * context_seconds < window_seconds:
+        raise ConfigError(
+            f"--context-seconds {context_seconds:g}: expected 0 or more, and twice of it below --window-seconds "
+            f"{window_seconds:g}"
+        )
+    return InputOptions(window_seconds=window_seconds, context_seconds=context_seconds)
 
 
 class InputFiles:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.inference import InputOptions
-from d2v2ds.run.file_inputs import InputFiles, file_inference, find_files, outputs_by_input, work_name
+from d2v2ds.run.file_inputs import InputFiles, file_inference, find_files, outputs_by_input, window_options, work_name
 from d2v2ds.run.record_file import Output, StandardOutput, open_records
 from d2v2ds.run.task_model import device_of, load_task
 from d2v2ds.tasks.classify import Classify
@@ -82,13 +82,15 @@ def label(source: Path, options: LabellingOptions) -> bool:
     """
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: expected 1 or more")
+    windows = window_options(options.window_seconds)
     model = load_task(source.resolve(), options.tag)
     task = model.task
     if not isinstance(task, Classify):
         raise ConfigError(f"{source}: expected a classifier, found {task.config.name}; use d2v2ds.transcribe")
+    if "sentences" in model.preprocessing:
+        raise ConfigError(f"{source}: is of pairs of sentences; pack with --pair-columns and use d2v2ds.evaluate")
     inference = file_inference(model)
     files = [file for file, _ in find_files(options.inputs, inference.suffixes)]
-    windows = InputOptions(window_seconds=options.window_seconds)
     settings = {**asdict(windows), "top": options.top}
     with _output(options, lambda: work_name(model, settings)) as output, tqdm(unit="input", disable=None) as bar:
         inputs = InputFiles(inference, files, windows, output.done)

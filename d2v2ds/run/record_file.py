@@ -61,6 +61,7 @@ class RecordFile:
         """
         self._path, self._by = path, by
         if path.exists():
+            _require_records(path, key)
             _drop_torn_line(path)
         self.records: dict[Any, dict[str, Any]] = {}
         """Records by the name of their work."""
@@ -85,7 +86,7 @@ class RecordFile:
             MachineError: it cannot be written.
         """
         record = {self._key: name, **found, BY: self._by}
-        line = json.dumps(record, ensure_ascii=False)
+        line = json.dumps(record)  # names of files need not be UTF-8
         try:
             durable.append_line(self._path, line)
         except OSError as error:
@@ -105,6 +106,19 @@ def open_records(path: Path, by: str, key: str) -> Iterator[RecordFile]:
             yield RecordFile(path, by, key)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error}; {advice(error)}") from error
+
+
+def _require_records(path: Path, key: str) -> None:
+    """Refuse a file whose first bytes are not those of a record, before anything in it is changed.
+
+    Raises:
+        ConfigError: it is another file.
+    """
+    begins = b'{"' + key.encode() + b'": '
+    with open_regular(path, ConfigError) as file:
+        found = file.read(len(begins))
+    if not begins.startswith(found):
+        raise ConfigError(f"{path}: expected records of an earlier start, found another file; give another name")
 
 
 def _drop_torn_line(path: Path) -> None:

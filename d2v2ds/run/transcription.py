@@ -20,7 +20,15 @@ from d2v2ds.decoding.timing import TimedWord, beam_words, greedy_words
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.inference import InputOptions
 from d2v2ds.run.decoder_choice import DecoderChoice
-from d2v2ds.run.file_inputs import InputFiles, WindowOutput, file_inference, find_files, outputs_by_input, work_name
+from d2v2ds.run.file_inputs import (
+    InputFiles,
+    WindowOutput,
+    file_inference,
+    find_files,
+    outputs_by_input,
+    window_options,
+    work_name,
+)
 from d2v2ds.run.record_file import Output, StandardOutput, open_records
 from d2v2ds.run.subtitles import SUBTITLES, SubtitleFolder
 from d2v2ds.run.task_model import device_of, load_task
@@ -114,7 +122,7 @@ def transcribe(source: Path, options: TranscriptionOptions) -> bool:
         raise ConfigError(f"{source}: its inputs have no duration, expected recordings")
     transcriber = Transcriber(model.task, options.decoder, inference.token_seconds, options.window_seconds)
     files = find_files(options.inputs, inference.suffixes)
-    windows = InputOptions(window_seconds=options.window_seconds, context_seconds=options.context_seconds)
+    windows = window_options(options.window_seconds, options.context_seconds)
     settings = {**options.decoder.describe(), **asdict(windows), "words": options.word_times}
     kept = ("seconds", "text", "words") if options.word_times or options.format in SUBTITLES else ("seconds", "text")
     with ExitStack() as stack:
