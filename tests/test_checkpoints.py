@@ -243,7 +243,14 @@ def test_client_state_that_is_no_plain_values_or_unpacks_to_too_much_is_refused(
     assert read_plain(file) == {"step": 4}
     with pytest.raises(CheckpointError, match=r"client\.pt: expected the settings of model and objective, found none"):
         read_settings(file.parent)
-    whole = file.read_bytes()
+    manifest, whole = read_manifest(file.parent), file.read_bytes()
+    listed = replace(manifest, files={**manifest.files, "client.pt": {"bytes": len(whole), "crc32": crc32_of(file)}})
+    (file.parent / "manifest.json").write_text(listed.to_json())
+    with pytest.raises(CheckpointError, match=r"client\.pt: expected the settings of model and objective, found none"):
+        read_settings(file.parent)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"client\.pt: damaged, its checksum differs from the manifest"):
+        read_settings(file.parent)
     for position in range(0, len(whole), 7):
         damaged = bytearray(whole)
         damaged[position] ^= 0xFF

@@ -267,12 +267,15 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it has none, or their file is damaged.
     """
-    path = checkpoint / "client.pt"
-    if faults := file_faults(checkpoint, read_manifest(checkpoint), [path.name]):
+    path, manifest = checkpoint / "client.pt", read_manifest(checkpoint)
+    none = f"{path}: expected the settings of model and objective, found none; no run's checkpoint"
+    if path.name not in manifest.files:
+        raise CheckpointError(none)
+    if faults := file_faults(checkpoint, manifest, [path.name]):
         raise CheckpointError(faults[0])
     settings = read_plain(path).get("settings")
     if not isinstance(settings, dict) or not {"model", "objective"} <= settings.keys():
-        raise CheckpointError(f"{path}: expected the settings of model and objective, found none; no run's checkpoint")
+        raise CheckpointError(none)
     return settings
 
 
