@@ -210,6 +210,12 @@ def _normalised(images: Tensor) -> Tensor:
     return normalise_pixels(images, torch.float32) if images.dtype == torch.uint8 else images
 
 
+def _counts(numbers: Tensor, size: int) -> Tensor:
+    """Count each number, (B,) -> (size,) fp64; without the device sync of `torch.bincount`, for every step counts."""
+    ones = torch.ones(len(numbers), dtype=torch.float64, device=numbers.device)
+    return ones.new_zeros(size).index_add_(0, numbers, ones)
+
+
 class Classify(Task[ClassifyConfig]):
     """`Objective` of classification and regression."""
 
@@ -347,11 +353,10 @@ class Classify(Task[ClassifyConfig]):
             labels = labels.argmax(1)
         found = logits.argmax(-1)
         size = self.num_outputs
-        by_class = [torch.bincount(which, minlength=size).double() for which in (labels, found)]
+        by_class = [_counts(which, size) for which in (labels, found)]
         statistics = {"correct": (found == labels).sum().double(), "by_class": torch.stack(by_class)}
         if step is None and size <= _CONFUSION_CLASSES:
-            cells = torch.bincount(labels * size + found, minlength=size * size)
-            statistics["confusion"] = cells.view(size, size).double()
+            statistics["confusion"] = _counts(labels * size + found, size * size).view(size, size)
         return statistics
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:

@@ -43,7 +43,8 @@ def input_sums(batch: Batch) -> dict[str, Tensor]:
         number = torch.tensor(float(values.numel()), device=values.device)
     else:
         values, number = values.masked_fill(batch.padding, 0), (~batch.padding).sum()
-    return {"input": torch.stack((number.double(), values.sum(dtype=torch.float64), values.double().square().sum()))}
+    squares = values.square().sum(dtype=torch.float64)  # no copy of the batch in fp64
+    return {"input": torch.stack((number.double(), values.sum(dtype=torch.float64), squares))}
 
 
 def input_metrics(statistics: Mapping[str, Tensor]) -> dict[str, float]:
