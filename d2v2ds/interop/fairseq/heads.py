@@ -7,7 +7,7 @@ audio_classification, and fairseq's wav2vec_ctc: names of parameters, options an
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import plain
+from d2v2ds.interop.task_network import TASKS as TASK_CONFIGS
 from d2v2ds.io.read import validate
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.tasks.classify import ClassifyConfig
@@ -277,11 +278,10 @@ def tuned_config(settings: Mapping[str, Any], where: str) -> TunedConfig | None:
     Raises:
         CheckpointError: naming the first fields that do not fit.
     """
-    schemas: dict[Any, Any] = {"ctc": CtcConfig, "classify": ClassifyConfig}
     name = settings.get("name")
-    if name not in list(schemas):
+    if name not in list(TASK_CONFIGS):
         return None
-    return cast(TunedConfig, validate(schemas[name], dict(settings), where, CheckpointError))
+    return validate(TASK_CONFIGS[name], dict(settings), where, CheckpointError)
 
 
 def _own_settings(task: OfficialTask, facts: Facts, names: Sequence[str], trunk: TrunkConfig) -> TunedConfig | None:
