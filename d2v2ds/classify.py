@@ -8,13 +8,12 @@ read.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from d2v2ds.errors import D2V2Error
 from d2v2ds.run.file_inputs import EXIT_UNREAD
 from d2v2ds.run.labelling import LabellingOptions, label
+from d2v2ds.run.reporting import reported
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,20 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", metavar="TAG", help="of a run; the best one by default")
     parser.add_argument("--device", help="such as cuda:0 or cpu")
     given = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
+
+    def work() -> int:
         options = LabellingOptions(
             inputs=tuple(given.inputs), output=given.output, top=given.top, window_seconds=given.window_seconds,
             tag=given.checkpoint, device=given.device,
         )  # fmt: skip
-        is_complete = label(given.model, options)
-    except D2V2Error as error:
-        logging.error("%s", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        logging.error("interrupted; with --output the same command goes on")
-        return 130
-    return 0 if is_complete else EXIT_UNREAD
+        return 0 if label(given.model, options) else EXIT_UNREAD
+
+    return reported(work, "with --output the same command goes on")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ Without --output lines of name and text are printed. Killed and started again, f
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from d2v2ds.errors import D2V2Error
 from d2v2ds.run.decoder_choice import add_arguments, choice_of
 from d2v2ds.run.file_inputs import EXIT_UNREAD
+from d2v2ds.run.reporting import reported
 from d2v2ds.run.transcription import FORMATS, TranscriptionOptions, transcribe
 
 
@@ -31,21 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="such as cuda:0 or cpu")
     add_arguments(parser)
     given = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
+
+    def work() -> int:
         options = TranscriptionOptions(
             inputs=tuple(given.inputs), output=given.output, word_times=given.word_times, decoder=choice_of(given),
             format=given.format or ("tsv" if given.output is None else "jsonl"), tag=given.checkpoint,
             window_seconds=given.window_seconds, context_seconds=given.context_seconds, device=given.device,
         )  # fmt: skip
-        is_complete = transcribe(given.model, options)
-    except D2V2Error as error:
-        logging.error("%s", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        logging.error("interrupted; with --output the same command goes on")
-        return 130
-    return 0 if is_complete else EXIT_UNREAD
+        return 0 if transcribe(given.model, options) else EXIT_UNREAD
+
+    return reported(work, "with --output the same command goes on")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
-from d2v2ds.errors import D2V2Error
 from d2v2ds.run.decoder_choice import add_arguments, choice_of
+from d2v2ds.run.reporting import reported
 from d2v2ds.run.tuning import TuningOptions, tune
 
 
@@ -28,21 +28,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="such as cuda:0 or cpu")
     add_arguments(parser)
     given = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
+
+    def work() -> int:
         options = TuningOptions(
             shards=tuple(given.shards), output=given.output, start=choice_of(given), trials=given.trials,
             seed=given.seed, tag=given.checkpoint, device=given.device,
         )  # fmt: skip
         best = tune(given.model, options)
-    except D2V2Error as error:
-        logging.error("%s", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        logging.error("interrupted; the same command goes on")
-        return 130
-    logging.info("%s: WER %.2f %% of %d words, %s", given.output, best["wer"], best["words"], best["settings"])
-    return 0
+        logging.info("%s: WER %.2f %% of %d words, %s", given.output, best["wer"], best["words"], best["settings"])
+        return 0
+
+    return reported(work, "the same command goes on")
 
 
 if __name__ == "__main__":
