@@ -132,7 +132,7 @@ class ImportOptions:
     only_model: bool = False
     """Read nothing but weights and configuration, whatever else is in the file."""
     tokenizer: Path | None = None
-    """Of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only."""
+    """Tokenizer of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only."""
     outputs: Path | None = None
     """Names of the outputs of a fine-tuned model, see `read_outputs`; None: those of the file."""
     encoder_only: bool = False

@@ -154,11 +154,11 @@ class OfficialTask:
     """One official model class of fine-tuning."""
 
     name: str
-    """Of the model in configurations."""
+    """Name of the model in official configurations."""
     modality: str
-    """Of the encoder."""
+    """Modality of the encoder."""
     prefix: str
-    """Of the encoder's parameters."""
+    """Prefix of the encoder's parameters."""
     head: Mapping[str, str]
     """Beginnings of the head's parameters: official -> ours."""
     arguments: str
