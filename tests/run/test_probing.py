@@ -181,8 +181,9 @@ def test_probe_yields_to_others_in_a_group_of_its_own(tmp_path: Path) -> None:
         until(lambda: os.getpriority(os.PRIO_PROCESS, pid) == 19)
         assert os.getpgid(pid) == pid
         assert os.getsid(pid) == os.getsid(0), "a session of its own has its own share of the cores"
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        assert {b"OMP_NUM_THREADS=3", b"CUDA_VISIBLE_DEVICES="} <= set(variables)
+        variables = Path(f"/proc/{pid}/environ")
+        until(lambda: variables.read_bytes() != b"")  # empty for a moment while the program is exchanged (execve)
+        assert {b"OMP_NUM_THREADS=3", b"CUDA_VISIBLE_DEVICES="} <= set(variables.read_bytes().split(b"\0"))
         raise ConfigError("enough")
 
 
