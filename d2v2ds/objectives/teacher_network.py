@@ -38,4 +38,5 @@ class TeacherNetwork(nn.Module):
         Returns:
             (B, T, D) fp32 targets.
         """
-        return make_targets(self.trunk.feed_forward_outputs(batch, local), self.targets[batch.modality])
+        config = self.targets[batch.modality]
+        return make_targets(self.trunk.target_layers(batch, local, config.layer), config)
