@@ -128,13 +128,16 @@ class Trunk(nn.Module):
         """Apply the norm behind the last block of a pre-norm trunk."""
         return self.norm(x) if hasattr(self, "norm") else x
 
-    def target_layers(self, batch: Batch, local: Tensor, target: TargetLayer = "feed_forward") -> list[Tensor]:
+    def target_layers(
+        self, batch: Batch, local: Tensor, target: TargetLayer = "feed_forward", *, clear_padding: bool = False
+    ) -> list[Tensor]:
         """Run all tokens unmasked, as a teacher does.
 
         Args:
             batch: modality, source and padding; its masks are not read.
             local: (B, T, D) local features; unused if this trunk has its own local encoder.
             target: tensor of a block that is returned.
+            clear_padding: write zeros into padded tokens before their positions.
 
         Returns:
             That tensor of every shared block, each (B, T, D), in order, without the norm behind the last block.
@@ -142,6 +145,8 @@ class Trunk(nn.Module):
         encoder = self.encoder(batch.modality)
         if hasattr(encoder, "local"):
             local = encoder.embed(batch)
+        if clear_padding:
+            local = encoder.clear_padding(local, batch.padding)
         prenet_depth = len(encoder.prenet.blocks)
         x, biases = encoder.all_tokens(local, batch.padding, prenet_depth + len(self.blocks))  # (B, E + T, D)
         x, _ = run_blocks(encoder.prenet.blocks, x, biases[:prenet_depth])
