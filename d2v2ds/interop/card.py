@@ -20,15 +20,16 @@ def card(description: Description, name: str, num_parameters: int, *, has_curves
     model, origin = description.model, description.origin
     modalities = list(model.modalities)
     depths = ", ".join(f"{n} {c.prenet_depth} + {model.shared_depth}" for n, c in model.modalities.items())
+    tag, method = _METHODS.get((description.objective or {}).get("name", ""), _METHODS["data2vec2"])
     lines = [
         "---",
         "library_name: d2v2ds",
-        f"tags: [{', '.join(['data2vec2', *modalities])}]",
+        f"tags: [{', '.join([tag, *modalities])}]",
         "---",
         "",
         f"# {name}",
         "",
-        f"A data2vec 2.0 encoder (arXiv 2212.07525) of {', '.join(modalities)}: width {model.block.width}, "
+        f"A {method} of {', '.join(modalities)}: width {model.block.width}, "
         f"{model.block.num_heads} heads, blocks (own + shared) {depths}; {num_parameters:,} parameters are stored.",
         "",
         *_example(name, modalities[0]),
@@ -42,6 +43,13 @@ def card(description: Description, name: str, num_parameters: int, *, has_curves
     if origin.get("licence"):
         lines += ["", "## Licence", "", str(origin["licence"])]
     return "\n".join(lines) + "\n"
+
+
+_METHODS = {
+    "data2vec1": ("data2vec1", "data2vec 1.0 encoder (arXiv 2202.03555)"),
+    "data2vec2": ("data2vec2", "data2vec 2.0 encoder (arXiv 2212.07525)"),
+}
+"""Tag and description by the name of the objective of pretraining."""
 
 
 def _example(name: str, modality: str) -> list[str]:
