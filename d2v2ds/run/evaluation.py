@@ -18,6 +18,7 @@ from d2v2ds.batch import Batch, Labels
 from d2v2ds.data.mixture import DATASET_BITS, split_row_numbers
 from d2v2ds.data.order import MicroBatch, PlanConfig, cut_micro_batches
 from d2v2ds.data.reader import Reader
+from d2v2ds.data.schema import read_index
 from d2v2ds.decoding.beam import BeamDecoder
 from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
 from d2v2ds.evals import classification, recognition
@@ -146,7 +147,11 @@ def labelled_reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
     network = model.task.trunk.modalities[model.modality]
     reader = open_reader(model.modality, data, network, None, model.task.labelled(model.modality), augments=False)
     problems = reader.misfits()
-    problems += [fault for folder in folders for fault in modality.row_faults(model.preprocessing, folder)]
+    of_rows = modality.describe_preprocessing(network, data, read_index(folders[0]))
+    if unknown := sorted(of_rows.keys() - model.preprocessing.keys()):
+        logger.info("not known of the model, taken from %s: %s", folders[0], ", ".join(unknown))
+    facts = of_rows | model.preprocessing
+    problems += [fault for folder in folders for fault in modality.row_faults(facts, folder)]
     if model.folder is not None:
         problems += [
             fault for folder in folders for fault in modality.packed_faults(model.folder, model.preprocessing, folder)

@@ -87,7 +87,7 @@ def label(source: Path, options: LabellingOptions) -> bool:
     task = model.task
     if not isinstance(task, Classify):
         raise ConfigError(f"{source}: expected a classifier, found {task.config.name}; use d2v2ds.transcribe")
-    if "sentences" in model.preprocessing:
+    if model.preprocessing.get("sentences") == 2:
         raise ConfigError(f"{source}: is of pairs of sentences; pack with --pair-columns and use d2v2ds.evaluate")
     inference = file_inference(model)
     files = [file for file, _ in find_files(options.inputs, inference.suffixes)]

@@ -14,7 +14,7 @@ from d2v2ds.data.order import SamplerState
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.checkpoint.keep import Keep
 from d2v2ds.io.lock import FolderLock
-from d2v2ds.run import provenance
+from d2v2ds.run import preprocessing, provenance
 from d2v2ds.run.agreement import assumptions, compare
 from d2v2ds.run.build import build_engines, build_validation, loop_config, recipe
 from d2v2ds.run.describe import changed_settings, describe, start_logging, warn_once
@@ -119,6 +119,7 @@ def start(
 def _write_start(config: RunConfig, ds_config: dict[str, Any]) -> None:
     """Write what the run was made of. On one rank alone."""
     provenance.write(config.run.dir, to_yaml(config), ds_config)
+    preprocessing.write(config)
     if isinstance(config.objective, TaskConfig) and config.objective.names:
         write_outputs(config.run.dir / FILE, config.objective.names)
 

@@ -231,6 +231,22 @@ def test_an_encoder_comes_without_its_head_if_asked(tmp_path: Path, capsys: pyte
 
 
 def test_a_model_without_official_form_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sentences_of_an_input_are_given_and_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An imported model of pairs says so; one that does not know is no model of single texts."""
+    given = ("--outputs", str(names_of(TEXTS, tmp_path / "names.txt")))
+    assert imported(content_of(TEXTS), tmp_path / "silent", *given) == 0
+    assert "WARNING: no --sentences: it is not known whether its inputs are pairs" in capsys.readouterr().out
+    assert "sentences" not in load_task(tmp_path / "silent").preprocessing
+    assert imported(content_of(TEXTS), tmp_path / "pairs", *given, "--sentences", "2") == 0
+    assert main(["export", str(tmp_path / "pairs"), "--out", str(tmp_path / "back.pt")]) == 0
+    assert main(["import", str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]) == 0
+    assert "no --sentences" not in capsys.readouterr().out
+    for name in ("pairs", "again"):
+        assert load_task(tmp_path / name).preprocessing["sentences"] == 2
+    assert imported(content_of(TEXTS), tmp_path / "encoder", "--encoder-only", "--sentences", "1") == 2
+    assert "is no fine-tuned text model; leave it out" in capsys.readouterr().err
+
+
     config = ClassifyConfig(modality="audio", num_outputs=3, head=SentenceHeadConfig())
     write(tmp_path / "own", config)
     assert main(["export", str(tmp_path / "own"), "--out", str(tmp_path / "x.pt")]) == 2

@@ -180,7 +180,8 @@ def test_pairs_of_sentences_are_scored_as_each_row_alone(tmp_path: Path) -> None
     given = ["--input", str(tmp_path / "pairs.tsv"), "--workers", "1", "--block-tokens", "64"]
     given += ["--tokenizer", str(tmp_path / "given.model"), "--output"]
     assert pack_text([*given, str(tmp_path / "pairs"), "--pair-columns", "a", "b"]) == 0
-    assert pack_text([*given, str(tmp_path / "single"), "--one-row-per-document", "--text-field", "a"]) == 0
+    single = [str(tmp_path / "single"), "--one-row-per-document", "--text-field", "a"]
+    assert pack_text([*given, *single]) == 0
     config = ClassifyConfig(modality="text", classes=("0", "1"), head=SentenceHeadConfig())
     model = write(tmp_path / "model", config, preprocessing={"sentences": 2})
     result = evaluate(model, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
@@ -193,9 +194,17 @@ def test_pairs_of_sentences_are_scored_as_each_row_alone(tmp_path: Path) -> None
     assert result["rows"] == 9 and result["scores"]["accuracy"]["value"] == pytest.approx(100 * right / 9)
     with pytest.raises(ConfigError, match="single: expected pairs of sentences as in training, found single texts"):
         evaluate(model, EvaluationOptions(shards=(tmp_path / "single",), draws=20))
-    other = write(tmp_path / "other", config)
+    other = write(tmp_path / "other", config, preprocessing={"sentences": 1})
     with pytest.raises(ConfigError, match="found pairs of sentences; pack without --pair-columns"):
         evaluate(other, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
+    odd = write(tmp_path / "odd", config, preprocessing={"sentences": [2]})
+    with pytest.raises(ConfigError, match=r"sentences of the model's preprocessing is \[2\], expected 1 or 2"):
+        evaluate(odd, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
+    silent = write(tmp_path / "silent", config)
+    for name in ("pairs", "single"):
+        assert evaluate(silent, EvaluationOptions(shards=(tmp_path / name,), draws=20))["rows"] == 9
+    with pytest.raises(ConfigError, match="single: expected pairs of sentences as in training, found single texts"):
+        evaluate(silent, EvaluationOptions(shards=(tmp_path / "pairs", tmp_path / "single"), draws=20))
 
 
 def test_the_command_prints_a_table(

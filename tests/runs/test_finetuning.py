@@ -143,6 +143,7 @@ def test_metrics_and_outputs_are_there(plain: Path) -> None:
     assert {"ctc/blank", "ctc/infeasible", "ctc/loss_per_letter"} <= records[0].keys()
     assert records[0]["ctc/infeasible"] == 0.0
     assert '"n"' in (plain / "outputs.json").read_text()
+    assert '"sample_rate_hz": 16000' in (plain / "preprocessing.json").read_text()
 
 
 @pytest.mark.parametrize("freeze", [r"trunk\.encoders\..*", r"trunk\.(encoders|blocks\.0)\..*"])

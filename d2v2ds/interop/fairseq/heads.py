@@ -58,6 +58,8 @@ class Facts:
     """Its dictionary of letters; empty if the file has none."""
     settings: Mapping[str, Any] | None = None
     """Our settings of the task; only files of ours have them."""
+    sentences: int | None = None
+    """Sentences of an input, 1 or 2; only files of ours say so, and only of text."""
 
     def choice(self, name: str, default: str, known: Mapping[str, _Choice]) -> _Choice:
         """Translate an option that is one of several words.
@@ -89,9 +91,13 @@ def read_facts(content: Mapping[str, Any], made_by: str) -> Facts:
         symbols = []
     model = cfg.get("model") if isinstance(cfg, dict) else args
     own = cfg.get(made_by) if isinstance(cfg, dict) else None
-    settings = own.get("objective") if isinstance(own, dict) else None
+    own = own if isinstance(own, dict) else {}
+    settings, sentences = own.get("objective"), own.get("sentences")
     return Facts(
-        model if isinstance(model, dict) else {}, tuple(symbols), settings if isinstance(settings, dict) else None
+        options=model if isinstance(model, dict) else {},
+        symbols=tuple(symbols),
+        settings=settings if isinstance(settings, dict) else None,
+        sentences=sentences if sentences in (1, 2) else None,
     )
 
 
