@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2v2ds.batch import Batch
 from d2v2ds.bounds import Rate
+from d2v2ds.errors import ConfigError
 from d2v2ds.labels import Letters
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.protocol import Course, Losses, Symptom, Totals
@@ -65,7 +66,16 @@ class CtcConfig(TaskConfig):
         return self.vocabulary
 
     def with_names(self, names: tuple[str, ...]) -> "CtcConfig":
-        """Return these settings with a vocabulary."""
+        """Return these settings with a vocabulary.
+
+        Raises:
+            ConfigError: a unit has a blank, such as a line of a dictionary with its count.
+        """
+        if wrong := [name for name in names if name.split() != [name]]:
+            raise ConfigError(
+                f"vocabulary: expected letters or other units without blanks, found {wrong[0]!r:.40}; a dictionary "
+                "with counts is to be named dict.txt"
+            )
         return replace(self, vocabulary=names)
 
     def build(self, trunk: TrunkConfig, seed: int) -> "Ctc":

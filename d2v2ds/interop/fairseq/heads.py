@@ -121,7 +121,7 @@ def _ctc(facts: Facts, names: Sequence[str], outputs: int) -> TunedConfig:
             f"its head has {outputs} outputs, {len(units)} letters and {len(SPECIAL)} special symbols make "
             f"{len(units) + len(SPECIAL)}; give the dictionary that it was trained with"
         )
-    return CtcConfig(modality="audio", vocabulary=tuple(units))
+    return CtcConfig(modality="audio").with_names(tuple(units))
 
 
 def _classes(names: Sequence[str], outputs: int) -> tuple[str, ...]:
