@@ -270,8 +270,4 @@ def write_json(path: Path, value: Any) -> None:
 
 def file_crc32(path: Path) -> str:
     """Return the CRC-32 of a file, as in `ShardEntry.crc32`."""
-    crc = 0
-    with read.open_regular(path, ShardError) as file:
-        while block := file.read(1 << 20):
-            crc = crc32(block, crc)
-    return f"{crc:08x}"
+    return f"{read.crc32_of(path, ShardError):08x}"

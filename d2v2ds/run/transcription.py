@@ -123,8 +123,12 @@ def transcribe(source: Path, options: TranscriptionOptions) -> bool:
     transcriber = Transcriber(model.task, options.decoder, inference.token_seconds, options.window_seconds)
     files = find_files(options.inputs, inference.suffixes)
     windows = window_options(options.window_seconds, options.context_seconds)
-    settings = {**options.decoder.describe(), **asdict(windows), "words": options.word_times}
-    kept = ("seconds", "text", "words") if options.word_times or options.format in SUBTITLES else ("seconds", "text")
+    has_words = options.word_times or options.format in SUBTITLES
+    kept = ("seconds", "text", "words") if has_words else ("seconds", "text")
+
+    def work() -> str:
+        return work_name(model, {**options.decoder.identity(), **asdict(windows), "words": has_words})
+
     with ExitStack() as stack:
         output = stack.enter_context(_output(options, dict(files), lambda: work_name(model, settings)))
         inputs = InputFiles(inference, [file for file, _ in files], windows, output.done)

@@ -39,7 +39,6 @@ RANGES = {"lm_weight": (0.0, 5.0), "word_score": (-5.0, 5.0), "boundary_score": 
 """Least and largest value of each weight."""
 _SPREAD = 0.1
 """Standard deviation of the second half of the trials, over the range."""
-_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +87,7 @@ def tune(source: Path, options: TuningOptions) -> dict[str, Any]:
     decoder = options.start.build(model.task.vocabulary)
     assert decoder is not None
     rows = work_name(model, [_contents(folder) for folder in options.shards])
-    files = [_checksum(path) for path in (options.start.lm, options.start.lexicon) if path is not None]
-    work = f"{rows}-{crc32(repr((files, options.start.beam, options.trials, options.seed)).encode()):08x}"
+    work = f"{rows}-{crc32(repr((options.start.identity(), options.trials, options.seed)).encode()):08x}"
     with open_records(options.output.with_name(options.output.name + ".trials.jsonl"), work, "trial") as records:
         utterances = _utterances(model, options, rows)
         _run_trials(decoder, utterances, records, options)
@@ -194,16 +192,3 @@ def _read_kept(path: Path, work: str) -> Utterances | None:
 def _contents(folder: Path) -> str:
     index = read_index(folder)
     return f"{index.rows} {index.digest(index.num_shards)}"
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    found = 0
-    with open_regular(path, ConfigError) as file:
-        while block := file.read(_BLOCK):
-            found = crc32(block, found)
-    return found

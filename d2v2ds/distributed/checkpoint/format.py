@@ -211,14 +211,7 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def crc32_of(path: Path) -> int:
     """Checksum of a file."""
-    checksum = 0
-    with read.open_regular(path, CheckpointError) as file:
-        try:
-            while block := file.read(1 << 22):
-                checksum = crc32(block, checksum)
-        except OSError as error:
-            raise reading_error(path, error, CheckpointError) from error
-    return checksum
+    return read.crc32_of(path, CheckpointError)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
