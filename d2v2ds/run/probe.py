@@ -30,7 +30,7 @@ from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.run.folder import checkpoint_folder, load_student, run_config
 from d2v2ds.run.probe_task import Question, Task
-from d2v2ds.run.probing import PROBES
+from d2v2ds.run.probing import append_record
 
 LEARNED_POINTS = 5.0
 """Percentage points over the random start that count as having learned..."""
@@ -258,7 +258,7 @@ def _append(run_dir: Path, result: Mapping[str, Any], joint: bool) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     time_now = datetime.now(UTC).isoformat(timespec="seconds")
-    durable.append_line(run_dir / PROBES, json.dumps({"time": time_now, **result}))
+    append_record(run_dir, {"time": time_now, **result})
     prefix = f"{result['modality']}/" if joint else ""
     prefix += "probe" if result["kind"] == "one" else f"probe/{result['kind']}"
     scores = result["student"][str(result["block"])]
