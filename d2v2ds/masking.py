@@ -272,6 +272,11 @@ def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, nu
     """
     ids = np.asarray(sample_ids, dtype=np.int64)
     keys = hash64(seed, epoch, Stream.MASK, ids[:, None], np.arange(num_masks))  # (B, M)
+    return _numbers(keys, num_draws)
+
+
+def _numbers(keys: NDArray[np.uint64], num_draws: int) -> NDArray[np.float64]:
+    """Compute `num_draws` random numbers of each key, (...) -> (..., num_draws)."""
     steps = (np.arange(1, num_draws + 1, dtype=np.uint64)) * np.uint64(GAMMA)
     return to_unit_interval(mix64(keys[..., None] + steps))
 
@@ -329,14 +334,9 @@ def draw_span_masks(
             fewest = int(time.sum(1).min())
             time = np.stack([_adjust_count(row, fewest, key) for row, key in zip(time, keys, strict=True)])
     if config.channels is not None:
-        numbers = _channel_numbers(seed, epoch, ids, width + 2)
+        numbers = _numbers(hash64(seed, epoch, Stream.CHANNELS, ids), width + 2)
         channels = _span_rows(config.channels, np.full(len(ids), width), width, numbers, least=0)
     return time, channels
-
-
-def _channel_numbers(seed: int, epoch: int, ids: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    keys = hash64(seed, epoch, Stream.CHANNELS, ids[:, None])
-    return to_unit_interval(mix64(keys + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GAMMA)))
 
 
 def _span_rows(

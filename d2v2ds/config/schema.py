@@ -45,7 +45,7 @@ class RunSection:
     save_every_steps: Count = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: CountOrZero = 3
-    """Newest checkpoints kept; 0 keeps all. The one with the lowest validation loss is kept besides."""
+    """Newest checkpoints kept; 0 keeps all. The best one of the validation is kept besides."""
     keep_every_steps: Count | None = None
     """Checkpoints whose step is a multiple of it are kept for good."""
     async_checkpoints: bool = True

@@ -214,6 +214,15 @@ class Index:
         entries = "".join(f"{entry.rows}:{entry.crc32}\n" for entry in self.shards[:num_shards])
         return hashlib.sha256(entries.encode()).hexdigest()
 
+    def checksums(self) -> dict[str, Any]:
+        """Return plain values that differ where the content of two folders differs."""
+        return {
+            "rows": self.rows,
+            "shards": self.digest(self.num_shards),
+            "rows file": self.rows_file.crc32,
+            "beside": [entry.crc32 for entry in self.files_beside],
+        }
+
 
 def write_index(folder: Path, index: Index) -> None:
     """Write ``index.json`` atomically, also in case of a power cut."""

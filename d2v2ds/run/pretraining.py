@@ -51,6 +51,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         CheckpointError, CollapseError, DamagedDataError, NonFiniteError, PreemptedError, SaveError: while running.
     """
     launched = os.environ | comm.launcher_environment(dict(os.environ))
+    if launched["RANK"] != "0":  # what a rank warns of while it prepares, all find; `start_logging` sets the level anew
+        logging.getLogger("d2v2ds").setLevel(logging.ERROR)
     prepared = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     config = prepared.config
     timeout = timedelta(minutes=config.engine.timeout_minutes)

@@ -12,6 +12,7 @@ from d2v2ds.data.folders import folders_of
 from d2v2ds.data.reader import Reader
 from d2v2ds.errors import ConfigError
 from d2v2ds.evals.features import Features, annotation, check_memory, compute_features, frame_bytes
+from d2v2ds.evals.letters import check_letters
 from d2v2ds.evals.probes import Fold, ProbeConfig, check_folds, leave_one_out
 from d2v2ds.evals.wanted import Number, OneClass, SeveralClasses, Wanted
 from d2v2ds.modalities.known import known_modalities, open_reader, open_shards
@@ -99,7 +100,9 @@ class Task:
         Raises:
             ConfigError: they cannot or do not.
         """
-        if self.wanted is not None:
+        if self.wanted is None:
+            check_letters(self.labels, self.folds)
+        else:
             check_folds(self.wanted, self.folds, config)
         check_memory(sum(frame_bytes(reader, rows, frame_width) for reader, rows in self.parts), memory_gib)
 

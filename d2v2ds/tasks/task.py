@@ -142,7 +142,7 @@ class Task(Generic[Config]):
         """Do nothing: no package is needed."""
 
     def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the validation loss; tasks with a better measure override it."""
+        """Return the validation loss; tasks with a better measure of the best checkpoint override it."""
         return values.get("valid/loss/total")
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:

@@ -258,7 +258,8 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(progress.step, values)
         self.guard.check_health(progress.step, values)
-        self.guard.diagnose(progress.step, values)
+        if sums.applied:  # a record of skipped steps has no losses
+            self.guard.diagnose(progress.step, values)
         return values
 
     def _reduce_modalities(self, data: StepData, sums: RecordSums, seconds: float) -> dict[str, float]:
