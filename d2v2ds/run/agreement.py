@@ -15,6 +15,7 @@ from d2v2ds.config.load import to_dict
 from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.crc import crc32
 from d2v2ds.run.prepare import Prepared
 from d2v2ds.run.provenance import versions
 from d2v2ds.run.watchdog import ranges
@@ -30,6 +31,7 @@ def assumptions(prepared: Prepared) -> dict[str, Any]:
     sections = {
         "": to_dict(prepared.config),
         "DeepSpeed settings": prepared.ds_config,
+        "objective: units": {"crc32": crc32(prepared.units)},
         "versions": versions() | {"code": _code()},
         **{f"{name}: folder": _identity(reader) for name, reader in readers.items()},
     }
