@@ -28,6 +28,11 @@ def read_outputs(path: Path) -> tuple[str, ...]:
         ConfigError: the file cannot be read, or is none of these.
         MachineError: the machine is at fault.
     """
+    if path.suffix == ".model":
+        raise ConfigError(
+            f"{path}: expected names of letters or classes, found a sentencepiece model; only a run of ctc takes one, "
+            "as objective.outputs"
+        )
     if path.suffix == ".json":
         found = read_json(path, ConfigError, _MOST_BYTES).get("outputs")
         if not isinstance(found, list) or not found or not all(isinstance(name, str) and name for name in found):

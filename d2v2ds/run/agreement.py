@@ -14,6 +14,7 @@ from typing import Any
 from d2v2ds.config.load import to_dict
 from d2v2ds.distributed import comm
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.crc import crc32
 from d2v2ds.run.prepare import Prepared
 from d2v2ds.run.provenance import versions
 from d2v2ds.run.watchdog import ranges
@@ -29,6 +30,7 @@ def assumptions(prepared: Prepared) -> dict[str, Any]:
     sections = {
         "": to_dict(prepared.config),
         "DeepSpeed settings": prepared.ds_config,
+        "objective: units": {"crc32": crc32(prepared.units)},
         "versions": versions() | {"code": _code()},
         **{
             f"{name}: folder": [part.index.checksums() for part in reader.shards.parts]

@@ -45,6 +45,7 @@ from d2v2ds.run.folder import (
 )
 from d2v2ds.run.preprocessing import describe as describe_preprocessing
 from d2v2ds.run.preprocessing import first_index
+from d2v2ds.tasks.units import FILE as UNITS_FILE
 from d2v2ds.train.figures import save_curves
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def _export_folder(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, con
         for part, tensors in parts.items():
             if layout := layouts[part]:
                 write_tensors(folder, part, layout, _with_progress(tensors, part, len(layout)))
+        if (description.objective or {}).get("units"):
+            (folder / UNITS_FILE).write_bytes(read_bytes(run_dir / UNITS_FILE, ConfigError))
         (folder / "run.yaml").write_bytes(read_bytes(run_dir / "config.yaml", ConfigError))
         _draw_curves(records.drawn, folder, to.name, model.modalities)
         num_parameters = sum(torch.Size(kind.shape).numel() for kind in layouts["model"].values())
@@ -135,6 +138,8 @@ def _export_file(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, confi
     write_file(to, description, layout, _with_progress(tensors, to.name, len(layout)))
     if any(known_modalities()[name].files_beside(found) for name, found in preprocessing.items()):
         logger.warning("%s: a single file has no tokenizer; a folder has it", to)
+    if (description.objective or {}).get("units"):
+        logger.warning("%s: a single file has no %s, which spells words in units; a folder has it", to, UNITS_FILE)
     logger.info("%s: the %s of %s, %d tensors", to, description.origin["weights"], checkpoint, len(layout))
 
 

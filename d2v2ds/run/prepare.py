@@ -27,6 +27,7 @@ from d2v2ds.modalities.known import known_modalities, open_reader
 from d2v2ds.objectives.protocol import Objective
 from d2v2ds.run.outputs import vocabulary_faults, with_outputs
 from d2v2ds.run.probe_task import Question, Task
+from d2v2ds.run.units import give_units, with_units
 from d2v2ds.run.warm_start import open_warm_start
 from d2v2ds.train.checkpointing import has_checkpoints
 
@@ -44,6 +45,8 @@ class Prepared:
     held_out: Mapping[str, Reader]
     """Readers of the validation's folders, by modality."""
     ds_config: dict[str, Any]
+    units: bytes = b""
+    """Sentencepiece model of a recogniser's units; empty for every other task."""
 
 
 def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
@@ -60,14 +63,16 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
     config, problems = read_config(config_name, overrides)
     if config is None:
         raise config_error(config_name, problems)
-    data_problems = config.data.missing()
+    data_problems, units = config.data.missing(), b""
     if not data_problems:
         try:
+            config, units = with_units(config)
             config = with_outputs(config)
             data_problems = vocabulary_faults(config)
-        except (ConfigError, ShardError) as error:
+        except (ConfigError, ShardError, MissingExtraError) as error:
             data_problems = [f"objective: {error}"]
     objective = config.objective.build(config.model, config.run.seed)
+    give_units(objective, units, "units of the run")
     streams: dict[str, DataStream] = {}
     held_out: dict[str, Reader] = {}
     ds_config = None
@@ -88,7 +93,7 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
         problems += open_warm_start(config)[1]
     if problems or ds_config is None:
         raise config_error(config_name, problems)
-    return Prepared(config, objective, streams, held_out, ds_config)
+    return Prepared(config, objective, streams, held_out, ds_config, units)
 
 
 def open_streams(config: RunConfig, objective: Objective) -> tuple[dict[str, DataStream], list[str]]:

@@ -4,7 +4,6 @@ import logging
 import os
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any
 
 from d2v2ds.config.load import to_dict, to_yaml
 from d2v2ds.config.schema import RunConfig
@@ -23,9 +22,11 @@ from d2v2ds.run.outputs import FILE, write_outputs
 from d2v2ds.run.preempt import StopRequest
 from d2v2ds.run.prepare import Prepared, prepare
 from d2v2ds.run.probing import Probing
+from d2v2ds.run.units import write_units
 from d2v2ds.run.warm_start import WarmStart
 from d2v2ds.run.watchdog import Watchdog
 from d2v2ds.tasks.encoding import TaskConfig
+from d2v2ds.tasks.units import FILE as UNITS_FILE
 from d2v2ds.train.checkpointing import Checkpoints, Follower, Progress, has_checkpoints, reading_ahead
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.loop import Trainer
@@ -108,7 +109,7 @@ def start(
         checkpoints.resume(allow_grown)
         for change in changed_settings(config):
             warn_once(f"changed since the last start: {change}")
-    comm.require_on_rank0(lambda: _write_start(config, prepared.ds_config), f"run.dir {config.run.dir}")
+    comm.require_on_rank0(lambda: _write_start(config, prepared), f"run.dir {config.run.dir}")
     describe(config, streams)
     for name, reader in prepared.held_out.items():
         for remark in reader.remarks():
@@ -118,12 +119,14 @@ def start(
     return checkpoints
 
 
-def _write_start(config: RunConfig, ds_config: dict[str, Any]) -> None:
+def _write_start(config: RunConfig, prepared: Prepared) -> None:
     """Write what the run was made of. On one rank alone."""
-    provenance.write(config.run.dir, to_yaml(config), ds_config)
+    provenance.write(config.run.dir, to_yaml(config), prepared.ds_config)
     preprocessing.write(config)
     if isinstance(config.objective, TaskConfig) and config.objective.names:
         write_outputs(config.run.dir / FILE, config.objective.names)
+    if prepared.units:
+        write_units(config.run.dir / UNITS_FILE, prepared.units)
 
 
 def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> None:

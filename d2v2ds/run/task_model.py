@@ -13,6 +13,7 @@ from d2v2ds.interop.export_folder import ModelFolder, is_export
 from d2v2ds.interop.task_network import folder_task, loaded_network, task_of
 from d2v2ds.run.folder import checkpoint_folder, run_config, trunk_config
 from d2v2ds.run.preprocessing import describe
+from d2v2ds.run.units import read_units
 from d2v2ds.tasks.encoding import TaskNetwork
 from d2v2ds.tasks.task import Task
 
@@ -54,11 +55,13 @@ def load_task(source: Path, tag: str | None = None) -> TaskModel:
         folder = ModelFolder(source)
         task, network = folder_task(folder)
         preprocessing = folder.description.preprocessing[task.config.modality]
+        read_units(task, source)
         return TaskModel(task, network, preprocessing, folder.description.origin, source, source)
     config = run_config(source)
     checkpoint = checkpoint_folder(source, tag or _best(source))
     model = trunk_config(checkpoint)
     task = task_of(read_settings(checkpoint)["objective"], model, str(checkpoint))
+    read_units(task, source)
     name = task.config.modality
     preprocessing = describe(config, model, source)[name]
     origin = {

@@ -5,7 +5,7 @@ Source of the settings: the official examples/data2vec/config/v2, fine-tuning fi
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v2ds.batch import Batch
-from d2v2ds.bounds import Rate
+from d2v2ds.bounds import CountOrZero, Rate
 from d2v2ds.errors import ConfigError
 from d2v2ds.labels import Letters
 from d2v2ds.model.trunk import TrunkConfig
@@ -23,15 +23,16 @@ from d2v2ds.tasks.diagnosis import INPUT_UNITS, ctc_symptoms, input_metrics, inp
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import TokenHead
 from d2v2ds.tasks.task import Task
+from d2v2ds.tasks.units import Units, no_units, units_of
 from d2v2ds.tasks.vocabulary import BLANK, NO_LETTER, UNKNOWN, WORD_END, Vocabulary, count_letters
 from d2v2ds.tasks.words import edit_counts
 
 UNITS: Mapping[str, str] = {
     **INPUT_UNITS,
-    "loss/ctc": "-ln p(letters | frames) per utterance; mean over utterances",
-    "ctc/loss_per_letter": "the same per letter; mean over letters",
+    "loss/ctc": "-ln p(letters or units | frames) per utterance; mean over utterances",
+    "ctc/loss_per_letter": "the same per letter or unit; mean over them",
     "ctc/infeasible": "utterances with more letters than frames, which do not train; share",
-    "ctc/unknown": "letters of transcripts that the vocabulary lacks; share",
+    "ctc/unknown": "letters or units of transcripts that the vocabulary lacks; share",
     "ctc/blank": "frames whose most likely output is blank; share of real frames",
     "ctc/over_uniform": "loss over that of equally likely outputs in every frame; ratio of means",
     "ctc/wer": "word error rate of greedy decoding; errors per 100 words of the reference, validation only",
@@ -46,6 +47,9 @@ class CtcConfig(TaskConfig):
     name: Literal["ctc"] = "ctc"
     vocabulary: tuple[str, ...] = ()
     """Outputs behind the four special ones, most frequent first; empty: those of the training shards."""
+    units: CountOrZero = 0
+    """Sentencepiece units in place of letters: pieces of words that are trained on the transcripts. 0: letters, unless
+    `outputs` names a sentencepiece model."""
     final_dropout: Rate = 0.0
     """Dropped fraction of the features before the output layer."""
 
@@ -160,10 +164,29 @@ class Ctc(Task[CtcConfig]):
     units = UNITS
     headline: tuple[str, ...] = ("ctc/wer", "ctc/cer")
 
+    _divide: Callable[[str], Sequence[str]] | None = None
+
     @property
     def vocabulary(self) -> Vocabulary:
         """Outputs of the run."""
-        return Vocabulary(self.config.vocabulary)
+        return Vocabulary(self.config.vocabulary, self._divide or (no_units if self.config.units else tuple))
+
+    def set_units(self, model: bytes, where: Any) -> None:
+        """Divide words by a sentencepiece model.
+
+        Args:
+            model: content of its file.
+            where: name of the file, for messages.
+
+        Raises:
+            ConfigError: it is none, or not that of these outputs.
+        """
+        if (found := units_of(model, where)) != self.config.vocabulary:
+            raise ConfigError(
+                f"{where}: expected the {len(self.config.vocabulary)} units of this recogniser, found {len(found)} "
+                "others; take the file of its run"
+            )
+        self._divide = Units(model)
 
     def new_network(self, activation_checkpointing: bool) -> CtcNetwork:
         """Build encoder and output layer."""
@@ -172,8 +195,9 @@ class Ctc(Task[CtcConfig]):
 
     def encoder(self) -> Letters:
         """Spell the transcripts."""
-        symbols = self.vocabulary.symbols
-        return Letters({symbol: number for number, symbol in enumerate(symbols)}, WORD_END, UNKNOWN)
+        vocabulary = self.vocabulary
+        numbers = {symbol: number for number, symbol in enumerate(vocabulary.symbols)}
+        return Letters(numbers, WORD_END, UNKNOWN, vocabulary.divide)
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run one micro-batch; errors of greedy decoding are counted in validation."""
@@ -204,12 +228,14 @@ class Ctc(Task[CtcConfig]):
         spell = self.vocabulary.words
         words = [edit_counts(spell(a, NO_LETTER), spell(b)) for a, b in zip(wanted, found, strict=True)]
         # a letter that the vocabulary lacks cannot be found
-        known = [[-1 if number == UNKNOWN else number for number in row] for row in wanted]
-        letters = [edit_counts(a, b) for a, b in zip(known, found, strict=True)]
+        one_by_one = self.vocabulary.letters
+        known = [[-1 if letter == UNKNOWN else letter for letter in one_by_one(row)] for row in wanted]
+        letters = [edit_counts(a, one_by_one(b)) for a, b in zip(known, found, strict=True)]
         totals = {
             "word_errors": sum(one.errors for one in words),
             "words": sum(one.wanted for one in words),
             "letter_errors": sum(one.errors for one in letters),
+            "wanted_letters": sum(one.wanted for one in letters),
         }
         return {name: torch.tensor(float(total), dtype=torch.float64) for name, total in totals.items()}
 
@@ -226,7 +252,7 @@ class Ctc(Task[CtcConfig]):
         } | input_metrics(totals.statistics)
         if "words" in sums:
             values["ctc/wer"] = 100 * sums["word_errors"] / max(sums["words"], 1.0)
-            values["ctc/cer"] = 100 * sums["letter_errors"] / letters
+            values["ctc/cer"] = 100 * sums["letter_errors"] / max(sums["wanted_letters"], 1.0)
         return values
 
     def symptoms(self, course: Course) -> list[Symptom]:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from d2v2ds.distributed.checkpoint.format import iterate_student, named_tag
+from d2v2ds.run.evaluation import EvaluationOptions, evaluate
+from d2v2ds.run.export import export
 from preprocessing.pack_audio import main as pack
 from preprocessing.pack_images import main as pack_images
 from tests.data.fake_images import photo
@@ -150,6 +152,26 @@ def test_metrics_and_outputs_are_there(plain: Path) -> None:
     assert records[0]["ctc/infeasible"] == 0.0
     assert '"n"' in (plain / "outputs.json").read_text()
     assert '"sample_rate_hz": 16000' in (plain / "preprocessing.json").read_text()
+
+
+def test_a_run_with_units_goes_on_is_exported_and_evaluated(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    common = (fp32(1, tmp_path), "objective.units=10")
+    finetune(2, folders, tmp_path / "run", *common)
+    kept = (tmp_path / "run" / "units.model").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step{STEPS:08d}")
+    (tmp_path / "run" / "checkpoints" / "latest").unlink(missing_ok=True)
+    assert "resumed at step 3" in finetune(1, folders, tmp_path / "run", *common)
+    assert (tmp_path / "run" / "units.model").read_bytes() == kept
+    records = deterministic(tmp_path / "run")
+    assert records[0]["ctc/unknown"] == 0.0 and {"valid/ctc/wer", "valid/ctc/cer"} <= records[2].keys()
+    export(tmp_path / "run", tmp_path / "model", tag=f"step{STEPS:08d}")
+    assert (tmp_path / "model" / "units.model").read_bytes() == kept
+    results = [
+        evaluate(source, EvaluationOptions(shards=(folders[1],), to=tmp_path / name, tag=tag, draws=10))
+        for name, source, tag in (("a", tmp_path / "run", f"step{STEPS:08d}"), ("b", tmp_path / "model", None))
+    ]
+    assert results[0]["greedy"] == results[1]["greedy"]
+    assert results[0]["greedy"]["wer"]["value"] == pytest.approx(records[-1]["valid/ctc/wer"])
 
 
 @pytest.mark.parametrize("freeze", [r"trunk\.encoders\..*", r"trunk\.(encoders|blocks\.0)\..*"])
