@@ -49,6 +49,24 @@ class MaskConfig:
         return []
 
     @property
+    def is_for_grids(self) -> bool:
+        """True if masks can be drawn on a grid of tokens."""
+        return self.kind in ("block_2d", "random")
+
+    @property
+    def is_for_sequences(self) -> bool:
+        """True if masks can be drawn on a sequence of tokens."""
+        return self.kind != "block_2d"
+
+    def fault(self, num_tokens: int) -> str:
+        """Return why rows of T tokens cannot be masked; empty if they can."""
+        try:
+            masked_count(self, num_tokens)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    @property
     def complemented(self) -> bool:
         """True if the sampler chooses the visible tokens and masks the rest."""
         return self.inverse or self.kind == "random"
@@ -345,17 +363,29 @@ def _span_rows(
     """Mark spans on (B, size); row i only below `lengths[i]`. `numbers` is (B, size + 2)."""
     marked = np.zeros((len(lengths), size), dtype=bool)
     for row, length, own in zip(marked, lengths.tolist(), numbers, strict=True):
-        _mark_spans(row[:length], spans, own, least)
+        mark_spans(row[:length], spans, own, least)
     return marked
 
 
-def _mark_spans(row: NDArray[np.bool_], spans: Spans, numbers: NDArray[np.float64], least: int) -> None:
-    """Mark spans at different random starts, in place; the last token of a row that would be all masked stays."""
+def mark_spans(
+    row: NDArray[np.bool_], spans: Spans, numbers: NDArray[np.float64], least: int, *, starts_anywhere: bool = False
+) -> None:
+    """Mark spans at different random starts, in place; one token of a row that would be all masked stays.
+
+    Args:
+        row: (T,) bool.
+        spans: settings.
+        numbers: (T + 2,) or more float64 in [0, 1).
+        least: fewest spans.
+        starts_anywhere: let spans begin at any token and cut them at the end; False keeps them whole.
+    """
     length = len(row)
     count = min(max(least, int(spans.fraction * length / spans.length + numbers[0])), max(length - 1, 0))
     if not count:
         return
     places = length - spans.length if length - spans.length > count else count + 1
+    if starts_anywhere:
+        places = length
     starts = np.argpartition(numbers[1 : places + 1], count - 1)[:count]
     for start in starts.tolist():
         row[start : start + spans.length] = True

@@ -10,7 +10,7 @@ from tests.preprocessing.helpers import clean_environment
 from tests.sources import ROOT, imports_of, module_of, room_of, source_files
 
 _BELOW_RUN = {
-    "errors", "bounds", "shapes", "rng", "io", "batch", "masking", "labels",
+    "errors", "bounds", "shapes", "rng", "io", "batch", "masking", "whole_masks", "labels",
     "model", "data", "objectives", "tasks", "decoding",
     "modalities", "distributed", "train", "inference", "interop", "evals", "config", "api",
 }  # fmt: skip
@@ -24,17 +24,18 @@ ALLOWED = {
     "io": {"errors"},
     "batch": {"shapes", "rng", "errors"},
     "masking": {"shapes", "rng", "bounds", "errors"},
+    "whole_masks": {"masking", "rng", "bounds", "errors"},
     "labels": {"batch", "masking", "errors"},
     "model": {"shapes", "batch", "bounds", "errors"},
-    "data": {"labels", "shapes", "batch", "masking", "rng", "io", "bounds", "errors"},
-    "objectives": {"labels", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
-    "tasks": {"labels", "objectives.protocol", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
+    "data": {"whole_masks", "labels", "shapes", "batch", "masking", "rng", "io", "bounds", "errors"},
+    "objectives": {"whole_masks", "labels", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},
+    "tasks": {"labels", "objectives.protocol", "objectives.defaults", "model", "batch", "masking", "rng", "shapes", "bounds", "errors"},  # noqa: E501
     "decoding": {"tasks.vocabulary", "io", "bounds", "errors"},
-    "modalities": {"labels", "model", "data", "masking", "rng", "shapes", "io", "bounds", "errors"},
+    "modalities": {"whole_masks", "labels", "model", "data", "masking", "rng", "shapes", "io", "bounds", "errors"},
     "distributed": {"io", "errors"},
     "train": {"objectives.protocol", "data", "distributed", "batch", "io", "bounds", "errors"},
     "inference": {"model", "modalities", "interop", "data", "io", "shapes", "errors"},
-    "interop": {"tasks", "model", "modalities", "objectives", "data.codecs", "masking", "io", "shapes", "errors"},
+    "interop": {"whole_masks", "tasks", "model", "modalities", "objectives", "data.codecs", "masking", "io", "shapes", "errors"},  # noqa: E501
     "evals": {"tasks", "model", "data", "batch", "distributed.comm", "errors"},
     "config": {"model", "data", "masking", "objectives", "tasks", "modalities", "distributed", "train", "io", "shapes", "bounds", "errors"},  # noqa: E501
     "api": {"model", "modalities", "data", "inference", "interop", "shapes", "errors"},
@@ -61,6 +62,7 @@ NEVER = {
     "preprocessing": {"torch", "deepspeed"},
     "model": {"numpy", "pyarrow", "deepspeed"},
     "masking": {"torch"},
+    "whole_masks": {"torch"},
     "rng": {"torch"},
     "d2v2ds": {"preprocessing", "examples", "tests"},
 }

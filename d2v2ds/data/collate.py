@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from d2v2ds.batch import Batch, MaskSet, SpanMasks
 from d2v2ds.data.mixture import DATASET_BITS, split_row_numbers
 from d2v2ds.data.order import MicroBatch
 from d2v2ds.data.reader import Examples, Reader
 from d2v2ds.errors import ShardError
-from d2v2ds.masking import draw_masks, draw_span_masks, masked_count, visible_positions
+from d2v2ds.masking import MaskConfig, draw_masks, draw_span_masks, masked_count, visible_positions
+from d2v2ds.whole_masks import draw_whole_masks
 
 STAND_IN_TRIES = 1000
 """Most rows tried in place of a micro-batch without any readable row."""
@@ -48,6 +48,9 @@ class Collator:
             micro, faults = self._without_faulty(micro)
             examples, labels = self.reader.read(micro, self.seed), self.reader.read_labels(micro.rows)
         masks, num_masked = self._masks(micro)
+        span_masks = self._span_masks(micro, examples)
+        if span_masks is not None and span_masks.time is not None:
+            num_masked = int(span_masks.time.sum())
         return Batch(
             modality=self.reader.modality,
             source=examples.source,
@@ -55,16 +58,16 @@ class Collator:
             ids=torch.from_numpy(micro.rows),
             masks=masks,
             num_masked=num_masked,
-            span_masks=self._span_masks(micro, examples),
+            span_masks=span_masks,
             labels=labels,
             loss_weight=micro.weight,
             faults=faults,
         )
 
     def _masks(self, micro: MicroBatch) -> tuple[MaskSet | None, int]:
-        """Draw the objective's masks and count the masked tokens."""
+        """Draw masks that remove tokens, and count the masked ones."""
         mask = self.reader.mask
-        if mask is None:
+        if not isinstance(mask, MaskConfig):
             return None, 0
         num_tokens = self.reader.network.num_tokens(micro.size)
         num_masked = masked_count(mask, num_tokens)
@@ -73,19 +76,28 @@ class Collator:
         return masks, len(micro.rows) * mask.num_masks * num_masked
 
     def _span_masks(self, micro: MicroBatch, examples: Examples) -> SpanMasks | None:
-        """Draw the task's masks of whole inputs."""
-        labelled, padding = self.reader.labelled, examples.padding
-        if labelled is None or not self.reader.augments:
+        """Draw masks of whole inputs: those of the objective, or of a task in training."""
+        mask, labelled = self.reader.mask, self.reader.labelled
+        is_of_task = labelled is not None and self.reader.augments
+        if isinstance(mask, MaskConfig | None) and not is_of_task:
             return None
+        padding = examples.padding
         sizes = [micro.size] * len(micro.rows) if padding is None else (~padding).sum(1).tolist()
         tokens = np.array([self.reader.network.num_tokens(size) for size in sizes])
-        drawn = draw_span_masks(
-            labelled.spans, tokens, labelled.width, seed=self.seed, epoch=micro.epoch, sample_ids=micro.rows
-        )
-        time, channels = (None if mask is None else torch.from_numpy(mask) for mask in drawn)
+        seed, epoch, rows = self.seed, micro.epoch, micro.rows
+        channels = None
+        if isinstance(mask, MaskConfig | None):
+            assert labelled is not None
+            width = labelled.width
+            time, channels = draw_span_masks(labelled.spans, tokens, width, seed=seed, epoch=epoch, sample_ids=rows)
+        else:
+            time = draw_whole_masks(mask, tokens, seed=seed, epoch=epoch, sample_ids=rows)
         if time is not None:  # a batch may be padded beyond its longest row
-            time = F.pad(time, (0, self.reader.network.num_tokens(micro.size) - time.shape[1]))
-        return SpanMasks(time=time, channels=channels)
+            time = np.pad(time, ((0, 0), (0, self.reader.network.num_tokens(micro.size) - time.shape[1])))
+        return SpanMasks(
+            time=None if time is None else torch.from_numpy(time),
+            channels=None if channels is None else torch.from_numpy(channels),
+        )
 
     def _without_faulty(self, micro: MicroBatch) -> tuple[MicroBatch, tuple[str, ...]]:
         """Skip rows that cannot be read; return the others, and a message for each skipped row."""

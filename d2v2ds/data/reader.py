@@ -15,7 +15,11 @@ from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
 from d2v2ds.errors import ShardError
 from d2v2ds.labels import Labelled, join_labels
-from d2v2ds.masking import MaskConfig, masked_count
+from d2v2ds.masking import MaskConfig
+from d2v2ds.whole_masks import WholeMask
+
+AnyMask = MaskConfig | WholeMask
+"""Masks that an objective may ask for: several of each input with tokens removed, or one of the whole input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ class Reader(Generic[Part]):
     augments: bool = True
     """False: inputs are read as in evaluation, without random crops and flips; for the validation of a task."""
 
-    def __init__(self, shards: JoinedShards[Part], config: Any, network: Any, mask: MaskConfig | None) -> None:
+    def __init__(self, shards: JoinedShards[Part], config: Any, network: Any, mask: AnyMask | None) -> None:
         """
         Args:
             shards: packed folders.
@@ -241,7 +245,7 @@ def batch_faults(where: str, unit: str, global_batch: float, micro_batch: float,
     return faults
 
 
-def mask_faults(mask: MaskConfig | None, num_tokens: int, where: str) -> list[str]:
+def mask_faults(mask: AnyMask | None, num_tokens: int, where: str) -> list[str]:
     """Return a message if these masks cannot be drawn.
 
     Args:
@@ -249,10 +253,5 @@ def mask_faults(mask: MaskConfig | None, num_tokens: int, where: str) -> list[st
         num_tokens: T of the smallest input.
         where: name of that input, for the message.
     """
-    if mask is None:
-        return []
-    try:
-        masked_count(mask, num_tokens)
-    except ValueError as error:
-        return [f"{where}: {error}"]
-    return []
+    fault = "" if mask is None else mask.fault(num_tokens)
+    return [f"{where}: {fault}"] if fault else []

@@ -33,7 +33,7 @@ gradient of an earlier step. At stage 0 it also skips a gradient that is not fin
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,21 @@ class _Span:
     """(n,) fp32, the student's."""
     start: int
     """Position of the span in the teacher's flat buffers."""
+    is_copied: bool
+    """True if an update copies it."""
 
 
 class Teacher:
     """The EMA of a student engine, callable like the module it wraps."""
 
-    def __init__(self, module: nn.Module, student: DeepSpeedEngine, *, will_be_restored: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        student: DeepSpeedEngine,
+        *,
+        will_be_restored: bool = False,
+        is_copied: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         """Take over `module` and make it an exact copy of the student's fp32 master weights.
 
         Args:
@@ -73,6 +82,7 @@ class Teacher:
                 tied in it. Its values are never read.
             student: the engine to follow: fp32 at ZeRO stage 0, bf16 or fp32 at stages 1 to 3.
             will_be_restored: copy nothing, for a checkpoint is read before the first use.
+            is_copied: True for the name of a parameter that an update copies from the student instead of averaging it.
 
         Raises:
             ValueError: for an engine that cannot be followed, saying why; listing every parameter without a partner
@@ -88,6 +98,7 @@ class Teacher:
         student_shards = zero.parameter_shards(student)
         _check_pairs(module, student.module, student_shards)
         self._shards = {name: student_shards[name] for name, _ in module.named_parameters()}
+        self._copied = {name for name, shard in self._shards.items() if shard.trainable and is_copied(name)}
         self._lay_out()
         self._module, self._forward = self._place(module.requires_grad_(False).eval())
         self._adopt_working_copy()
@@ -112,14 +123,15 @@ class Teacher:
         return self._forward(*args, **kwargs)
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
+    def update(self, decay: float, *, again: bool = False) -> None:
         """Move towards the student: `ema = decay * ema + (1 - decay) * master`. Local, no collective call.
 
         Call it at most once after each applied optimizer step. Parameters with requires_grad=False are left alone;
-        buffers are copied from the student.
+        buffers, and parameters that `is_copied` names, are copied from the student.
 
         Args:
             decay: weight kept, 0 to 1. At exactly 1 the teacher is frozen and nothing is read or written.
+            again: allow another update for the same optimizer step.
 
         Raises:
             ValueError: if the decay is outside [0, 1].
@@ -127,7 +139,7 @@ class Teacher:
         """
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"EMA decay: expected a number from 0 to 1, found {decay}")
-        if self._seen_step == self._student.global_steps:
+        if self._seen_step == self._student.global_steps and not again:
             raise RuntimeError(
                 f"Teacher.update: called twice for optimizer step {self._seen_step}; call it once after each step, "
                 "at the accumulation boundary"
@@ -137,8 +149,11 @@ class Teacher:
         if decay == 1.0:
             return
         self._check_master_in_place()
-        for ema, master, working in self._chunks:
-            ema.lerp_(master, 1.0 - decay)
+        for ema, master, working, is_copied in self._chunks:
+            if is_copied:
+                ema.copy_(master)
+            else:
+                ema.lerp_(master, 1.0 - decay)
             if working is not None:
                 working.copy_(ema)
         self._copy_buffers()
@@ -262,13 +277,14 @@ class Teacher:
         spans: list[_Span] = []
         total, end = 0, -1
         for shard in trained:
-            padded = shard.padded
+            padded, is_copied = shard.padded, shard.name in self._copied
             starts[shard.name] = total
-            if spans and padded.data_ptr() == end:
+            if spans and padded.data_ptr() == end and spans[-1].is_copied == is_copied:
                 before = spans[-1].master
-                spans[-1] = _Span(before.as_strided((before.numel() + padded.numel(),), (1,)), spans[-1].start)
+                whole = before.as_strided((before.numel() + padded.numel(),), (1,))
+                spans[-1] = _Span(whole, spans[-1].start, is_copied)
             elif padded.numel():
-                spans.append(_Span(padded, total))
+                spans.append(_Span(padded, total, is_copied))
             total += padded.numel()
             end = padded.data_ptr() + padded.numel() * padded.element_size()
         for shard in frozen:
@@ -310,7 +326,7 @@ class Teacher:
         self._lengths = comm.gather_objects(self._working.numel()) if self._stage in (1, 2) else []
         size = CHUNK_ELEMENTS[self._ema.device.type]
         separate = self._working is not self._ema
-        self._chunks: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._chunks: list[tuple[Tensor, Tensor, Tensor | None, bool]] = []
         for span in self._spans:
             length = span.master.numel()
             masters = torch.split(span.master, size)
@@ -318,7 +334,8 @@ class Teacher:
             copies: Iterable[Tensor | None] = [None] * len(masters)
             if separate:
                 copies = torch.split(self._working.narrow(0, span.start, length), size)
-            self._chunks += list(zip(averages, masters, copies, strict=True))
+            same = [span.is_copied] * len(masters)
+            self._chunks += list(zip(averages, masters, copies, same, strict=True))
 
     # ---------------------------------------------------------------- working copy
 

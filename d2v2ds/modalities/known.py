@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.data.folders import JoinedShards, folders_of
-from d2v2ds.data.reader import Reader
+from d2v2ds.data.reader import AnyMask, Reader
 from d2v2ds.data.schema import read_index
 from d2v2ds.data.shards import Shards
 from d2v2ds.errors import ConfigError, ShardError
 from d2v2ds.labels import Labelled
-from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.modality import AUDIO
 from d2v2ds.modalities.image.modality import IMAGE
 from d2v2ds.modalities.modality import Modality
@@ -75,7 +74,7 @@ def open_shards(folder: Path | str) -> Shards:
 
 
 def open_reader(
-    name: str, data: Any, network: Any, mask: MaskConfig | None, labelled: Labelled | None = None, augments: bool = True
+    name: str, data: Any, network: Any, mask: AnyMask | None, labelled: Labelled | None = None, augments: bool = True
 ) -> Reader:
     """Open the folder or folders that a modality's data settings name.
 

@@ -23,22 +23,26 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + doubled[0::2][: num_heads - power]
 
 
-def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None) -> Tensor | None:
+def dense_bias(
+    positions: Tensor, penalty: Tensor | None, padding: Tensor | None, table: Tensor | None = None
+) -> Tensor | None:
     """Compute the bias of every pair of tokens.
 
     Args:
         positions: (R, N) int64.
         penalty: (H,) fp32 or None.
         padding: (R, N) bool or None.
+        table: (H, N, N) or None.
 
     Returns:
-        (R, H, N, N) fp32, or (R, 1, N, N) with padding alone, or None if there is neither.
+        (R, H, N, N) fp32, or (R, 1, N, N) with padding alone, or None if there is nothing.
     """
-    bias = None
+    bias = None if table is None else table.float()[None]  # (1, H, N, N)
     if penalty is not None:
         points = positions.float()
         distance = (points[:, None, :] - points[:, :, None]).abs_()  # (R, N, N)
-        bias = distance[:, None] * -penalty[None, :, None, None]  # (R, H, N, N)
+        falling = distance[:, None] * -penalty[None, :, None, None]  # (R, H, N, N)
+        bias = falling if bias is None else bias + falling
     if padding is not None:
         if bias is None:
             bias = positions.new_zeros(positions.shape[0], 1, 1, positions.shape[1], dtype=torch.float32)
@@ -49,7 +53,7 @@ def dense_bias(positions: Tensor, penalty: Tensor | None, padding: Tensor | None
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceBias:
-    """Terms added to the attention logits: a distance penalty, padded keys, or both.
+    """Terms added to the attention logits: a distance penalty, padded keys, a learned table, or several of them.
 
     `dense` serves the explicit and SDPA paths and is shared by every block; the rowwise path and FlexAttention
     compute the same values on the fly from `positions` and `penalty` and need no `dense`.
@@ -61,12 +65,16 @@ class DistanceBias:
     """(H,) fp32, penalty per token of distance, >= 0; None without ALiBi."""
     padding: Tensor | None
     """(R, N) bool, True = this key is padding; None if nothing is padded."""
+    table: Tensor | None = None
+    """(H, N, N), learned bias of each pair of tokens, alike for all rows."""
     dense: Tensor | None
     """(R or 1, H or 1, N, N) fp32, already negative, -inf at padded keys."""
 
     def to_dense(self) -> Tensor | None:
         """Return `dense`; compute it if it is None."""
-        return self.dense if self.dense is not None else dense_bias(self.positions, self.penalty, self.padding)
+        if self.dense is not None:
+            return self.dense
+        return dense_bias(self.positions, self.penalty, self.padding, self.table)
 
 
 class Alibi(nn.Module):

@@ -23,11 +23,17 @@ DENSE_PATHS = ("explicit", "sdpa")
 """Paths that read `DistanceBias.dense`."""
 
 
-def resolve_path(path: AttentionPath, device: torch.device) -> AttentionPath:
-    """Replace `auto` by the implementation it stands for on this device."""
-    if path != "auto":
-        return path
-    return "rowwise" if device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
+def resolve_path(path: AttentionPath, device: torch.device, *, has_table: bool = False) -> AttentionPath:
+    """Replace `auto` by the implementation it stands for on this device.
+
+    Args:
+        path: from the settings.
+        device: of the input.
+        has_table: the bias has a learned number for each pair of tokens, which `rowwise` does not read.
+    """
+    if path == "auto":
+        path = "rowwise" if device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
+    return "explicit" if path == "rowwise" and has_table else path
 
 
 def attend(
@@ -50,7 +56,8 @@ def attend(
     Returns:
         (R, H, N, Dh).
     """
-    return PATHS[resolve_path(path, q.device)](q, k, v, bias, dropout_rate)
+    has_table = bias is not None and bias.table is not None
+    return PATHS[resolve_path(path, q.device, has_table=has_table)](q, k, v, bias, dropout_rate)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:
@@ -86,13 +93,15 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_ra
     run: Any = _compiled_flex() if q.device.type == "cuda" else flex_attention
     if bias is None:
         return run(q, k, v)
-    positions, penalty, padding = bias.positions.float(), bias.penalty, bias.padding
+    positions, penalty, padding, table = bias.positions.float(), bias.penalty, bias.padding, bias.table
     shared = positions.shape[0] == 1  # one row of positions serves every sample
 
     def score(logit: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if penalty is not None:
             place = row * 0 if shared else row
             logit = logit - penalty[head] * (positions[place, query] - positions[place, key]).abs()
+        if table is not None:
+            logit = logit + table[head, query, key]
         if padding is not None:
             logit = torch.where(padding[row, key], float("-inf"), logit)
         return logit
@@ -108,23 +117,69 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, DistanceBias | None, float], 
 }
 
 
+class QueryValueBias(nn.Module):
+    """Biases of queries and values."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(width))
+        self.values = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every bias to zero."""
+        nn.init.zeros_(self.queries)
+        nn.init.zeros_(self.values)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(R, N, 3D) -> (R, N, 3D)."""
+        return qkv + torch.cat((self.queries, torch.zeros_like(self.queries), self.values))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, width: int, num_heads: int, *, attention_dropout: float, path: AttentionPath) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        attention_dropout: float,
+        path: AttentionPath,
+        has_key_bias: bool = True,
+        has_gate: bool = False,
+    ) -> None:
+        """
+        Args:
+            width: D.
+            num_heads: H.
+            attention_dropout: dropped fraction of the probabilities in training.
+            path: implementation.
+            has_key_bias: False leaves out the bias of the keys.
+            has_gate: multiply the channels of all heads by a sigmoid of a projection of the input.
+        """
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
         self.path = path
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=has_key_bias)
+        if not has_key_bias:
+            self.bias = QueryValueBias(width)
+        if has_gate:
+            self.gate = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: DistanceBias | None) -> Tensor:
         """(R, N, D) -> (R, N, D)."""
         rows, length, width = x.shape
-        qkv = self.qkv(x).view(rows, length, 3, self.num_heads, width // self.num_heads)
+        projected = self.qkv(x)
+        if hasattr(self, "bias"):
+            projected = self.bias(projected)
+        qkv = projected.view(rows, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (R, H, N, Dh)
         rate = self.attention_dropout if self.training else 0.0
-        x = attend(q, k, v, bias, dropout_rate=rate, path=self.path)
-        x = x.transpose(1, 2).reshape(rows, length, width)  # (R, N, D)
-        return self.proj(x)
+        mixed = attend(q, k, v, bias, dropout_rate=rate, path=self.path)
+        mixed = mixed.transpose(1, 2).reshape(rows, length, width)  # (R, N, D)
+        if hasattr(self, "gate"):
+            mixed = mixed * self.gate(x).sigmoid()
+        return self.proj(mixed)

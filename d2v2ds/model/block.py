@@ -1,19 +1,26 @@
 """Transformer block of prenets, shared trunk and teacher.
 
-It is post-norm, as in every published configuration. The official code (examples/data2vec/models/modalities/modules.py)
-also has a pre-norm branch that drops the residual stream; no published configuration uses it.
+data2vec 2.0 is post-norm in every published configuration. Its official code
+(examples/data2vec/models/modalities/modules.py) also has a pre-norm branch that drops the residual stream; no published
+configuration uses it. The pre-norm block here keeps the stream, as data2vec 1.0 for images and MAE do.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v2ds.bounds import Rate, Share, Width, WidthRatio
+from d2v2ds.bounds import Positive, Rate, Share, Width, WidthRatio
 from d2v2ds.model.alibi import DistanceBias
 from d2v2ds.model.attention import Attention, AttentionPath
 from d2v2ds.model.cpu.dropout import add_dropped, dropout
+
+TargetLayer = Literal["attention", "feed_forward", "feed_forward_residual", "block"]
+"""Tensor of a block from which targets are made (arXiv 2202.03555, section 5.3, "target layers"): the output of the
+attention, of the feed-forward layers, of these with their residual, or of the whole block. Pre-norm blocks have no norm
+behind the last residual, so that the last two are one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,16 @@ class BlockConfig:
     """Dropped fraction of the feed-forward output in the residual branch (official name: `post_mlp_drop`)."""
     attention_path: AttentionPath = "auto"
     """Implementation of attention."""
+    pre_norm: bool = False
+    """Normalise the input of attention and feed-forward, and not their sum with the residual; a norm then follows the
+    last block of the trunk. data2vec 1.0 for images (arXiv 2202.03555) and MAE (arXiv 2111.06377)."""
+    layer_scale: Positive | None = None
+    """First value of a learned factor on each channel of both branches (arXiv 2103.17239); None for no factors."""
+    key_bias: bool = True
+    """Add a bias to the keys. It shifts all logits of a query alike: without it the output is the same, with fewer
+    parameters, as in BEiT (arXiv 2106.08254)."""
+    attention_gate: bool = False
+    """Multiply the attention's channels by a sigmoid of a projection of its input (arXiv 2602.16305)."""
 
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
@@ -86,8 +103,26 @@ class DropPath(nn.Module):
         return kept.to(branch.dtype) / (1.0 - self.rate)
 
 
+class LayerScale(nn.Module):
+    """Learned factor on each channel."""
+
+    def __init__(self, width: int, first: float) -> None:
+        super().__init__()
+        self.first = first
+        self.factors = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every factor to its first value."""
+        nn.init.constant_(self.factors, self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, N, D) -> (R, N, D)."""
+        return x * self.factors
+
+
 class Block(nn.Module):
-    """Attention and feed-forward, each added to its input and then normalised."""
+    """Attention and feed-forward, each added to its input; norms behind the sums, or in front of the two."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -96,26 +131,42 @@ class Block(nn.Module):
             config.num_heads,
             attention_dropout=config.attention_dropout,
             path=config.attention_path,
+            has_key_bias=config.key_bias,
+            has_gate=config.attention_gate,
         )
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attention_output_dropout = config.attention_output_dropout
         self.mlp_dropout = config.mlp_dropout
+        self.pre_norm = config.pre_norm
+        if config.layer_scale is not None:
+            self.attention_scale = LayerScale(config.width, config.layer_scale)
+            self.mlp_scale = LayerScale(config.width, config.layer_scale)
         self.attention_drop_path, self.mlp_drop_path = DropPath(), DropPath()
 
-    def forward(self, x: Tensor, bias: DistanceBias | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, bias: DistanceBias | None, target: TargetLayer = "feed_forward"
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             x: (R, N, D).
             bias: added to the attention logits.
+            target: tensor that is returned beside the output.
 
         Returns:
-            The block's output (R, N, D), and `ffn_target` (R, N, D): the feed-forward output before residual, dropout
-            and norm, from which the teacher's targets are made.
+            The block's output (R, N, D), and the tensor (R, N, D) from which a teacher's targets are made: a branch is
+            taken before dropout, residual and norm, and behind its layer scale.
         """
-        attended = self.attention_drop_path(self.attn(x, bias))
-        x = self.norm1(add_dropped(x, attended, self.attention_output_dropout, self.training))
-        ffn_target = self.mlp(x)
-        out = add_dropped(x, self.mlp_drop_path(ffn_target), self.mlp_dropout, self.training)
-        return self.norm2(out), ffn_target
+        attended = self._scaled("attention_scale", self.attn(self.norm1(x) if self.pre_norm else x, bias))
+        x = add_dropped(x, self.attention_drop_path(attended), self.attention_output_dropout, self.training)
+        x = x if self.pre_norm else self.norm1(x)
+        fed = self._scaled("mlp_scale", self.mlp(self.norm2(x) if self.pre_norm else x))
+        total = add_dropped(x, self.mlp_drop_path(fed), self.mlp_dropout, self.training)
+        out = total if self.pre_norm else self.norm2(total)
+        if target == "feed_forward":
+            return out, fed
+        return out, {"attention": attended, "feed_forward_residual": total, "block": out}[target]
+
+    def _scaled(self, name: str, branch: Tensor) -> Tensor:
+        return getattr(self, name)(branch) if hasattr(self, name) else branch

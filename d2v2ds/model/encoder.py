@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch
 from d2v2ds.model.alibi import Alibi, DistanceBias, dense_bias
 from d2v2ds.model.attention import DENSE_PATHS, AttentionPath, resolve_path
-from d2v2ds.model.block import Block, BlockConfig
+from d2v2ds.model.block import Block, BlockConfig, TargetLayer
 from d2v2ds.model.cpu.dropout import dropout
+from d2v2ds.model.positions import RelativePositions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class PrenetConfig:
     dropout: float
     """Dropped fraction after the input norm."""
     has_norm: bool = True
-    """Normalise the input; False for text without own blocks."""
+    """Normalise the input; False for text without own blocks. Pre-norm blocks have no norm in front of them."""
 
 
 class ExtraTokens(nn.Module):
@@ -48,7 +49,8 @@ class Prenet(nn.Module):
 
     def __init__(self, prenet: PrenetConfig, block: BlockConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(block.width, eps=block.norm_eps) if prenet.has_norm else nn.Identity()
+        has_norm = prenet.has_norm and not block.pre_norm
+        self.norm = nn.LayerNorm(block.width, eps=block.norm_eps) if has_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(block) for _ in range(prenet.depth))
         self.dropout = prenet.dropout
         self.width = block.width
@@ -65,6 +67,7 @@ def run_blocks(
     *,
     checkpoint: bool = False,
     kept: list[bool] | None = None,
+    target: TargetLayer = "feed_forward",
 ) -> tuple[Tensor, list[Tensor]]:
     """Run transformer blocks in order.
 
@@ -74,19 +77,20 @@ def run_blocks(
         biases: one for each block.
         checkpoint: recompute the activations of each block in the backward pass.
         kept: layer drop; False skips the block. Ranks that differ in it block each other under ZeRO-3.
+        target: tensor of a block that is returned.
 
     Returns:
-        The last output (R, N, D) and the `ffn_target` (R, N, D) of every block that ran.
+        The last output (R, N, D) and the target (R, N, D) of every block that ran.
     """
     targets = []
     for i, block in enumerate(blocks):
         if kept is not None and not kept[i]:
             continue
         if checkpoint and torch.is_grad_enabled():
-            x, target = torch.utils.checkpoint.checkpoint(block, x, biases[i], use_reentrant=False)
+            x, wanted = torch.utils.checkpoint.checkpoint(block, x, biases[i], target, use_reentrant=False)
         else:
-            x, target = block(x, biases[i])
-        targets.append(target)
+            x, wanted = block(x, biases[i], target)
+        targets.append(wanted)
     return x, targets
 
 
@@ -104,6 +108,7 @@ class ModalityEncoder(nn.Module):
         fixed_positions: nn.Module | None = None,
         positions: nn.Module | None = None,
         alibi: Alibi | None = None,
+        relative: RelativePositions | None = None,
         num_extra_tokens: int = 0,
         prenet: Prenet,
         attention_path: AttentionPath,
@@ -115,6 +120,7 @@ class ModalityEncoder(nn.Module):
             fixed_positions: (B, T, D) -> (B, T, D), adds positions before masking; or None.
             positions: (R, T, D) with masked tokens zeroed -> (R, T, D) to be added to the visible ones; or None.
             alibi: distance penalty, or None.
+            relative: learned bias of each pair of tokens, or None; then all tokens are read.
             num_extra_tokens: E, learned tokens in front.
             prenet: input norm and own blocks.
             attention_path: implementation of the blocks' attention; some need a dense bias.
@@ -129,6 +135,8 @@ class ModalityEncoder(nn.Module):
             self.positions = positions
         if alibi is not None:
             self.alibi = alibi
+        if relative is not None:
+            self.relative = relative
         self.num_extra_tokens = num_extra_tokens
         if num_extra_tokens:
             self.extra = ExtraTokens(num_extra_tokens, prenet.width)
@@ -153,6 +161,8 @@ class ModalityEncoder(nn.Module):
         Returns:
             (R, E + K, D) and one bias for each block.
         """
+        if hasattr(self, "relative"):
+            raise ValueError(f"{batch.modality}: relative positions need all tokens, found masks that remove some")
         masks = batch.required_masks()
         keep, masked = masks.rows()  # (R, K), (R, T)
         samples, num_masks, num_visible = masks.keep.shape
@@ -204,6 +214,11 @@ class ModalityEncoder(nn.Module):
         real = self.num_tokens(padding.logical_not().sum(1))  # (B,)
         return torch.arange(length, device=real.device) >= real[:, None]
 
+    def clear_padding(self, local: Tensor, padding: Tensor | None) -> Tensor:
+        """Write zeros into padded tokens: (B, T, D) and (B, S) bool -> (B, T, D)."""
+        token_padding = self.token_padding(padding, local.shape[1])
+        return local if token_padding is None else local.masked_fill(token_padding[..., None], 0)
+
     def biases(self, positions: Tensor, padding: Tensor | None, num_blocks: int) -> list[DistanceBias | None]:
         """Return one bias for each block, prenet blocks first; the same object if all share one scale.
 
@@ -222,20 +237,29 @@ class ModalityEncoder(nn.Module):
         if self.num_extra_tokens and padding is not None:
             in_front = (self.num_extra_tokens, 0)
             positions, padding = F.pad(positions, in_front), F.pad(padding, in_front)
-        if not hasattr(self, "alibi"):
-            if padding is None:
-                return [None] * num_blocks
-            penalties: list[Tensor | None] = [None]
-        else:
+        penalties: list[Tensor | None] = [None]
+        tables: list[Tensor | None] = [None]
+        if hasattr(self, "alibi"):
             penalties = list(self.alibi().unbind(0))  # L or 1 times (H,)
-        is_dense = resolve_path(self.attention_path, positions.device) in DENSE_PATHS
+        if hasattr(self, "relative"):
+            tables = list(self.relative().unbind(0))  # L or 1 times (H, E + T, E + T)
+        elif not hasattr(self, "alibi") and padding is None:
+            return [None] * num_blocks
+        path = resolve_path(self.attention_path, positions.device, has_table=hasattr(self, "relative"))
+        count = max(len(penalties), len(tables))
         biases: list[DistanceBias | None] = [
             DistanceBias(
                 positions=positions,
                 penalty=penalty,
                 padding=padding,
-                dense=dense_bias(positions, penalty, padding) if is_dense else None,
+                table=table,
+                dense=dense_bias(positions, penalty, padding, table) if path in DENSE_PATHS else None,
             )
-            for penalty in penalties
+            for penalty, table in zip(_stretched(penalties, count), _stretched(tables, count), strict=True)
         ]
-        return biases if len(biases) > 1 else biases * num_blocks
+        return biases if count > 1 else biases * num_blocks
+
+
+def _stretched(values: list[Tensor | None], count: int) -> list[Tensor | None]:
+    """Repeat the only value `count` times."""
+    return values if len(values) == count else values * count

@@ -11,6 +11,8 @@
 | then, speech: projection of the front end; speech and images: of the decoder | torch's default | torch's default |
 | ALiBi scale | 1 | |
 | extra tokens | N(0, 1) | |
+| layer scale | its setting | |
+| relative positions | 0 | |
 """
 
 import zlib
@@ -48,7 +50,8 @@ def initialise(parts: Mapping[str, nn.Module], seed: int) -> None:
 
 def trunk_parts(trunk: Trunk) -> dict[str, nn.Module]:
     """Return the modules of a trunk for `initialise`: the shared blocks and the encoder of each modality."""
-    return {"blocks": trunk.blocks} | {f"encoders.{name}": module for name, module in trunk.encoders.items()}
+    parts: dict[str, nn.Module] = {f"encoders.{name}": module for name, module in trunk.encoders.items()}
+    return {"blocks": trunk.blocks} | parts | ({"norm": trunk.norm} if hasattr(trunk, "norm") else {})
 
 
 def redraw_projection(decoder: nn.Module) -> None:
@@ -79,7 +82,8 @@ def _draw(module: nn.Module) -> None:
     """Apply the rule of a module's class."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=_LINEAR_STD)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=_LINEAR_STD)
         with torch.no_grad():

@@ -186,3 +186,49 @@ def sin_cos_grid(width: int, side: int) -> Tensor:
     columns = line[None, :, :].expand(side, -1, -1)
     rows = line[:, None, :].expand(-1, side, -1)
     return torch.cat((columns, rows), dim=2).reshape(side * side, width).float()
+
+
+class RelativePositions(nn.Module):
+    """Learned attention bias for each offset of two patches and each head (BEiT, arXiv 2106.08254).
+
+    Source: the relative position bias of the official data2vec 1.0 for images. One CLS token stands in front.
+    """
+
+    def __init__(self, rows: int, columns: int, num_heads: int, num_layers: int | None = None) -> None:
+        """
+        Args:
+            rows, columns: of the grid of patches.
+            num_heads: H.
+            num_layers: number of blocks if each has its own table, else None.
+        """
+        super().__init__()
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        self.table = nn.Parameter(torch.empty(num_layers or 1, offsets + 3, num_heads))
+        """(L or 1, offsets + 3, H); the last three rows: CLS as query, CLS as key, CLS with itself."""
+        self.rows, self.columns = rows, columns
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every bias to zero."""
+        nn.init.zeros_(self.table)
+
+    def forward(self) -> Tensor:
+        """Return (L or 1, H, 1 + T, 1 + T)."""
+        index = relative_index(self.rows, self.columns).to(self.table.device)
+        return self.table[:, index].permute(0, 3, 1, 2)
+
+
+def relative_index(rows: int, columns: int) -> Tensor:
+    """Return (1 + T, 1 + T) int64: the row of the table for each query and key, CLS first.
+
+    A query at (r, c) and a key at (r', c') have row (r - r' + rows - 1) (2 columns - 1) + (c - c' + columns - 1).
+    """
+    r = torch.arange(rows).repeat_interleave(columns)  # (T,)
+    c = torch.arange(columns).repeat(rows)
+    patches = (r[:, None] - r + rows - 1) * (2 * columns - 1) + (c[:, None] - c + columns - 1)  # (T, T)
+    offsets = (2 * rows - 1) * (2 * columns - 1)
+    index = torch.full((len(r) + 1, len(r) + 1), offsets + 1)  # CLS as key
+    index[0] = offsets  # CLS as query
+    index[0, 0] = offsets + 2
+    index[1:, 1:] = patches
+    return index

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
 from d2v2ds.bounds import Depth, Rate
-from d2v2ds.model.block import Block, BlockConfig
+from d2v2ds.model.block import Block, BlockConfig, TargetLayer
 from d2v2ds.model.encoder import ModalityEncoder, run_blocks
 from d2v2ds.model.network import NetworkSettings
 
@@ -70,6 +70,8 @@ class Trunk(nn.Module):
             encoders[name] = network.build_encoder(config.block, config.shared_depth, with_local=has_local)
         self.encoders = nn.ModuleDict(encoders)
         self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.shared_depth))
+        if config.block.pre_norm:
+            self.norm = nn.LayerNorm(config.block.width, eps=config.block.norm_eps)
 
     def encoder(self, modality: str) -> ModalityEncoder:
         """Encoder of a modality."""
@@ -97,7 +99,7 @@ class Trunk(nn.Module):
         x, _ = run_blocks(
             self.blocks, x, biases[prenet_depth:], checkpoint=self.activation_checkpointing, kept=kept_blocks
         )
-        return x
+        return self._normed(x)
 
     def encode_all(
         self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None, *, hide_padding: bool = True
@@ -118,25 +120,37 @@ class Trunk(nn.Module):
         x, biases = encoder.all_tokens(local, batch.padding, len(blocks), zero_padding=hide_padding)
         if torch.is_grad_enabled() and self.training and not x.requires_grad:
             x.requires_grad_()  # ZeRO-3 needs an input with gradient of each block that trains
-        return run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0]
+        return self._normed(
+            run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0]
+        )
 
-    def feed_forward_outputs(self, batch: Batch, local: Tensor) -> list[Tensor]:
+    def _normed(self, x: Tensor) -> Tensor:
+        """Apply the norm behind the last block of a pre-norm trunk."""
+        return self.norm(x) if hasattr(self, "norm") else x
+
+    def target_layers(
+        self, batch: Batch, local: Tensor, target: TargetLayer = "feed_forward", *, clear_padding: bool = False
+    ) -> list[Tensor]:
         """Run all tokens unmasked, as a teacher does.
 
         Args:
             batch: modality, source and padding; its masks are not read.
             local: (B, T, D) local features; unused if this trunk has its own local encoder.
+            target: tensor of a block that is returned.
+            clear_padding: write zeros into padded tokens before their positions.
 
         Returns:
-            Feed-forward output of every shared block before residual and norm, each (B, T, D), in order.
+            That tensor of every shared block, each (B, T, D), in order, without the norm behind the last block.
         """
         encoder = self.encoder(batch.modality)
         if hasattr(encoder, "local"):
             local = encoder.embed(batch)
+        if clear_padding:
+            local = encoder.clear_padding(local, batch.padding)
         prenet_depth = len(encoder.prenet.blocks)
         x, biases = encoder.all_tokens(local, batch.padding, prenet_depth + len(self.blocks))  # (B, E + T, D)
         x, _ = run_blocks(encoder.prenet.blocks, x, biases[:prenet_depth])
-        _, outputs = run_blocks(self.blocks, x, biases[prenet_depth:])  # L x (B, E + T, D)
+        _, outputs = run_blocks(self.blocks, x, biases[prenet_depth:], target=target)  # L x (B, E + T, D)
         return [output[:, encoder.num_extra_tokens :] for output in outputs]
 
     def depth(self, modality: str) -> int:
@@ -165,6 +179,7 @@ class Trunk(nn.Module):
 
         Returns:
             Input of the first block and output of every block that ran, prenet first, each (B, T, D), or (B, E + T, D).
+            The output of the last block of a pre-norm trunk has the norm behind it.
         """
         encoder = self.encoder(modality)
         blocks = [*encoder.prenet.blocks, *self.blocks][:depth]
@@ -173,4 +188,6 @@ class Trunk(nn.Module):
         for block, bias in zip(blocks, biases[: len(blocks)], strict=True):
             x, _ = block(x, bias) if run is None else run(block, x, bias)
             outputs.append(x)
+        if len(outputs) == self.depth(modality) + 1:
+            outputs[-1] = self._normed(x)
         return outputs if with_extra_tokens else [x[:, encoder.num_extra_tokens :] for x in outputs]

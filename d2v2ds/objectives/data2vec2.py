@@ -18,16 +18,15 @@ from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.init import initialise, redraw_projection, trunk_parts
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits, prediction_metrics
+from d2v2ds.objectives.defaults import ObjectiveDefaults
 from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.objectives.flops import step_flops
 from d2v2ds.objectives.loss import LossConfig, channel_moments, cls_loss, regression_loss
 from d2v2ds.objectives.protocol import (
     AveragedNetwork,
-    Course,
     HealthBounds,
     HealthLimit,
     Losses,
-    Symptom,
     Totals,
     Vectors,
 )
@@ -187,13 +186,11 @@ def select_masked(x: Tensor, masked: Tensor, num_masked: int) -> Tensor:
     return x.flatten(0, 1).index_select(0, index)
 
 
-class Data2Vec2:
+class Data2Vec2(ObjectiveDefaults):
     """`Objective` of data2vec 2.0: masks, networks, losses, metrics and health statistics."""
 
     units: Mapping[str, str] = UNITS
     run_units: Mapping[str, str] = RUN_UNITS
-    headline: tuple[str, ...] = ()
-    kept_numbers = 0
 
     def __init__(self, config: Data2Vec2Config, trunk: TrunkConfig, seed: int) -> None:
         """
@@ -281,17 +278,6 @@ class Data2Vec2:
         masked = masked_count(mask, num_tokens)
         return f"{mask.num_masks} masks of {masked} masked and {num_tokens - masked} visible tokens"
 
-    def labelled(self, modality: str) -> None:
-        """Return None: there are no labels."""
-
-    def lr_scale(self, name: str) -> float:
-        """Return 1: all parameters have one learning rate."""
-        return 1.0
-
-    def held_steps(self, name: str) -> int:
-        """Return 0: everything learns from the first step."""
-        return 0
-
     def count(self, batch: Batch) -> int:
         """Number of masked tokens."""
         return batch.num_masked
@@ -313,13 +299,6 @@ class Data2Vec2:
         loss = self.config.modalities[modality].loss
         factor = None if loss.beta else loss.factor(self.trunk.block.width)
         return prediction_metrics(totals, factor)
-
-    def check_validation(self) -> None:
-        """Do nothing: no package is needed."""
-
-    def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the validation loss, by which the best checkpoint is chosen."""
-        return values.get("valid/loss/total")
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
         """Yield local features, contextualised tokens, targets and predictions."""
@@ -343,7 +322,3 @@ class Data2Vec2:
     def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
         """Return the bounds that a collapsed run crosses."""
         return health_limits(bounds)
-
-    def symptoms(self, course: Course) -> list[Symptom]:
-        """Return nothing: the health limits say it."""
-        return []

@@ -1,4 +1,4 @@
-"""Floating-point operations of one micro-batch of data2vec 2.0. Pure functions."""
+"""Floating-point operations of one micro-batch of data2vec. Pure functions."""
 
 from dataclasses import dataclass
 
@@ -61,3 +61,25 @@ def step_flops(
     if not share_local_encoder:
         teacher += local
     return StepFlops(student, teacher)
+
+
+def whole_step_flops(
+    trunk: TrunkConfig, modality: str, *, share_local_encoder: bool, head: float, num_samples: int, size: int
+) -> StepFlops:
+    """Count the operations of one micro-batch of data2vec 1.0: student and teacher read all tokens.
+
+    Args:
+        trunk: settings of the trunk.
+        modality: its name.
+        share_local_encoder: whether the teacher reads the student's local features.
+        head: operations of the head, forward.
+        num_samples: B.
+        size: of each sample, as the modality counts it.
+    """
+    network: NetworkSettings = trunk.modalities[modality]
+    width, tokens = trunk.block.width, network.num_tokens(size)
+    local = network.local_flops(width, num_samples, size)
+    blocks = network.position_flops(width, num_samples, tokens) + block_flops(
+        trunk.block, trunk.depth(modality), num_samples, network.num_extra_tokens + tokens
+    )
+    return StepFlops(local + blocks + head, blocks + (0.0 if share_local_encoder else local))

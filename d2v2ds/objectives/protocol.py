@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch
 from d2v2ds.labels import Labelled
 from d2v2ds.masking import MaskConfig
+from d2v2ds.whole_masks import WholeMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +119,8 @@ class AveragedNetwork(Protocol):
     def __call__(self, *args: Any) -> Any:
         """Run the network in eval mode and without gradient. Collective."""
 
-    def update(self, decay: float) -> None:
-        """Set average = decay * average + (1 - decay) * trained."""
+    def update(self, decay: float, *, again: bool = False) -> None:
+        """Set average = decay * average + (1 - decay) * trained; `again` allows another update for the same step."""
 
     def student_distance(self) -> float:
         """Return |trained - average| / |trained| over all ranks. Collective."""
@@ -140,8 +141,9 @@ class Objective(Protocol):
     def kept_numbers(self) -> int:
         """Numbers of a row that validation keeps in `Losses.kept`, labels not counted; 0 if it keeps nothing."""
 
-    def mask(self, modality: str) -> MaskConfig | None:
-        """Masks of this modality's micro-batches; None for none."""
+    def mask(self, modality: str) -> MaskConfig | WholeMask | None:
+        """Masks of this modality's micro-batches: several that remove tokens, or one of the whole input; None for
+        none."""
 
     def labelled(self, modality: str) -> Labelled | None:
         """Return the demands of a fine-tuning task on the inputs of this modality; None in pretraining."""
@@ -154,6 +156,9 @@ class Objective(Protocol):
 
     def build_teacher_network(self) -> nn.Module | None:
         """Build the teacher's network, with the parameter names of the trained one; None if there is no teacher."""
+
+    def is_copied(self, name: str) -> bool:
+        """Return True for a parameter that the teacher copies at each update, in place of averaging it."""
 
     def follow(self, teacher: AveragedNetwork | None) -> None:
         """Set the sharded average of `build_teacher_network`."""

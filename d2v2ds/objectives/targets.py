@@ -1,4 +1,4 @@
-"""Targets: the average of the teacher's top feed-forward outputs (arXiv 2212.07525, section 3). Pure functions."""
+"""Targets: the average of the teacher's top layers (arXiv 2212.07525, section 3). Pure functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v2ds.bounds import Count
+from d2v2ds.model.block import TargetLayer
 
 NormKind = Literal["instance", "layer", "batch"]
 """instance: each channel of a sample over its tokens; layer: each token over its channels;
@@ -23,6 +24,8 @@ class TargetConfig:
 
     num_layers: Count
     """Top shared blocks averaged; prenet blocks are never targets."""
+    layer: TargetLayer = "feed_forward"
+    """Tensor of a block; all published data2vec 2.0 models have `feed_forward`."""
     layer_norms: tuple[NormKind, ...]
     """Normalisation of each layer before the average."""
     final_norms: tuple[NormKind, ...] = ()
@@ -65,7 +68,7 @@ def make_targets(layers: Sequence[Tensor], config: TargetConfig) -> Tensor:
     """Average the last layers in fp32.
 
     Args:
-        layers: `ffn_target` (B, T, D) of every shared block, in order.
+        layers: (B, T, D) of every shared block, in order; see `Trunk.target_layers`.
         config: number of layers and norms.
 
     Returns:

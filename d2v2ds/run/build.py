@@ -57,7 +57,7 @@ def build_engines(
         teacher_network = objective.build_teacher_network()
     teacher = None
     if teacher_network is not None:
-        teacher = Teacher(teacher_network, engine, will_be_restored=will_resume)
+        teacher = Teacher(teacher_network, engine, will_be_restored=will_resume, is_copied=objective.is_copied)
     objective.follow(teacher)
     if warm_start is not None:
         warm_start.load(engine, teacher)

@@ -2,30 +2,26 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from d2v2ds.batch import Batch
 from d2v2ds.labels import LabelEncoder, Labelled
-from d2v2ds.masking import MaskConfig
 from d2v2ds.model.flops import block_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.network import NetworkSettings
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.objectives.protocol import AveragedNetwork, Course, HealthBounds, HealthLimit, Losses, Symptom, Vectors
+from d2v2ds.objectives.defaults import ObjectiveDefaults
+from d2v2ds.objectives.protocol import Losses
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork, draw_kept_blocks
 
 Config = TypeVar("Config", bound=TaskConfig)
 
 
-class Task(Generic[Config]):
+class Task(ObjectiveDefaults, Generic[Config]):
     """A trunk and a head without teacher; each task derives its own."""
-
-    units: Mapping[str, str]
-    run_units: Mapping[str, str] = {}
-    headline: tuple[str, ...] = ()
 
     def __init__(self, config: Config, trunk: TrunkConfig, seed: int) -> None:
         """
@@ -36,18 +32,9 @@ class Task(Generic[Config]):
         """
         self.config, self.trunk, self._seed = config, trunk, seed
 
-    @property
-    def kept_numbers(self) -> int:
-        """0: sums give all scores of a validation."""
-        return 0
-
     def new_network(self, activation_checkpointing: bool) -> TaskNetwork:
         """Build trunk and head."""
         raise NotImplementedError
-
-    def mask(self, modality: str) -> MaskConfig | None:
-        """Return None: nothing is removed from the inputs."""
-        return None
 
     def encoder(self) -> LabelEncoder:
         """Build what encodes the labels."""
@@ -71,12 +58,6 @@ class Task(Generic[Config]):
         initialise(trunk_parts(network.trunk), seed)
         initialise({"head": network.head}, seed)
         network.head.draw()  # type: ignore[operator]
-
-    def build_teacher_network(self) -> None:
-        """Return None: there is no teacher."""
-
-    def follow(self, teacher: AveragedNetwork | None) -> None:
-        """Do nothing."""
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run one micro-batch; see `Objective.losses`."""
@@ -126,40 +107,6 @@ class Task(Generic[Config]):
     def count(self, batch: Batch) -> float:
         """Return the number of samples."""
         return len(batch.ids)
-
-    def after_step(self, step_number: int) -> None:
-        """Do nothing."""
-
-    def schedules(self, step_number: int) -> dict[str, float]:
-        """Return nothing."""
-        return {}
-
-    def run_metrics(self) -> dict[str, float]:
-        """Return nothing."""
-        return {}
-
-    def check_validation(self) -> None:
-        """Do nothing: no package is needed."""
-
-    def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the validation loss; tasks with a better measure of the best checkpoint override it."""
-        return values.get("valid/loss/total")
-
-    def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        """Yield nothing."""
-        yield from ()
-
-    def held_out_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        """Yield nothing."""
-        yield from ()
-
-    def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
-        """Return nothing."""
-        return []
-
-    def symptoms(self, course: Course) -> list[Symptom]:
-        """Return nothing; tasks with a diagnosis override it."""
-        return []
 
 
 def bits(nats: float) -> float:

@@ -1,7 +1,7 @@
 """Golden cases: which ones a folder has, and one case as read from disk."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,23 @@ class ReadTensors(Tensors):
         return sorted(set(self) - self.seen)
 
 
+_OFFICIAL_DROPOUTS = {
+    "attention_output_dropout": "encoder_dropout",
+    "mlp_dropout": "post_mlp_drop",
+    "layer_drop": "layerdrop",
+    "embedding_dropout": "dropout",
+}
+
+
+def dropping(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the options, by their official names, by which a training step drops something at random."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from dropping(value)
+        elif value and name.endswith(("dropout", "layer_drop")):
+            yield f"{_OFFICIAL_DROPOUTS.get(name, name)}={value}"
+
+
 @dataclass(frozen=True)
 class Case:
     """One golden case as read from disk."""
@@ -61,7 +78,7 @@ class Case:
         meta = json.loads((folder / f"{name}.json").read_text())
         modality = meta["modality"].lower()
         network = network_of(meta["model"], modality, meta.get("vocab_size"))
-        if dropping := list(_dropping(asdict(network))):
+        if dropping := list(dropping(asdict(network))):
             raise UnsupportedOptionError(f"{', '.join(dropping)} (expected 0: what was dropped is not recorded)")
         return Case(
             name,
@@ -99,23 +116,6 @@ TASKS = {
     "audio classification": "audio",
 }
 """Modality by the task of a case of fine-tuning."""
-
-_OFFICIAL_DROPOUTS = {
-    "attention_output_dropout": "encoder_dropout",
-    "mlp_dropout": "post_mlp_drop",
-    "layer_drop": "layerdrop",
-    "embedding_dropout": "dropout",
-}
-
-
-def _dropping(config: dict[str, Any]) -> Iterator[str]:
-    """Yield the options, by their official names, by which a training step drops something at random."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _dropping(value)
-        elif value and name.endswith(("dropout", "layer_drop")):
-            yield f"{_OFFICIAL_DROPOUTS.get(name, name)}={value}"
-
 
 _ONLY_OF_CASES = (".grads.safetensors", ".traj.json", ".traj.safetensors")
 
@@ -159,9 +159,24 @@ def is_task(folder: Path, name: str) -> bool:
     return isinstance(values, dict) and "task" in values
 
 
+def is_first(folder: Path, name: str) -> bool:
+    """Return True if a case is one of data2vec 1.0."""
+    try:
+        values = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return False
+    model = values.get("model") if isinstance(values, dict) else None
+    kind = model.get("_name", "") if isinstance(model, dict) else ""
+    return kind in FIRST_MODELS
+
+
+FIRST_MODELS = ("data2vec_audio", "data2vec_text", "data2vec_vision", "data2vec_vision_beit_layout")
+"""`model._name` of cases of data2vec 1.0."""
+
+
 def _modality_of(folder: Path, name: str) -> str | None:
     try:
         values = json.loads((folder / f"{name}.json").read_text())
-        return TASKS.get(values["task"]) if "task" in values else str(values["modality"]).lower()
+        return str(values["modality"]).lower() if "modality" in values else TASKS.get(values["task"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

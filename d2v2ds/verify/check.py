@@ -6,7 +6,9 @@ from safetensors import SafetensorError
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
-from d2v2ds.verify.case import Case, has_trajectory, is_task
+from d2v2ds.verify.case import Case, has_trajectory, is_first, is_task
+from d2v2ds.verify.data2vec1.case import FirstCase
+from d2v2ds.verify.data2vec1.step import check_first_step
 from d2v2ds.verify.finetuning.check import TABLES, check_table, check_task_case
 from d2v2ds.verify.report import Report
 from d2v2ds.verify.step import check_step
@@ -23,6 +25,8 @@ def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]
     try:
         if name in TABLES:
             check_table(folder, name, report)
+        elif is_first(folder, name):
+            check_first_step(FirstCase.read(folder, name), report)
         elif is_task(folder, name):
             check_task_case(folder, name, report)
         else:

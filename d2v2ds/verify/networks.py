@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.keymap import to_ours
+from d2v2ds.objectives.data2vec1 import WholeOutput
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, StudentOutput
 from d2v2ds.objectives.ema import EmaConfig
 from d2v2ds.objectives.teacher_network import TeacherNetwork
@@ -69,7 +70,7 @@ def without_grad(teacher: TeacherNetwork) -> Callable[..., Any]:
     return torch.no_grad()(teacher.__call__)
 
 
-def total_loss(out: StudentOutput) -> Tensor:
+def total_loss(out: StudentOutput | WholeOutput) -> Tensor:
     """Sum all losses of a micro-batch."""
     return torch.stack(list(out["losses"].values())).sum()
 
@@ -138,7 +139,7 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
     found: dict[str, Any] = {}
 
     def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda _, given, output: found.update({name: output, f"{name} input": given[0]})
+        return lambda _, given, output: found.update({name: output, f"{name} input": given[0] if given else None})
 
     hooks = [module.register_forward_hook(record(name)) for name, module in modules.items()]
     try:

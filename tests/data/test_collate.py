@@ -10,6 +10,7 @@ from d2v2ds.errors import ShardError
 from d2v2ds.masking import MaskConfig, draw_masks, masked_count
 from d2v2ds.modalities.audio.reader import crop_starts
 from d2v2ds.shapes import conv_output_length
+from d2v2ds.whole_masks import SpanWholeMask, draw_whole_masks
 from tests.data.fake_audio import CONV_LAYERS, FakeAudio, fake_reader
 
 MASK = MaskConfig(masked_fraction=0.5, adjust=0.05, block_length=3, num_masks=4)
@@ -181,3 +182,14 @@ def test_tries_are_limited_and_spread_over_the_data(monkeypatch):
         collate(micro)
     tried = np.array(damaged.asked[2:])
     assert len(tried) == 7 and 50 not in tried and np.diff(np.sort(tried)).min() > 40
+
+
+def test_masks_of_whole_inputs_remove_no_token_and_are_counted(source):
+    mask = SpanWholeMask(fraction=0.5, length=3)
+    batch = Collator(reader=fake_reader(source, mask), seed=7)(make_micro(source, [3, 9, 11]))
+    num_tokens = conv_output_length(batch.source.shape[1], CONV_LAYERS)
+    expected = draw_whole_masks(mask, np.full(3, num_tokens), seed=7, epoch=2, sample_ids=np.array([3, 9, 11]))
+    assert batch.masks is None
+    assert batch.span_masks.channels is None
+    assert torch.equal(batch.span_masks.time, torch.from_numpy(expected))
+    assert batch.num_masked == expected.sum() > 0

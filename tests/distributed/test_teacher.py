@@ -78,8 +78,26 @@ def follow(stage: int, dtype: str) -> dict[str, Any]:
         gap = sum(float((weights[n] - averages[n]).double().square().sum()) for n in trained) ** 0.5
         seen["distance"] = (distance, gap / sum(float(weights[n].double().square().sum()) for n in trained) ** 0.5)
         seen["frozen_gap"] = float((weights["frozen"].float() - averages["frozen"]).abs().max())
+    seen["copied"] = copied(engine, names)
     engine.destroy()
     return seen
+
+
+def copied(engine: Any, names: list[str]) -> dict[str, float]:
+    """Largest difference from the wanted value after an update that copies a block and another for the same step."""
+    teacher = Teacher(toy.Encoder(), engine, is_copied=lambda name: name.startswith(("blocks.1.", "frozen")))
+    before = teacher.full_state_dict()
+    train_step(engine, STEPS + 1)
+    teacher.update(0.5)
+    teacher.update(0.5, again=True)
+    weights, found = whole_masters(engine), teacher.full_state_dict()
+    if comm.rank() > 0:
+        return {}
+    moved = {name: 0.25 * before[name] + 0.75 * weights[name].float() for name in names}
+    moved |= {name: weights[name].float() for name in names if name.startswith("blocks.1.")}
+    moved["frozen"] = before["frozen"]
+    assert not torch.equal(before["blocks.1.up.weight"], found["blocks.1.up.weight"])
+    return {name: float((found[name] - moved[name]).abs().max()) for name in names}
 
 
 def _cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -182,6 +200,14 @@ def test_every_parameter_equals_whole_weight_average(findings: dict, config: tup
     worst = findings[config]["worst"]
     assert {"scale", "frozen", "blocks.0.norm.weight", "blocks.2.down.bias"} <= worst.keys()
     assert max(worst.values()) <= 1e-6, worst
+
+
+@each_config
+def test_copied_parameters_follow_the_student_and_others_the_average(findings: dict, config: tuple[int, str]) -> None:
+    gaps = findings[config]["copied"]
+    assert len(gaps) > 4
+    assert max(gap for name, gap in gaps.items() if name.startswith("blocks.1.")) == 0.0
+    assert max(gaps.values()) < 1e-6
 
 
 @each_config

@@ -1,6 +1,6 @@
 """The smallest objective there can be: a trunk, one linear layer, no masks, no teacher, nothing of data2vec 2.0."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,15 +8,11 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk, TrunkConfig
+from d2v2ds.objectives.defaults import ObjectiveDefaults
 from d2v2ds.objectives.protocol import (
     AveragedNetwork,
-    Course,
-    HealthBounds,
-    HealthLimit,
     Losses,
-    Symptom,
     Totals,
-    Vectors,
 )
 
 WANTED = 3.0
@@ -37,7 +33,7 @@ class PlainNetwork(nn.Module):
         return self.head(pooled)[:, 0]
 
 
-class Plain:
+class Plain(ObjectiveDefaults):
     """Mean squared error of the outputs to a constant; an `Objective`."""
 
     units: Mapping[str, str] = {
@@ -45,17 +41,11 @@ class Plain:
         "output/mean": "mean output; over the interval and all ranks",
         "optim/grad_norm/head": "norm of the head's gradient",
     }
-    run_units: Mapping[str, str] = {}
-    headline: tuple[str, ...] = ()
-    kept_numbers = 0
 
     def __init__(self, trunk: TrunkConfig) -> None:
         self.trunk = trunk
         self.updates: list[int] = []
         """Numbers of the applied steps."""
-
-    def mask(self, modality: str) -> None:
-        return None
 
     def build_network(self, *, activation_checkpointing: bool) -> PlainNetwork:
         return PlainNetwork(self.trunk)
@@ -63,9 +53,6 @@ class Plain:
     def initialise(self, network: nn.Module, seed: int) -> None:
         assert isinstance(network, PlainNetwork)
         initialise(trunk_parts(network.trunk) | {"head": network.head}, seed)
-
-    def build_teacher_network(self) -> None:
-        return None
 
     def follow(self, teacher: AveragedNetwork | None) -> None:
         assert teacher is None
@@ -86,45 +73,11 @@ class Plain:
     def describe(self, modality: str, num_tokens: int) -> str:
         return "nothing masked"
 
-    def labelled(self, modality: str) -> None:
-        return None
-
-    def lr_scale(self, name: str) -> float:
-        return 1.0
-
-    def held_steps(self, name: str) -> int:
-        return 0
-
     def count(self, batch: Batch) -> int:
         return len(batch.ids)
 
     def after_step(self, step_number: int) -> None:
         self.updates.append(step_number)
 
-    def schedules(self, step_number: int) -> dict[str, float]:
-        return {}
-
-    def run_metrics(self) -> dict[str, float]:
-        return {}
-
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         return {"output/mean": float(totals.statistics["outputs"]) / totals.count}
-
-    def check_validation(self) -> None:
-        """Do nothing: no package is needed."""
-
-    def selection(self, values: Mapping[str, float]) -> float | None:
-        return values.get("valid/loss/total")
-
-    def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        yield from ()
-
-    def held_out_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:
-        yield from ()
-
-    def symptoms(self, course: Course) -> list[Symptom]:
-        """Return nothing."""
-        return []
-
-    def health_limits(self, bounds: HealthBounds) -> list[HealthLimit]:
-        return []

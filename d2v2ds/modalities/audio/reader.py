@@ -153,9 +153,12 @@ class AudioReader(Reader[AudioShards]):
     def faults(self) -> list[str]:
         """Return one message for each way in which shards, settings and network do not fit."""
         config, rate, faults = self.config, self.config.sample_rate_hz, self.misfits()
-        has_grid_mask = self.mask is not None and self.mask.kind == "block_2d"
-        if has_grid_mask:
-            faults.append("objective.modalities.audio.mask.kind is 'block_2d', speech needs 'block_1d' or 'random'")
+        has_grid_mask = self.mask is not None and not self.mask.is_for_sequences
+        if self.mask is not None and has_grid_mask:
+            faults.append(
+                f"objective.modalities.audio.mask.kind is {self.mask.kind!r}, speech needs 'block_1d', 'random' or "
+                "'spans'"
+            )
         shortest = round(config.min_seconds * rate)
         tokens = self.network.num_tokens(shortest)
         if tokens < 2:

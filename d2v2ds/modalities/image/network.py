@@ -1,6 +1,7 @@
 """Images: settings of their patches and prenet, and how their encoder and decoder are built."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from d2v2ds.bounds import Count, CountOrZero
 from d2v2ds.model.block import BlockConfig
@@ -8,7 +9,7 @@ from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import linear_flops
 from d2v2ds.model.local import PatchEncoder
 from d2v2ds.model.network import NetworkSettings
-from d2v2ds.model.positions import GridPositions
+from d2v2ds.model.positions import GridPositions, RelativePositions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,11 @@ class ImageNetwork(NetworkSettings):
     """Channels of the patch convolution (`embed_dim` of the modality); None: the model's width."""
     num_extra_tokens: CountOrZero = 1
     """CLS tokens; the last of them predicts the mean target."""
+    positions: Literal["sin_cos", "relative"] = "sin_cos"
+    """A fixed table of 2-D sines and cosines, or a learned attention bias for each offset of two patches, as in
+    data2vec 1.0; that one needs one CLS token and an objective that reads all tokens."""
+    relative_per_block: bool = False
+    """Relative positions: separate biases in every block, as after fine-tuning; False shares one table."""
 
     @property
     def grid_side(self) -> int:
@@ -35,10 +41,13 @@ class ImageNetwork(NetworkSettings):
 
     def build_encoder(self, block: BlockConfig, shared_depth: int, *, with_local: bool) -> ModalityEncoder:
         """Build patch convolution, fixed positions, CLS tokens and prenet."""
-        patch_width = self.patch_width or block.width
+        patch_width, is_relative = self.patch_width or block.width, self.positions == "relative"
+        layers = self.prenet_depth + shared_depth if self.relative_per_block else None
+        side = self.grid_side
         return ModalityEncoder(
             local=PatchEncoder(self.patch_size, patch_width, block.width) if with_local else None,
-            fixed_positions=GridPositions(block.width, self.grid_side),
+            fixed_positions=None if is_relative else GridPositions(block.width, side),
+            relative=RelativePositions(side, side, block.num_heads, layers) if is_relative else None,
             num_extra_tokens=self.num_extra_tokens,
             prenet=Prenet(PrenetConfig(depth=self.prenet_depth, dropout=self.prenet_dropout), block),
             attention_path=block.attention_path,
@@ -55,6 +64,8 @@ class ImageNetwork(NetworkSettings):
         problems = []
         if self.image_size % self.patch_size:
             problems.append(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        if block.width % 4:
+        if self.positions == "sin_cos" and block.width % 4:
             problems.append(f"width {block.width} is not divisible by 4, which 2-D positions need")
+        if self.positions == "relative" and self.num_extra_tokens != 1:
+            problems.append(f"positions 'relative' need num_extra_tokens 1 (CLS), found {self.num_extra_tokens}")
         return problems

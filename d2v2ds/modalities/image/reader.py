@@ -23,9 +23,8 @@ from d2v2ds.bounds import Bounds, Count, Positive, Share
 from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
-from d2v2ds.data.reader import DataSettings, Examples, Reader, Unit, mask_faults
+from d2v2ds.data.reader import AnyMask, DataSettings, Examples, Reader, Unit, mask_faults
 from d2v2ds.errors import ShardError
-from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.modalities.image.rand_augment import RandAugmentConfig, draw_operations
 from d2v2ds.modalities.image.shards import EncodedImage, ImageShards
@@ -100,7 +99,7 @@ class ImageReader(Reader[ImageShards]):
         shards: JoinedShards[ImageShards],
         config: ImageDataConfig,
         network: ImageNetwork,
-        mask: MaskConfig | None,
+        mask: AnyMask | None,
     ) -> None:
         """
         Raises:
@@ -184,9 +183,10 @@ class ImageReader(Reader[ImageShards]):
     def faults(self) -> list[str]:
         """Reasons why settings and model do not fit, as sentences."""
         side, faults = self.side, []
-        if self.mask is not None and self.mask.kind not in ("block_2d", "random"):
+        if self.mask is not None and not self.mask.is_for_grids:
             faults.append(
-                f"objective.modalities.image.mask.kind is {self.mask.kind!r}, images need 'block_2d' or 'random'"
+                f"objective.modalities.image.mask.kind is {self.mask.kind!r}, images need 'block_2d', 'random' or "
+                "'grid_blocks'"
             )
         tokens = self.network.num_tokens(side)
         if tokens < 2:

@@ -128,8 +128,10 @@ class TextReader(Reader[TextShards]):
         """Return one message for each way in which shards, settings and network do not fit."""
         faults = self.misfits()
         block, micro = self.block_tokens, self.config.micro_batch_tokens
-        if self.mask is not None and self.mask.kind == "block_2d":
-            faults.append("objective.modalities.text.mask.kind is 'block_2d', text needs 'random' or 'block_1d'")
+        if self.mask is not None and not self.mask.is_for_sequences:
+            faults.append(
+                f"objective.modalities.text.mask.kind is {self.mask.kind!r}, text needs 'random', 'block_1d' or 'spans'"
+            )
         else:
             faults += mask_faults(self.mask, block, f"objective.modalities.text.mask, for blocks of {block} tokens")
         if micro < block:

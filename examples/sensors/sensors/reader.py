@@ -132,8 +132,10 @@ class SensorReader(Reader[SensorShards]):
         config, faults = self.config, self.misfits()
         shortest = self._samples(config.min_seconds)
         tokens = self.network.num_tokens(shortest)
-        if self.mask is not None and self.mask.kind == "block_2d":
-            faults.append("objective.modalities.sensors.mask.kind is 'block_2d', expected 'block_1d' or 'random'")
+        if self.mask is not None and not self.mask.is_for_sequences:
+            faults.append(
+                f"objective.modalities.sensors.mask.kind is {self.mask.kind!r}, expected 'block_1d' or 'random'"
+            )
         elif tokens < 2:
             needed = bisect_left(range(1 << 30), 2, key=self.network.num_tokens)
             faults.append(
