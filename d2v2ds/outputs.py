@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from d2v2ds.config.load import load_config
-from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.errors import ConfigError
 from d2v2ds.run.outputs import count_annotations, write_outputs
+from d2v2ds.run.reporting import reported
 from d2v2ds.run.units import write_trained
 from d2v2ds.tasks.encoding import TaskConfig
 
@@ -25,21 +26,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="configuration of the task: which column, which order")
     parser.add_argument("--units", type=int, metavar="N", help="of ctc: N pieces of words, a sentencepiece model")
     parser.add_argument("--to", type=Path, required=True, help="file to write")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
-        task = load_config(options.config).objective
+    given = parser.parse_args(arguments)
+
+    def work() -> int:
+        task = load_config(given.config).objective
         if not isinstance(task, TaskConfig):
-            raise ConfigError(f"--config {options.config}: expected a fine-tuning task, found {task.name}")
-        found = count_annotations(options.shards, task.label_column)
-        names = task.names_of(found) if options.units is None else write_trained(options.to, found, task, options.units)
-        if options.units is None:
-            write_outputs(options.to, names)
-    except D2V2Error as error:
-        logging.error("%s", error)
-        return error.exit_code
-    logging.info("%s: %d outputs, %s", options.to, len(names), " ".join(names[:40]))
-    return 0
+            raise ConfigError(f"--config {given.config}: expected a fine-tuning task, found {task.name}")
+        found = count_annotations(given.shards, task.label_column)
+        if given.units is None:
+            names = task.names_of(found)
+            write_outputs(given.to, names)
+        else:
+            names = write_trained(given.to, found, task, given.units)
+        logging.info("%s: %d outputs, %s", given.to, len(names), " ".join(names[:40]))
+        return 0
+
+    return reported(work)
 
 
 if __name__ == "__main__":
