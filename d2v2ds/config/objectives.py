@@ -1,8 +1,7 @@
 """Objectives and tasks that a configuration may name."""
 
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config
-from d2v2ds.tasks.classify import ClassifyConfig
-from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.known import AnyTaskConfig
 
-ObjectiveConfig = Data2Vec2Config | CtcConfig | ClassifyConfig
+ObjectiveConfig = Data2Vec2Config | AnyTaskConfig
 """Settings of any objective; its `name` chooses."""

@@ -155,6 +155,11 @@ class Ctc(Task[CtcConfig]):
         """Outputs of the run."""
         return Vocabulary(self.config.vocabulary)
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Vocabulary with the special outputs."""
+        return self.vocabulary.symbols
+
     def new_network(self, activation_checkpointing: bool) -> CtcNetwork:
         """Build encoder and output layer."""
         outputs = len(self.vocabulary)

@@ -14,7 +14,16 @@ from d2v2ds.model.flops import block_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.network import NetworkSettings
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.objectives.protocol import AveragedNetwork, Course, HealthBounds, HealthLimit, Losses, Symptom, Vectors
+from d2v2ds.objectives.protocol import (
+    AveragedNetwork,
+    Course,
+    HealthBounds,
+    HealthLimit,
+    Losses,
+    Symptom,
+    Totals,
+    Vectors,
+)
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork, draw_kept_blocks
 
 Config = TypeVar("Config", bound=TaskConfig)
@@ -40,6 +49,11 @@ class Task(Generic[Config]):
     def kept_numbers(self) -> int:
         """0: sums give all scores of a validation."""
         return 0
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of all outputs in their order; empty where they have none."""
+        return self.config.names
 
     def new_network(self, activation_checkpointing: bool) -> TaskNetwork:
         """Build trunk and head."""
@@ -81,6 +95,10 @@ class Task(Generic[Config]):
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run one micro-batch; see `Objective.losses`."""
         raise NotImplementedError
+
+    def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
+        """Return nothing: the losses are logged in any case."""
+        return {}
 
     def kept_blocks(self, step: int | None) -> list[bool] | None:
         """Layer drop of a step; None keeps all."""
