@@ -188,6 +188,11 @@ class Ctc(Task[CtcConfig]):
             )
         self._divide = Units(model)
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Vocabulary with the special outputs."""
+        return self.vocabulary.symbols
+
     def new_network(self, activation_checkpointing: bool) -> CtcNetwork:
         """Build encoder and output layer."""
         outputs = len(self.vocabulary)

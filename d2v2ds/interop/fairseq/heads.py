@@ -15,12 +15,12 @@ from torch import Tensor
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import plain
-from d2v2ds.interop.task_network import TASKS as TASK_CONFIGS
 from d2v2ds.io.read import validate
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.tasks.classify import ClassifyConfig
 from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.heads import FrameHeadConfig, FramePooling, PatchHeadConfig, PatchPooling, SentenceHeadConfig
+from d2v2ds.tasks.known import TASKS as TASK_CONFIGS
 from d2v2ds.tasks.vocabulary import SPECIAL
 
 TunedConfig = CtcConfig | ClassifyConfig
