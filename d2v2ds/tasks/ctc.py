@@ -22,6 +22,7 @@ from d2v2ds.objectives.protocol import Course, Losses, Symptom, Totals
 from d2v2ds.tasks.diagnosis import INPUT_UNITS, ctc_symptoms, input_metrics, input_sums, input_symptoms
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import TokenHead
+from d2v2ds.tasks.selection import select_faults, selected_mean
 from d2v2ds.tasks.task import Task
 from d2v2ds.tasks.units import Units, no_units, units_of
 from d2v2ds.tasks.vocabulary import BLANK, NO_LETTER, UNKNOWN, WORD_END, Vocabulary, count_letters
@@ -68,6 +69,10 @@ class CtcConfig(TaskConfig):
     def names(self) -> tuple[str, ...]:
         """Vocabulary."""
         return self.vocabulary
+
+    def check(self, trunk: TrunkConfig) -> list[str]:
+        """Return one message for each contradiction between fields, or with the trunk."""
+        return super().check(trunk) + select_faults(self.select, ("wer", "cer"), "ctc")
 
     def with_names(self, names: tuple[str, ...]) -> "CtcConfig":
         """Return these settings with a vocabulary."""
@@ -259,5 +264,5 @@ class Ctc(Task[CtcConfig]):
         edit_counts([], [])
 
     def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the word error rate."""
-        return values.get("valid/ctc/wer")
+        """Return the mean of the selected error rates, or the loss."""
+        return selected_mean(self.config.select or ("wer",), "ctc", values)

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v2ds.distributed.checkpoint.format import iterate_student
+from d2v2ds.distributed.checkpoint.format import iterate_student, read_manifest
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate
 from d2v2ds.run.export import export
 from preprocessing.pack_audio import main as pack
@@ -145,6 +145,22 @@ def test_metrics_and_outputs_are_there(plain: Path) -> None:
     assert {"ctc/blank", "ctc/infeasible", "ctc/loss_per_letter"} <= records[0].keys()
     assert records[0]["ctc/infeasible"] == 0.0
     assert '"n"' in (plain / "outputs.json").read_text()
+
+
+def test_a_second_validation_set_has_metrics_of_its_own_and_chooses_the_best(
+    folders: tuple[Path, Path], plain: Path, tmp_path: Path
+) -> None:
+    """The same folder twice gives the same numbers; training does not notice."""
+    sets = [f"valid.more.again.audio={folders[1]}", "objective.select=[again/wer]"]
+    printed = finetune(2, folders, tmp_path / "run", fp32(1, tmp_path), "objective.freeze_steps=2", *sets)
+    records = deterministic(tmp_path / "run")
+    first = {name[6:]: v for name, v in records[2].items() if name.startswith("valid/") and "again" not in name}
+    again = {name[12:]: v for name, v in records[2].items() if name.startswith("valid/again/")}
+    assert first == again and {"ctc/wer", "ctc/cer", "loss/ctc", "loss/total"} <= first.keys()
+    assert "validation of again loss" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4)
+    kept = read_manifest(tmp_path / "run" / "checkpoints" / f"step{STEPS:08d}")
+    assert kept.validation_loss == records[-1]["valid/again/ctc/wer"]
 
 
 def test_a_run_with_units_goes_on_is_exported_and_evaluated(folders: tuple[Path, Path], tmp_path: Path) -> None:

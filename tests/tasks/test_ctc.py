@@ -111,6 +111,23 @@ def test_error_rates_of_known_outputs() -> None:
     assert "word_errors" not in task.losses(network, batch, 0).statistics
 
 
+@pytest.mark.parametrize(
+    ("select", "value"),
+    [(None, 20.0), (("cer",), 8.0), (("wer", "other/wer"), 25.0), (("other/loss",), 3.0), (("third/wer",), None)],
+)
+def test_the_best_checkpoint_is_that_of_the_selected_rates(select: tuple[str, ...] | None, value: float | None) -> None:
+    values = {"valid/ctc/wer": 20.0, "valid/ctc/cer": 8.0, "valid/other/ctc/wer": 30.0, "valid/other/loss/total": 3.0}
+    task, _ = built(config(select=select))
+    assert task.selection(values) == value
+
+
+@pytest.mark.parametrize("select", [(), ("wer", "wer"), ("accuracy",), ("wer", "other/loss")])
+def test_rates_that_cannot_be_averaged_are_named(select: tuple[str, ...]) -> None:
+    task, _ = built(config())
+    (fault,) = config(select=select).check(task.trunk)
+    assert fault.startswith("select: expected some of wer, cer") and (", ".join(select) or "none") in fault
+
+
 def test_a_batch_without_letters_has_no_rate_that_divides_by_zero() -> None:
     task, network = built(config())
     batch = audio_batch(lengths=(400,), labels=Labels(values=torch.ones(1, 1).long(), lengths=torch.tensor([0])))
