@@ -15,7 +15,8 @@ from d2v2ds.bounds import Amount, Bounds, Count, CountOrZero, Positive, UserPath
 from d2v2ds.config.objectives import ObjectiveConfig
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.tasks.selection import set_of
+from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.selection import score_of, set_of
 from d2v2ds.train.guard import HealthConfig
 from d2v2ds.train.optim import OptimConfig
 from d2v2ds.train.schedule import LearningRateConfig
@@ -113,6 +114,11 @@ class ValidSection:
     """Further sets: name -> modality -> folder, such as `valid.more.mismatched.text=FOLDER`. Their metrics have the
     name, as in `valid/mismatched/score/accuracy`; the best checkpoint is chosen by the first set, unless
     `objective.select` names others. A folder that is null is left out."""
+    decoder: UserPath | None = None
+    """File of `d2v2ds.tune_decoder` with a language model: validation of ctc decodes with it besides, and reports
+    `ctc/lm_wer`, which `objective.select=[lm_wer]` makes the measure of the best checkpoint. None: greedy alone."""
+    decoder_seconds: Positive = 600.0
+    """Seconds of this search for one set on one rank; beyond them the set has no `ctc/lm_wer`, and the log says so."""
     every_steps: Count = 1000
     """Optimizer steps between validations."""
     micro_batches: Count = 32
@@ -257,7 +263,7 @@ class RunConfig:
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
         problems += of_run + self.data.check() + self._modality_faults() + self.probe.check(self.run)
         selected = (getattr(self.objective, "select", None) or ()) if self.valid.modalities else ()
-        problems += self.valid.check(map(set_of, selected))
+        problems += self.valid.check(map(set_of, selected)) + self._decoder_faults()
         save, validate = self.run.save_every_steps, self.valid.every_steps
         if self.valid.modalities and max(save, validate) % min(save, validate):
             problems.append(
@@ -271,6 +277,24 @@ class RunConfig:
                 return [*problems, str(error)]
             if self.lr.warmup_steps > steps:
                 problems.append(f"lr.warmup_steps {self.lr.warmup_steps} is more than the {steps} steps of the run")
+        return problems
+
+    def _decoder_faults(self) -> list[str]:
+        """Return one message for each reason why a validation cannot decode with a language model."""
+        problems, valid = [], self.valid
+        is_selected = any(score_of(name) == "lm_wer" for name in getattr(self.objective, "select", None) or ())
+        if valid.decoder is None:
+            return ["objective.select names lm_wer, and valid.decoder is not given; give both"] * is_selected
+        if not isinstance(self.objective, CtcConfig) or not valid.modalities:
+            problems.append(
+                "valid.decoder: expected a run of ctc with a validation folder, found another; leave it out"
+            )
+        most = 0.5 * 60 * self.engine.timeout_minutes
+        if valid.decoder_seconds > most:
+            problems.append(
+                f"valid.decoder_seconds is {valid.decoder_seconds:g}, expected at most {most:g}, half of "
+                "engine.timeout_minutes, after which the other ranks stop waiting"
+            )
         return problems
 
     def _modality_faults(self) -> list[str]:

@@ -25,6 +25,7 @@ from d2v2ds.io.machine_faults import TRANSIENT, advice, reading_error
 from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import known_modalities, open_reader
 from d2v2ds.objectives.protocol import Objective
+from d2v2ds.run.decoder_choice import search_faults
 from d2v2ds.run.outputs import vocabulary_faults, with_outputs
 from d2v2ds.run.probe_task import Question, Task
 from d2v2ds.run.units import give_units, with_units
@@ -80,11 +81,14 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
             data_problems = [f"objective: {error}"]
     objective = config.objective.build(config.model, config.run.seed)
     give_units(objective, units, "units of the run")
+    if config.valid.decoder is not None and not data_problems:
+        data_problems += search_faults(objective, config.valid.decoder, config.valid.decoder_seconds)
     streams: dict[str, DataStream] = {}
     held_out: dict[str, dict[str, Reader]] = {}
     ds_config = None
     if not data_problems:
-        streams, data_problems = open_streams(config, objective)
+        streams, stream_problems = open_streams(config, objective)
+        data_problems += stream_problems
         held_out, held_out_problems = open_held_out(config, objective)
         data_problems += held_out_problems
         data_problems += probe_faults(config)

@@ -70,6 +70,28 @@ def test_validation_sets_that_cannot_be_are_named(given: list[str], said: str) -
         load_config("finetune/glue_mnli", ["data.shards=a", *given])
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("finetune/glue_rte", ["valid.text=b", "valid.decoder=d.json"], "valid.decoder: expected a run of ctc"),
+        (
+            "finetune/ctc_tiny",
+            ["valid.decoder=d.json"],
+            "valid.decoder: expected a run of ctc with a validation folder",
+        ),
+        ("finetune/ctc_tiny", ["valid.audio=b", "objective.select=[lm_wer]"], "lm_wer, and valid.decoder is not given"),
+        (
+            "finetune/ctc_tiny",
+            ["valid.audio=b", "valid.decoder=d.json", "valid.decoder_seconds=2000"],
+            "valid.decoder_seconds is 2000, expected at most 900",
+        ),
+    ],
+)
+def test_validation_that_cannot_have_a_decoder_is_named(name: str, given: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(name, ["data.shards=a", *given])
+
+
 def test_contradictions_name_both_values() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(
