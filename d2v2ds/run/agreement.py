@@ -26,7 +26,7 @@ MOST_SAID = 20
 def assumptions(prepared: Prepared) -> dict[str, Any]:
     """Return everything that must be the same on all ranks, by field."""
     readers = {f"data.{name}": stream.reader for name, stream in prepared.streams.items()}
-    readers |= {f"valid.{name}": reader for name, reader in prepared.held_out.items()}
+    readers |= prepared.held_out_readers
     sections = {
         "": to_dict(prepared.config),
         "DeepSpeed settings": prepared.ds_config,

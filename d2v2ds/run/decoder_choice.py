@@ -3,16 +3,20 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from d2v2ds.decoding.beam import BeamConfig, BeamDecoder
 from d2v2ds.decoding.lexicon import read_lexicon
-from d2v2ds.errors import ConfigError
+from d2v2ds.errors import ConfigError, MissingExtraError
 from d2v2ds.io import durable
 from d2v2ds.io.read import crc32_of, open_regular, read_json, validate
+from d2v2ds.tasks.ctc import Ctc
+from d2v2ds.tasks.search import TimedSearch
 from d2v2ds.tasks.vocabulary import Vocabulary
 
 FORMAT = "d2v2ds-decoder"
@@ -163,6 +167,30 @@ def _require_contents(file: Path, expected: _Contents | None, where: str, option
             f"{where}: expected the file that the decoder was tuned with, found another one at {file}; tune it again, "
             f"or give the file with --{option}"
         )
+
+
+def search_faults(objective: Any, path: Path, limit_s: float) -> list[str]:
+    """Give a recogniser the search of a decoder's file for its validation; returns a message if that cannot be.
+
+    Args:
+        objective: of the run; others than recognisers are left alone.
+        path: file of the decoder.
+        limit_s: seconds for one validation set.
+    """
+    if not isinstance(objective, Ctc):
+        return []  # `RunConfig.check` reports this
+    try:
+        decoder = read_choice(path).build(objective.vocabulary)
+    except (ConfigError, MissingExtraError) as error:
+        return [f"valid.decoder {path}: {error}"]
+    assert decoder is not None
+
+    def find(logits: Tensor) -> Sequence[str]:
+        found = decoder(logits.log_softmax(-1))
+        return found[0].words if found else ()
+
+    objective.search = TimedSearch(find, limit_s)
+    return []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from d2v2ds.distributed.checkpoint.keep import Keep
 from d2v2ds.io.lock import FolderLock
 from d2v2ds.run import preprocessing, provenance
 from d2v2ds.run.agreement import assumptions, compare
-from d2v2ds.run.build import build_engines, build_validation, loop_config, recipe
+from d2v2ds.run.build import build_engines, build_validations, loop_config, recipe
 from d2v2ds.run.describe import changed_settings, describe, start_logging, warn_once
 from d2v2ds.run.machine import tune_cpu
 from d2v2ds.run.outputs import FILE, write_outputs
@@ -111,9 +111,9 @@ def start(
             warn_once(f"changed since the last start: {change}")
     comm.require_on_rank0(lambda: _write_start(config, prepared), f"run.dir {config.run.dir}")
     describe(config, streams)
-    for name, reader in prepared.held_out.items():
+    for section, reader in prepared.held_out_readers.items():
         for remark in reader.remarks():
-            logger.info("valid.%s: %s", name, remark)
+            logger.info("%s: %s", section, remark)
     for advice in batch_advice(config_name, config):
         warn_once(advice)
     return checkpoints
@@ -161,7 +161,7 @@ def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> No
                 checkpoints=checkpoints,
                 stop=stop,
                 watchdog=watchdog,
-                validation=build_validation(config, engine, objective, prepared.held_out),
+                validations=build_validations(config, engine, objective, prepared.held_out),
                 metrics=metrics,
             ).run(loader)
     finally:

@@ -19,9 +19,11 @@ from d2v2ds.errors import ConfigError
 from d2v2ds.labels import Letters
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.protocol import Course, Losses, Symptom, Totals
-from d2v2ds.tasks.diagnosis import INPUT_UNITS, ctc_symptoms, input_metrics, input_sums, input_symptoms
+from d2v2ds.tasks.diagnosis import INPUT_UNITS, ctc_symptoms, input_metrics, input_sums, input_symptoms, search_symptoms
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import TokenHead
+from d2v2ds.tasks.search import TimedSearch
+from d2v2ds.tasks.selection import select_faults, selected_mean
 from d2v2ds.tasks.task import Task
 from d2v2ds.tasks.units import Units, no_units, units_of
 from d2v2ds.tasks.vocabulary import BLANK, NO_LETTER, UNKNOWN, WORD_END, Vocabulary, count_letters
@@ -36,6 +38,9 @@ UNITS: Mapping[str, str] = {
     "ctc/blank": "frames whose most likely output is blank; share of real frames",
     "ctc/over_uniform": "loss over that of equally likely outputs in every frame; ratio of means",
     "ctc/wer": "word error rate of greedy decoding; errors per 100 words of the reference, validation only",
+    "ctc/lm_wer": "word error rate of beam search with valid.decoder; likewise, where every utterance was decoded",
+    "ctc/lm_decoded": "utterances that this search decoded within valid.decoder_seconds; share, validation only",
+    "ctc/lm_seconds": "seconds of this search; sum over ranks, validation only",
     "ctc/cer": "letter error rate of greedy decoding, word ends included; per 100 letters, validation only",
 }
 
@@ -68,6 +73,10 @@ class CtcConfig(TaskConfig):
     def names(self) -> tuple[str, ...]:
         """Vocabulary."""
         return self.vocabulary
+
+    def check(self, trunk: TrunkConfig) -> list[str]:
+        """Return one message for each contradiction between fields, or with the trunk."""
+        return super().check(trunk) + select_faults(self.select, ("wer", "cer", "lm_wer"), "ctc")
 
     def with_names(self, names: tuple[str, ...]) -> "CtcConfig":
         """Return these settings with a vocabulary.
@@ -162,9 +171,11 @@ class Ctc(Task[CtcConfig]):
     """`Objective` of CTC."""
 
     units = UNITS
-    headline: tuple[str, ...] = ("ctc/wer", "ctc/cer")
+    headline: tuple[str, ...] = ("ctc/wer", "ctc/cer", "ctc/lm_wer")
 
     _divide: Callable[[str], Sequence[str]] | None = None
+    search: TimedSearch | None = None
+    """Search beside greedy decoding in validation; None for none."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -236,12 +247,15 @@ class Ctc(Task[CtcConfig]):
         one_by_one = self.vocabulary.letters
         known = [[-1 if letter == UNKNOWN else letter for letter in one_by_one(row)] for row in wanted]
         letters = [edit_counts(a, one_by_one(b)) for a, b in zip(known, found, strict=True)]
-        totals = {
+        totals: dict[str, float] = {
             "word_errors": sum(one.errors for one in words),
             "words": sum(one.wanted for one in words),
             "letter_errors": sum(one.errors for one in letters),
             "wanted_letters": sum(one.wanted for one in letters),
         }
+        if self.search is not None:
+            real = frames.tolist() if batch.loss_weight else []
+            totals |= self.search.count(logits, real, [spell(one, NO_LETTER) for one in wanted])
         return {name: torch.tensor(float(total), dtype=torch.float64) for name, total in totals.items()}
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
@@ -258,11 +272,21 @@ class Ctc(Task[CtcConfig]):
         if "words" in sums:
             values["ctc/wer"] = 100 * sums["word_errors"] / max(sums["words"], 1.0)
             values["ctc/cer"] = 100 * sums["letter_errors"] / max(sums["wanted_letters"], 1.0)
+        if "lm_rows" in sums:
+            assert self.search is not None
+            self.search.restart()
+            values |= {"ctc/lm_decoded": sums["lm_rows"] / totals.count, "ctc/lm_seconds": sums["lm_seconds"]}
+            if sums["lm_rows"] == totals.count:
+                values["ctc/lm_wer"] = 100 * sums["lm_errors"] / max(sums["words"], 1.0)
         return values
 
     def symptoms(self, course: Course) -> list[Symptom]:
         """Say why a word error rate may stay at 100 %."""
-        return input_symptoms(course) + ctc_symptoms(course, len(self.vocabulary), self.config.freeze_steps)
+        return (
+            input_symptoms(course)
+            + search_symptoms(course)
+            + ctc_symptoms(course, len(self.vocabulary), self.config.freeze_steps)
+        )
 
     def check_validation(self) -> None:
         """Try to count errors.
@@ -273,5 +297,5 @@ class Ctc(Task[CtcConfig]):
         edit_counts([], [])
 
     def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the word error rate."""
-        return values.get("valid/ctc/wer")
+        """Return the mean of the selected error rates, or the loss."""
+        return selected_mean(self.config.select or ("wer",), "ctc", values)

@@ -12,10 +12,10 @@ from d2v2ds.interop.fairseq.__main__ import main as fairseq
 from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.outputs import main as outputs
 from d2v2ds.run.agreement import assumptions
-from d2v2ds.run.decoder_choice import DecoderChoice
+from d2v2ds.run.decoder_choice import DecoderChoice, write_choice
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate
 from d2v2ds.run.outputs import vocabulary_faults
-from d2v2ds.run.prepare import Prepared
+from d2v2ds.run.prepare import Prepared, prepare
 from d2v2ds.run.task_model import load_task
 from d2v2ds.run.transcription import TranscriptionOptions, transcribe
 from d2v2ds.run.units import with_units, write_units
@@ -82,6 +82,17 @@ def test_ranks_compare_their_units(tmp_path: Path) -> None:
         assumptions(Prepared(given, given.objective.build(given.model, 0), {}, {}, {}, units)) for units in (b"a", b"b")
     ]
     assert {name for name in found[0] if found[0][name] != found[1][name]} == {"objective: units.crc32"}
+
+
+def test_a_decoder_that_does_not_fit_is_named_before_the_run(packed: Packed, tmp_path: Path) -> None:
+    (tmp_path / "lm.arpa").write_text(ARPA.replace("ab", "XY").replace("b", "Z"))
+    write_choice(tmp_path / "decoder.json", DecoderChoice(lm=tmp_path / "lm.arpa"), {})
+    given = [f"data.shards={packed('a', TEXTS)}", f"valid.audio={packed('b', TEXTS)}", f"run.dir={tmp_path / 'run'}"]
+    given.append("engine.deepspeed=zero2_bf16")
+    with pytest.raises(ConfigError, match=r"valid\.decoder .*decoder\.json: lexicon: none of its 2 words"):
+        prepare("finetune/ctc_tiny", [*given, f"valid.decoder={tmp_path / 'decoder.json'}"], world=1)
+    with pytest.raises(ConfigError, match=r"valid\.decoder .*none\.json"):
+        prepare("finetune/ctc_tiny", [*given, f"valid.decoder={tmp_path / 'none.json'}"], world=1)
 
 
 @pytest.fixture(scope="module")

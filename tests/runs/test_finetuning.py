@@ -11,7 +11,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v2ds.distributed.checkpoint.format import iterate_student, named_tag
+from d2v2ds.decoding.beam import BeamConfig
+from d2v2ds.decoding.ngram import train_ngram
+from d2v2ds.distributed.checkpoint.format import iterate_student, named_tag, read_manifest
+from d2v2ds.run.decoder_choice import DecoderChoice, read_choice, write_choice
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate
 from d2v2ds.run.export import export
 from preprocessing.pack_audio import main as pack
@@ -152,6 +155,42 @@ def test_metrics_and_outputs_are_there(plain: Path) -> None:
     assert records[0]["ctc/infeasible"] == 0.0
     assert '"n"' in (plain / "outputs.json").read_text()
     assert '"sample_rate_hz": 16000' in (plain / "preprocessing.json").read_text()
+
+
+def test_a_second_validation_set_has_metrics_of_its_own_and_chooses_the_best(
+    folders: tuple[Path, Path], plain: Path, tmp_path: Path
+) -> None:
+    """The same folder twice gives the same numbers; training does not notice."""
+    sets = [f"valid.more.again.audio={folders[1]}", "objective.select=[again/wer]"]
+    printed = finetune(2, folders, tmp_path / "run", fp32(1, tmp_path), "objective.freeze_steps=2", *sets)
+    records = deterministic(tmp_path / "run")
+    first = {name[6:]: v for name, v in records[2].items() if name.startswith("valid/") and "again" not in name}
+    again = {name[12:]: v for name, v in records[2].items() if name.startswith("valid/again/")}
+    assert first == again and {"ctc/wer", "ctc/cer", "loss/ctc", "loss/total"} <= first.keys()
+    assert "validation of again loss" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4)
+    kept = read_manifest(tmp_path / "run" / "checkpoints" / f"step{STEPS:08d}")
+    assert kept.validation_loss == records[-1]["valid/again/ctc/wer"]
+
+
+def test_a_run_is_validated_with_a_language_model_and_evaluated_to_the_same_rate(
+    folders: tuple[Path, Path], plain: Path, tmp_path: Path
+) -> None:
+    train_ngram(["one two", "seven on", "one", "two seven one"], tmp_path / "lm.arpa", order=2)
+    choice = DecoderChoice(lm=tmp_path / "lm.arpa", beam=BeamConfig(lm_weight=0.5, word_score=3.0, beam=20))
+    write_choice(tmp_path / "decoder.json", choice, {})
+    more = [f"valid.decoder={tmp_path / 'decoder.json'}", "objective.select=[lm_wer]"]
+    finetune(2, folders, tmp_path / "run", fp32(1, tmp_path), "objective.freeze_steps=2", *more)
+    last = deterministic(tmp_path / "run")[-1]
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4), "training does not notice"
+    assert last["valid/ctc/lm_decoded"] == 1.0 and last["valid/ctc/lm_seconds"] > 0
+    assert last["valid/ctc/lm_wer"] != last["valid/ctc/wer"]
+    tag = f"step{STEPS:08d}"
+    assert read_manifest(tmp_path / "run" / "checkpoints" / tag).validation_loss == last["valid/ctc/lm_wer"]
+    decoder = read_choice(tmp_path / "decoder.json")
+    options = EvaluationOptions(shards=(folders[1],), to=tmp_path / "a", tag=tag, draws=10, decoder=decoder)
+    found = evaluate(tmp_path / "run", options)
+    assert found["beam"]["wer"]["value"] == pytest.approx(last["valid/ctc/lm_wer"])
 
 
 def test_a_run_with_units_goes_on_is_exported_and_evaluated(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -230,6 +230,9 @@ def test_scores_are_the_same_on_two_ranks() -> None:
         ("one", ("accuracy", "f1"), 100 - (70 + 40) / 2),
         ("one", ("mcc",), 120.0),
         ("one", ("loss",), 0.5),
+        ("one", ("accuracy", "other/accuracy"), 100 - (70 + 20) / 2),
+        ("one", ("other/loss",), 0.9),
+        ("one", ("third/accuracy",), None),
         ("several", None, 0.5),
         ("several", ("map",), 90.0),
         ("number", None, 0.5),
@@ -237,10 +240,11 @@ def test_scores_are_the_same_on_two_ranks() -> None:
     ],
 )
 def test_the_best_checkpoint_is_that_of_the_selected_scores(
-    kind: Any, select: tuple[Any, ...] | None, value: float
+    kind: Any, select: tuple[Any, ...] | None, value: float | None
 ) -> None:
     scores = {"accuracy": 70.0, "f1": 40.0, "mcc": -20.0, "map": 10.0, "pearson": 80.0, "spearman": 90.0}
     values = {f"valid/score/{name}": score for name, score in scores.items()} | {"valid/loss/total": 0.5}
+    values |= {"valid/other/score/accuracy": 20.0, "valid/other/loss/total": 0.9}
     built = task(ClassifyConfig(modality="text", kind=kind, head=SentenceHeadConfig(), select=select))
     assert built.selection(values) == pytest.approx(value)
     assert built.selection({"loss/total": 1.0}) is None, "without a validation nothing is chosen"
