@@ -28,8 +28,8 @@ class NetworkSettings:
         return 0
 
     @property
-    def grid_side(self) -> int | None:
-        """Tokens per side of a square grid; None for a sequence."""
+    def grid_columns(self) -> int | None:
+        """Tokens in a row of a grid of tokens, whose rows follow from T; None for a sequence."""
         return None
 
     def num_tokens(self, size: int) -> int:
@@ -42,7 +42,7 @@ class NetworkSettings:
 
     def build_decoder(self, decoder: DecoderConfig, width: int) -> Any:
         """Build the decoder that predicts masked tokens: (visible, keep, T) -> (R, T, D)."""
-        return Decoder(decoder, width, grid_side=self.grid_side)
+        return Decoder(decoder, width, columns=self.grid_columns)
 
     def local_flops(self, width: int, num_samples: int, size: int) -> float:
         """Return the operations of the local encoder for B inputs of one size; 0 for a table."""

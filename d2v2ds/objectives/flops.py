@@ -48,7 +48,7 @@ def step_flops(
     block, depth, width = trunk.block, trunk.depth(modality), trunk.block.width
     tokens, rows, extra = network.num_tokens(size), num_samples * num_masks, network.num_extra_tokens
     local = network.local_flops(width, num_samples, size)
-    dimensions = 1 if network.grid_side is None else 2
+    dimensions = 1 if network.grid_columns is None else 2
     student = (
         local
         + network.position_flops(width, rows, tokens)
