@@ -50,6 +50,16 @@ class MaskConfig:
             return [f"adjust {self.adjust} makes the drawn fraction negative ({self.drawn_fraction:g} + adjust)"]
         return []
 
+    def grid_faults(self, columns: int | None) -> list[str]:
+        """Return a message if a grid of tokens with so many columns is not that of the blocks.
+
+        Args:
+            columns: of the network's grid; None for a sequence, which readers refuse.
+        """
+        if self.kind != "block_2d" or self.columns is None or columns is None or self.columns == columns:
+            return []
+        return [f"mask.columns is {self.columns}, the network has {columns} tokens in a row; set it to that"]
+
     @property
     def is_for_grids(self) -> bool:
         """True if masks can be drawn on a grid of tokens."""

@@ -1,6 +1,7 @@
 """Convolutional decoder that predicts masked tokens from visible ones (arXiv 2212.07525, section 3)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from d2v2ds.model.positions import SameConv, SameConv2d
 class DecoderConfig:
     """Settings of one modality's decoder."""
 
+    kind: Literal["conv"] = "conv"
     width: Width
     """Channels of its convolutions."""
     depth: Depth

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.flops import block_flops, decoder_flops
-from d2v2ds.model.network import NetworkSettings
+from d2v2ds.model.network import AnyDecoder, NetworkSettings
 from d2v2ds.model.trunk import TrunkConfig
 
 
@@ -25,7 +24,7 @@ def step_flops(
     trunk: TrunkConfig,
     modality: str,
     *,
-    decoder: DecoderConfig,
+    decoder: AnyDecoder,
     share_local_encoder: bool,
     num_samples: int,
     size: int,

@@ -14,6 +14,7 @@ from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.modalities.spectrogram.network import SpectrogramNetwork
 
 Tensors = dict[str, Tensor]
 
@@ -74,6 +75,8 @@ class Case:
     def batch(self, mask: Tensor | None = None) -> Batch:
         """Build the recorded input; with another mask (R, T) the visible tokens come in ascending order."""
         source, padding = self.tensors["in/source"], self.tensors.get("in/padding_mask")
+        if isinstance(self.network.trunk.modalities[self.modality], SpectrogramNetwork):
+            source = source[:, 0].transpose(1, 2)  # (B, 1, S, F) -> (B, F, S)
         samples = source.shape[0]
         if mask is None:
             masked, keep = self.tensors["mask/mask"].bool(), self.tensors["mask/ids_keep"].long()
