@@ -165,6 +165,6 @@ def is_task(folder: Path, name: str) -> bool:
 def _modality_of(folder: Path, name: str) -> str | None:
     try:
         values = json.loads((folder / f"{name}.json").read_text())
-        return TASKS.get(values["task"]) if "task" in values else str(values["modality"]).lower()
-    except (OSError, ValueError, KeyError, TypeError):
+        return TASKS.get(values["task"]) if "task" in values else str(values["modality"]).lower().split()[0]
+    except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -72,7 +72,8 @@ TABLE: list[Row] = [
 ]
 
 
-def _translate(name: str, source: str, target: str, offset: int) -> str | None:
+def translated(name: str, source: str, target: str, offset: int) -> str | None:
+    """Rename by one row of a table: `{i}` and `{p}` as above; None if the name is not of its form."""
     pattern = re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", r"(?P<p>.+)")
     found = re.fullmatch(pattern, name)
     if found is None:
@@ -92,7 +93,7 @@ def to_ours(official: str, modality: str | None = None) -> str | None:
     for ours, theirs, offset in TABLE:
         if modality is not None and ours.startswith(_OF_MODALITIES) and ours.split(".")[1] != modality:
             continue
-        name = _translate(official, theirs, ours, -offset)
+        name = translated(official, theirs, ours, -offset)
         if name is not None:
             return name
     return None
@@ -106,7 +107,7 @@ def to_official(name: str, *, widens: bool = False) -> str | None:
         widens: the patches of the network have a width of their own, and a Linear after them.
     """
     for ours, theirs, offset in TABLE:
-        official = _translate(name, ours, theirs, offset)
+        official = translated(name, ours, theirs, offset)
         if official is not None and not (widens and official.endswith(_PATCHES_OF_MODEL_WIDTH)):
             return official
     return None
