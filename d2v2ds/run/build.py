@@ -85,7 +85,7 @@ def loop_config(
     return LoopConfig(
         alibi_slopes=alibi_slopes(config.model.block.num_heads),
         readers={name: stream.reader for name, stream in streams.items()},
-        grid_sides={name: settings.grid_side for name, settings in config.model.modalities.items()},
+        grid_columns={name: settings.grid_columns for name, settings in config.model.modalities.items()},
         total_steps=config.total_steps,
         log_every_steps=config.run.log_every_steps,
         health_every_steps=config.run.health_every_steps,

@@ -15,7 +15,7 @@ from d2v2ds.evals.features import Features, annotation, check_memory, compute_fe
 from d2v2ds.evals.letters import check_letters
 from d2v2ds.evals.probes import Fold, ProbeConfig, check_folds, leave_one_out
 from d2v2ds.evals.wanted import Number, OneClass, SeveralClasses, Wanted
-from d2v2ds.modalities.known import known_modalities, open_reader, open_shards
+from d2v2ds.modalities.known import known_modalities, modality_reading, open_reader, open_shards
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.tasks.words import edit_counts
 
@@ -127,10 +127,10 @@ class Task:
 
 def _reader(config: RunConfig, folder: Path) -> Reader:
     """Open a folder as the run would, whatever the run's own data were."""
-    modality = open_shards(folder).index.modality
     sections = config.data.modalities
-    if modality not in sections:
-        raise ConfigError(f"{folder}: holds {modality}, the run has {', '.join(sections)}")
+    modality = modality_reading(folder, sections)
+    if modality is None:
+        raise ConfigError(f"{folder}: holds {open_shards(folder).index.modality}, the run has {', '.join(sections)}")
     data = replace(sections[modality], shards=folder, weights=None)
     reader = open_reader(modality, data, config.model.modalities[modality], None)
     problems = reader.misfits()

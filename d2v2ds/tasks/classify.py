@@ -97,7 +97,7 @@ class ClassifyConfig(TaskConfig):
         network = trunk.modalities.get(self.modality)
         if network is None:
             return problems  # `RunConfig.check` reports this
-        is_grid = network.grid_side is not None
+        is_grid = network.grid_columns is not None
         if isinstance(self.head, PatchHeadConfig) != is_grid:
             fitting = "patches" if is_grid else "sentence or frames"
             problems.append(f"head.kind is {self.head.kind!r}, {self.modality} needs {fitting}")

@@ -54,7 +54,7 @@ class LoopConfig:
     """Earlier starts of this run."""
     readers: Mapping[str, Reader]
     """Data of each modality by name, in the order of the micro-batches."""
-    grid_sides: Mapping[str, int | None]
+    grid_columns: Mapping[str, int | None]
     """Tokens per side of each modality whose tokens form a square grid, for figures of masks."""
     measure_peak: Callable[[], float]
     """Measures the matrix-product peak of this rank's device; called once, with the first record, on all ranks."""
@@ -371,7 +371,7 @@ class Trainer:
         try:
             for modality, part in out.parts.items():
                 if part.batch.masks is not None:
-                    figure = mask_figure(part.batch.masks.masked[0], self.config.grid_sides[modality])
+                    figure = mask_figure(part.batch.masks.masked[0], self.config.grid_columns[modality])
                     self.metrics.figure(self._name(modality, "masks"), figure, self.progress.step)
             for name, scale in scales.items():
                 if scale is not None:

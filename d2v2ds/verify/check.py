@@ -6,6 +6,7 @@ from safetensors import SafetensorError
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.verify.bat import check_bat_case, is_bat
 from d2v2ds.verify.case import Case, has_trajectory, is_first, is_task
 from d2v2ds.verify.data2vec1.case import FirstCase
 from d2v2ds.verify.data2vec1.step import check_first_step
@@ -29,6 +30,8 @@ def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]
             check_first_step(FirstCase.read(folder, name), report)
         elif is_task(folder, name):
             check_task_case(folder, name, report)
+        elif is_bat(folder, name):
+            check_bat_case(folder, name, report)
         else:
             case = Case.read(folder, name)
             check_step(case, report)

@@ -35,6 +35,16 @@ class ImageNetwork(NetworkSettings):
         """Patches per side."""
         return self.image_size // self.patch_size
 
+    @property
+    def grid_columns(self) -> int:
+        """Patches in a row."""
+        return self.grid_side
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.grid_side, self.grid_side
+
     def num_tokens(self, size: int) -> int:
         """T of an image of `size` pixels a side."""
         return (size // self.patch_size) ** 2

@@ -219,7 +219,7 @@ def _compare_update(
     expected = case.of_teacher(after, {name: p.detach() for name, p in weights.items()})
     copied = set(case.meta.get("ema_copied_keys", [])) - {"version"}
     ours = {name for name in expected if objective.is_copied(name)}
-    of_file = {name for name in to_names(case, copied)} | {name for name in ours if name not in to_names(case, after)}
+    of_file = to_names(case, copied) | {name for name in ours if name not in to_names(case, after)}
     report.compare("copied parameters", float(ours == of_file), 1.0)
     for name, parameter in teacher.named_parameters():
         mine = weights[name].detach()

@@ -151,7 +151,7 @@ class D2V2DSModel(PreTrainedModel):
         if isinstance(module, ExtraTokens):
             init.normal_(module.tokens)
         elif isinstance(module, GridPositions):
-            init.copy_(module.table, sin_cos_grid(module.table.shape[-1], module.side)[None])
+            init.copy_(module.table, sin_cos_grid(module.table.shape[-1], module.rows, module.columns)[None])
         elif isinstance(module, Alibi):
             init.ones_(module.scale)
         else:
