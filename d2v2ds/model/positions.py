@@ -154,24 +154,29 @@ class GridPositions(nn.Module):
     It is a parameter without gradient, as in official checkpoints and parameter counts.
     """
 
-    def __init__(self, width: int, side: int) -> None:
+    def __init__(self, width: int, side: int, num_extra: int = 0) -> None:
         """
         Args:
             width: D, divisible by 4.
             side: patches per side of the grid.
+            num_extra: E, rows of zeros in front, for tokens that have no position.
         """
         super().__init__()
-        self.table = nn.Parameter(torch.empty(1, side * side, width), requires_grad=False)
-        self.side = side
+        self.table = nn.Parameter(torch.empty(1, num_extra + side * side, width), requires_grad=False)
+        self.side, self.num_extra = side, num_extra
         self.reset_parameters()
+
+    def first_table(self) -> Tensor:
+        """Compute the table (1, E + T, D) fp32 on the CPU."""
+        return F.pad(sin_cos_grid(self.table.shape[-1], self.side), (0, 0, self.num_extra, 0))[None]
 
     def reset_parameters(self) -> None:
         """Fill the table."""
-        self.table.data.copy_(sin_cos_grid(self.table.shape[-1], self.side))
+        self.table.data.copy_(self.first_table())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return x + self.table
+        """(B, T, D) or (B, E + T, D) -> the same shape."""
+        return x + self.table[:, self.num_extra if x.shape[1] == self.side**2 else 0 :]
 
 
 def sin_cos_grid(width: int, side: int) -> Tensor:
