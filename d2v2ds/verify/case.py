@@ -159,6 +159,15 @@ def is_task(folder: Path, name: str) -> bool:
     return isinstance(values, dict) and "task" in values
 
 
+def model_name(folder: Path, name: str) -> str:
+    """Return the `_name` of a case's model; empty if it has none or cannot be read."""
+    try:
+        values = json.loads((folder / f"{name}.json").read_text())
+        return str(values["model"]["_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _modality_of(folder: Path, name: str) -> str | None:
     try:
         values = json.loads((folder / f"{name}.json").read_text())

@@ -6,11 +6,15 @@ from safetensors import SafetensorError
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
-from d2v2ds.verify.case import Case, has_trajectory, is_task
+from d2v2ds.verify.case import Case, has_trajectory, is_task, model_name
 from d2v2ds.verify.finetuning.check import TABLES, check_table, check_task_case
 from d2v2ds.verify.report import Report
+from d2v2ds.verify.rivals.mae import check_mae
 from d2v2ds.verify.step import check_step
 from d2v2ds.verify.trajectory import check_trajectory
+
+RIVALS = {"mae": check_mae}
+"""Checks of the cases of other methods, by the `_name` of their model."""
 
 
 def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]:
@@ -25,6 +29,8 @@ def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]
             check_table(folder, name, report)
         elif is_task(folder, name):
             check_task_case(folder, name, report)
+        elif (of_model := RIVALS.get(model_name(folder, name))) is not None:
+            of_model(folder, name, report)
         else:
             case = Case.read(folder, name)
             check_step(case, report)

@@ -72,7 +72,15 @@ TABLE: list[Row] = [
 ]
 
 
-def _translate(name: str, source: str, target: str, offset: int) -> str | None:
+def translate(name: str, source: str, target: str, offset: int = 0) -> str | None:
+    """Translate a name by one row of a table; None if the row is of other names.
+
+    Args:
+        name: to translate.
+        source: its form, with `{i}` and `{p}`.
+        target: form of the result.
+        offset: added to the number at `{i}`.
+    """
     pattern = re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", r"(?P<p>.+)")
     found = re.fullmatch(pattern, name)
     if found is None:
@@ -85,7 +93,7 @@ def _translate(name: str, source: str, target: str, offset: int) -> str | None:
 def to_ours(official: str) -> str | None:
     """Our name of an official parameter, None if the table has none."""
     for ours, theirs, offset in TABLE:
-        name = _translate(official, theirs, ours, -offset)
+        name = translate(official, theirs, ours, -offset)
         if name is not None:
             return name
     return None
@@ -99,7 +107,7 @@ def to_official(name: str, *, widens: bool = False) -> str | None:
         widens: the patches of the network have a width of their own, and a Linear after them.
     """
     for ours, theirs, offset in TABLE:
-        official = _translate(name, ours, theirs, offset)
+        official = translate(name, ours, theirs, offset)
         if official is not None and not (widens and official.endswith(_PATCHES_OF_MODEL_WIDTH)):
             return official
     return None
