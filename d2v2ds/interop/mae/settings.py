@@ -1,9 +1,10 @@
 """The network that the arguments of the official MAE model describe, as our settings."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from d2v2ds.interop.fairseq.official_fields import Fields
+from d2v2ds.interop.fairseq.official_fields import Fields, UnsupportedOptionError
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.model.block import BlockConfig
@@ -22,7 +23,7 @@ class OfficialMae:
     objective: MaeModality
 
 
-def network_of(official: dict[str, Any]) -> OfficialMae:
+def network_of(official: Mapping[str, Any]) -> OfficialMae:
     """Translate the arguments of `MaskedAutoencoderViT` (models_mae.py).
 
     Args:
@@ -31,7 +32,7 @@ def network_of(official: dict[str, Any]) -> OfficialMae:
     Raises:
         UnsupportedOptionError: naming an argument that is missing, or that our network lacks.
     """
-    fields = Fields(official, "", None)
+    fields = Fields(dict(official), "", None)
     mlp_ratio = fields("mlp_ratio", 4)
     block = BlockConfig(
         width=fields.required("embed_dim"),
@@ -63,3 +64,60 @@ def network_of(official: dict[str, Any]) -> OfficialMae:
     trunk = TrunkConfig(block=block, shared_depth=fields.required("depth"), modalities={MODALITY: image})
     fields.finish()
     return OfficialMae(trunk=trunk, objective=objective)
+
+
+def arguments_of(trunk: TrunkConfig, objective: MaeModality | None) -> dict[str, Any]:
+    """Write the official arguments of one of our networks.
+
+    Args:
+        trunk: settings of the trunk.
+        objective: settings of the objective; None for an encoder alone, which gets the official decoder's defaults.
+
+    Raises:
+        UnsupportedOptionError: the network has something that the official model lacks.
+    """
+    image = trunk.modalities.get(MODALITY)
+    if not isinstance(image, ImageNetwork) or len(trunk.modalities) > 1:
+        raise UnsupportedOptionError(f"a model of {', '.join(trunk.modalities)}; MAE has images alone")
+    block = trunk.block
+    arguments: dict[str, Any] = {
+        "img_size": image.image_size,
+        "patch_size": image.patch_size,
+        "in_chans": 3,
+        "embed_dim": block.width,
+        "depth": trunk.shared_depth,
+        "num_heads": block.num_heads,
+        "mlp_ratio": block.mlp_ratio,
+        "norm_eps": block.norm_eps,
+    }
+    if objective is not None:
+        decoder = objective.decoder
+        arguments |= {
+            "decoder_embed_dim": decoder.width,
+            "decoder_depth": decoder.depth,
+            "decoder_num_heads": decoder.num_heads,
+            "norm_pix_loss": objective.normalise_pixels,
+        }
+    _require_same(network_of(arguments), trunk, objective)
+    return arguments
+
+
+def _require_same(found: OfficialMae, trunk: TrunkConfig, objective: MaeModality | None) -> None:
+    """Raise UnsupportedOptionError if official arguments describe another computation than ours."""
+    theirs, image, block = found.trunk, trunk.modalities[MODALITY], trunk.block
+    plain = replace(
+        block,
+        attention_dropout=0.0,
+        attention_output_dropout=0.0,
+        mlp_dropout=0.0,
+        activation_dropout=0.0,
+        attention_path=theirs.block.attention_path,
+    )
+    width = image.patch_width if image.patch_width != block.width else None
+    own = replace(image, has_extra_positions=True, prenet_dropout=0.0, patch_width=width, relative_per_block=False)
+    pairs = [("model.block", plain, theirs.block), (f"model.modalities.{MODALITY}", own, theirs.modalities[MODALITY])]
+    if objective is not None:
+        pairs.append(("objective.decoder", objective.decoder, found.objective.decoder))
+    for name, ours, official in pairs:
+        if ours != official:
+            raise UnsupportedOptionError(f"{name}: the official model has {official}, this one {ours}")
