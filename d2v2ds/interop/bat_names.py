@@ -1,6 +1,6 @@
 """Parameter names of BAT's checkpoints (arXiv 2602.16305) and ours, as data."""
 
-from d2v2ds.interop.fairseq.keymap import translated
+from d2v2ds.interop.fairseq.keymap import translate
 
 _OURS = "encoders.spectrogram"
 ENCODER: list[tuple[str, str]] = [
@@ -22,5 +22,5 @@ DECODER: list[tuple[str, str]] = [
 
 def our_bat_name(official: str, *, is_of_decoder: bool = False) -> str | None:
     """Translate the name of a parameter of BAT's encoder, or of its decoder; None if the table has none."""
-    found = (translated(official, theirs, ours, 0) for ours, theirs in (DECODER if is_of_decoder else ENCODER))
+    found = (translate(official, theirs, ours, 0) for ours, theirs in (DECODER if is_of_decoder else ENCODER))
     return next((name for name in found if name is not None), None)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from d2v2ds.bounds import DepthOrZero, Rate
 from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.block import BlockConfig
@@ -35,6 +37,24 @@ class NetworkSettings:
     def grid_columns(self) -> int | None:
         """Tokens in a row of a grid of tokens, whose rows follow from T; None for a sequence."""
         return None
+
+    @property
+    def patch_numbers(self) -> int | None:
+        """P, numbers of a patch of the input; None if tokens are no patches."""
+        return None
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """True if the encoder cannot read visible tokens alone."""
+        return False
+
+    def patches(self, source: Tensor) -> Tensor:
+        """Divide a normalised input into patches, one for each token: (B, ...) -> (B, T, P) fp32."""
+        raise NotImplementedError
+
+    def build_fixed_positions(self, width: int, num_extra: int) -> nn.Module:
+        """Build the table of positions of a grid of patches: (B, E + T, D) -> (B, E + T, D); none for extra tokens."""
+        raise NotImplementedError
 
     def num_tokens(self, size: int) -> int:
         """Return the number of tokens T of an input of this size."""

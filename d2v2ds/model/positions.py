@@ -155,38 +155,54 @@ class GridPositions(nn.Module):
     """
 
     def __init__(
-        self, width: int, rows: int, columns: int | None = None, *, extends: bool = False, trains: bool = False
+        self,
+        width: int,
+        rows: int,
+        columns: int | None = None,
+        *,
+        num_extra: int = 0,
+        extends: bool = False,
+        trains: bool = False,
     ) -> None:
         """
         Args:
             width: D, divisible by 4.
             rows: of the grid of patches.
             columns: of the grid; None: as many as rows.
+            num_extra: E, rows of zeros in front of the table, for tokens that have no position.
             extends: inputs may have fewer rows than the table, of which they take the first.
             trains: train the table, which then only begins with sines and cosines.
         """
         super().__init__()
-        self.rows, self.columns, self.extends = rows, columns or rows, extends
-        self.table = nn.Parameter(torch.empty(1, self.rows * self.columns, width), requires_grad=trains)
+        self.rows, self.columns, self.num_extra, self.extends = rows, columns or rows, num_extra, extends
+        self.table = nn.Parameter(torch.empty(1, num_extra + self.rows * self.columns, width), requires_grad=trains)
         self.reset_parameters()
+
+    def first_table(self) -> Tensor:
+        """Compute the table (1, E + T, D) fp32 on the CPU."""
+        grid = sin_cos_grid(self.table.shape[-1], self.rows, self.columns)
+        return F.pad(grid, (0, 0, self.num_extra, 0))[None]
 
     def reset_parameters(self) -> None:
         """Fill the table."""
-        self.table.data.copy_(sin_cos_grid(self.table.shape[-1], self.rows, self.columns))
+        self.table.data.copy_(self.first_table())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D).
+        """(B, T, D) or (B, E + T, D) -> the same shape.
 
         Raises:
             ValueError: T is not the length of the table, or above it if inputs may be shorter.
         """
         length, most = x.shape[1], self.rows * self.columns
+        if self.num_extra and length == self.num_extra + most:
+            return x + self.table
         if length != most and not (self.extends and length < most):
             raise ValueError(
                 f"expected {'up to ' if self.extends else ''}{most} tokens, a grid of {self.rows} x {self.columns} "
                 f"patches, found {length}"
             )
-        return x + (self.table[:, :length] if length < most else self.table)
+        whole = self.num_extra == 0 and length == most
+        return x + (self.table if whole else self.table[:, self.num_extra : self.num_extra + length])
 
 
 def sin_cos_grid(width: int, rows: int, columns: int | None = None) -> Tensor:

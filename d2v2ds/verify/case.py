@@ -162,19 +162,13 @@ def is_task(folder: Path, name: str) -> bool:
     return isinstance(values, dict) and "task" in values
 
 
-def is_first(folder: Path, name: str) -> bool:
-    """Return True if a case is one of data2vec 1.0."""
+def model_name(folder: Path, name: str) -> str:
+    """Return the `_name` of a case's model; empty if it has none or cannot be read."""
     try:
         values = json.loads((folder / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return False
-    model = values.get("model") if isinstance(values, dict) else None
-    kind = model.get("_name", "") if isinstance(model, dict) else ""
-    return kind in FIRST_MODELS
-
-
-FIRST_MODELS = ("data2vec_audio", "data2vec_text", "data2vec_vision", "data2vec_vision_beit_layout")
-"""`model._name` of cases of data2vec 1.0."""
+        return str(values["model"]["_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _modality_of(folder: Path, name: str) -> str | None:

@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.card import write_card
-from d2v2ds.interop.export_folder import Description, Kind, Layout, ModelFolder, Part, require_layout
-from d2v2ds.interop.export_write import new_folder, write_config, write_tensors
+from d2v2ds.interop.export_folder import Description, ModelFolder, Part, require_layout
 from d2v2ds.interop.fairseq.heads import (
     HEAD,
     TunedConfig,
@@ -32,7 +30,7 @@ from d2v2ds.interop.fairseq.read import (
     read_official,
 )
 from d2v2ds.interop.fairseq.write import write_official
-from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.interop.imported_folder import layout_of, write_imported
 from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.io.read import validate
 from d2v2ds.modalities.known import modality_of
@@ -113,16 +111,8 @@ def write_folder(
             },
         },
     )
-    with new_folder(path) as folder:
-        for part, tensors in parts.items():
-            if tensors:
-                write_tensors(folder, part, _layout_of(tensors), tensors.items())
-        if tokenizer is not None:
-            (folder / tokenizer.file_name).write_bytes(tokenizer.data)
-        num_parameters = sum(tensor.numel() for tensor in checkpoint.trunk.values())
-        write_card(folder, description, path.name, num_parameters)
-        task = None if head is None else description.objective
-        write_config(folder, description, write_hub_files(folder, model, preprocessing, task))
+    files = {} if tokenizer is None else {tokenizer.file_name: tokenizer.data}
+    write_imported(path, description, parts, files=files, has_task=head is not None)
 
 
 def _of_pretraining(checkpoint: OfficialCheckpoint) -> dict[str, Any]:
@@ -288,14 +278,14 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
     where = f"{path}: origin.official.section"
     single, _, _ = checked_section(section, modality, tokens, where, has_decoder=bool(decoder))
     expected = network_states(single, modality, str(path), has_decoder=bool(decoder))
-    require_layout(path, _layout_of(trunk | decoder), expected.student)
+    require_layout(path, layout_of(trunk | decoder), expected.student)
     if teacher:
-        require_layout(path, _layout_of(teacher), expected.teacher)
+        require_layout(path, layout_of(teacher), expected.teacher)
     if tuned is None:
         prefix = origin.official.prefix
         write_official(file, trunk | decoder, teacher or None, section, prefix=prefix, licence=origin.licence)
         return
-    require_layout(path, _layout_of(head), head_state(tuned, model))
+    require_layout(path, layout_of(head), head_state(tuned, model))
     task = official_task(tuned)
     write_official(
         file,
@@ -315,10 +305,6 @@ def _chosen(path: Path, found: list[str], wanted: str | None) -> str:
     if wanted is None and len(found) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(found)}; an official file holds one, choose it: --modality")
     return wanted or found[0]
-
-
-def _layout_of(tensors: Tensors) -> Layout:
-    return {name: Kind.of(tensor) for name, tensor in tensors.items()}
 
 
 def _objective(folder: ModelFolder, modality: str) -> ModalityConfig:

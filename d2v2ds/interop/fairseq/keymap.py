@@ -72,8 +72,15 @@ TABLE: list[Row] = [
 ]
 
 
-def translated(name: str, source: str, target: str, offset: int) -> str | None:
-    """Rename by one row of a table: `{i}` and `{p}` as above; None if the name is not of its form."""
+def translate(name: str, source: str, target: str, offset: int = 0) -> str | None:
+    """Translate a name by one row of a table; None if the row is of other names.
+
+    Args:
+        name: to translate.
+        source: its form, with `{i}` and `{p}`.
+        target: form of the result.
+        offset: added to the number at `{i}`.
+    """
     pattern = re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", r"(?P<p>.+)")
     found = re.fullmatch(pattern, name)
     if found is None:
@@ -93,7 +100,7 @@ def to_ours(official: str, modality: str | None = None) -> str | None:
     for ours, theirs, offset in TABLE:
         if modality is not None and ours.startswith(_OF_MODALITIES) and ours.split(".")[1] != modality:
             continue
-        name = translated(official, theirs, ours, -offset)
+        name = translate(official, theirs, ours, -offset)
         if name is not None:
             return name
     return None
@@ -107,7 +114,7 @@ def to_official(name: str, *, widens: bool = False) -> str | None:
         widens: the patches of the network have a width of their own, and a Linear after them.
     """
     for ours, theirs, offset in TABLE:
-        official = translated(name, ours, theirs, offset)
+        official = translate(name, ours, theirs, offset)
         if official is not None and not (widens and official.endswith(_PATCHES_OF_MODEL_WIDTH)):
             return official
     return None

@@ -126,7 +126,7 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
     weights = content.get("model")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: expected official weights under `model`, found the keys {_listed(content)}")
-    _require_bytes(path, weights)
+    require_bytes(path, weights)
     prefix, modality = _where(path, weights)
     encoder, head, ignored = _divided(weights, prefix)
     modality = _kind(modality, encoder)
@@ -178,7 +178,7 @@ def _facts(path: Path, content: Mapping[str, Any]) -> Facts:
         ) from error
 
 
-def _require_bytes(path: Path, weights: Mapping[str, Any]) -> None:
+def require_bytes(path: Path, weights: Mapping[str, Any]) -> None:
     """Refuse weights that share their bytes so often that the file holds a small part of what they would become."""
     inner = [value for value in weights.values() if isinstance(value, dict)]
     tensors = [one for values in (weights, *inner) for one in values.values() if isinstance(one, Tensor)]
