@@ -84,7 +84,7 @@ def check_bat_case(folder: Path, name: str, report: Report) -> None:
     _load(teacher, tensors, "teacher/")
     table = sin_cos_grid(trunk.block.width, *trunk.modalities[_NAME].position_grid)[None]
     for side, network in (("student", student), ("teacher", teacher)):
-        report.compare(f"{side} positions", table, network.trunk.encoder(_NAME).fixed_positions.table)  # type: ignore[arg-type, union-attr, operator]
+        report.compare(f"{side} positions", table, network.trunk.encoder(_NAME).fixed_positions.table)  # type: ignore[arg-type]
     batch = _batch(tensors, objective.mask.num_masks)
     with recorded(_watched(student)) as of_student, recorded(_watched(teacher)) as of_teacher:
         out: StudentOutput = student(batch, without_grad(teacher))
