@@ -344,15 +344,18 @@ class Classify(Task[ClassifyConfig]):
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Compute scores."""
         values = input_metrics(totals.statistics)
-        kept = {name: numbers.double().numpy() for name, numbers in totals.kept.items()}
+        kept = totals.kept
         if self.config.kind == "number":
             values["score/pearson"] = 100 * correlation(totals.statistics["moments"], totals.count)
             if kept:
-                values["score/spearman"] = 100 * spearman(kept["wanted"], kept["found"][:, 0])
+                values["score/spearman"] = 100 * spearman(
+                    kept["wanted"].double().numpy(), kept["found"][:, 0].double().numpy()
+                )
             return values
         if self.config.kind == "several":
-            found = {"score/map": 100 * mean_average_precision(kept["wanted"], kept["found"])} if kept else {}
-            return values | found
+            if kept:
+                values["score/map"] = 100 * mean_average_precision(kept["wanted"].numpy(), kept["found"].numpy())
+            return values
         values["score/accuracy"] = 100 * float(totals.statistics["correct"]) / totals.count
         wanted, predicted = totals.statistics["by_class"]
         values["score/missed_classes"] = float(((wanted >= LEAST_WANTED) & (predicted == 0)).sum())

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -270,6 +271,21 @@ def test_outputs_that_are_not_finite_have_no_precision() -> None:
     built, batches = label_task()
     batches[1][0][0, 0] = float("nan")
     assert math.isnan(built.metrics("audio", totals_of(built, batches))["score/map"])
+
+
+def test_scores_copy_one_class_at_a_time() -> None:
+    built, _ = label_task()
+    rows, classes = 20_000, 6
+    kept = {"found": torch.randn(rows, classes), "wanted": torch.rand(rows, classes) < 0.1}
+    totals = Totals({"binary": 1.0}, 1.0, {}, kept)
+    few = Totals({"binary": 1.0}, 1.0, {}, {name: numbers.repeat(1, 20) for name, numbers in kept.items()})
+    peaks = []
+    for one in (totals, few):
+        tracemalloc.start()
+        built.metrics("audio", one)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2 * 19 * rows * classes, "bytes: no copy of all numbers, which have 4 bytes each"
 
 
 def test_more_outputs_than_fit_are_refused() -> None:
