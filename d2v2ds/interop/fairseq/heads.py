@@ -203,8 +203,8 @@ def official_task(config: TunedConfig) -> OfficialTask:
     Raises:
         UnsupportedOptionError: there is none.
     """
-    kind = config.name if isinstance(config, CtcConfig) else config.head.kind
-    if TASKS[kind].modality != config.modality:
+    kind = config.head.kind if isinstance(config, ClassifyConfig) else config.name
+    if kind not in TASKS or TASKS[kind].modality != config.modality:
         raise UnsupportedOptionError(f"no official model has a head of kind {kind} for {config.modality}")
     return TASKS[kind]
 
