@@ -85,6 +85,8 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
     model = load_task(source, options.tag)
     if isinstance(model.task, Ctc):
         recognition.count_errors([])  # says what is not installed before the work
+    elif not isinstance(model.task, Classify):
+        raise ConfigError(f"{source}: expected a recogniser or a classifier, found {model.task.config.name}")
     reader = labelled_reader(model, options.shards)
     decoder = _decoder(model, options)
     try:
@@ -101,7 +103,7 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
     }
     if isinstance(model.task, Ctc):
         result |= _recognition(model.task, reader, rows, decoder, options, to)
-    else:
+    elif isinstance(model.task, Classify):
         result |= _classification(model.task, reader, rows, options, to)
     durable.replace_text(to / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
@@ -290,10 +292,9 @@ def _beam(decoder: BeamDecoder) -> Any:
 
 
 def _classification(
-    task: Any, reader: Reader, rows: Sequence[Row], options: EvaluationOptions, to: Path
+    task: Classify, reader: Reader, rows: Sequence[Row], options: EvaluationOptions, to: Path
 ) -> dict[str, Any]:
     """Score classes, sets of classes, or numbers."""
-    assert isinstance(task, Classify)
     kind, classes = task.config.kind, task.config.classes
     outputs = classification.Outputs(
         np.stack([row.logits.double().numpy() for row in rows]),

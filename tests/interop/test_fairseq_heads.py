@@ -15,6 +15,8 @@ from d2v2ds.batch import Batch
 from d2v2ds.errors import ConfigError
 from d2v2ds.interop.export_folder import ModelFolder
 from d2v2ds.interop.fairseq.__main__ import main
+from d2v2ds.interop.fairseq.heads import official_task
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate
@@ -253,6 +255,9 @@ def test_a_model_without_official_form_is_not_exported(tmp_path: Path, capsys: p
     assert main(["export", str(tmp_path / "own"), "--out", str(tmp_path / "x.pt")]) == 2
     assert "no official model has a head of kind sentence for audio" in capsys.readouterr().err
     assert not (tmp_path / "x.pt").exists()
+    other: Any = types.SimpleNamespace(name="length", modality="audio")
+    with pytest.raises(UnsupportedOptionError, match="no official model has a head of kind length"):
+        official_task(other)
 
 
 @pytest.mark.parametrize(

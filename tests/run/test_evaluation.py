@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jiwer
@@ -153,6 +154,15 @@ def test_an_encoder_cannot_be_evaluated(recordings: Path, tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="expected a fine-tuned model.*d2v2ds.finetune makes one"):
         evaluate(folder, EvaluationOptions(shards=(recordings,), to=tmp_path / "out"))
+
+
+def test_model_of_a_task_without_scores_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = SimpleNamespace(task=SimpleNamespace(config=SimpleNamespace(name="length")))
+    monkeypatch.setattr("d2v2ds.run.evaluation.load_task", lambda source, tag: other)
+    with pytest.raises(ConfigError, match="model: expected a recogniser or a classifier, found length"):
+        evaluate(tmp_path / "model", EvaluationOptions(shards=(tmp_path / "no shards",)))
 
 
 def test_images_are_scored_by_their_middle(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["kill_in_save,1,4", "kill_in_step,0,5", pytest.param("kill_in_step,1,3", marks=pytest.mark.slow)]
+    "fault", ["kill_in_save,1,4", "kill_in_step,0,5", pytest.param("kill_in_save,0,4", marks=pytest.mark.slow)]
 )
 def test_one_rank_killed_resumes_to_the_unbroken_run(
     fault: str, folders: tuple[Path, Path], unbroken: Path, tmp_path: Path

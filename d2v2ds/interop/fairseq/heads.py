@@ -211,8 +211,8 @@ def official_task(config: TunedConfig) -> OfficialTask:
     """
     if isinstance(config, CtcConfig) and config.units:
         raise UnsupportedOptionError("a recogniser of sentencepiece units: official dictionaries have no model of them")
-    kind = config.name if isinstance(config, CtcConfig) else config.head.kind
-    if TASKS[kind].modality != config.modality:
+    kind = config.head.kind if isinstance(config, ClassifyConfig) else config.name
+    if kind not in TASKS or TASKS[kind].modality != config.modality:
         raise UnsupportedOptionError(f"no official model has a head of kind {kind} for {config.modality}")
     return TASKS[kind]
 
