@@ -94,6 +94,20 @@ def test_adam_adds_epsilon_before_bias_correction() -> None:
     assert (plain - p).abs().max() > 1e-4, "torch's own place for epsilon must differ here"
 
 
+def test_adam_with_late_epsilon_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    config = OptimConfig(betas=(0.9, 0.95), eps=1e-3, early_eps=False, weight_decay=0.1)
+    start, grads = torch.randn(50), [torch.randn(50) * 10.0**-t for t in range(1, 6)]
+    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizer = EarlyEpsilonAdam([ours], lr=0.01, config=config)
+    of_torch = torch.optim.AdamW([plain], lr=0.01, betas=config.betas, eps=config.eps, weight_decay=0.1)
+    for grad in grads:
+        ours.grad, plain.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        of_torch.step()
+    torch.testing.assert_close(ours.detach(), plain.detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_adam_matches_the_official_updates() -> None:
     tensors = load_file(OFFICIAL / "adam_steps.safetensors")
     cases = {key.split("/")[0] for key in tensors}
@@ -270,6 +284,12 @@ def test_part_of_a_gradient_is_named_by_the_place_of_the_parameter() -> None:
     assert with_head("heads.image.weight") == ("image", "optim/grad_norm/head")
     assert with_head("head.weight") == (None, "optim/grad_norm/head")
     assert all(NAMES.is_known(f"{prefix}optim/grad_norm/other") for prefix in ("", "audio/"))
+
+
+@pytest.mark.parametrize("before", ["", "valid/", "valid/mismatched/", "audio/", "audio/valid/", "audio/valid/other/"])
+def test_metrics_of_every_modality_and_validation_set_have_units(before: str) -> None:
+    assert NAMES.is_known(f"{before}loss/regression") and not NAMES.is_known(f"{before}loss/unheard")
+    assert NAMES.is_known("valid/mismatched/loss/total") and not NAMES.is_known("valid/a/b/loss/regression")
 
 
 def test_torn_last_line_is_left_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ TARGETS: dict[str, TargetLayer] = {
     "end": "block",
 }
 """Our name of a target layer by that of the recorded tensors."""
+
+
+def check_first_case(folder: Path, name: str, report: Report) -> None:
+    """Compare one case; see `check_first_step`."""
+    check_first_step(FirstCase.read(folder, name), report)
 
 
 def check_first_step(case: FirstCase, report: Report) -> None:

@@ -19,7 +19,7 @@ from d2v2ds.interop.hub.files.configuration_d2v2ds import D2V2DSConfig
 from d2v2ds.interop.hub.files.networks_d2v2ds import NETWORKS
 from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.encoder import ExtraTokens
-from d2v2ds.model.positions import GridPositions, sin_cos_grid
+from d2v2ds.model.positions import GridPositions
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 
 
@@ -151,7 +151,7 @@ class D2V2DSModel(PreTrainedModel):
         if isinstance(module, ExtraTokens):
             init.normal_(module.tokens)
         elif isinstance(module, GridPositions):
-            init.copy_(module.table, sin_cos_grid(module.table.shape[-1], module.side)[None])
+            init.copy_(module.table, module.first_table())
         elif isinstance(module, Alibi):
             init.ones_(module.scale)
         else:
