@@ -49,7 +49,9 @@ def build_engines(
         elif ds_config.get("bf16", {}).get("enabled", False):
             for param in network.parameters():  # converting them would touch memory that holds nothing yet
                 param.data = torch.empty_like(param.data, dtype=torch.bfloat16)
-    groups = parameter_groups(network, objective.lr_scale, objective.held_steps)
+    groups = parameter_groups(
+        network, objective.lr_scale, objective.held_steps, decay_vectors=config.optim.decay_vectors
+    )
     optimizer = EarlyEpsilonAdam(groups, lr=0.0, config=config.optim)
     engine = build_student_engine(network, optimizer, ds_config, gather_units=[Block])
     engine.train()

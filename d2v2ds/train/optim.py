@@ -1,5 +1,5 @@
-"""Adam as the official code computes it (fairseq/optim/adam.py): decoupled decay on every parameter, norms and biases
-included, and epsilon added to sqrt(v) *before* bias correction."""
+"""Adam as the official code of data2vec computes it (fairseq/optim/adam.py): decoupled decay on every parameter, norms
+and biases included, and epsilon added to sqrt(v) *before* bias correction. Settings switch to the rules of MAE."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,20 +21,28 @@ class OptimConfig:
     betas: tuple[Rate, Rate]
     """Decay of the first and second moment."""
     eps: Positive
-    """Added to sqrt(v) before bias correction."""
+    """Added to sqrt(v)."""
+    early_eps: bool = True
+    """Add it before bias correction, as fairseq does; False: behind it, as torch does (MAE, BEiT)."""
     weight_decay: PositiveOrZero
-    """Decoupled, times the learning rate, on all parameters: the exclusions in the published files have no effect."""
+    """Decoupled, times the learning rate."""
+    decay_vectors: bool = True
+    """Decay all parameters: the exclusions in the published files of data2vec have no effect. False: all but those of
+    one dimension, such as biases and norms (MAE)."""
     clip_norm: PositiveOrZero = 0.0
     """Maximum global gradient norm; 0 switches clipping off."""
 
 
-def parameter_groups(network: nn.Module, lr_scale: LrScale, held_steps: HeldSteps) -> list[dict[str, Any]]:
-    """Divide the trained parameters of a network into groups of one learning rate and one first step.
+def parameter_groups(
+    network: nn.Module, lr_scale: LrScale, held_steps: HeldSteps, *, decay_vectors: bool = True
+) -> list[dict[str, Any]]:
+    """Divide the trained parameters of a network into groups of one learning rate, one first step and one decay.
 
     Args:
         network: before the engine is built.
         lr_scale: name of a parameter -> its learning rate over that of the step.
         held_steps: name of a parameter -> first optimizer steps that leave it as it is.
+        decay_vectors: False gives parameters of one dimension groups with `weight_decay` 0.
 
     Returns:
         Groups for a torch optimizer with `name`, `lr_scale` and `held_steps`, in the order of their first parameters.
@@ -43,14 +51,16 @@ def parameter_groups(network: nn.Module, lr_scale: LrScale, held_steps: HeldStep
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             scale, held = lr_scale(name), held_steps(name)
-            key = f"x{scale:g}" + (f" after {held}" if held else "")
+            decays = decay_vectors or parameter.ndim > 1
+            key = f"x{scale:g}" + (f" after {held}" if held else "") + ("" if decays else " without decay")
             new = {"params": [], "name": key, "lr_scale": scale, "held_steps": held}
+            new |= {} if decays else {"weight_decay": 0.0}
             groups.setdefault(key, new)["params"].append(parameter)
     return list(groups.values())
 
 
 class EarlyEpsilonAdam(torch.optim.AdamW):
-    """`torch.optim.AdamW` with the official code's use of epsilon.
+    """`torch.optim.AdamW` with fairseq's use of epsilon, unless `OptimConfig.early_eps` is False.
 
     torch divides by sqrt(v) / sqrt(1 - b2^t) + eps, the official code by (sqrt(v) + eps) / sqrt(1 - b2^t). An epsilon
     of eps / sqrt(1 - b2^t) makes the two equal, so torch's fused kernels can be used.
@@ -60,14 +70,14 @@ class EarlyEpsilonAdam(torch.optim.AdamW):
         super().__init__(
             params, lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
-        self.unscaled_eps = config.eps
+        self.unscaled_eps, self.early_eps = config.eps, config.early_eps
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         A group with `is_held` has learning rate 0 and gradients of zero: its moments stay zero, and it counts no steps.
         """
-        for group in self.param_groups:
+        for group in self.param_groups if self.early_eps else ():
             group["eps"] = self.unscaled_eps / (1.0 - group["betas"][1] ** self._next_step(group)) ** 0.5
         result = super().step(closure)
         for group in self.param_groups:

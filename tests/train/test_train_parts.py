@@ -94,6 +94,20 @@ def test_adam_adds_epsilon_before_bias_correction() -> None:
     assert (plain - p).abs().max() > 1e-4, "torch's own place for epsilon must differ here"
 
 
+def test_adam_with_late_epsilon_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    config = OptimConfig(betas=(0.9, 0.95), eps=1e-3, early_eps=False, weight_decay=0.1)
+    start, grads = torch.randn(50), [torch.randn(50) * 10.0**-t for t in range(1, 6)]
+    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizer = EarlyEpsilonAdam([ours], lr=0.01, config=config)
+    of_torch = torch.optim.AdamW([plain], lr=0.01, betas=config.betas, eps=config.eps, weight_decay=0.1)
+    for grad in grads:
+        ours.grad, plain.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        of_torch.step()
+    torch.testing.assert_close(ours.detach(), plain.detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_adam_matches_the_official_updates() -> None:
     tensors = load_file(OFFICIAL / "adam_steps.safetensors")
     cases = {key.split("/")[0] for key in tensors}
