@@ -78,8 +78,8 @@ class Case:
         meta = json.loads((folder / f"{name}.json").read_text())
         modality = meta["modality"].lower()
         network = network_of(meta["model"], modality, meta.get("vocab_size"))
-        if dropping := list(dropping(asdict(network))):
-            raise UnsupportedOptionError(f"{', '.join(dropping)} (expected 0: what was dropped is not recorded)")
+        if found := list(dropping(asdict(network))):
+            raise UnsupportedOptionError(f"{', '.join(found)} (expected 0: what was dropped is not recorded)")
         return Case(
             name,
             modality,

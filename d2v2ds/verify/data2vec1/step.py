@@ -221,10 +221,10 @@ def _compare_update(
     ours = {name for name in expected if objective.is_copied(name)}
     of_file = {name for name in to_names(case, copied)} | {name for name in ours if name not in to_names(case, after)}
     report.compare("copied parameters", float(ours == of_file), 1.0)
-    for name, value in teacher.named_parameters():
-        mine: Tensor = weights[name].detach()
-        found: Tensor = mine if objective.is_copied(name) else value.detach().lerp(mine, 1.0 - decay)
-        report.compare("EMA step", found, expected[name].reshape(value.shape))
+    for name, parameter in teacher.named_parameters():
+        mine = weights[name].detach()
+        found = mine if objective.is_copied(name) else parameter.detach().lerp(mine, 1.0 - decay)
+        report.compare("EMA step", found, expected[name].reshape(parameter.shape))
     before, trained = case.part("teacher/"), case.part("student/")
     for key, value in after.items():  # entries of the official teacher without effect: their arithmetic alone
         if case.is_idle(key):
