@@ -29,6 +29,9 @@ class TrunkConfig:
     """`NetworkSettings` of each modality in use, by name."""
     layer_drop: Rate = 0.0
     """Probability of skipping a shared block in training, drawn once for all ranks."""
+    final_norm: bool = True
+    """Pre-norm blocks: normalise the output of the last one. False if a head normalises what it pools, as fine-tuned
+    models of BEiT and MAE do (`use_mean_pooling`)."""
 
     def depth(self, modality: str) -> int:
         """Number of blocks of this modality, prenet included."""
@@ -70,7 +73,7 @@ class Trunk(nn.Module):
             encoders[name] = network.build_encoder(config.block, config.shared_depth, with_local=has_local)
         self.encoders = nn.ModuleDict(encoders)
         self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.shared_depth))
-        if config.block.pre_norm:
+        if config.block.pre_norm and config.final_norm:
             self.norm = nn.LayerNorm(config.block.width, eps=config.block.norm_eps)
 
     def encoder(self, modality: str) -> ModalityEncoder:
@@ -99,7 +102,7 @@ class Trunk(nn.Module):
         x, _ = run_blocks(
             self.blocks, x, biases[prenet_depth:], checkpoint=self.activation_checkpointing, kept=kept_blocks
         )
-        return self._normed(x)
+        return self.normed(x)
 
     def encode_all(
         self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None, *, hide_padding: bool = True
@@ -120,11 +123,9 @@ class Trunk(nn.Module):
         x, biases = encoder.all_tokens(local, batch.padding, len(blocks), zero_padding=hide_padding)
         if torch.is_grad_enabled() and self.training and not x.requires_grad:
             x.requires_grad_()  # ZeRO-3 needs an input with gradient of each block that trains
-        return self._normed(
-            run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0]
-        )
+        return self.normed(run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0])
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
         """Apply the norm behind the last block of a pre-norm trunk."""
         return self.norm(x) if hasattr(self, "norm") else x
 
@@ -188,6 +189,6 @@ class Trunk(nn.Module):
         for block, bias in zip(blocks, biases[: len(blocks)], strict=True):
             x, _ = block(x, bias) if run is None else run(block, x, bias)
             outputs.append(x)
-        if len(outputs) == self.depth(modality) + 1:
-            outputs[-1] = self._normed(x)
+        if len(outputs) == len(encoder.prenet.blocks) + len(self.blocks) + 1:
+            outputs[-1] = self.normed(x)
         return outputs if with_extra_tokens else [x[:, encoder.num_extra_tokens :] for x in outputs]

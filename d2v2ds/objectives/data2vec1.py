@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
-from d2v2ds.bounds import Amount, CountOrZero
+from d2v2ds.bounds import Amount, CountOrZero, Rate
+from d2v2ds.model.block import set_drop_path
 from d2v2ds.model.flops import linear_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk, TrunkConfig
-from d2v2ds.objectives.data2vec1_init import FirstWeights, draw_beit
+from d2v2ds.objectives.data2vec1_init import FirstWeights, draw_images
 from d2v2ds.objectives.data2vec2 import TeacherFn, select_masked
 from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits, prediction_metrics
 from d2v2ds.objectives.defaults import ObjectiveDefaults
@@ -61,7 +62,8 @@ class WholeModalityConfig:
     """Parts of the teacher that are copied from the student and not averaged: names or beginnings of names below
     `trunk.encoders.NAME`, such as `positions` (speech) and `local` (text)."""
     first_weights: FirstWeights = "fairseq"
-    """Distribution of the first weights: that of the official data2vec code, or of BEiT (published image models)."""
+    """Distribution of the first weights: that of the official data2vec code for speech and text, or for images, or of
+    BEiT (published image models)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,9 @@ class Data2Vec1Config:
     ema_per_micro_batch: bool = False
     """True: update the teacher before every micro-batch, as the official code does, which makes its pace depend on the
     gradient accumulation. False: once after every optimizer step."""
+    drop_path: Rate = 0.0
+    """Stochastic depth of the student's last block; the rate grows linearly from 0 with the number of the block. The
+    teacher has none."""
     modalities: Mapping[str, WholeModalityConfig]
     """Settings by modality."""
 
@@ -94,6 +99,11 @@ class Data2Vec1Config:
             if own.mask_token is not None:
                 faults += _mask_token_faults(own, getattr(trunk.modalities[name], "vocab_size", None))
             problems += [f"modalities.{name}: {fault}" for fault in faults]
+        if self.drop_path and len({trunk.depth(name) for name in trunk.modalities}) > 1:
+            problems.append(
+                f"drop_path is {self.drop_path} and the modalities have different prenet_depth: the shared blocks "
+                "would need several rates"
+            )
         return problems
 
     def scaled(self, ratio: float) -> dict[str, float]:
@@ -177,17 +187,21 @@ class Data2Vec1Network(nn.Module):
         trunk: TrunkConfig,
         modalities: Mapping[str, WholeModalityConfig],
         *,
+        drop_path: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
         """
         Args:
             trunk: settings of the trunk.
             modalities: settings of the objective by modality.
+            drop_path: stochastic depth of the last block.
             activation_checkpointing: recompute the activations of each block in the backward pass.
         """
         super().__init__()
         self.modalities = {name: _with_token_id(modalities[name], own) for name, own in trunk.modalities.items()}
         self.trunk = Trunk(trunk, activation_checkpointing=activation_checkpointing)
+        for name in trunk.modalities:
+            set_drop_path([*self.trunk.encoder(name).prenet.blocks, *self.trunk.blocks], drop_path, trunk.shared_depth)
         width = trunk.block.width
         self.mask_vectors = nn.ModuleDict(
             {name: MaskVector(width) for name, own in self.modalities.items() if own.mask_token is None}
@@ -278,7 +292,12 @@ class Data2Vec1(ObjectiveDefaults):
 
     def build_network(self, *, activation_checkpointing: bool) -> Data2Vec1Network:
         """Build the student."""
-        return Data2Vec1Network(self.trunk, self.config.modalities, activation_checkpointing=activation_checkpointing)
+        return Data2Vec1Network(
+            self.trunk,
+            self.config.modalities,
+            drop_path=self.config.drop_path,
+            activation_checkpointing=activation_checkpointing,
+        )
 
     def initialise(self, network: nn.Module, seed: int) -> None:
         """Draw the trunk, then mask vector and head of each modality from their own random streams."""
@@ -290,9 +309,9 @@ class Data2Vec1(ObjectiveDefaults):
             if own.mask_token is None:
                 parts[f"mask_vectors.{name}"] = network.mask_vectors[name]
             initialise(parts, seed)
-            if own.first_weights == "beit":
-                draw_beit(network.trunk, name, parts.values(), seed)
-            elif not self.trunk.modalities[name].has_small_decoder_projection:
+            if own.first_weights != "fairseq":
+                draw_images(own.first_weights, network.trunk, name, parts.values(), seed)
+            if own.first_weights != "beit" and not self.trunk.modalities[name].has_small_decoder_projection:
                 for module in network.heads[name].modules():
                     if isinstance(module, nn.Linear):
                         module.reset_parameters()
@@ -314,6 +333,10 @@ class Data2Vec1(ObjectiveDefaults):
             for modality, own in self.config.modalities.items()
             for part in own.copied
         )
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return the rule of BEiT: no decay of CLS tokens and parameters of one dimension, but of mask vectors."""
+        return name.startswith("mask_vectors.") or (parameter.ndim > 1 and not name.endswith(".extra.tokens"))
 
     def follow(self, teacher: AveragedNetwork | None) -> None:
         """Set the sharded teacher."""

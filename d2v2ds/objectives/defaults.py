@@ -50,6 +50,10 @@ class ObjectiveDefaults:
         """Return 0: everything learns from the first step."""
         return 0
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for parameters of one dimension, such as biases and norms."""
+        return parameter.ndim > 1
+
     def after_step(self, step_number: int) -> None:
         """Do nothing."""
 

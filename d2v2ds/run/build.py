@@ -50,7 +50,11 @@ def build_engines(
             for param in network.parameters():  # converting them would touch memory that holds nothing yet
                 param.data = torch.empty_like(param.data, dtype=torch.bfloat16)
     groups = parameter_groups(
-        network, objective.lr_scale, objective.held_steps, decay_vectors=config.optim.decay_vectors
+        network,
+        objective.lr_scale,
+        objective.held_steps,
+        decay_vectors=config.optim.decay_vectors,
+        decays=objective.decays,
     )
     optimizer = EarlyEpsilonAdam(groups, lr=0.0, config=config.optim)
     engine = build_student_engine(network, optimizer, ds_config, gather_units=[Block])

@@ -286,7 +286,7 @@ def _image_trunk(keys: _Keys, network: Mapping[str, Any], layer_scale: float, **
 
 
 def _image(official: Mapping[str, Any], context: Mapping[str, Any]) -> FirstNetwork:
-    keys = _Keys(official, "model.", (*_OF_RUNS, "drop_path", "mlp_ratio"))  # the ratio is read by nothing: always 4
+    keys = _Keys(official, "model.", (*_OF_RUNS, "mlp_ratio"))  # the ratio is read by nothing: always 4
     keys.must_be(shared_rel_pos_bias=True, batch_norm_target_layer=False, in_channels=3)
     image_size, is_block = keys("image_size", 224), keys("end_of_block_targets", True)
     blocks = GridBlocks(
@@ -310,15 +310,16 @@ def _image(official: Mapping[str, Any], context: Mapping[str, Any]) -> FirstNetw
         loss=LossConfig(scale=_scale(keys("loss_scale", None), zero=1.0), beta=keys("loss_beta", 0.0)),
         head_layers=0,
         copied=("extra",) if shares else (),
+        first_weights="fairseq_image",
     )
-    objective = Data2Vec1Config(ema=_ema(keys), modalities={"image": own})
+    objective = Data2Vec1Config(ema=_ema(keys), drop_path=keys("drop_path", 0.0), modalities={"image": own})
     keys.finish()
     prefix = "encoder." if shares else ""
     return FirstNetwork(layout="image", modality="image", trunk=trunk, objective=objective, teacher_prefix=prefix)
 
 
 def _image_of_beit(official: Mapping[str, Any], context: Mapping[str, Any]) -> FirstNetwork:
-    keys = _Keys(official, "model.", (*_OF_RUNS, "drop_path_rate"))
+    keys = _Keys(official, "model.", _OF_RUNS)
     keys.must_be(qkv_bias=True, use_abs_pos_emb=False, use_shared_rel_pos_bias=True, use_rel_pos_bias=False)
     mask = _Keys(context.get("mask", {}), "mask.", ())
     loss = _Keys(context.get("objective", {}), "objective.", ())
@@ -350,13 +351,14 @@ def _image_of_beit(official: Mapping[str, Any], context: Mapping[str, Any]) -> F
     )
     decay = official.get("ema_decay", context.get("ema_decay", 0.9998))
     ema = EmaConfig(start_decay=decay, end_decay=decay, anneal_steps=0)
+    objective = Data2Vec1Config(ema=ema, drop_path=keys("drop_path_rate", 0.0), modalities={"image": own})
     for section in (keys, mask, loss):
         section.finish()
     return FirstNetwork(
         layout="image of BEiT",
         modality="image",
         trunk=trunk,
-        objective=Data2Vec1Config(ema=ema, modalities={"image": own}),
+        objective=objective,
         teacher_prefix="",
     )
 
