@@ -29,6 +29,9 @@ class TrunkConfig:
     """`NetworkSettings` of each modality in use, by name."""
     layer_drop: Rate = 0.0
     """Probability of skipping a shared block in training, drawn once for all ranks."""
+    final_norm: bool = True
+    """Norm behind the last block, if blocks are pre-norm. False: none, for a head that normalises what it has pooled,
+    as in the fine-tuning of MAE."""
 
     def depth(self, modality: str) -> int:
         """Number of blocks of this modality, prenet included."""
@@ -37,6 +40,8 @@ class TrunkConfig:
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
         problems = self.block.check()
+        if not (self.final_norm or self.block.pre_norm):
+            problems.append("final_norm is false, and block.pre_norm too: only pre-norm blocks have a norm behind them")
         for name, settings in self.modalities.items():
             problems += [f"modalities.{name}: {fault}" for fault in settings.check(self.block, self.shared_depth)]
         if not self.modalities:
@@ -70,7 +75,7 @@ class Trunk(nn.Module):
             encoders[name] = network.build_encoder(config.block, config.shared_depth, with_local=has_local)
         self.encoders = nn.ModuleDict(encoders)
         self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.shared_depth))
-        if config.block.pre_norm:
+        if config.block.pre_norm and config.final_norm:
             self.norm = nn.LayerNorm(config.block.width, eps=config.block.norm_eps)
 
     def encoder(self, modality: str) -> ModalityEncoder:

@@ -25,9 +25,9 @@ from d2v2ds.modalities.settings import write_trunk
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER = {"layer_drop", "attention_path", "vocab_size", "conv_gradient", "alibi_learned"}
-"""Settings of the trunk that change how it is trained, not what its weights mean, or that show in their shapes; and
-everything named dropout."""
+MAY_DIFFER = {"layer_drop", "attention_path", "vocab_size", "conv_gradient", "alibi_learned", "final_norm"}
+"""Settings of the trunk that change how it is trained, not what its weights mean, or that show in their shapes, or are
+chosen for a head; and everything named dropout."""
 DECODER_MAY_DIFFER = {"mask_noise_std"}
 """The same of a decoder."""
 MOST_SHAPES = 5
