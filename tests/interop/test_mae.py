@@ -65,6 +65,8 @@ def test_file_comes_in_and_goes_out_bit_for_bit(whole: bool, weights: dict[str, 
     back = torch.load(tmp_path / "back.pth")["model"]
     assert back.keys() == given.keys()
     assert all(torch.equal(back[name], value) for name, value in given.items())
+    again = import_mae(tmp_path / "back.pth", tmp_path / "again")  # what was written names the heads
+    assert again.network.trunk == found.network.trunk and again.ignored == []
     folder = ModelFolder(tmp_path / "ours")
     assert folder.description.objective is not None and folder.description.objective["name"] == "mae"
     if whole:

@@ -14,6 +14,7 @@ from torch import Tensor
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import Description, ModelFolder, opened_tensors
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.interop.fairseq.read import MADE_BY, OWN_LICENCE
 from d2v2ds.interop.imported_folder import write_imported
 from d2v2ds.interop.mae import transformers_names
 from d2v2ds.interop.mae.keymap import to_official
@@ -24,10 +25,6 @@ from d2v2ds.io.read import read_json, validate
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.objectives.mae import MaeModality
 
-LICENCE = (
-    "the official MAE weights are offered for NON-COMMERCIAL use only (CC-BY-NC 4.0), and so is what is made of them; "
-    "check what came with your file, which alone is binding"
-)
 _TABLE = "encoders.image.fixed_positions.table"
 
 
@@ -54,7 +51,7 @@ def import_mae(source: Path, folder: Path, options: ReadOptions | None = None) -
         origin={
             "kind": "official",
             "source": f"the MAE checkpoint {source.name}, read by d2v2ds",
-            "licence": LICENCE,
+            "licence": checkpoint.licence,
             "official": {"file": source.name, "arguments": checkpoint.arguments, "ignored": checkpoint.ignored},
         },
     )
@@ -95,7 +92,7 @@ def export_mae(path: Path, target: Path, *, as_transformers: bool = False) -> No
     if not trunk.modalities[MODALITY].has_extra_positions:
         tensors[_TABLE] = F.pad(tensors[_TABLE], (0, 0, 1, 0))
     official = {to_official(name) or name: tensor.contiguous() for name, tensor in tensors.items()}
-    licence = folder.description.origin.get("licence")
+    licence = folder.description.origin.get("licence") or OWN_LICENCE
     if as_transformers:
         if objective is None:
             raise CheckpointError(f"{path}: ViTMAEForPreTraining has a decoder, this folder has none")
@@ -103,7 +100,7 @@ def export_mae(path: Path, target: Path, *, as_transformers: bool = False) -> No
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as file:
-        torch.save({"model": official, "d2v2ds": {"arguments": arguments, "licence": licence}}, file)
+        torch.save({"model": official, MADE_BY: {"arguments": arguments, "licence": licence}}, file)
 
 
 def _objective(folder: ModelFolder) -> MaeModality | None:
@@ -134,4 +131,4 @@ def findings(checkpoint: MaeCheckpoint) -> str:
     lines = [f"MAE of {len(tensors)} tensors, {count:,} parameters"]
     lines += [f"ignored: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else []
     lines += [f"WARNING: {warning}" for warning in checkpoint.warnings]
-    return "\n".join([*lines, f"licence: {LICENCE}"])
+    return "\n".join([*lines, f"licence: {checkpoint.licence}"])

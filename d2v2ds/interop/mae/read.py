@@ -7,7 +7,7 @@ models of the same width unless they are given.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.interop.export_folder import require_layout
 from d2v2ds.interop.fairseq.pickles import plain
-from d2v2ds.interop.fairseq.read import require_bytes
+from d2v2ds.interop.fairseq.read import MADE_BY, require_bytes
 from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.interop.imported_folder import layout_of
 from d2v2ds.interop.mae.keymap import to_ours
 from d2v2ds.interop.mae.settings import MODALITY, OfficialMae, network_of
+from d2v2ds.io.read import validate
 from d2v2ds.modalities.settings import read_trunk, write_trunk
 from d2v2ds.objectives.mae import MaeConfig, MaeModality
 
@@ -46,6 +47,20 @@ class ReadOptions:
     """The model predicts pixels that are not normalised in each patch; False: what the file says, else normalised."""
 
 
+LICENCE = (
+    "the official MAE weights are offered for NON-COMMERCIAL use only (CC-BY-NC 4.0), and so is what is made of them; "
+    "check what came with your file, which alone is binding"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MadeBy:
+    """What `export` writes beside the weights."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    licence: str = LICENCE
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaeCheckpoint:
     """Contents of an official checkpoint by our names."""
@@ -58,6 +73,8 @@ class MaeCheckpoint:
     """Official arguments of the network."""
     ignored: list[str]
     warnings: list[str] = field(default_factory=list)
+    licence: str = LICENCE
+    """Licence, as far as it is known."""
 
 
 def read_file(path: Path, options: ReadOptions | None = None) -> MaeCheckpoint:
@@ -81,8 +98,10 @@ def read_file(path: Path, options: ReadOptions | None = None) -> MaeCheckpoint:
     except ValueError as error:
         raise CheckpointError(f"{path}: expected arguments of plain values, found {error}") from error
     known = {"norm_pix_loss": args["norm_pix_loss"]} if isinstance(args, dict) and "norm_pix_loss" in args else {}
-    others = [str(key) for key in content if key not in ("model", "args")]
-    return checkpoint_of(path, weights, options or ReadOptions(), known, others)
+    made_by = validate(_MadeBy, content.get(MADE_BY) or {}, f"{path}: {MADE_BY}", CheckpointError)
+    others = [str(key) for key in content if key not in ("model", "args", MADE_BY)]
+    found = checkpoint_of(path, weights, options or ReadOptions(), known | made_by.arguments, others)
+    return replace(found, licence=made_by.licence)
 
 
 def checkpoint_of(
