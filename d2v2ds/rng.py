@@ -25,6 +25,7 @@ class Stream(IntEnum):
     MIXTURE = 6
     CHANNELS = 7
     OPERATIONS = 8
+    COLOURS = 9
 
 
 def hash64(*parts: ArrayLike) -> NDArray[np.uint64]:

@@ -9,6 +9,7 @@ from d2v2ds.modalities.known import known_modalities
 
 METHODS = {
     "data2vec2": ("data2vec2", "A data2vec 2.0 encoder (arXiv 2212.07525)"),
+    "data2vec1": ("data2vec1", "A data2vec 1.0 encoder (arXiv 2202.03555)"),
     "mae": ("mae", "An MAE encoder (arXiv 2111.06377)"),
 }
 """Tag and first words of the card, by the name of the objective; a fine-tuned model counts as the first."""

@@ -5,6 +5,7 @@
     objective.safetensors   what the objective trains beside the trunk: decoders, or the head of a fine-tuned model
     teacher.safetensors     the averaged trunk, where it was asked for
     tokenizer.*             of text
+    units.model             of a recogniser of sentencepiece units
     README.md               the model card
 
 A single file instead, NAME.safetensors, has the `Description` in its metadata, the objective's tensors under

@@ -5,6 +5,7 @@ data2vec 2.0 is post-norm in every published configuration. Its official code
 configuration uses it. The pre-norm block here keeps the stream, as data2vec 1.0 for images and MAE do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,7 +90,7 @@ class DropPath(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rate = 0.0
-        """Dropped fraction of the samples; a task that fine-tunes sets it."""
+        """Dropped fraction of the samples; see `set_drop_path`."""
 
     def forward(self, branch: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, D), with zeros for dropped samples and the others divided by their share."""
@@ -170,3 +171,29 @@ class Block(nn.Module):
 
     def _scaled(self, name: str, branch: Tensor) -> Tensor:
         return getattr(self, name)(branch) if hasattr(self, name) else branch
+
+
+def set_drop_path(blocks: Sequence[Block], rate: float, shared_depth: int) -> None:
+    """Set the stochastic depth of prenet and shared blocks, in that order.
+
+    The official code spreads the rates over the shared depth alone: v = linspace(0, rate, shared); prenet blocks have
+    linspace(v[0], v[prenet - 1], prenet), the others linspace(v[prenet], v[shared - 1], shared).
+    """
+    for block, own in zip(blocks, drop_path_rates(len(blocks) - shared_depth, shared_depth, rate), strict=True):
+        block.attention_drop_path.rate = block.mlp_drop_path.rate = own
+
+
+def drop_path_rates(prenet_depth: int, shared_depth: int, rate: float) -> list[float]:
+    """Return the rate of every block, prenet first; see `set_drop_path`."""
+    spread = _line(0.0, rate, shared_depth)
+
+    def at(index: int) -> float:
+        return spread[min(max(index, 0), shared_depth - 1)]
+
+    prenet = _line(at(0), at(prenet_depth - 1), prenet_depth)
+    return prenet + _line(at(prenet_depth), at(shared_depth - 1), shared_depth)
+
+
+def _line(first: float, last: float, count: int) -> list[float]:
+    """Return numbers at equal distances."""
+    return [first + (last - first) * i / max(count - 1, 1) for i in range(count)]

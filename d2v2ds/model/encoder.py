@@ -214,6 +214,11 @@ class ModalityEncoder(nn.Module):
         real = self.num_tokens(padding.logical_not().sum(1))  # (B,)
         return torch.arange(length, device=real.device) >= real[:, None]
 
+    def clear_padding(self, local: Tensor, padding: Tensor | None) -> Tensor:
+        """Write zeros into padded tokens: (B, T, D) and (B, S) bool -> (B, T, D)."""
+        token_padding = self.token_padding(padding, local.shape[1])
+        return local if token_padding is None else local.masked_fill(token_padding[..., None], 0)
+
     def biases(self, positions: Tensor, padding: Tensor | None, num_blocks: int) -> list[DistanceBias | None]:
         """Return one bias for each block, prenet blocks first; the same object if all share one scale.
 

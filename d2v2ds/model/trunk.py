@@ -30,8 +30,8 @@ class TrunkConfig:
     layer_drop: Rate = 0.0
     """Probability of skipping a shared block in training, drawn once for all ranks."""
     final_norm: bool = True
-    """Norm behind the last block, if blocks are pre-norm. False: none, for a head that normalises what it has pooled,
-    as in the fine-tuning of MAE."""
+    """Pre-norm blocks: normalise the output of the last one. False if a head normalises what it pools, as fine-tuned
+    models of BEiT and MAE do (`use_mean_pooling`)."""
 
     def depth(self, modality: str) -> int:
         """Number of blocks of this modality, prenet included."""
@@ -104,7 +104,7 @@ class Trunk(nn.Module):
         x, _ = run_blocks(
             self.blocks, x, biases[prenet_depth:], checkpoint=self.activation_checkpointing, kept=kept_blocks
         )
-        return self._normed(x)
+        return self.normed(x)
 
     def encode_all(
         self, local: Tensor, batch: Batch, kept_blocks: list[bool] | None = None, *, hide_padding: bool = True
@@ -125,21 +125,22 @@ class Trunk(nn.Module):
         x, biases = encoder.all_tokens(local, batch.padding, len(blocks), zero_padding=hide_padding)
         if torch.is_grad_enabled() and self.training and not x.requires_grad:
             x.requires_grad_()  # ZeRO-3 needs an input with gradient of each block that trains
-        return self._normed(
-            run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0]
-        )
+        return self.normed(run_blocks(blocks, x, biases, checkpoint=self.activation_checkpointing, kept=kept_blocks)[0])
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
         """Apply the norm behind the last block of a pre-norm trunk."""
         return self.norm(x) if hasattr(self, "norm") else x
 
-    def target_layers(self, batch: Batch, local: Tensor, target: TargetLayer = "feed_forward") -> list[Tensor]:
+    def target_layers(
+        self, batch: Batch, local: Tensor, target: TargetLayer = "feed_forward", *, clear_padding: bool = False
+    ) -> list[Tensor]:
         """Run all tokens unmasked, as a teacher does.
 
         Args:
             batch: modality, source and padding; its masks are not read.
             local: (B, T, D) local features; unused if this trunk has its own local encoder.
             target: tensor of a block that is returned.
+            clear_padding: write zeros into padded tokens before their positions.
 
         Returns:
             That tensor of every shared block, each (B, T, D), in order, without the norm behind the last block.
@@ -147,6 +148,8 @@ class Trunk(nn.Module):
         encoder = self.encoder(batch.modality)
         if hasattr(encoder, "local"):
             local = encoder.embed(batch)
+        if clear_padding:
+            local = encoder.clear_padding(local, batch.padding)
         prenet_depth = len(encoder.prenet.blocks)
         x, biases = encoder.all_tokens(local, batch.padding, prenet_depth + len(self.blocks))  # (B, E + T, D)
         x, _ = run_blocks(encoder.prenet.blocks, x, biases[:prenet_depth])
@@ -188,6 +191,6 @@ class Trunk(nn.Module):
         for block, bias in zip(blocks, biases[: len(blocks)], strict=True):
             x, _ = block(x, bias) if run is None else run(block, x, bias)
             outputs.append(x)
-        if len(outputs) == self.depth(modality) + 1:
-            outputs[-1] = self._normed(x)
+        if len(outputs) == len(encoder.prenet.blocks) + len(self.blocks) + 1:
+            outputs[-1] = self.normed(x)
         return outputs if with_extra_tokens else [x[:, encoder.num_extra_tokens :] for x in outputs]

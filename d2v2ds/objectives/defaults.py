@@ -50,6 +50,10 @@ class ObjectiveDefaults:
         """Return 0: everything learns from the first step."""
         return 0
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for parameters of one dimension, such as biases and norms."""
+        return parameter.ndim > 1
+
     def after_step(self, step_number: int) -> None:
         """Do nothing."""
 
@@ -65,7 +69,7 @@ class ObjectiveDefaults:
         """Do nothing: no package is needed."""
 
     def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the validation loss."""
+        """Return the validation loss, by which the best checkpoint is chosen."""
         return values.get("valid/loss/total")
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:

@@ -1,10 +1,9 @@
-"""Floating-point operations of one micro-batch of data2vec 2.0. Pure functions."""
+"""Floating-point operations of one micro-batch of data2vec. Pure functions."""
 
 from dataclasses import dataclass
 
-from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.flops import block_flops, decoder_flops
-from d2v2ds.model.network import NetworkSettings
+from d2v2ds.model.network import AnyDecoder, NetworkSettings
 from d2v2ds.model.trunk import TrunkConfig
 
 
@@ -25,7 +24,7 @@ def step_flops(
     trunk: TrunkConfig,
     modality: str,
     *,
-    decoder: DecoderConfig,
+    decoder: AnyDecoder,
     share_local_encoder: bool,
     num_samples: int,
     size: int,
@@ -48,7 +47,7 @@ def step_flops(
     block, depth, width = trunk.block, trunk.depth(modality), trunk.block.width
     tokens, rows, extra = network.num_tokens(size), num_samples * num_masks, network.num_extra_tokens
     local = network.local_flops(width, num_samples, size)
-    dimensions = 1 if network.grid_side is None else 2
+    dimensions = 1 if network.grid_columns is None else 2
     student = (
         local
         + network.position_flops(width, rows, tokens)
@@ -61,3 +60,25 @@ def step_flops(
     if not share_local_encoder:
         teacher += local
     return StepFlops(student, teacher)
+
+
+def whole_step_flops(
+    trunk: TrunkConfig, modality: str, *, share_local_encoder: bool, head: float, num_samples: int, size: int
+) -> StepFlops:
+    """Count the operations of one micro-batch of data2vec 1.0: student and teacher read all tokens.
+
+    Args:
+        trunk: settings of the trunk.
+        modality: its name.
+        share_local_encoder: whether the teacher reads the student's local features.
+        head: operations of the head, forward.
+        num_samples: B.
+        size: of each sample, as the modality counts it.
+    """
+    network: NetworkSettings = trunk.modalities[modality]
+    width, tokens = trunk.block.width, network.num_tokens(size)
+    local = network.local_flops(width, num_samples, size)
+    blocks = network.position_flops(width, num_samples, tokens) + block_flops(
+        trunk.block, trunk.depth(modality), num_samples, network.num_extra_tokens + tokens
+    )
+    return StepFlops(local + blocks + head, blocks + (0.0 if share_local_encoder else local))

@@ -17,7 +17,8 @@ from d2v2ds.model.encoder import ExtraTokens
 from d2v2ds.model.flops import block_flops
 from d2v2ds.model.init import draw_by_class, initialise, trunk_parts
 from d2v2ds.model.network import NetworkSettings
-from d2v2ds.model.transformer_decoder import MaskVector, TransformerDecoder, TransformerDecoderConfig
+from d2v2ds.model.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from d2v2ds.model.transformer_decoder import MaskVector
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.objectives.data2vec2 import select_masked
 from d2v2ds.objectives.data2vec2_metrics import prediction_metrics
@@ -37,7 +38,7 @@ class MaeModality:
 
     mask: MaskConfig
     """Masks over the patches of an input. Published: one `random` mask of 0.75."""
-    decoder: TransformerDecoderConfig
+    decoder: PixelDecoderConfig
     """Decoder that predicts the masked patches."""
     normalise_pixels: bool = True
     """Bring every patch of the target to mean 0 and variance 1 (official name: `norm_pix_loss`)."""
@@ -116,7 +117,7 @@ class MaeNetwork(nn.Module):
             if outputs is None:
                 raise ValueError(f"{name}: expected a modality with patches, found one without")
             positions = network.build_fixed_positions(own.width, network.num_extra_tokens)
-            decoders[name] = TransformerDecoder(
+            decoders[name] = PixelDecoder(
                 own, trunk.block, positions, outputs, activation_checkpointing=activation_checkpointing
             )
         self.decoders = nn.ModuleDict(decoders)

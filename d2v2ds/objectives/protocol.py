@@ -188,6 +188,9 @@ class Objective(Protocol):
     def held_steps(self, name: str) -> int:
         """Return how many optimizer steps leave a parameter of the network as it is at the start."""
 
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return False for a parameter without weight decay, where `optim.decay_vectors` is off."""
+
     def count(self, batch: Batch) -> float:
         """Return `Losses.count` of a micro-batch: the items that the mean loss is over."""
 

@@ -17,16 +17,22 @@ class TeacherNetwork(nn.Module):
     """Makes targets; always in eval mode and without gradient."""
 
     def __init__(
-        self, trunk: TrunkConfig, targets: Mapping[str, TargetConfig], share_local_encoder: Mapping[str, bool]
+        self,
+        trunk: TrunkConfig,
+        targets: Mapping[str, TargetConfig],
+        share_local_encoder: Mapping[str, bool],
+        *,
+        clear_padding: bool = False,
     ) -> None:
         """
         Args:
             trunk: settings of the student's trunk.
             targets: settings of the targets, by modality.
             share_local_encoder: by modality, True if the teacher reads the student's local features.
+            clear_padding: write zeros into padded tokens before their positions, as data2vec 1.0 does.
         """
         super().__init__()
-        self.targets = dict(targets)
+        self.targets, self.clear_padding = dict(targets), clear_padding
         self.trunk = Trunk(trunk, with_local={name: not shared for name, shared in share_local_encoder.items()})
 
     def forward(self, batch: Batch, local: Tensor) -> Tensor:
@@ -39,4 +45,5 @@ class TeacherNetwork(nn.Module):
             (B, T, D) fp32 targets.
         """
         config = self.targets[batch.modality]
-        return make_targets(self.trunk.target_layers(batch, local, config.layer), config)
+        layers = self.trunk.target_layers(batch, local, config.layer, clear_padding=self.clear_padding)
+        return make_targets(layers, config)

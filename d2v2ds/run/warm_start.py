@@ -25,9 +25,13 @@ from d2v2ds.modalities.settings import write_trunk
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER = {"layer_drop", "attention_path", "vocab_size", "conv_gradient", "alibi_learned", "final_norm"}
-"""Settings of the trunk that change how it is trained, not what its weights mean, or that show in their shapes, or are
-chosen for a head; and everything named dropout."""
+MAY_DIFFER = {
+    "layer_drop", "attention_path", "vocab_size", "conv_gradient", "alibi_learned", "final_norm", "relative_per_block",
+}  # fmt: skip
+"""Settings of the trunk that change how it is trained, not what its weights mean, or that show in their shapes; and
+everything named dropout."""
+SHARED_TABLE = ".relative.table"
+"""End of the name of a table that all blocks of an export may share; a run with one for each block copies it."""
 DECODER_MAY_DIFFER = {"mask_noise_std"}
 """The same of a decoder."""
 MOST_SHAPES = 5
@@ -65,7 +69,7 @@ class WarmStart:
             (part, name, kind.shape)
             for part, layout in self._found.items()
             for name, kind in layout.items()
-            if kind.shape != self._expected[name]
+            if not _fits(name, kind.shape, self._expected[name])
         ]
         with_way_out = not problems  # leaving tensors out does not make another setting fit
         for part, name, shape in other[:MOST_SHAPES]:
@@ -100,14 +104,17 @@ class WarmStart:
             logger.warning("init.weights %s lacks %s: drawn anew", self.folder.path, ", ".join(fresh))
         if teacher is not None and not self.folder.has("teacher"):
             logger.warning("init.weights %s has no teacher: it starts as a copy of the student", self.folder.path)
-        sources = {part: _PartReader(self.folder, part, self._found[part]) for part in PARTS}
+        sources = [self.reader("model"), self.reader("objective")]
 
         def student_source(name: str) -> Tensor | None:
-            found = sources["model"](name)
-            return found if found is not None else sources["objective"](name)
+            return next((found for source in sources if (found := source(name)) is not None), None)
 
-        set_initial_weights(student, teacher, student_source, sources["teacher"])
+        set_initial_weights(student, teacher, student_source, self.reader("teacher"))
         logger.info("weights of %s, a new optimizer", self.folder.path)
+
+    def reader(self, part: Part) -> "PartReader":
+        """Return what reads a part of the export by the names and in the shapes of the run's network."""
+        return PartReader(self.folder, part, {name: self._expected[name] for name in self._found[part]})
 
     def _kept(self, part: Part, layout: Mapping[str, Kind]) -> dict[str, Kind]:
         """Tensors that the run's network has and that are wanted; other modalities of the export do not matter."""
@@ -137,16 +144,22 @@ class WarmStart:
         return any(_within(name, prefix) for part in self._found.values() for name in part)
 
 
-class _PartReader:
+class PartReader:
     """Reads tensors of one part of an export by the names of the run's network."""
 
-    def __init__(self, folder: ModelFolder, part: Part, names: Iterable[str]) -> None:
-        self._folder, self._part, self._names = folder, part, set(names)
+    def __init__(self, folder: ModelFolder, part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """
+        Args:
+            folder: the export.
+            part: of it.
+            shapes: of the run's tensors, by name; others are not read.
+        """
+        self._folder, self._part, self._shapes = folder, part, shapes
 
     def __call__(self, name: str) -> Tensor | None:
-        if name not in self._names:
+        if name not in self._shapes:
             return None
-        return self._folder.tensor(self._part, _export_name(name))
+        return self._folder.tensor(self._part, _export_name(name)).expand(self._shapes[name])
 
 
 def _network_name(part: Part, name: str) -> str:
@@ -157,6 +170,12 @@ def _network_name(part: Part, name: str) -> str:
 def _export_name(name: str) -> str:
     """Name of a tensor of an objective's network in an export, and in `init.skip`."""
     return name.removeprefix("trunk.")
+
+
+def _fits(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return True if a tensor has the run's shape, or is a table that all blocks share and the run has one for each."""
+    is_shared = name.endswith(SHARED_TABLE) and found[:1] == (1,)
+    return found == expected or (is_shared and found[1:] == expected[1:])
 
 
 def _within(name: str, prefix: str) -> bool:

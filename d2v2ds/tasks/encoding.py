@@ -6,7 +6,6 @@ then adds the output of the position convolutions.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch, SpanMasks
 from d2v2ds.bounds import Bounds, CountOrZero, PositiveOrZero, Rate, UserPath
 from d2v2ds.masking import SpanMaskConfig
-from d2v2ds.model.block import Block
+from d2v2ds.model.block import Block, set_drop_path
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.rng import kept_layers
 
@@ -54,6 +53,10 @@ class TaskConfig:
     freeze: tuple[str, ...] = ()
     """Parameters that are never trained: regular expressions that a whole name must match, such as
     `trunk\\.encoders\\..*`."""
+    select: tuple[str, ...] | None = None
+    """Scores of the validation whose mean decides which checkpoint is the best, such as [accuracy, f1], or [loss];
+    those of a further set have its name in front, as in [mismatched/accuracy]. None: the accuracy of one class, the
+    word error rate of CTC, else the loss, each of the first set."""
     layer_decay: Annotated[float, Bounds(gt=0, le=1)] = 1.0
     """Learning rate of a block over that of the block above it; everything that is no block has the full rate."""
     layer_decay_embeddings: bool = False
@@ -172,32 +175,6 @@ class TaskNetwork(nn.Module):
             local = self.masked(self.trunk.embed(batch), batch.span_masks)  # (B, T, D)
             features = self.trunk.encode_all(local, batch, kept_blocks, hide_padding=self.hide_padding)
         return features, self.trunk.encoder(batch.modality).token_padding(batch.padding, local.shape[1])
-
-
-def set_drop_path(blocks: Sequence[Block], rate: float, shared_depth: int) -> None:
-    """Set the stochastic depth of prenet and shared blocks, in that order.
-
-    The official code spreads the rates over the shared depth alone: v = linspace(0, rate, shared); prenet blocks have
-    linspace(v[0], v[prenet - 1], prenet), the others linspace(v[prenet], v[shared - 1], shared).
-    """
-    for block, own in zip(blocks, drop_path_rates(len(blocks) - shared_depth, shared_depth, rate), strict=True):
-        block.attention_drop_path.rate = block.mlp_drop_path.rate = own
-
-
-def drop_path_rates(prenet_depth: int, shared_depth: int, rate: float) -> list[float]:
-    """Return the rate of every block, prenet first; see `set_drop_path`."""
-    spread = _line(0.0, rate, shared_depth)
-
-    def at(index: int) -> float:
-        return spread[min(max(index, 0), shared_depth - 1)]
-
-    prenet = _line(at(0), at(prenet_depth - 1), prenet_depth)
-    return prenet + _line(at(prenet_depth), at(shared_depth - 1), shared_depth)
-
-
-def _line(first: float, last: float, count: int) -> list[float]:
-    """Return numbers at equal distances."""
-    return [first + (last - first) * i / max(count - 1, 1) for i in range(count)]
 
 
 def draw_kept_blocks(trunk: TrunkConfig, config: TaskConfig, seed: int, step: int | None) -> list[bool] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from d2v2ds.bounds import Positive, PositiveOrZero, Rate
 
+Decays = Callable[[str, nn.Parameter], bool]
 LrScale = Callable[[str], float]
 HeldSteps = Callable[[str], int]
 
@@ -27,14 +28,19 @@ class OptimConfig:
     weight_decay: PositiveOrZero
     """Decoupled, times the learning rate."""
     decay_vectors: bool = True
-    """Decay all parameters: the exclusions in the published files of data2vec have no effect. False: all but those of
-    one dimension, such as biases and norms (MAE)."""
+    """Decay all parameters: the exclusions in the published files of data2vec have no effect. False: those that the
+    objective names, all but biases and norms and the like (MAE, BEiT)."""
     clip_norm: PositiveOrZero = 0.0
     """Maximum global gradient norm; 0 switches clipping off."""
 
 
 def parameter_groups(
-    network: nn.Module, lr_scale: LrScale, held_steps: HeldSteps, *, decay_vectors: bool = True
+    network: nn.Module,
+    lr_scale: LrScale,
+    held_steps: HeldSteps,
+    *,
+    decay_vectors: bool = True,
+    decays: Decays = lambda name, parameter: parameter.ndim > 1,
 ) -> list[dict[str, Any]]:
     """Divide the trained parameters of a network into groups of one learning rate, one first step and one decay.
 
@@ -42,7 +48,8 @@ def parameter_groups(
         network: before the engine is built.
         lr_scale: name of a parameter -> its learning rate over that of the step.
         held_steps: name of a parameter -> first optimizer steps that leave it as it is.
-        decay_vectors: False gives parameters of one dimension groups with `weight_decay` 0.
+        decay_vectors: False gives some parameters groups with `weight_decay` 0.
+        decays: name and parameter -> False for those parameters; by default those of one dimension.
 
     Returns:
         Groups for a torch optimizer with `name`, `lr_scale` and `held_steps`, in the order of their first parameters.
@@ -51,10 +58,10 @@ def parameter_groups(
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             scale, held = lr_scale(name), held_steps(name)
-            decays = decay_vectors or parameter.ndim > 1
-            key = f"x{scale:g}" + (f" after {held}" if held else "") + ("" if decays else " without decay")
+            has_decay = decay_vectors or decays(name, parameter)
+            key = f"x{scale:g}" + (f" after {held}" if held else "") + ("" if has_decay else " without decay")
             new = {"params": [], "name": key, "lr_scale": scale, "held_steps": held}
-            new |= {} if decays else {"weight_decay": 0.0}
+            new |= {} if has_decay else {"weight_decay": 0.0}
             groups.setdefault(key, new)["params"].append(parameter)
     return list(groups.values())
 

@@ -1,7 +1,7 @@
 """Golden cases: which ones a folder has, and one case as read from disk."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.modalities.spectrogram.network import SpectrogramNetwork
 
 Tensors = dict[str, Tensor]
 
@@ -41,6 +42,23 @@ class ReadTensors(Tensors):
         return sorted(set(self) - self.seen)
 
 
+_OFFICIAL_DROPOUTS = {
+    "attention_output_dropout": "encoder_dropout",
+    "mlp_dropout": "post_mlp_drop",
+    "layer_drop": "layerdrop",
+    "embedding_dropout": "dropout",
+}
+
+
+def dropping(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the options, by their official names, by which a training step drops something at random."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from dropping(value)
+        elif value and name.endswith(("dropout", "layer_drop")):
+            yield f"{_OFFICIAL_DROPOUTS.get(name, name)}={value}"
+
+
 @dataclass(frozen=True)
 class Case:
     """One golden case as read from disk."""
@@ -61,8 +79,8 @@ class Case:
         meta = json.loads((folder / f"{name}.json").read_text())
         modality = meta["modality"].lower()
         network = network_of(meta["model"], modality, meta.get("vocab_size"))
-        if dropping := list(_dropping(asdict(network))):
-            raise UnsupportedOptionError(f"{', '.join(dropping)} (expected 0: what was dropped is not recorded)")
+        if found := list(dropping(asdict(network))):
+            raise UnsupportedOptionError(f"{', '.join(found)} (expected 0: what was dropped is not recorded)")
         return Case(
             name,
             modality,
@@ -74,6 +92,8 @@ class Case:
     def batch(self, mask: Tensor | None = None) -> Batch:
         """Build the recorded input; with another mask (R, T) the visible tokens come in ascending order."""
         source, padding = self.tensors["in/source"], self.tensors.get("in/padding_mask")
+        if isinstance(self.network.trunk.modalities[self.modality], SpectrogramNetwork):
+            source = source[:, 0].transpose(1, 2)  # (B, 1, S, F) -> (B, F, S)
         samples = source.shape[0]
         if mask is None:
             masked, keep = self.tensors["mask/mask"].bool(), self.tensors["mask/ids_keep"].long()
@@ -99,23 +119,6 @@ TASKS = {
     "audio classification": "audio",
 }
 """Modality by the task of a case of fine-tuning."""
-
-_OFFICIAL_DROPOUTS = {
-    "attention_output_dropout": "encoder_dropout",
-    "mlp_dropout": "post_mlp_drop",
-    "layer_drop": "layerdrop",
-    "embedding_dropout": "dropout",
-}
-
-
-def _dropping(config: dict[str, Any]) -> Iterator[str]:
-    """Yield the options, by their official names, by which a training step drops something at random."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _dropping(value)
-        elif value and name.endswith(("dropout", "layer_drop")):
-            yield f"{_OFFICIAL_DROPOUTS.get(name, name)}={value}"
-
 
 _ONLY_OF_CASES = (".grads.safetensors", ".traj.json", ".traj.safetensors")
 
@@ -171,6 +174,7 @@ def model_name(folder: Path, name: str) -> str:
 def _modality_of(folder: Path, name: str) -> str | None:
     try:
         values = json.loads((folder / f"{name}.json").read_text())
-        return TASKS.get(values["task"]) if "task" in values else str(values["modality"]).lower()
-    except (OSError, ValueError, KeyError, TypeError):
+        is_plain = "modality" in values
+        return str(values["modality"]).lower().split()[0] if is_plain else TASKS.get(values["task"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None

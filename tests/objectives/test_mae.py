@@ -12,15 +12,15 @@ from d2v2ds.config.load import load_config, read_config
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.model.local import normalise_pixels
+from d2v2ds.model.pixel_decoder import PixelDecoderConfig
 from d2v2ds.model.positions import sin_cos_grid
-from d2v2ds.model.transformer_decoder import TransformerDecoderConfig
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.mae import Mae, MaeConfig, MaeModality, MaeOutput, patch_targets
 from d2v2ds.objectives.protocol import Totals
 from tests.model.tiny_joint import joint_batch, joint_trunk_config
 
 MASK = MaskConfig(masked_fraction=0.5, num_masks=2, kind="random")
-DECODER = TransformerDecoderConfig(width=8, depth=2, num_heads=2)
+DECODER = PixelDecoderConfig(width=8, depth=2, num_heads=2)
 
 
 def trunk_config(**image: Any) -> TrunkConfig:

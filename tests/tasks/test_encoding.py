@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from d2v2ds.batch import Batch, Labels, SpanMasks
-from d2v2ds.model.block import DropPath
+from d2v2ds.model.block import DropPath, drop_path_rates
 from d2v2ds.tasks.classify import ClassifyConfig
 from d2v2ds.tasks.ctc import CtcConfig
-from d2v2ds.tasks.encoding import MaskedFeatures, draw_kept_blocks, drop_path_rates
+from d2v2ds.tasks.encoding import MaskedFeatures, draw_kept_blocks
 from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
 from d2v2ds.train.optim import EarlyEpsilonAdam, OptimConfig, parameter_groups
 from tests.tasks.tiny import audio_batch, built, letters, trunk_of

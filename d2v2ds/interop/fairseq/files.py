@@ -35,6 +35,7 @@ from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.io.read import validate
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.modalities.text.network import TextNetwork
+from d2v2ds.modalities.text.shards import SENTENCES
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
 from d2v2ds.objectives.data2vec2 import ModalityConfig
 from d2v2ds.tasks.classify import ClassifyConfig
@@ -60,7 +61,12 @@ def _counts(tensors: Tensors) -> str:
 
 
 def write_folder(
-    path: Path, checkpoint: OfficialCheckpoint, file_name: str, tokenizer: Tokenizer | None, head: _Head | None = None
+    path: Path,
+    checkpoint: OfficialCheckpoint,
+    file_name: str,
+    tokenizer: Tokenizer | None,
+    head: _Head | None = None,
+    sentences: int | None = None,
 ) -> None:
     """Write what was read as our export folder.
 
@@ -70,6 +76,7 @@ def write_folder(
         file_name: of the official file, for the record.
         tokenizer: of text, to be copied.
         head: settings of the task and tensors of the head, instead of the objective of pretraining.
+        sentences: of an input of a fine-tuned text model, 1 or 2; None: not known, or no text.
 
     Raises:
         CheckpointError: something else is in the way.
@@ -78,6 +85,8 @@ def write_folder(
     preprocessing = {name: modality_of(name, file_name).describe_preprocessing(model.modalities[name], None, None)}
     if tokenizer is not None:
         preprocessing[name] |= {"tokenizer": tokenizer.kind, "file": tokenizer.file_name}
+    if sentences is not None:
+        preprocessing[name][SENTENCES] = sentences
     if any(tensor.is_meta for tensor in (*checkpoint.trunk.values(), *({} if head is None else head[1]).values())):
         raise CheckpointError(f"{file_name}: expected weights, found names and shapes alone (of torch's device meta)")
     parts: dict[Part, Tensors] = {"model": checkpoint.trunk}
@@ -125,6 +134,8 @@ class ImportOptions:
     """Tokenizer of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only."""
     outputs: Path | None = None
     """Names of the outputs of a fine-tuned model, see `read_outputs`; None: those of the file."""
+    sentences: int | None = None
+    """Sentences of an input of a fine-tuned text model: 1, or 2 for pairs; None: those that the file names, if any."""
     encoder_only: bool = False
     """Leave out the head of a fine-tuned model, whatever it is."""
 
@@ -149,12 +160,14 @@ def import_file(file: Path, folder: Path, options: ImportOptions | None = None) 
     options = options or ImportOptions()
     checkpoint = read_official(file, options.drop_unknown, options.only_model)
     head = _head_of(file, checkpoint, options)
+    is_text = isinstance(checkpoint.network.trunk.modalities[checkpoint.modality], TextNetwork)
+    sentences = _sentences_of(file, checkpoint, options, is_text and head is not None)
     loaded = None
     if options.tokenizer is not None:
         loaded = _tokenizer_of(checkpoint, options.tokenizer)
-    elif isinstance(checkpoint.network.trunk.modalities[checkpoint.modality], TextNetwork):
+    elif is_text:
         checkpoint.warnings.append("no --tokenizer: the folder gives features of token ids, not of text")
-    write_folder(folder, checkpoint, file.name, loaded, head)
+    write_folder(folder, checkpoint, file.name, loaded, head, sentences)
     return checkpoint
 
 
@@ -181,6 +194,18 @@ def _head_of(file: Path, checkpoint: OfficialCheckpoint, options: ImportOptions)
     if checkpoint.has_decoder or checkpoint.teacher is not None:
         checkpoint.warnings.append("left out: decoder and teacher, which a fine-tuned model does not use")
     return head
+
+
+def _sentences_of(file: Path, checkpoint: OfficialCheckpoint, options: ImportOptions, has_them: bool) -> int | None:
+    """Sentences of an input; None for other models than fine-tuned ones of text, and where nobody says."""
+    if not has_them:
+        if options.sentences is not None:
+            raise CheckpointError(f"--sentences {options.sentences}: {file} is no fine-tuned text model; leave it out")
+        return None
+    found = options.sentences or checkpoint.facts.sentences
+    if found is None:
+        checkpoint.warnings.append("no --sentences: it is not known whether its inputs are pairs")
+    return found
 
 
 _TOKENIZER_KINDS = {".json": "bpe", ".model": "sentencepiece"}
@@ -238,6 +263,7 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
     model, settings = folder.description.model, folder.description.objective or {}
     tuned = tuned_config(settings, f"{path}: objective")
     modality = _chosen(path, [tuned.modality] if tuned else list(model.modalities), modality)
+    preprocessing = folder.description.preprocessing[modality]
     origin = validate(_Origin, folder.description.origin, f"{path}: origin", CheckpointError)
     section = origin.official.section
     if not section:
@@ -270,7 +296,7 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
         prefix=task.prefix,
         licence=origin.licence,
         model=official_configuration(tuned, section),
-        facts={"objective": settings},
+        facts={"objective": settings} | {key: value for key, value in preprocessing.items() if key == SENTENCES},
     )
 
 

@@ -8,7 +8,7 @@ from d2v2ds.interop.fairseq.official_fields import Fields, UnsupportedOptionErro
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.transformer_decoder import TransformerDecoderConfig
+from d2v2ds.model.pixel_decoder import PixelDecoderConfig
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.mae import MaeModality
 
@@ -50,7 +50,7 @@ def network_of(official: Mapping[str, Any]) -> OfficialMae:
         patch_size=fields("patch_size", 16),
         has_extra_positions=True,
     )
-    decoder = TransformerDecoderConfig(
+    decoder = PixelDecoderConfig(
         width=fields("decoder_embed_dim", 512),
         depth=fields("decoder_depth", 8),
         num_heads=fields("decoder_num_heads", 16),

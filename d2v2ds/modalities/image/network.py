@@ -42,6 +42,16 @@ class ImageNetwork(NetworkSettings):
         return self.image_size // self.patch_size
 
     @property
+    def grid_columns(self) -> int:
+        """Patches in a row."""
+        return self.grid_side
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.grid_side, self.grid_side
+
+    @property
     def patch_numbers(self) -> int:
         """P, pixels of a patch times colours."""
         return 3 * self.patch_size**2
@@ -60,7 +70,7 @@ class ImageNetwork(NetworkSettings):
 
     def build_fixed_positions(self, width: int, num_extra: int) -> GridPositions:
         """Build the table of 2-D sines and cosines."""
-        return GridPositions(width, self.grid_side, num_extra)
+        return GridPositions(width, self.grid_side, num_extra=num_extra)
 
     def num_tokens(self, size: int) -> int:
         """T of an image of `size` pixels a side."""

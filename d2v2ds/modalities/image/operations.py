@@ -1,8 +1,9 @@
-"""Operations of RandAugment on Pillow images. No torch, and no torchvision, whose wheel needs the CUDA build of torch.
+"""Operations of RandAugment and colour jitter on Pillow images. No torch, and no torchvision, whose wheel needs the
+CUDA build of torch.
 
-Ranges are those of AutoAugment (arXiv 1805.09501, table 6) and RandAugment (arXiv 1909.13719), in the order of the
-published `inc1`: strength 0 changes least, 1 most. Rotation, shear and shift are bicubic and fill what they uncover
-with ImageNet's mean colour.
+Ranges of RandAugment are those of AutoAugment (arXiv 1805.09501, table 6) and RandAugment (arXiv 1909.13719), in the
+order of the published `inc1`: strength 0 changes least, 1 most. Rotation, shear and shift are bicubic and fill what
+they uncover with ImageNet's mean colour.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from d2v2ds.modalities.image.colour_jitter import Change
 from d2v2ds.modalities.image.rand_augment import Operation
 
 FILL = (124, 116, 104)
@@ -46,6 +48,28 @@ def operate(pixels: NDArray[np.uint8], operations: Sequence[Operation]) -> None:
     for one in operations:
         image = apply(image, one)
     pixels[:] = np.asarray(image)
+
+
+def change(pixels: NDArray[np.uint8], changes: Sequence[Change]) -> None:
+    """Apply changes of colours in their order, in place.
+
+    Args:
+        pixels: (Y, X, 3) uint8.
+        changes: none leave the image as it is.
+    """
+    if not changes:
+        return
+    image = Image.fromarray(pixels)
+    for one in changes:
+        image = _CHANGES[one.kind](image).enhance(one.factor)
+    pixels[:] = np.asarray(image)
+
+
+_CHANGES: dict[str, Callable[[_Pixels], ImageEnhance._Enhance]] = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
 
 
 def apply(image: Image.Image, operation: Operation) -> Image.Image:

@@ -25,6 +25,7 @@ from d2v2ds.data.mixture import Dataset
 from d2v2ds.data.order import MicroBatch, PlanConfig
 from d2v2ds.data.reader import AnyMask, DataSettings, Examples, Reader, Unit, mask_faults
 from d2v2ds.errors import ShardError
+from d2v2ds.modalities.image.colour_jitter import ColourJitterConfig, draw_changes
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.modalities.image.rand_augment import RandAugmentConfig, draw_operations
 from d2v2ds.modalities.image.shards import EncodedImage, ImageShards
@@ -60,6 +61,8 @@ class ImageDataConfig(DataSettings):
     """Probability of mirroring left and right (fraction)."""
     rand_augment: RandAugmentConfig | None = None
     """RandAugment of the crops; None for none, as in pretraining."""
+    colour_jitter: ColourJitterConfig | None = None
+    """Random changes of the crops' colours; None for none. Published image models of data2vec 1.0 have them."""
 
     def largest_samples(self, network: Any) -> tuple[float, int]:
         """Images of one optimizer step, and their side in pixels."""
@@ -139,7 +142,6 @@ class ImageReader(Reader[ImageShards]):
     def read(self, micro: MicroBatch, seed: int) -> Examples:
         """Images (B, 3, Y, X) uint8, Y = X = `micro.size`, in memory channels last, as they are decoded and resized."""
         from d2v2ds.data.codecs.pixels import displayed
-        from d2v2ds.modalities.image.operations import operate
 
         rows, config, side = micro.rows.tolist(), self.config, micro.size
         if not self.augments:
@@ -162,11 +164,22 @@ class ImageReader(Reader[ImageShards]):
                 out[0].permute(1, 2, 0).numpy()[:] = displayed(resize(part, side, side), image.orientation)
             if flip:
                 out.copy_(out.flip(3))  # twice as fast as NumPy's copy of a reversed view
+        self._change_colours([out[0].permute(1, 2, 0).numpy() for out in outputs], micro, seed)
+        return Examples(source)
+
+    def _change_colours(self, crops: list[NDArray[np.uint8]], micro: MicroBatch, seed: int) -> None:
+        """Apply colour jitter, then RandAugment, to crops (Y, X, 3) in place."""
+        from d2v2ds.modalities.image.operations import change, operate
+
+        config = self.config
+        if config.colour_jitter is not None:
+            changes = draw_changes(config.colour_jitter, seed=seed, epoch=micro.epoch, rows=micro.rows)
+            for crop, own in zip(crops, changes, strict=True):
+                change(crop, own)
         if config.rand_augment is not None:
             drawn = draw_operations(config.rand_augment, seed=seed, epoch=micro.epoch, rows=micro.rows)
-            for out, operations in zip(outputs, drawn, strict=True):
-                operate(out[0].permute(1, 2, 0).numpy(), operations)
-        return Examples(source)
+            for crop, operations in zip(crops, drawn, strict=True):
+                operate(crop, operations)
 
     def read_whole(self, row: int) -> Tensor:
         """(3, Y, X) uint8: the middle of the image, resized so that it just holds the model's side.

@@ -11,12 +11,11 @@ from d2v2ds.errors import D2V2Error
 from d2v2ds.masking import SpanMaskConfig, Spans, draw_span_masks
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.model.alibi import alibi_slopes
-from d2v2ds.model.block import BlockConfig
+from d2v2ds.model.block import BlockConfig, drop_path_rates
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.shapes import AUDIO_CONV_LAYERS, conv_output_length
 from d2v2ds.tasks.classify import ClassifyConfig
-from d2v2ds.tasks.encoding import drop_path_rates
 from d2v2ds.train.optim import parameter_groups
 from d2v2ds.train.schedule import LearningRateConfig, learning_rate
 from d2v2ds.verify.finetuning.case import official_task_name

@@ -12,10 +12,10 @@ from d2v2ds.errors import D2V2Error
 from d2v2ds.modalities.audio.inference import normalised
 from d2v2ds.modalities.text.sentences import join_sentences
 from d2v2ds.model.alibi import alibi_slopes, dense_bias
+from d2v2ds.model.block import drop_path_rates
 from d2v2ds.shapes import AUDIO_NORM_EPS
 from d2v2ds.tasks.classify import Classify, ClassifyConfig
 from d2v2ds.tasks.ctc import Ctc, CtcConfig, ctc_losses, greedy
-from d2v2ds.tasks.encoding import drop_path_rates
 from d2v2ds.tasks.mixing import ImageMix, WaveformMix, mix_classes, mix_images, mix_labels, mix_waveforms
 from d2v2ds.tasks.words import edit_counts
 from d2v2ds.verify.finetuning.case import TaskCase

@@ -18,8 +18,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from d2v2ds.interop.hub.files.configuration_d2v2ds import D2V2DSConfig
 from d2v2ds.interop.hub.files.networks_d2v2ds import NETWORKS
 from d2v2ds.model.alibi import Alibi
+from d2v2ds.model.attention import QueryValueBias
+from d2v2ds.model.block import LayerScale
 from d2v2ds.model.encoder import ExtraTokens
-from d2v2ds.model.positions import GridPositions
+from d2v2ds.model.positions import GridPositions, RelativePositions
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 
 
@@ -44,13 +46,14 @@ class D2V2DSModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    layers = Trunk.layers
-    encoder = Trunk.encoder
+    layers, encoder, normed = Trunk.layers, Trunk.encoder, Trunk.normed
 
     def __init__(self, config: D2V2DSConfig) -> None:
         super().__init__(config)
         trunk = Trunk(trunk_config(config.model or {}))
         self.encoders, self.blocks = trunk.encoders, trunk.blocks
+        if hasattr(trunk, "norm"):
+            self.norm = trunk.norm
         self.main_input_name = NETWORKS[next(iter(trunk.encoders))][1]
         self.gradient_checkpointing = False
         self._constants = [name for name, value in self.named_parameters() if not value.requires_grad]
@@ -154,6 +157,13 @@ class D2V2DSModel(PreTrainedModel):
             init.copy_(module.table, module.first_table())
         elif isinstance(module, Alibi):
             init.ones_(module.scale)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.factors, module.first)
+        elif isinstance(module, QueryValueBias):
+            init.zeros_(module.queries)
+            init.zeros_(module.values)
+        elif isinstance(module, RelativePositions):
+            init.zeros_(module.table)
         else:
             super()._init_weights(module)
 

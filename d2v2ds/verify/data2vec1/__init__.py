@@ -1,0 +1,1 @@
+"""Golden cases of data2vec 1.0."""
