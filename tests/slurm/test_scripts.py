@@ -132,7 +132,9 @@ def test_every_job_survives_its_nodes() -> None:
     for script in TEMPLATES:
         text = script.read_text()
         assert "#SBATCH --requeue\n" in text and "#SBATCH --open-mode=append\n" in text, script.name
-        assert ("#SBATCH --signal=B:USR1@" in text) == script.name.startswith(("pretrain_", "finetune_")), script.name
+        assert ("#SBATCH --signal=B:USR1@" in text) == script.name.startswith(("pretrain_", "finetune_", "sweep")), (
+            script.name
+        )
 
 
 def test_example_of_site_values_changes_nothing_and_names_only_what_exists() -> None:
@@ -255,6 +257,23 @@ def test_a_task_of_an_array_packs_its_part(batch: Batch) -> None:
     code, said = batch.submit("preprocess_audio.sh", **array, SLURM_ARRAY_TASK_COUNT="4")
     assert code == 2
     assert "expected --array=0-N without gaps, found 4 tasks from 0 to 9" in said
+
+
+def test_a_task_of_an_array_runs_its_cell_of_a_sweep(batch: Batch) -> None:
+    assert batch.submit("sweep.sh", *AWKWARD, SLURM_ARRAY_TASK_ID="2")[0] == 0
+    words = batch.srun()
+    assert words[words.index("d2v2ds.sweep") :] == ["d2v2ds.sweep", *AWKWARD, "--cell", "2"]
+    assert batch.submit("sweep.sh", "num_masks", D2V2DS_SWEEP_CELL="7", SLURM_ARRAY_TASK_ID="2")[0] == 0
+    assert batch.srun()[-3:] == ["num_masks", "--cell", "7"]
+    code, said = batch.submit("sweep.sh", "num_masks")
+    assert code == 2 and "expected a job array (--array=0-N), or D2V2DS_SWEEP_CELL" in said
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(75, ["requeue 20007"]), (9, []), (0, [])])
+def test_a_cell_that_was_interrupted_is_requeued(batch: Batch, code: int, requeues: list[str]) -> None:
+    batch.plan(run=f"exit {code}")
+    assert batch.submit("sweep.sh", "num_masks", SLURM_ARRAY_TASK_ID="0")[0] == code
+    assert batch.requeues() == requeues
 
 
 # ------------------------------------------------------------------ ends
