@@ -23,7 +23,15 @@ from preprocessing.pack_text import main as pack_text
 from tests.runs.launching import Processes, deterministic, pack_clips
 
 FOLDER = Path(__file__).parents[1] / "golden" / "curves"
-NAMES = ("audio_tiny", "image_tiny", "text_tiny", "multimodal_tiny", "mae/tiny")
+NAMES = (
+    "audio_tiny",
+    "image_tiny",
+    "text_tiny",
+    "multimodal_tiny",
+    "mae/tiny",
+    "data2vec1/audio_tiny",
+    "data2vec1/text_tiny",
+)
 STEPS = 20
 EXACT = ("optim/lr", "optim/skipped_steps", "ema/decay", "mask/fraction", "data/")
 """Metrics that are arithmetic or counting: the same on every machine but for the last digit."""
@@ -93,7 +101,7 @@ def _arguments(name: str, packed: dict[str, Path], run_dir: Path) -> list[str]:
 
 
 def _modalities(name: str) -> list[str]:
-    kind = name.removesuffix("_tiny")
+    kind = name.removeprefix("data2vec1/").removesuffix("_tiny")
     return {"multimodal": ["audio", "image", "text"], "mae/tiny": ["image"]}.get(kind, [kind])
 
 
