@@ -214,7 +214,7 @@ class ModelFolder:
         """Every tensor of a part; empty if it is not there."""
         found: dict[str, Kind] = {}
         for file in self._files(part):
-            with _opened(file) as handle:
+            with opened_tensors(file) as handle:
                 for name, stored in self._names(part, handle):
                     piece = handle.get_slice(stored)
                     dtype = DTYPES.get(piece.get_dtype())
@@ -226,7 +226,7 @@ class ModelFolder:
     def tensors(self, part: Part) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a part one after another, as stored, on the CPU."""
         for file in self._files(part):
-            with _opened(file) as handle:
+            with opened_tensors(file) as handle:
                 checksums = _checksums(file, handle)
                 for name, stored in self._names(part, handle):
                     yield name, _checked(file, stored, handle.get_tensor(stored), checksums)
@@ -240,10 +240,10 @@ class ModelFolder:
         if part not in self._places:
             self._places[part] = {}
             for file in self._files(part):
-                with _opened(file) as handle:
+                with opened_tensors(file) as handle:
                     self._places[part].update({own: (file, stored) for own, stored in self._names(part, handle)})
         file, stored = self._places[part][name]
-        with _opened(file) as handle:
+        with opened_tensors(file) as handle:
             return _checked(file, stored, handle.get_tensor(stored), _checksums(file, handle))
 
     def _names(self, part: Part, handle: Any) -> Iterator[tuple[str, str]]:
@@ -313,7 +313,7 @@ def _of_this_version(where: Path, values: Any) -> dict[str, Any]:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    with _opened(file) as handle:
+    with opened_tensors(file) as handle:
         return dict(handle.metadata() or {})
 
 
@@ -334,7 +334,12 @@ _MOST_HEADER_BYTES = 100_000_000
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened_tensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        CheckpointError: it is no whole one.
+    """
     with open_regular(file, CheckpointError) as opened:  # a FIFO would block for ever
         prefix, size = opened.read(8), os.fstat(opened.fileno()).st_size
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v2ds.bounds import Rate
+from d2v2ds.bounds import Rate, Share
 from d2v2ds.model.cpu.dropout import dropout
 
 PatchPooling = Literal["mean", "cls"]
@@ -25,6 +25,8 @@ class PatchHeadConfig:
     """Mean over the patches without extra tokens, or the first extra token."""
     norm: bool = True
     """Normalise the pooled vector."""
+    norm_eps: Share = 1e-6
+    """Epsilon of that norm."""
 
     def build(self, width: int, num_outputs: int) -> "PatchHead":
         """Build the head."""
@@ -72,7 +74,7 @@ class PatchHead(nn.Module):
     def __init__(self, config: PatchHeadConfig, width: int, num_outputs: int) -> None:
         super().__init__()
         self.pooling = config.pooling
-        self.norm = nn.LayerNorm(width, eps=1e-6) if config.norm else nn.Identity()
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.norm else nn.Identity()
         self.proj = nn.Linear(width, num_outputs)
 
     def forward(self, features: Tensor, num_extra: int, padding: Tensor | None) -> Tensor:
