@@ -4,8 +4,10 @@
     python -m d2v2ds.checkpoints verify RUN [--tag TAG]
     python -m d2v2ds.checkpoints prune RUN --keep-last N [--keep-every STEPS] [--dry-run]
 
-`list` reads manifests only; `verify` reads every byte; `prune` removes whole checkpoints that the policy does not keep,
-never `latest` and `best`. Do not prune while the run is running.
+`list` reads manifests only. Its column `selection` has the value by which `best` is chosen, the lower the better: the
+validation loss, the word error rate, or 100 less the mean of the scores that `objective.select` names.
+`verify` reads every byte; `prune` removes whole checkpoints that the policy does not keep, never `latest` and `best`.
+Do not prune while the run is running.
 
 Exit codes: 0 all is well, 2 no such run or impossible options, 5 something is damaged, 8 a fault of the machine.
 """

@@ -7,13 +7,12 @@ official decoder: natural logarithms of the network, log10 of the language model
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from d2v2ds.errors import D2V2Error
 from d2v2ds.run.decoder_choice import add_arguments, choice_of
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate, table
+from d2v2ds.run.reporting import reported
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,21 +25,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="such as cuda:0 or cpu")
     parser.add_argument("--draws", type=int, default=1000, help="sets of rows drawn for an interval (1000)")
     add_arguments(parser)
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
-        result = evaluate(
-            options.model,
-            EvaluationOptions(
-                shards=tuple(options.shards), to=options.to, tag=options.checkpoint, device=options.device,
-                draws=options.draws, decoder=choice_of(options),
-            ),
+    given = parser.parse_args(arguments)
+
+    def work() -> int:
+        options = EvaluationOptions(
+            shards=tuple(given.shards), to=given.to, tag=given.checkpoint, device=given.device, draws=given.draws,
+            decoder=choice_of(given),
         )  # fmt: skip
-    except D2V2Error as error:
-        logging.error("%s", error)
-        return error.exit_code
-    print("\n".join(table(result)))
-    return 0
+        print("\n".join(table(evaluate(given.model, options))))
+        return 0
+
+    return reported(work)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Encoders are picklable: data workers use them. They need torch, not the network.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,10 +44,10 @@ class Labelled:
     """D, for masks of channels."""
 
 
-def spell(text: str, word_end: str) -> Iterator[str]:
-    """Yield the letters of a transcript, and `word_end` behind every word."""
+def spell(text: str, word_end: str, divide: Callable[[str], Sequence[str]] = tuple) -> Iterator[str]:
+    """Yield the letters of a transcript, or what `divide` makes of a word, and `word_end` behind every word."""
     for word in text.split():
-        yield from word
+        yield from divide(word)
         yield word_end
 
 
@@ -61,6 +61,8 @@ class Letters:
     """Letter behind every word."""
     unknown: int
     """Number of letters that have none."""
+    divide: Callable[[str], Sequence[str]] = tuple
+    """Divides a word into letters, or into larger units."""
     column: str = "text"
 
     def encode(self, values: Sequence[str]) -> Labels:
@@ -74,7 +76,7 @@ class Letters:
         Raises:
             ValueError: it has no word.
         """
-        letters = list(spell(text, self.word_end))
+        letters = list(spell(text, self.word_end, self.divide))
         if not letters:
             raise ValueError(f"expected a transcript with a word, found {text!r:.60}")
         return [self.numbers.get(letter, self.unknown) for letter in letters]

@@ -33,7 +33,7 @@ class MaskConfig:
     num_masks: Count
     """M, masked versions of each sample in one step (count)."""
     kind: MaskKind = "block_1d"
-    """Blocks along the token sequence, square blocks on a square grid, or single tokens."""
+    """Blocks along the token sequence, square blocks on a grid, or single tokens."""
     block_length: Count = 1
     """Length of a block, or side of a square block (tokens); not used by `random`."""
     adjust: float = 0.0
@@ -41,12 +41,24 @@ class MaskConfig:
     are added to the blocks, or removed, until the count is exact."""
     inverse: bool = False
     """Draw blocks of visible tokens and mask the rest; not used by `random`."""
+    columns: Count | None = None
+    """Tokens in a row of the grid of `block_2d`, whose rows follow from the number of tokens; None: a square grid."""
 
     def check(self) -> list[str]:
         """Return a message if the fields together leave no blocks to draw."""
         if self.drawn_fraction + self.adjust < 0.0:
             return [f"adjust {self.adjust} makes the drawn fraction negative ({self.drawn_fraction:g} + adjust)"]
         return []
+
+    def grid_faults(self, columns: int | None) -> list[str]:
+        """Return a message if a grid of tokens with so many columns is not that of the blocks.
+
+        Args:
+            columns: of the network's grid; None for a sequence, which readers refuse.
+        """
+        if self.kind != "block_2d" or self.columns is None or columns is None or self.columns == columns:
+            return []
+        return [f"mask.columns is {self.columns}, the network has {columns} tokens in a row; set it to that"]
 
     @property
     def is_for_grids(self) -> bool:
@@ -91,7 +103,8 @@ def masked_count(config: MaskConfig, num_tokens: int) -> int:
         ValueError: if T tokens leave nothing masked or nothing visible, or do not hold one block.
     """
     rows, columns = _grid(config, num_tokens)
-    if config.kind != "random" and columns < config.block_length:
+    shortest = columns if config.kind == "block_1d" else min(rows, columns)
+    if config.kind != "random" and shortest < config.block_length:
         raise ValueError(
             f"{num_tokens} tokens ({rows} x {columns}) cannot hold a block of length {config.block_length}; "
             "use longer inputs or a smaller block_length"
@@ -160,13 +173,12 @@ def block_mask_1d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float
 
 
 def block_mask_2d(config: MaskConfig, num_tokens: int, numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Choose square blocks on a square grid, then single cells up to the exact count.
+    """Choose square blocks on a grid, then single cells up to the exact count.
 
-    Arguments and result as `masks_from_uniforms`; T = side * side, row by row.
+    Arguments and result as `masks_from_uniforms`; T = rows * columns, row by row.
     """
     centres = num_blocks(config, num_tokens)
-    side, _ = _grid(config, num_tokens)
-    chosen = blocks_2d(numbers[..., :centres], side, config.block_length)  # (..., T)
+    chosen = blocks_2d(numbers[..., :centres], _grid(config, num_tokens), config.block_length)  # (..., T)
     chosen = _adjust_count(chosen, int(num_tokens * config.drawn_fraction), numbers[..., centres:])
     return ~chosen if config.inverse else chosen
 
@@ -226,23 +238,24 @@ def blocks_1d(numbers: NDArray[np.float64], num_tokens: int, block_length: int) 
     return _mark(covered, num_tokens)
 
 
-def blocks_2d(numbers: NDArray[np.float64], side: int, block_length: int) -> NDArray[np.bool_]:
-    """Return the union of square blocks around uniform cells, clamped onto the border of a square grid.
+def blocks_2d(numbers: NDArray[np.float64], grid: tuple[int, int], block_length: int) -> NDArray[np.bool_]:
+    """Return the union of square blocks around uniform cells, clamped onto the border of a grid.
 
     Args:
         numbers: (..., c) float64 in [0, 1), one for each centre; centres may repeat.
-        side: cells per side of the grid.
+        grid: rows and columns.
         block_length: side of a block, in cells.
 
     Returns:
-        (..., side * side) bool, True = covered; row by row.
+        (..., rows * columns) bool, True = covered; row by row.
     """
-    centres = (numbers * (side * side)).astype(np.int64)  # (..., c)
+    height, width = grid
+    centres = (numbers * (height * width)).astype(np.int64)  # (..., c)
     offsets = np.arange(block_length) - block_length // 2
-    rows = np.clip(centres[..., None] // side + offsets, 0, side - 1)  # (..., c, l)
-    columns = np.clip(centres[..., None] % side + offsets, 0, side - 1)  # (..., c, l)
-    covered = rows[..., :, None] * side + columns[..., None, :]  # (..., c, l, l)
-    return _mark(covered.reshape(*centres.shape, block_length**2), side * side)
+    rows = np.clip(centres[..., None] // width + offsets, 0, height - 1)  # (..., c, l)
+    columns = np.clip(centres[..., None] % width + offsets, 0, width - 1)  # (..., c, l)
+    covered = rows[..., :, None] * width + columns[..., None, :]  # (..., c, l, l)
+    return _mark(covered.reshape(*centres.shape, block_length**2), height * width)
 
 
 def _mark(covered: NDArray[np.int64], num_tokens: int) -> NDArray[np.bool_]:
@@ -267,8 +280,13 @@ def _adjust_count(chosen: NDArray[np.bool_], count: int, numbers: NDArray[np.flo
 
 
 def _grid(config: MaskConfig, num_tokens: int) -> tuple[int, int]:
+    """Rows and columns of the tokens; a sequence is one row."""
     if config.kind != "block_2d":
         return 1, num_tokens
+    if config.columns is not None:
+        if num_tokens % config.columns:
+            raise ValueError(f"block_2d masks need whole rows of {config.columns} tokens, found {num_tokens} tokens")
+        return num_tokens // config.columns, config.columns
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"block_2d masks need a square grid, found {num_tokens} tokens")
@@ -290,6 +308,11 @@ def uniforms(*, seed: int, epoch: int, sample_ids: ArrayLike, num_masks: int, nu
     """
     ids = np.asarray(sample_ids, dtype=np.int64)
     keys = hash64(seed, epoch, Stream.MASK, ids[:, None], np.arange(num_masks))  # (B, M)
+    return _numbers(keys, num_draws)
+
+
+def _numbers(keys: NDArray[np.uint64], num_draws: int) -> NDArray[np.float64]:
+    """Compute `num_draws` random numbers of each key, (...) -> (..., num_draws)."""
     steps = (np.arange(1, num_draws + 1, dtype=np.uint64)) * np.uint64(GAMMA)
     return to_unit_interval(mix64(keys[..., None] + steps))
 
@@ -347,14 +370,9 @@ def draw_span_masks(
             fewest = int(time.sum(1).min())
             time = np.stack([_adjust_count(row, fewest, key) for row, key in zip(time, keys, strict=True)])
     if config.channels is not None:
-        numbers = _channel_numbers(seed, epoch, ids, width + 2)
+        numbers = _numbers(hash64(seed, epoch, Stream.CHANNELS, ids), width + 2)
         channels = _span_rows(config.channels, np.full(len(ids), width), width, numbers, least=0)
     return time, channels
-
-
-def _channel_numbers(seed: int, epoch: int, ids: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    keys = hash64(seed, epoch, Stream.CHANNELS, ids[:, None])
-    return to_unit_interval(mix64(keys + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GAMMA)))
 
 
 def _span_rows(

@@ -7,14 +7,17 @@ The words must be written as the recogniser writes them, in the same case.
 """
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from d2v2ds.decoding.ngram import train_ngram
-from d2v2ds.errors import ConfigError, D2V2Error
+from d2v2ds.errors import ConfigError
+from d2v2ds.io.read import open_regular
 from d2v2ds.modalities.known import open_shards
+from d2v2ds.run.reporting import reported
 from d2v2ds.tasks.ctc import CtcConfig
 
 
@@ -26,16 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--order", type=int, default=3, help="n (3)")
     parser.add_argument("--prune", type=float, default=0.0, help="entropy threshold of pruning, such as 1e-8 (none)")
     parser.add_argument("--to", type=Path, required=True, help="ARPA file to write")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    try:
-        sentences = _sentences(options.shards, options.text)
-        count = train_ngram(sentences, options.to, order=options.order, prune=options.prune)
-    except (D2V2Error, OSError) as error:
-        logging.error("%s", error)
-        return getattr(error, "exit_code", 2)
-    logging.info("%s: an order %d model of %d sentences", options.to, options.order, count)
-    return 0
+    given = parser.parse_args(arguments)
+
+    def work() -> int:
+        count = train_ngram(_sentences(given.shards, given.text), given.to, order=given.order, prune=given.prune)
+        logging.info("%s: an order %d model of %d sentences", given.to, given.order, count)
+        return 0
+
+    return reported(work)
 
 
 def _sentences(folders: list[Path], files: list[Path]) -> Iterator[str]:
@@ -45,9 +46,9 @@ def _sentences(folders: list[Path], files: list[Path]) -> Iterator[str]:
             raise ConfigError(f"{folder}: expected transcripts, found {', '.join(shards.annotations) or 'none'}")
         yield from (text for row in range(len(shards)) if (text := shards.read_labels(row).text) is not None)
     for file in files:
-        with file.open(encoding="utf-8", errors="strict") as lines:
+        with open_regular(file, ConfigError) as opened:
             try:
-                yield from lines
+                yield from io.TextIOWrapper(opened, encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{file}: expected UTF-8, found {error}") from error
 

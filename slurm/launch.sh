@@ -8,6 +8,8 @@
 
 set -euo pipefail
 : "${SLURM_JOB_ID:?submit this script with sbatch}"
+job=$SLURM_JOB_ID # name for squeue and scontrol; that of one task, for the last one's number is that of its array too
+if [[ ${SLURM_ARRAY_TASK_ID-} ]]; then job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 D2V2DS_HOME=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 # ------------------------------------------------------------------ site values
@@ -59,6 +61,38 @@ rendezvous() {
     export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 }
 
+# ------------------------------------------------------------------ cells of a sweep
+# A job array over a file with one cell in each line: task N takes cell N, counted from 0. Empty lines and lines that
+# begin with # are left out. Words of a line are divided by blanks, and never evaluated.
+
+cell=() cell_name=''
+
+#   read_cell FILE; sets the words of this task's cell and a name made of them, for the cell's folder
+read_cell() {
+    local line names=() cells=() number
+    [[ ${SLURM_ARRAY_TASK_ID-} ]] || fail "--cells $1: expected a job array, found none; add sbatch --array=0-N"
+    [[ -f $1 && -r $1 ]] || fail "--cells $1: expected a file that can be read, found none"
+    while IFS= read -r line || [[ $line ]]; do
+        read -ra cell <<<"${line%$'\r'}"
+        if ((${#cell[@]})) && [[ ${cell[0]} != \#* ]]; then
+            cells+=("${line%$'\r'}")
+            printf -v line '%s,' "${cell[@]#--}"
+            names+=("${line%,}")
+        fi
+    done <"$1"
+    number=$SLURM_ARRAY_TASK_ID
+    ((number < ${#cells[@]})) || fail "--cells $1: expected tasks from 0 to $((${#cells[@]} - 1)), found task $number"
+    names=("${names[@]//[^A-Za-z0-9._=,+-]/_}")
+    line=${names[number]}
+    unset "names[number]"
+    for number in "${!names[@]}"; do
+        if [[ ${names[number]} == "$line" ]]; then fail "--cells $1: cells $SLURM_ARRAY_TASK_ID and $number are alike"; fi
+    done
+    ((${#line} <= 200)) || fail "--cells $1: expected at most 200 letters in a cell, found ${#line}: $line"
+    read -ra cell <<<"${cells[SLURM_ARRAY_TASK_ID]}"
+    cell_name=$line
+}
+
 # ------------------------------------------------------------------ signals
 # USR1, HUP or TERM to this shell become USR1 to srun, which passes it to every rank: all save and exit with 75. (TERM
 # would make srun end the step.) TERM is what SLURM sends last, KillWait seconds before it kills: ranks that were warned
@@ -94,7 +128,7 @@ run_step() {
 # ------------------------------------------------------------------ what scripts call
 
 # Train, and go back into the queue if the run is not finished and can go on.
-#   pretrain CONFIG [section.field=value ...]; a later `--config NAME` or value wins
+#   pretrain CONFIG [section.field=value ...] [--cells FILE]; a later `--config NAME` or value wins, a cell's over all
 pretrain() {
     local config=$1 run='' overrides=() log code=0 restart=${SLURM_RESTART_COUNT:-0}
     shift
@@ -102,12 +136,18 @@ pretrain() {
         case $1 in
         --config) config=${2:?--config needs a name} && shift ;;
         --config=*) config=${1#*=} ;;
+        --cells) read_cell "${2:?--cells needs a file}" && shift ;;
+        --cells=*) read_cell "${1#*=}" ;;
         run.dir=*) run=${1#*=} ;;
         *) overrides+=("$1") ;;
         esac
         shift
     done
-    run=${run:-$D2V2DS_RUNS/$config}
+    overrides+=("${cell[@]}")
+    run=${run:-$D2V2DS_RUNS/$config}${cell_name:+/$cell_name}
+    if [[ ${SLURM_ARRAY_TASK_ID-} && ! $cell_name ]]; then
+        fail "expected --cells FILE in a job array, found none: all tasks would train in $run"
+    fi
     if [[ ${SLURM_GPUS_ON_NODE:-0} != 0 && ${SLURM_NTASKS_PER_NODE-} != "$SLURM_GPUS_ON_NODE" ]]; then
         fail "expected a task for each GPU, found --ntasks-per-node=${SLURM_NTASKS_PER_NODE-}" \
             "and $SLURM_GPUS_ON_NODE GPUs on a node; give both options the same number"
@@ -152,12 +192,12 @@ finish_run() {
 requeue() {
     local try answer
     for try in 1 2 3 4 5 6; do
-        if answer=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r' 2>&1); then
+        if answer=$(squeue --noheader --jobs="$job" --format='%T %r' 2>&1); then
             if [[ $answer != RUNNING* && $answer != *TimeLimit && "${1-} $answer" != KILL\ COMPLETING* ]]; then
                 say "not requeued from here: SLURM is ending or requeuing this job itself (${answer:-gone})"
                 return
             fi
-            if answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+            if answer=$(scontrol requeue "$job" 2>&1); then
                 say "requeued"
                 trap - TERM
                 sleep 60 # SLURM ends this script; one that ends by itself may be taken for the end of the next start
@@ -197,9 +237,31 @@ export_model() {
 }
 
 # Evaluate a fine-tuned model.
-#   evaluate_model MODEL --shards DIR [option ...]
+#   evaluate_model MODEL --shards DIR [option ...] [--cells FILE]
+# Cells with settings (section.field=value) are those of runs: the cell's run in the folder MODEL is evaluated. Cells of
+# options are those of evaluations of one model, which go to a folder each in --to.
 evaluate_model() {
+    local words=() to=''
+    while (($#)); do
+        case $1 in
+        --cells) read_cell "${2:?--cells needs a file}" && shift ;;
+        --cells=*) read_cell "${1#*=}" ;;
+        --to) to=${2:?--to needs a folder} && shift ;;
+        --to=*) to=${1#*=} ;;
+        *) words+=("$1") ;;
+        esac
+        shift
+    done
+    if [[ " ${cell[*]}" =~ ' '[a-z_.]+'.'[a-z_]+'=' ]]; then
+        [[ ${words[0]--} != -* ]] || fail "expected the folder of the runs before all options, found ${words[0]-nothing}"
+        words[0]+=/$cell_name
+        cell=()
+    elif [[ $cell_name && ! $to ]]; then
+        fail "--cells with options: expected --to FOLDER, in which each cell gets a folder, found none"
+    elif [[ ${SLURM_ARRAY_TASK_ID-} && ! $cell_name ]]; then
+        fail "expected --cells FILE in a job array, found none: all tasks would do the same"
+    fi
     prepare
     exec srun --export=ALL --nodes=1 --ntasks=1 "${D2V2DS_SRUN[@]}" "${D2V2DS_PREFIX[@]}" \
-        python -m d2v2ds.evaluate "$@" </dev/null
+        python -m d2v2ds.evaluate "${words[@]}" "${cell[@]}" ${to:+--to "$to${cell_name:+/$cell_name}"} </dev/null
 }

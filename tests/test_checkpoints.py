@@ -73,6 +73,7 @@ def run(tmp_path: Path) -> Path:
 def test_list_says_what_there_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-1] == "selection", "a loss of pretraining, an error rate or other scores of a task"
     assert [line.split()[:2] for line in lines[1:5]] == [
         [f"step{step:08d}", str(step)] for step in (400, 300, 200, 100)
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from d2v2ds.masking import (
     MaskConfig,
+    blocks_2d,
     draw_masks,
     masked_count,
     masks_from_uniforms,
@@ -40,6 +41,12 @@ CONFIGS = {
     "image_base": (
         MaskConfig(kind="block_2d", masked_fraction=0.8, adjust=0.07, block_length=3, num_masks=16, inverse=True),
         196,
+    ),
+    "spectrogram_base": (
+        MaskConfig(
+            kind="block_2d", masked_fraction=0.8, adjust=0.07, block_length=5, num_masks=3, inverse=True, columns=8
+        ),
+        512,
     ),
     "image_direct": (MaskConfig(kind="block_2d", masked_fraction=0.4, adjust=0.2, block_length=2, num_masks=2), 25),
     "text_base": (MaskConfig(kind="random", masked_fraction=0.48, num_masks=8), 64),
@@ -124,6 +131,8 @@ def test_drawn_masks_stay_what_they_were():
         (MaskConfig(masked_fraction=0.99, num_masks=1, kind="random"), 50, "nothing visible"),
         (MaskConfig(masked_fraction=0.5, num_masks=1, block_length=10), 9, "cannot hold a block"),
         (MaskConfig(masked_fraction=0.5, num_masks=1, kind="block_2d"), 24, "square grid"),
+        (MaskConfig(masked_fraction=0.5, num_masks=1, kind="block_2d", columns=8), 60, "whole rows of 8"),
+        (MaskConfig(masked_fraction=0.5, num_masks=1, kind="block_2d", columns=8, block_length=5), 32, "cannot hold"),
     ],
 )
 def test_impossible_masks_are_refused(config, num_tokens, message):
@@ -199,6 +208,31 @@ def test_statistics_agree_with_the_official_samplers(setting):
         rows = pooled(ours[name], first_bins[name]) if name in first_bins else ours[name]
         distance = agreement(rows, mean, num_golden_rows=golden_rows(name, entry["rows"]))
         assert np.abs(distance).max() < 4.0, f"{setting} {name}: {distance.round(1)} standard errors"
+
+
+@pytest.mark.parametrize(
+    ("fraction", "adjust", "rows", "centres", "masked", "mean", "deviation", "too_many"),
+    [
+        (0.8, 0.07, 64, 5, 410, 95.4, 11.5, 0.28),
+        (0.75, 0.1, 64, 7, 384, 128.4, 14.1, 0.51),
+        (0.8, 0.07, 32, 2, 205, 39.0, 7.0, 0.0),
+        (0.8, 0.07, 8, 0, 52, 0.0, 0.0, 0.0),
+    ],
+)
+def test_blocks_on_a_spectrogram_have_the_statistics_of_the_official_sampler(
+    fraction, adjust, rows, centres, masked, mean, deviation, too_many
+):
+    """Kept cells of the blocks alone in 2,000 rows of the official EAT sampler, on grids of `rows` x 8."""
+    config = MaskConfig(
+        kind="block_2d", masked_fraction=fraction, adjust=adjust, block_length=5, num_masks=1, inverse=True, columns=8
+    )
+    tokens = 8 * rows
+    assert (num_blocks(config, tokens), masked_count(config, tokens)) == (centres, masked)
+    numbers = uniforms(seed=3, epoch=0, sample_ids=np.arange(4000), num_masks=1, num_draws=num_draws(config, tokens))
+    kept = blocks_2d(numbers[:, 0, :centres], (rows, 8), 5).sum(-1)
+    assert abs(kept.mean() - mean) < 4 * deviation / 2000**0.5 + 0.05
+    assert abs(kept.std() - deviation) < 4 * deviation / (2 * 2000) ** 0.5 + 0.05
+    assert abs((kept > tokens - masked).mean() - too_many) < 4 * 0.5 / 2000**0.5
 
 
 @pytest.mark.parametrize("kind", ["block_1d", "block_2d"])

@@ -5,6 +5,7 @@ keys of `data`, `valid` and `probe`, and the sections, where they are mappings b
 from typing import Any
 
 from d2v2ds.config.faults import drop_unknown_keys, validated
+from d2v2ds.config.unions import build_unions
 from d2v2ds.modalities.known import known_modalities
 
 _FOLDED = ("data", "valid", "probe")
@@ -65,6 +66,8 @@ def build_modalities(values: dict[str, Any], shipped: dict[str, Any]) -> tuple[b
                 problems.append(f"{where}: expected settings of {name}, found {raw[name]!r}")
             else:
                 problems += drop_unknown_keys(raw[name], kind(known[name]), f"{where}.")
+                chosen, faults = build_unions(raw[name], own.get(name), kind(known[name]), f"{where}.")
+                whole, problems = whole and chosen, problems + faults
                 built, faults = validated(kind(known[name]), raw[name], own.get(name), f"{where}.")
                 problems += faults
             whole &= built is not None

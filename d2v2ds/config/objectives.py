@@ -2,8 +2,8 @@
 
 from d2v2ds.objectives.data2vec1 import Data2Vec1Config
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config
-from d2v2ds.tasks.classify import ClassifyConfig
-from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.objectives.mae import MaeConfig
+from d2v2ds.tasks.known import AnyTaskConfig
 
-ObjectiveConfig = Data2Vec2Config | Data2Vec1Config | CtcConfig | ClassifyConfig
+ObjectiveConfig = Data2Vec2Config | Data2Vec1Config | MaeConfig | AnyTaskConfig
 """Settings of any objective; its `name` chooses."""

@@ -5,14 +5,18 @@ Bounds of single fields are part of their types (`d2v2ds.bounds`); `check` looks
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from d2v2ds.bounds import Amount, Bounds, Count, CountOrZero, Positive, UserPath
 from d2v2ds.config.objectives import ObjectiveConfig
 from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.trunk import TrunkConfig
+from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.selection import score_of, set_of
 from d2v2ds.train.guard import HealthConfig
 from d2v2ds.train.optim import OptimConfig
 from d2v2ds.train.schedule import LearningRateConfig
@@ -45,7 +49,7 @@ class RunSection:
     save_every_steps: Count = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: CountOrZero = 3
-    """Newest checkpoints kept; 0 keeps all. The one with the lowest validation loss is kept besides."""
+    """Newest checkpoints kept; 0 keeps all. The best one of the validation is kept besides."""
     keep_every_steps: Count | None = None
     """Checkpoints whose step is a multiple of it are kept for good."""
     async_checkpoints: bool = True
@@ -106,10 +110,51 @@ class ValidSection:
 
     modalities: Mapping[str, UserPath] = field(default_factory=dict)
     """Held-out folder of each modality that is validated, by name."""
+    more: Mapping[str, Mapping[str, UserPath | None]] = field(default_factory=dict)
+    """Further sets: name -> modality -> folder, such as `valid.more.mismatched.text=FOLDER`. Their metrics have the
+    name, as in `valid/mismatched/score/accuracy`; the best checkpoint is chosen by the first set, unless
+    `objective.select` names others. A folder that is null is left out."""
+    decoder: UserPath | None = None
+    """File of `d2v2ds.tune_decoder` with a language model: validation of ctc decodes with it besides, and reports
+    `ctc/lm_wer`, which `objective.select=[lm_wer]` makes the measure of the best checkpoint. None: greedy alone."""
+    decoder_seconds: Positive = 600.0
+    """Seconds of this search for one set on one rank; beyond them the set has no `ctc/lm_wer`, and the log says so."""
     every_steps: Count = 1000
     """Optimizer steps between validations."""
     micro_batches: Count = 32
     """Micro-batches of each modality that are looked at, over all ranks; fewer if the folder has fewer."""
+
+    @property
+    def sets(self) -> dict[str, dict[str, Path]]:
+        """Folders by set and modality; the first set has the name ''."""
+        more = {name: {one: path for one, path in folders.items() if path} for name, folders in self.more.items()}
+        return {"": dict(self.modalities)} | {name: folders for name, folders in more.items() if folders}
+
+    def check(self, selected: Iterable[str]) -> list[str]:
+        """Return one message for each set that cannot be.
+
+        Args:
+            selected: sets by which the best checkpoint is chosen.
+        """
+        problems = [
+            f"valid.more.{name}: expected a name of small letters, digits and _, such as mismatched"
+            for name in self.more
+            if not _SET_NAME.fullmatch(name)
+        ]
+        for name, folders in self.sets.items():
+            problems += [
+                f"valid.more.{name}.{one} is given and valid.{one} is not; the first set is that of valid.{one}"
+                for one in folders.keys() - self.modalities.keys()
+            ]
+        problems += [
+            f"objective.select names the validation set {name}, found {', '.join(self.sets.keys() - {''}) or 'none'}; "
+            f"give valid.more.{name}.MODALITY=FOLDER"
+            for name in sorted(set(selected) - self.sets.keys())
+        ]
+        return problems
+
+
+_SET_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 ProbeKind = Literal["one", "several", "number", "ctc"]
@@ -217,6 +262,8 @@ class RunConfig:
         problems = [f"model: {problem}" for problem in self.model.check()]
         problems += [f"objective: {problem}" for problem in self.objective.check(self.model)]
         problems += of_run + self.data.check() + self._modality_faults() + self.probe.check(self.run)
+        selected = (getattr(self.objective, "select", None) or ()) if self.valid.modalities else ()
+        problems += self.valid.check(map(set_of, selected)) + self._decoder_faults()
         save, validate = self.run.save_every_steps, self.valid.every_steps
         if self.valid.modalities and max(save, validate) % min(save, validate):
             problems.append(
@@ -230,6 +277,24 @@ class RunConfig:
                 return [*problems, str(error)]
             if self.lr.warmup_steps > steps:
                 problems.append(f"lr.warmup_steps {self.lr.warmup_steps} is more than the {steps} steps of the run")
+        return problems
+
+    def _decoder_faults(self) -> list[str]:
+        """Return one message for each reason why a validation cannot decode with a language model."""
+        problems, valid = [], self.valid
+        is_selected = any(score_of(name) == "lm_wer" for name in getattr(self.objective, "select", None) or ())
+        if valid.decoder is None:
+            return ["objective.select names lm_wer, and valid.decoder is not given; give both"] * is_selected
+        if not isinstance(self.objective, CtcConfig) or not valid.modalities:
+            problems.append(
+                "valid.decoder: expected a run of ctc with a validation folder, found another; leave it out"
+            )
+        most = 0.5 * 60 * self.engine.timeout_minutes
+        if valid.decoder_seconds > most:
+            problems.append(
+                f"valid.decoder_seconds is {valid.decoder_seconds:g}, expected at most {most:g}, half of "
+                "engine.timeout_minutes, after which the other ranks stop waiting"
+            )
         return problems
 
     def _modality_faults(self) -> list[str]:

@@ -117,7 +117,7 @@ def _length(config: RunConfig, objective: Objective, world: int) -> list[str]:
         )
     lines.append(
         f"operations: {_sized(flops / steps, OPERATIONS)} per step, {flops:.3g} FLOP in all "
-        "(visible tokens only, teacher included)"
+        "(of the tokens that each network reads, teacher included)"
     )
     return lines
 

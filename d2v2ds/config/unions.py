@@ -54,6 +54,11 @@ def build_unions(values: dict[str, Any], shipped: Any, section: type, prefix: st
             for inner in _inner(hint):
                 built, faults = build_unions(raw, own.get(name), inner, f"{where}.")
                 whole, problems = whole and built, problems + faults
+            for key, inner in _mapped(hint, raw):
+                given = own.get(name)
+                below = given.get(key) if isinstance(given, dict) else None
+                built, faults = build_unions(raw[key], below, inner, f"{where}.{key}.")
+                whole, problems = whole and built, problems + faults
             continue
         kind, fault = _chosen(kinds, raw, where)
         if kind is None:
@@ -94,6 +99,12 @@ def _inner(annotation: Any) -> Iterator[type]:
     for option in options:
         if dataclasses.is_dataclass(option) and typing.get_origin(annotation) is not Mapping:
             yield typing.cast(type, option)
+
+
+def _mapped(annotation: Any, raw: Mapping[str, Any]) -> Iterator[tuple[str, type]]:
+    """Yield the keys of a mapping whose values are raw settings, and the dataclass of those."""
+    if typing.get_origin(annotation) is Mapping and dataclasses.is_dataclass(kind := typing.get_args(annotation)[1]):
+        yield from ((key, typing.cast(type, kind)) for key, value in raw.items() if isinstance(value, dict))
 
 
 def _hints(kind: type) -> dict[str, Any]:

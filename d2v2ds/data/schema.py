@@ -214,6 +214,15 @@ class Index:
         entries = "".join(f"{entry.rows}:{entry.crc32}\n" for entry in self.shards[:num_shards])
         return hashlib.sha256(entries.encode()).hexdigest()
 
+    def checksums(self) -> dict[str, Any]:
+        """Return plain values that differ where the content of two folders differs."""
+        return {
+            "rows": self.rows,
+            "shards": self.digest(self.num_shards),
+            "rows file": self.rows_file.crc32,
+            "beside": [entry.crc32 for entry in self.files_beside],
+        }
+
 
 def write_index(folder: Path, index: Index) -> None:
     """Write ``index.json`` atomically, also in case of a power cut."""
@@ -270,8 +279,4 @@ def write_json(path: Path, value: Any) -> None:
 
 def file_crc32(path: Path) -> str:
     """Return the CRC-32 of a file, as in `ShardEntry.crc32`."""
-    crc = 0
-    with read.open_regular(path, ShardError) as file:
-        while block := file.read(1 << 20):
-            crc = crc32(block, crc)
-    return f"{crc:08x}"
+    return f"{read.crc32_of(path, ShardError):08x}"

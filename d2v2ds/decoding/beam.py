@@ -103,7 +103,8 @@ class BeamDecoder:
         Args:
             vocabulary: outputs of the recogniser.
             language_model: ARPA file, or KenLM's binary form of one.
-            lexicon: letters of every word; None: words of the ARPA file, spelled by their own letters.
+            lexicon: letters of every word; None: words of the ARPA file, spelled by their own letters. A vocabulary of
+                larger units spells the words itself.
             config: settings; None: the defaults.
 
         Raises:
@@ -119,7 +120,10 @@ class BeamDecoder:
         arpa_words = read_arpa_words(language_model) if is_arpa(language_model) else None
         if lexicon is None and arpa_words is None:
             raise ConfigError(f"{language_model} is no ARPA file, its words cannot be read; give a lexicon")
-        chosen = spelled(arpa_words or []) if lexicon is None else {word: tuple(own) for word, own in lexicon.items()}
+        if lexicon is None or vocabulary.has_units:
+            chosen = spelled((arpa_words or []) if lexicon is None else lexicon, vocabulary.spell)
+        else:
+            chosen = {word: tuple(own) for word, own in lexicon.items()}
         numbers = encode_lexicon(chosen, vocabulary)
         self._numbers, self._words = numbers, list(numbers)
         dictionary = text.dictionary.Dictionary()

@@ -1,6 +1,6 @@
 """Words that a beam search may find, and their spellings."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from d2v2ds.errors import ConfigError
@@ -32,9 +32,9 @@ def read_lexicon(path: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def spelled(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Spell words by their own letters."""
-    return {word: tuple(spell(word)) for word in words if word.split() == [word]}
+def spelled(words: Iterable[str], own: Callable[[str], Iterable[str]] = spell) -> dict[str, tuple[str, ...]]:
+    """Spell words by their own letters, or as a vocabulary spells them."""
+    return {word: tuple(own(word)) for word in words if word.split() == [word]}
 
 
 def encode_lexicon(lexicon: Mapping[str, tuple[str, ...]], vocabulary: Vocabulary) -> dict[str, list[int]]:

@@ -16,6 +16,8 @@ from d2v2ds.tasks.ctc import ctc_losses, greedy, needed_frames
 from d2v2ds.tasks.vocabulary import PAD, UNKNOWN, Vocabulary, count_letters
 from d2v2ds.tasks.words import edit_counts
 
+LEAST_ROWS = 10
+"""Transcripts with a letter on which a layer is fitted, of every fold."""
 _MOST_INFEASIBLE = 0.1
 """Share of utterances with too few frames beyond which the probe is an error."""
 _NO_LETTER = -1
@@ -80,6 +82,22 @@ class Letters:
             edits.append(count.errors)
             wanted.append(count.wanted)
         return np.array(edits) / np.mean(wanted)
+
+
+def check_letters(transcripts: Sequence[str], folds: Sequence[Fold]) -> None:
+    """Check that the layer can be fitted and tested in every fold.
+
+    Raises:
+        ConfigError: too few transcripts are left, or none of the tested ones has a letter.
+    """
+    has_letter = np.array([bool(text.strip()) for text in transcripts])
+    for fold in folds:
+        fitted, tested = (int((has_letter & part).sum()) for part in (fold.fitted, fold.tested))
+        if fitted < LEAST_ROWS or not tested:
+            raise ConfigError(
+                f"testing on {fold.name}: {fitted} transcripts to fit on and {tested} to test on; expected "
+                f"{LEAST_ROWS} or more, and 1 or more; give a folder of more labelled rows, or --test-shards"
+            )
 
 
 def score_letters(frames: Sequence[Tensor], transcripts: Sequence[str], folds: Sequence[Fold]) -> Score:

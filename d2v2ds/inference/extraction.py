@@ -31,7 +31,7 @@ from d2v2ds.inference.feature_file import feature_schema, join_files, write_rows
 from d2v2ds.io.crc import crc32
 from d2v2ds.io.output import sole_writer, whole_file
 from d2v2ds.io.read import open_regular, read_json
-from d2v2ds.modalities.known import modality_of, open_reader, open_shards
+from d2v2ds.modalities.known import modality_of, modality_reading, open_reader, open_shards
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,11 @@ class Extraction:
             batch_tokens=options.batch_tokens,
         )
         folder = Path(options.shards)
-        self.modality = read_index(folder).modality
-        if self.modality not in self.extractor.modalities:
-            raise ConfigError(
-                f"{folder}: holds {self.modality}, the model reads {', '.join(self.extractor.modalities)}"
-            )
+        found = modality_reading(folder, self.extractor.modalities)
+        if found is None:
+            packed = read_index(folder).modality
+            raise ConfigError(f"{folder}: holds {packed}, the model reads {', '.join(self.extractor.modalities)}")
+        self.modality = found
         try:
             self.layers = self.extractor.layers_of(self.modality)
         except ValueError as error:

@@ -7,6 +7,13 @@ from typing import Any
 from d2v2ds.interop.export_folder import Description
 from d2v2ds.modalities.known import known_modalities
 
+METHODS = {
+    "data2vec2": ("data2vec2", "A data2vec 2.0 encoder (arXiv 2212.07525)"),
+    "data2vec1": ("data2vec1", "A data2vec 1.0 encoder (arXiv 2202.03555)"),
+    "mae": ("mae", "An MAE encoder (arXiv 2111.06377)"),
+}
+"""Tag and first words of the card, by the name of the objective; a fine-tuned model counts as the first."""
+
 
 def card(description: Description, name: str, num_parameters: int, *, has_curves: bool) -> str:
     """The text.
@@ -18,17 +25,18 @@ def card(description: Description, name: str, num_parameters: int, *, has_curves
         has_curves: whether curves.png lies beside.
     """
     model, origin = description.model, description.origin
+    method = METHODS.get((description.objective or {}).get("name", ""), METHODS["data2vec2"])
     modalities = list(model.modalities)
     depths = ", ".join(f"{n} {c.prenet_depth} + {model.shared_depth}" for n, c in model.modalities.items())
     lines = [
         "---",
         "library_name: d2v2ds",
-        f"tags: [{', '.join(['data2vec2', *modalities])}]",
+        f"tags: [{', '.join([method[0], *modalities])}]",
         "---",
         "",
         f"# {name}",
         "",
-        f"A data2vec 2.0 encoder (arXiv 2212.07525) of {', '.join(modalities)}: width {model.block.width}, "
+        f"{method[1]} of {', '.join(modalities)}: width {model.block.width}, "
         f"{model.block.num_heads} heads, blocks (own + shared) {depths}; {num_parameters:,} parameters are stored.",
         "",
         *_example(name, modalities[0]),

@@ -5,6 +5,7 @@
     objective.safetensors   what the objective trains beside the trunk: decoders, or the head of a fine-tuned model
     teacher.safetensors     the averaged trunk, where it was asked for
     tokenizer.*             of text
+    units.model             of a recogniser of sentencepiece units
     README.md               the model card
 
 A single file instead, NAME.safetensors, has the `Description` in its metadata, the objective's tensors under
@@ -335,10 +336,10 @@ _MOST_HEADER_BYTES = 100_000_000
 
 @contextlib.contextmanager
 def opened_tensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file.
+    """Open a safetensors file from anywhere with the library.
 
     Raises:
-        CheckpointError: it is no whole one.
+        CheckpointError: it is no such file, or cannot be read.
     """
     with open_regular(file, CheckpointError) as opened:  # a FIFO would block for ever
         prefix, size = opened.read(8), os.fstat(opened.fileno()).st_size

@@ -9,13 +9,9 @@ from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import ModelFolder
 from d2v2ds.io.read import validate
 from d2v2ds.model.trunk import TrunkConfig
-from d2v2ds.tasks.classify import ClassifyConfig
-from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.encoding import TaskNetwork
+from d2v2ds.tasks.known import TASKS
 from d2v2ds.tasks.task import Task
-
-TASKS: dict[str, type[CtcConfig] | type[ClassifyConfig]] = {"ctc": CtcConfig, "classify": ClassifyConfig}
-"""Settings of each task, by its name in a description."""
 
 
 def task_of(settings: Mapping[str, Any] | None, model: TrunkConfig, where: str) -> Task[Any]:

@@ -50,8 +50,14 @@ def write_text(path: Path, text: str) -> None:
     sync(path)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and make it durable; one that a crash cut off before it stays a line of its own."""
+def append_line(path: Path, line: str, *, synced: bool = True) -> None:
+    """Append a line to a file and make it durable; one that a crash cut off before it stays a line of its own.
+
+    Args:
+        path: of the file.
+        line: without its end.
+        synced: False: it outlives the process, and a power cut only once `sync` was called.
+    """
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -59,7 +65,8 @@ def append_line(path: Path, line: str) -> None:
                 file.write(b"\n")
         file.write(line.encode() + b"\n")
         file.flush()
-        fsync(file.fileno(), path)
+        if synced:
+            fsync(file.fileno(), path)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:

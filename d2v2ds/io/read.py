@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from d2v2ds.errors import D2V2Error
+from d2v2ds.io.crc import crc32
 from d2v2ds.io.machine_faults import reading_error
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ YAML_NODES = 20_000
 """Most values of a YAML file, each counted as often as it is referred to."""
 YAML_DEPTH = 30
 _FAULTS_SAID = 3
+_BLOCK_BYTES = 1 << 22
 
 
 def open_regular(path: Path | str, kind: type[D2V2Error]) -> BinaryIO:
@@ -88,6 +90,22 @@ def read_bytes(path: Path | str, kind: type[D2V2Error], limit: int = TEXT_BYTES)
     if len(data) > limit:
         raise kind(f"{path}: expected at most {limit:,} bytes, found more")
     return data
+
+
+def crc32_of(path: Path | str, kind: type[D2V2Error]) -> int:
+    """CRC-32 of a file of any size.
+
+    Raises:
+        kind, MachineError: as `open_regular`.
+    """
+    found = 0
+    with open_regular(path, kind) as file:
+        try:
+            while block := file.read(_BLOCK_BYTES):
+                found = crc32(block, found)
+        except OSError as error:
+            raise reading_error(path, error, kind) from error
+    return found
 
 
 def decode(data: bytes, where: Path | str, kind: type[D2V2Error]) -> str:

@@ -6,6 +6,7 @@ A package of another project adds one by an entry point, in its own pyproject.to
     sensors = "sensors.modality:SENSORS"
 """
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,9 +21,10 @@ from d2v2ds.labels import Labelled
 from d2v2ds.modalities.audio.modality import AUDIO
 from d2v2ds.modalities.image.modality import IMAGE
 from d2v2ds.modalities.modality import Modality
+from d2v2ds.modalities.spectrogram.modality import SPECTROGRAM
 from d2v2ds.modalities.text.modality import TEXT
 
-SHIPPED: tuple[Modality, ...] = (AUDIO, IMAGE, TEXT)
+SHIPPED: tuple[Modality, ...] = (AUDIO, IMAGE, TEXT, SPECTROGRAM)
 ENTRY_POINTS = "d2v2ds.modalities"
 
 
@@ -73,6 +75,21 @@ def open_shards(folder: Path | str) -> Shards:
     return modality_of(read_index(Path(folder)).modality, str(folder)).shards(folder)
 
 
+def modality_reading(folder: Path | str, names: Iterable[str]) -> str | None:
+    """Find the modality that reads a packed folder; the first if several do, None if none does.
+
+    Args:
+        folder: packed.
+        names: of modalities.
+
+    Raises:
+        ShardError: the folder is unfinished or of another version.
+        ConfigError: nobody provides one of the modalities.
+    """
+    packed = read_index(Path(folder)).modality
+    return next((name for name in names if modality_of(name, str(folder)).shards.layout.name == packed), None)
+
+
 def open_reader(
     name: str, data: Any, network: Any, mask: AnyMask | None, labelled: Labelled | None = None, augments: bool = True
 ) -> Reader:
@@ -93,8 +110,8 @@ def open_reader(
     """
     modality = modality_of(name, f"data.{name}")
     for folder in folders_of(data.shards):
-        if (found := read_index(folder).modality) != name:
-            raise ShardError(f"{folder}: expected {name}, found a folder of {found}")
+        if (found := read_index(folder).modality) != (wanted := modality.shards.layout.name):
+            raise ShardError(f"{folder}: expected {wanted}, found a folder of {found}")
     parts = [modality.shards(folder) for folder in folders_of(data.shards)]
     reader = modality.reader(JoinedShards(parts, modality.must_be_equal), data, network, mask)
     if labelled is not None and not reader.can_be_whole:

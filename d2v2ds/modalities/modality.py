@@ -88,7 +88,7 @@ class Modality:
         Args:
             network: settings of the network.
             data: settings of the run's data; None for weights from elsewhere.
-            index: of the run's first packed folder; None if it cannot be read.
+            index: of the run's first packed folder; None if it cannot be read. What only an index says is absent then.
         """
         return {}
 

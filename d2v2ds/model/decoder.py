@@ -1,6 +1,7 @@
 """Convolutional decoder that predicts masked tokens from visible ones (arXiv 2212.07525, section 3)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from d2v2ds.model.positions import SameConv, SameConv2d
 class DecoderConfig:
     """Settings of one modality's decoder."""
 
+    kind: Literal["conv"] = "conv"
     width: Width
     """Channels of its convolutions."""
     depth: Depth
@@ -75,19 +77,19 @@ def _projection(config: DecoderConfig, model_width: int) -> nn.Module:
 class Decoder(nn.Module):
     """Convolutions over all T tokens, then a projection."""
 
-    def __init__(self, config: DecoderConfig, model_width: int, *, grid_side: int | None = None) -> None:
+    def __init__(self, config: DecoderConfig, model_width: int, *, columns: int | None = None) -> None:
         """
         Args:
             config: settings.
             model_width: D.
-            grid_side: tokens per side of a square grid; None for a sequence.
+            columns: tokens in a row of a grid, whose rows follow from T; None for a sequence.
         """
         super().__init__()
         self.input_dropout = config.input_dropout
-        self.grid_side = grid_side
+        self.columns = columns
         self.mask_tokens = MaskTokens(config.mask_noise_std)
         widths = [model_width] + [config.width] * config.depth
-        conv = SameConv if grid_side is None else SameConv2d
+        conv = SameConv if columns is None else SameConv2d
         self.layers = nn.ModuleList(
             conv(w_in, w_out, config.kernel, config.groups) for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)
         )
@@ -105,11 +107,11 @@ class Decoder(nn.Module):
             (R, T, D) predictions, also of visible tokens.
         """
         x = self.mask_tokens(dropout(visible, self.input_dropout, self.training), keep, num_tokens)
-        if self.grid_side is not None:
-            x = x.unflatten(1, (self.grid_side, self.grid_side))  # (R, Gh, Gw, D)
+        if self.columns is not None:
+            x = x.unflatten(1, (-1, self.columns))  # (R, Gh, Gw, D)
         for layer, residual in zip(self.layers, self.has_residual, strict=True):
             y = layer(x)  # (R, T, C) or (R, Gh, Gw, C)
             x = y + x if residual else y
-        if self.grid_side is not None:
+        if self.columns is not None:
             x = x.flatten(1, 2)  # (R, T, C)
         return self.proj(x)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.decoder import DecoderConfig
+from d2v2ds.model.transformer_decoder import TransformerDecoderConfig
 from d2v2ds.shapes import ConvLayer, conv_output_length
 
 
@@ -30,7 +31,9 @@ def linear_flops(widths: Sequence[int], rows: int, tokens: int) -> float:
     return conv_flops(widths, 1, 1, rows, tokens)
 
 
-def decoder_flops(config: DecoderConfig, width: int, dimensions: int, rows: int, tokens: int) -> float:
+def decoder_flops(
+    config: DecoderConfig | TransformerDecoderConfig, width: int, dimensions: int, rows: int, tokens: int
+) -> float:
     """Count operations of a decoder.
 
     Args:
@@ -40,6 +43,10 @@ def decoder_flops(config: DecoderConfig, width: int, dimensions: int, rows: int,
         rows: R.
         tokens: T.
     """
+    if isinstance(config, TransformerDecoderConfig):
+        ends = [[config.width, width]] + [[width, config.width]] * (config.width != width)
+        linear = sum(linear_flops(pair, rows, tokens) for pair in ends)
+        return linear + block_flops(config.block(), config.depth, rows, tokens)
     hidden = [int(config.width * config.projection_ratio)] * (config.projection_layers - 1)
     widths, taps = [width] + [config.width] * config.depth, config.kernel**dimensions
     return conv_flops(widths, taps, config.groups, rows, tokens) + linear_flops(

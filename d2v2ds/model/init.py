@@ -16,7 +16,7 @@
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from d2v2ds.model.trunk import Trunk
 _LINEAR_STD = 0.02
 
 
-def initialise(parts: Mapping[str, nn.Module], seed: int) -> None:
+def initialise(parts: Mapping[str, nn.Module], seed: int, draw: Callable[[nn.Module], None] | None = None) -> None:
     """Draw the parameters of some modules of a network; call it before ZeRO-3 partitions them.
 
     Each module has its own random stream, derived from its name, so that removing one does not change the others.
@@ -39,11 +39,12 @@ def initialise(parts: Mapping[str, nn.Module], seed: int) -> None:
     Args:
         parts: modules on any device, by name.
         seed: of the run.
+        draw: sets the parameters that a module has itself, by the rule of its class; None: by the table above.
     """
     for name, part in parts.items():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # a CPU generator reads 32 bits of a seed
         for module in part.modules():
-            _draw(module)
+            (draw or draw_by_class)(module)
         for module in part.modules():
             _redraw(module)
 
@@ -78,7 +79,7 @@ def skip_init() -> Iterator[None]:
             setattr(nn.init, name, rule)
 
 
-def _draw(module: nn.Module) -> None:
+def draw_by_class(module: nn.Module) -> None:
     """Apply the rule of a module's class."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=_LINEAR_STD)

@@ -1,6 +1,6 @@
 """Local encoders: raw input to one feature vector per token, computed from its neighbourhood only.
 
-Speech: one vector every 20 ms (arXiv 2006.11477). Images: one per patch. Text: one per token.
+Speech: one vector every 20 ms (arXiv 2006.11477). Images, spectrograms: one per patch. Text: one per token.
 """
 
 from collections.abc import Sequence
@@ -100,20 +100,21 @@ def normalise_pixels(source: Tensor, dtype: torch.dtype) -> Tensor:
 class PatchEncoder(nn.Module):
     """One convolution whose kernel equals its stride: a vector for every patch."""
 
-    def __init__(self, patch_size: int, patch_width: int, width: int) -> None:
+    def __init__(self, patch_size: int, patch_width: int, width: int, channels: int = 3) -> None:
         """
         Args:
             patch_size: side of a patch in pixels.
             patch_width: channels of the convolution; if it differs from `width`, a Linear follows.
             width: D.
+            channels: C of the image.
         """
         super().__init__()
-        self.proj = nn.Conv2d(3, patch_width, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, patch_width, patch_size, stride=patch_size)
         if patch_width != width:
             self.widen = nn.Linear(patch_width, width)
 
     def forward(self, source: Tensor) -> Tensor:
-        """(B, 3, Y, X), uint8 or normalised float -> (B, T, D), row by row."""
+        """(B, C, Y, X), uint8 or normalised float -> (B, T, D), row by row."""
         dtype = self.proj.weight.dtype
         pixels = normalise_pixels(source, dtype) if source.dtype == torch.uint8 else source.to(dtype)
         x = self.proj(pixels).flatten(2).transpose(1, 2)  # (B, T, C)

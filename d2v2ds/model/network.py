@@ -3,11 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from d2v2ds.bounds import DepthOrZero, Rate
 from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.decoder import Decoder, DecoderConfig
 from d2v2ds.model.encoder import ModalityEncoder
+from d2v2ds.model.transformer_decoder import TransformerDecoder, TransformerDecoderConfig
+
+AnyDecoder = DecoderConfig | TransformerDecoderConfig
+"""Settings of a decoder; `kind` chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +34,27 @@ class NetworkSettings:
         return 0
 
     @property
-    def grid_side(self) -> int | None:
-        """Tokens per side of a square grid; None for a sequence."""
+    def grid_columns(self) -> int | None:
+        """Tokens in a row of a grid of tokens, whose rows follow from T; None for a sequence."""
         return None
+
+    @property
+    def patch_numbers(self) -> int | None:
+        """P, numbers of a patch of the input; None if tokens are no patches."""
+        return None
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """True if the encoder cannot read visible tokens alone."""
+        return False
+
+    def patches(self, source: Tensor) -> Tensor:
+        """Divide a normalised input into patches, one for each token: (B, ...) -> (B, T, P) fp32."""
+        raise NotImplementedError
+
+    def build_fixed_positions(self, width: int, num_extra: int) -> nn.Module:
+        """Build the table of positions of a grid of patches: (B, E + T, D) -> (B, E + T, D); none for extra tokens."""
+        raise NotImplementedError
 
     def num_tokens(self, size: int) -> int:
         """Return the number of tokens T of an input of this size."""
@@ -40,9 +64,24 @@ class NetworkSettings:
         """Build local encoder, positions and prenet; no local encoder for a teacher that shares the student's."""
         raise NotImplementedError
 
-    def build_decoder(self, decoder: DecoderConfig, width: int) -> Any:
+    @property
+    def position_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of a table of positions for all tokens; None if the modality has no grid of fixed size."""
+        return None
+
+    def build_decoder(self, decoder: AnyDecoder, width: int) -> Any:
         """Build the decoder that predicts masked tokens: (visible, keep, T) -> (R, T, D)."""
-        return Decoder(decoder, width, grid_side=self.grid_side)
+        if isinstance(decoder, TransformerDecoderConfig):
+            assert self.position_grid is not None, "`decoder_faults` names it"
+            return TransformerDecoder(decoder, width, self.position_grid)
+        return Decoder(decoder, width, columns=self.grid_columns)
+
+    def decoder_faults(self, decoder: AnyDecoder, width: int) -> list[str]:
+        """Return one message for each contradiction within a decoder's settings, and with this network."""
+        faults = decoder.check(width)
+        if isinstance(decoder, TransformerDecoderConfig) and self.position_grid is None:
+            faults.append("decoder.kind is 'transformer', and the modality has no grid of tokens for its positions")
+        return faults
 
     def local_flops(self, width: int, num_samples: int, size: int) -> float:
         """Return the operations of the local encoder for B inputs of one size; 0 for a table."""

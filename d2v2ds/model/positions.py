@@ -101,7 +101,7 @@ class SameConv(nn.Module):
 
 
 class SameConv2d(nn.Module):
-    """`SameConv` over a square grid of tokens, row by row."""
+    """`SameConv` over a grid of tokens, row by row."""
 
     def __init__(self, in_width: int, width: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -149,43 +149,74 @@ class ConvPositions(nn.Module):
 
 
 class GridPositions(nn.Module):
-    """Fixed table of 2-D sines and cosines, added to the patches of an image.
+    """Table of 2-D sines and cosines, added to the patches of an image or a spectrogram.
 
-    It is a parameter without gradient, as in official checkpoints and parameter counts.
+    It is a parameter, as in official checkpoints and parameter counts; as a rule one without gradient.
     """
 
-    def __init__(self, width: int, side: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        rows: int,
+        columns: int | None = None,
+        *,
+        num_extra: int = 0,
+        extends: bool = False,
+        trains: bool = False,
+    ) -> None:
         """
         Args:
             width: D, divisible by 4.
-            side: patches per side of the grid.
+            rows: of the grid of patches.
+            columns: of the grid; None: as many as rows.
+            num_extra: E, rows of zeros in front of the table, for tokens that have no position.
+            extends: inputs may have fewer rows than the table, of which they take the first.
+            trains: train the table, which then only begins with sines and cosines.
         """
         super().__init__()
-        self.table = nn.Parameter(torch.empty(1, side * side, width), requires_grad=False)
-        self.side = side
+        self.rows, self.columns, self.num_extra, self.extends = rows, columns or rows, num_extra, extends
+        self.table = nn.Parameter(torch.empty(1, num_extra + self.rows * self.columns, width), requires_grad=trains)
         self.reset_parameters()
+
+    def first_table(self) -> Tensor:
+        """Compute the table (1, E + T, D) fp32 on the CPU."""
+        grid = sin_cos_grid(self.table.shape[-1], self.rows, self.columns)
+        return F.pad(grid, (0, 0, self.num_extra, 0))[None]
 
     def reset_parameters(self) -> None:
         """Fill the table."""
-        self.table.data.copy_(sin_cos_grid(self.table.shape[-1], self.side))
+        self.table.data.copy_(self.first_table())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return x + self.table
+        """(B, T, D) or (B, E + T, D) -> the same shape.
+
+        Raises:
+            ValueError: T is not the length of the table, or above it if inputs may be shorter.
+        """
+        length, most = x.shape[1], self.rows * self.columns
+        if self.num_extra and length == self.num_extra + most:
+            return x + self.table
+        if length != most and not (self.extends and length < most):
+            raise ValueError(
+                f"expected {'up to ' if self.extends else ''}{most} tokens, a grid of {self.rows} x {self.columns} "
+                f"patches, found {length}"
+            )
+        whole = self.num_extra == 0 and length == most
+        return x + (self.table if whole else self.table[:, self.num_extra : self.num_extra + length])
 
 
-def sin_cos_grid(width: int, side: int) -> Tensor:
-    """Compute (side * side, width) fp32: the first half of the channels encodes the column, the second the row.
+def sin_cos_grid(width: int, rows: int, columns: int | None = None) -> Tensor:
+    """Compute (rows * columns, width) fp32: the first half of the channels encodes the column, the second the row.
 
-    Each half is [sin(p w_j), cos(p w_j)] with w_j = 10000^(-j / (width / 4)).
+    Each half is [sin(p w_j), cos(p w_j)] with w_j = 10000^(-j / (width / 4)). Without `columns` the grid is square.
     """
-    quarter = width // 4
+    quarter, columns = width // 4, columns or rows
     rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates  # (side, width / 4)
-    line = torch.cat((angles.sin(), angles.cos()), dim=1)  # (side, width / 2)
-    columns = line[None, :, :].expand(side, -1, -1)
-    rows = line[:, None, :].expand(-1, side, -1)
-    return torch.cat((columns, rows), dim=2).reshape(side * side, width).float()
+    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * rates  # (longer side, width / 4)
+    line = torch.cat((angles.sin(), angles.cos()), dim=1)  # (longer side, width / 2)
+    of_columns = line[None, :columns, :].expand(rows, -1, -1)
+    of_rows = line[:rows, None, :].expand(-1, columns, -1)
+    return torch.cat((of_columns, of_rows), dim=2).reshape(rows * columns, width).float()
 
 
 class RelativePositions(nn.Module):

@@ -53,8 +53,9 @@ class WholeModalityConfig:
     """Form and scale of the loss. The published image models take a mean over channels: a scale of 1 / D."""
     head_layers: CountOrZero = 1
     """Linear layers of the head, with GELU between them and twice the model's width; 0: the trunk's output itself."""
-    mask_token: Amount | None = None
-    """Token id that replaces masked tokens (text); None: a learned vector replaces their local features."""
+    mask_token: Amount | Literal["last"] | None = None
+    """Token id that replaces masked tokens (text); `last`: that of the vocabulary, where `pack_text` has ``<mask>``.
+    None: a learned vector replaces their local features."""
     teacher_input: TeacherInput = "whole"
     """Tokens that the teacher reads; `masked_tokens` needs `mask_token`."""
     copied: tuple[str, ...] = ()
@@ -95,8 +96,8 @@ class Data2Vec1Config:
                     "teacher_input 'masked_tokens' needs mask_token and share_local_encoder=false: the teacher reads "
                     "other token ids than the student"
                 )
-            if own.mask_token is not None and own.share_local_encoder:
-                faults.append("mask_token needs share_local_encoder=false: the student's local features are masked")
+            if own.mask_token is not None:
+                faults += _mask_token_faults(own, getattr(trunk.modalities[name], "vocab_size", None))
             problems += [f"modalities.{name}: {fault}" for fault in faults]
         if self.drop_path and len({trunk.depth(name) for name in trunk.modalities}) > 1:
             problems.append(
@@ -116,6 +117,23 @@ class Data2Vec1Config:
     def build(self, trunk: TrunkConfig, seed: int) -> "Data2Vec1":
         """Build the objective of a run."""
         return Data2Vec1(self, trunk, seed)
+
+
+def _mask_token_faults(own: WholeModalityConfig, vocab_size: int | None) -> list[str]:
+    """Return one message for each reason why masked tokens cannot be replaced by another token."""
+    faults = []
+    if own.share_local_encoder:
+        faults.append("mask_token needs share_local_encoder=false: the student's local features are masked")
+    if vocab_size is None:
+        faults.append(f"mask_token is {own.mask_token!r}, but inputs are no token ids; use null, a learned vector")
+    elif own.mask_token != "last" and own.mask_token is not None and own.mask_token >= vocab_size:
+        faults.append(f"mask_token is {own.mask_token}, expected an id below vocab_size {vocab_size}, or 'last'")
+    return faults
+
+
+def _with_token_id(own: WholeModalityConfig, network: Any) -> WholeModalityConfig:
+    """Return the settings with the id of `mask_token` last."""
+    return replace(own, mask_token=network.vocab_size - 1) if own.mask_token == "last" else own
 
 
 class WholeOutput(TypedDict):
@@ -180,7 +198,7 @@ class Data2Vec1Network(nn.Module):
             activation_checkpointing: recompute the activations of each block in the backward pass.
         """
         super().__init__()
-        self.modalities = {name: modalities[name] for name in trunk.modalities}
+        self.modalities = {name: _with_token_id(modalities[name], own) for name, own in trunk.modalities.items()}
         self.trunk = Trunk(trunk, activation_checkpointing=activation_checkpointing)
         for name in trunk.modalities:
             set_drop_path([*self.trunk.encoder(name).prenet.blocks, *self.trunk.blocks], drop_path, trunk.shared_depth)
@@ -201,7 +219,7 @@ class Data2Vec1Network(nn.Module):
             Summed losses, and the tensors that metrics and health statistics read.
         """
         own, encoder, masked = self.modalities[batch.modality], self.trunk.encoder(batch.modality), masked_tokens(batch)
-        local = self.trunk.embed(student_batch(batch, masked, own.mask_token))  # (B, T, D)
+        local = self.trunk.embed(student_batch(batch, masked, own))  # (B, T, D)
         if local.shape[:2] != masked.shape:
             raise ValueError(
                 f"masks are drawn for {tuple(masked.shape)} (B, T), the local encoder returns {tuple(local.shape)} "
@@ -235,9 +253,11 @@ def masked_tokens(batch: Batch) -> Tensor:
     return batch.span_masks.time
 
 
-def student_batch(batch: Batch, masked: Tensor, mask_token: int | None) -> Batch:
+def student_batch(batch: Batch, masked: Tensor, own: WholeModalityConfig) -> Batch:
     """Return what the student embeds: masked token ids replaced, or the input as it is without `mask_token`."""
-    return batch if mask_token is None else replace(batch, source=batch.source.masked_fill(masked, mask_token))
+    if own.mask_token is None:
+        return batch
+    return replace(batch, source=batch.source.masked_fill(masked, int(own.mask_token)))
 
 
 def teacher_batch(batch: Batch, masked: Tensor, teacher_input: TeacherInput) -> Batch:

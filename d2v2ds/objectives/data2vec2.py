@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
 from d2v2ds.masking import MaskConfig, masked_count
-from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.init import initialise, redraw_projection, trunk_parts
+from d2v2ds.model.network import AnyDecoder, NetworkSettings
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits, prediction_metrics
 from d2v2ds.objectives.defaults import ObjectiveDefaults
@@ -47,7 +47,7 @@ class ModalityConfig:
     encoder (published for images), which also keeps the targets of small speech runs from encoding only positions."""
     mask: MaskConfig
     """Masks over the tokens of an input."""
-    decoder: DecoderConfig
+    decoder: AnyDecoder
     """Decoder that predicts the masked tokens."""
     target: TargetConfig
     """Targets from the teacher's layers."""
@@ -71,8 +71,10 @@ class Data2Vec2Config:
         for name, own in self.modalities.items():
             if name not in trunk.modalities:
                 continue  # `RunConfig.check` reports this
-            faults = own.mask.check() + own.decoder.check(trunk.block.width) + own.target.check(trunk.shared_depth)
-            faults += own.loss.check(trunk.modalities[name].num_extra_tokens)
+            network: NetworkSettings = trunk.modalities[name]
+            faults = own.mask.check() + own.mask.grid_faults(network.grid_columns)
+            faults += own.target.check(trunk.shared_depth) + own.loss.check(network.num_extra_tokens)
+            faults += network.decoder_faults(own.decoder, trunk.block.width)
             problems += [f"modalities.{name}: {fault}" for fault in faults]
         return problems
 

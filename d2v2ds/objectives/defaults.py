@@ -69,7 +69,7 @@ class ObjectiveDefaults:
         """Do nothing: no package is needed."""
 
     def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the validation loss."""
+        """Return the validation loss, by which the best checkpoint is chosen."""
         return values.get("valid/loss/total")
 
     def health_vectors(self, batch: Batch, losses: Losses) -> Iterator[Vectors]:

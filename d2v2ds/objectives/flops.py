@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.flops import block_flops, decoder_flops
-from d2v2ds.model.network import NetworkSettings
+from d2v2ds.model.network import AnyDecoder, NetworkSettings
 from d2v2ds.model.trunk import TrunkConfig
 
 
@@ -25,7 +24,7 @@ def step_flops(
     trunk: TrunkConfig,
     modality: str,
     *,
-    decoder: DecoderConfig,
+    decoder: AnyDecoder,
     share_local_encoder: bool,
     num_samples: int,
     size: int,
@@ -48,7 +47,7 @@ def step_flops(
     block, depth, width = trunk.block, trunk.depth(modality), trunk.block.width
     tokens, rows, extra = network.num_tokens(size), num_samples * num_masks, network.num_extra_tokens
     local = network.local_flops(width, num_samples, size)
-    dimensions = 1 if network.grid_side is None else 2
+    dimensions = 1 if network.grid_columns is None else 2
     student = (
         local
         + network.position_flops(width, rows, tokens)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from d2v2ds.config.load import to_dict
-from d2v2ds.data.reader import Reader
 from d2v2ds.distributed import comm
 from d2v2ds.errors import ConfigError
+from d2v2ds.io.crc import crc32
 from d2v2ds.run.prepare import Prepared
 from d2v2ds.run.provenance import versions
 from d2v2ds.run.watchdog import ranges
@@ -26,12 +26,16 @@ MOST_SAID = 20
 def assumptions(prepared: Prepared) -> dict[str, Any]:
     """Return everything that must be the same on all ranks, by field."""
     readers = {f"data.{name}": stream.reader for name, stream in prepared.streams.items()}
-    readers |= {f"valid.{name}": reader for name, reader in prepared.held_out.items()}
+    readers |= prepared.held_out_readers
     sections = {
         "": to_dict(prepared.config),
         "DeepSpeed settings": prepared.ds_config,
+        "objective: units": {"crc32": crc32(prepared.units)},
         "versions": versions() | {"code": _code()},
-        **{f"{name}: folder": _identity(reader) for name, reader in readers.items()},
+        **{
+            f"{name}: folder": [part.index.checksums() for part in reader.shards.parts]
+            for name, reader in readers.items()
+        },
     }
     return {field: value for prefix, section in sections.items() for field, value in _flat(section, prefix)}
 
@@ -60,19 +64,6 @@ def compare(values: Mapping[str, Any]) -> None:
         + "\n".join(lines[:MOST_SAID])
         + more
     )
-
-
-def _identity(reader: Reader) -> list[dict[str, Any]]:
-    """Checksums of the packed folders of a reader."""
-    return [
-        {
-            "rows": part.index.rows,
-            "shards": part.index.digest(part.index.num_shards),
-            "rows file": part.index.rows_file.crc32,
-            "beside": [entry.crc32 for entry in part.index.files_beside],
-        }
-        for part in reader.shards.parts
-    ]
 
 
 @cache

@@ -91,7 +91,7 @@ def loop_config(
     return LoopConfig(
         alibi_slopes=alibi_slopes(config.model.block.num_heads),
         readers={name: stream.reader for name, stream in streams.items()},
-        grid_sides={name: settings.grid_side for name, settings in config.model.modalities.items()},
+        grid_columns={name: settings.grid_columns for name, settings in config.model.modalities.items()},
         total_steps=config.total_steps,
         log_every_steps=config.run.log_every_steps,
         health_every_steps=config.run.health_every_steps,
@@ -103,16 +103,19 @@ def loop_config(
     )
 
 
-def build_validation(
-    config: RunConfig, engine: Engine, objective: Objective, held_out: Mapping[str, Reader]
-) -> Validation | None:
-    """Build the validation on held-out folders; None if there are none."""
-    if not held_out:
-        return None
-    return Validation(
-        engine,
-        objective,
-        held_out,
-        loss_weights={name: settings.loss_weight for name, settings in config.data.modalities.items()},
-        micro_batches=config.valid.micro_batches,
-    )
+def build_validations(
+    config: RunConfig, engine: Engine, objective: Objective, held_out: Mapping[str, Mapping[str, Reader]]
+) -> list[Validation]:
+    """Build the validation of every set of held-out folders."""
+    return [
+        Validation(
+            engine,
+            objective,
+            readers,
+            loss_weights={one: settings.loss_weight for one, settings in config.data.modalities.items()},
+            micro_batches=config.valid.micro_batches,
+            name=name,
+        )
+        for name, readers in held_out.items()
+        if readers
+    ]

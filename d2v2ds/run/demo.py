@@ -5,9 +5,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from d2v2ds.config.load import load_config
 from d2v2ds.distributed.comm import free_port
 from d2v2ds.modalities.demo import FineTuning, python, run
-from d2v2ds.modalities.known import SHIPPED, known_modalities
+from d2v2ds.modalities.known import known_modalities
 from d2v2ds.train.figures import save_curves
 from d2v2ds.train.metrics import read_metrics
 
@@ -29,7 +30,7 @@ def demo(
         fine_tuning_steps: steps of each of two fine-tunings; 0 for none.
     """
     is_joint = modality == "joint"
-    names = [one.name for one in SHIPPED] if is_joint else [modality]
+    names = list(load_config("multimodal_tiny").data.modalities) if is_joint else [modality]
     prepared = {name: known_modalities()[name].prepare_demo(runs, data) for name in names}
     config, folder = "multimodal_tiny" if is_joint else f"{modality}_tiny", runs / "run"
     arguments = [f"data.{name}.shards={found.train}" for name, found in prepared.items()]

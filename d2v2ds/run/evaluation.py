@@ -18,6 +18,7 @@ from d2v2ds.batch import Batch, Labels
 from d2v2ds.data.mixture import DATASET_BITS, split_row_numbers
 from d2v2ds.data.order import MicroBatch, PlanConfig, cut_micro_batches
 from d2v2ds.data.reader import Reader
+from d2v2ds.data.schema import read_index
 from d2v2ds.decoding.beam import BeamDecoder
 from d2v2ds.errors import ConfigError, MissingExtraError, ShardError
 from d2v2ds.evals import classification, recognition
@@ -84,6 +85,8 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
     model = load_task(source, options.tag)
     if isinstance(model.task, Ctc):
         recognition.count_errors([])  # says what is not installed before the work
+    elif not isinstance(model.task, Classify):
+        raise ConfigError(f"{source}: expected a recogniser or a classifier, found {model.task.config.name}")
     reader = labelled_reader(model, options.shards)
     decoder = _decoder(model, options)
     try:
@@ -100,7 +103,7 @@ def evaluate(source: Path, options: EvaluationOptions) -> dict[str, Any]:
     }
     if isinstance(model.task, Ctc):
         result |= _recognition(model.task, reader, rows, decoder, options, to)
-    else:
+    elif isinstance(model.task, Classify):
         result |= _classification(model.task, reader, rows, options, to)
     durable.replace_text(to / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
@@ -146,7 +149,11 @@ def labelled_reader(model: TaskModel, folders: Sequence[Path]) -> Reader:
     network = model.task.trunk.modalities[model.modality]
     reader = open_reader(model.modality, data, network, None, model.task.labelled(model.modality), augments=False)
     problems = reader.misfits()
-    problems += [fault for folder in folders for fault in modality.row_faults(model.preprocessing, folder)]
+    of_rows = modality.describe_preprocessing(network, data, read_index(folders[0]))
+    if unknown := sorted(of_rows.keys() - model.preprocessing.keys()):
+        logger.info("not known of the model, taken from %s: %s", folders[0], ", ".join(unknown))
+    facts = of_rows | model.preprocessing
+    problems += [fault for folder in folders for fault in modality.row_faults(facts, folder)]
     if model.folder is not None:
         problems += [
             fault for folder in folders for fault in modality.packed_faults(model.folder, model.preprocessing, folder)
@@ -285,10 +292,9 @@ def _beam(decoder: BeamDecoder) -> Any:
 
 
 def _classification(
-    task: Any, reader: Reader, rows: Sequence[Row], options: EvaluationOptions, to: Path
+    task: Classify, reader: Reader, rows: Sequence[Row], options: EvaluationOptions, to: Path
 ) -> dict[str, Any]:
     """Score classes, sets of classes, or numbers."""
-    assert isinstance(task, Classify)
     kind, classes = task.config.kind, task.config.classes
     outputs = classification.Outputs(
         np.stack([row.logits.double().numpy() for row in rows]),

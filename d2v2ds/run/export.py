@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.data.folders import folders_of
-from d2v2ds.data.schema import Index, read_beside, read_index
+from d2v2ds.data.schema import read_beside, read_index
 from d2v2ds.distributed.checkpoint.format import read_manifest, read_settings
 from d2v2ds.errors import CheckpointError, ConfigError, D2V2Error, MachineError, MissingExtraError, ShardError
 from d2v2ds.interop.card import write_card
@@ -43,6 +43,9 @@ from d2v2ds.run.folder import (
     trunk_config,
     trunk_tensors,
 )
+from d2v2ds.run.preprocessing import describe as describe_preprocessing
+from d2v2ds.run.preprocessing import first_index
+from d2v2ds.tasks.units import FILE as UNITS_FILE
 from d2v2ds.train.figures import save_curves
 
 logger = logging.getLogger(__name__)
@@ -97,11 +100,14 @@ def _export_folder(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, con
     if teacher:
         parts["teacher"] = trunk_tensors(checkpoint, teacher=True)
     with new_folder(to) as folder:
-        preprocessing = _preprocessing(config, model, folder)
+        preprocessing = describe_preprocessing(config, model, run_dir)
+        _copy_files_beside(config, model, preprocessing, folder)
         description = _description(run_dir, config, checkpoint, model, preprocessing, records)
         for part, tensors in parts.items():
             if layout := layouts[part]:
                 write_tensors(folder, part, layout, _with_progress(tensors, part, len(layout)))
+        if (description.objective or {}).get("units"):
+            (folder / UNITS_FILE).write_bytes(read_bytes(run_dir / UNITS_FILE, ConfigError))
         (folder / "run.yaml").write_bytes(read_bytes(run_dir / "config.yaml", ConfigError))
         _draw_curves(records.drawn, folder, to.name, model.modalities)
         num_parameters = sum(torch.Size(kind.shape).numel() for kind in layouts["model"].values())
@@ -124,7 +130,7 @@ def _export_file(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, confi
         layout |= {OBJECTIVE_PREFIX + name: kind for name, kind in layouts["objective"].items()}
         beside = ((OBJECTIVE_PREFIX + name, tensor) for name, tensor in objective_tensors(checkpoint))
         tensors = chain(tensors, beside)
-    preprocessing = _preprocessing(config, model, None)
+    preprocessing = describe_preprocessing(config, model, run_dir)
     description = _description(
         run_dir, config, checkpoint, model, preprocessing, _metrics(run_dir, _step(checkpoint), ())
     )
@@ -132,6 +138,8 @@ def _export_file(run_dir: Path, to: Path, teacher: bool, checkpoint: Path, confi
     write_file(to, description, layout, _with_progress(tensors, to.name, len(layout)))
     if any(known_modalities()[name].files_beside(found) for name, found in preprocessing.items()):
         logger.warning("%s: a single file has no tokenizer; a folder has it", to)
+    if (description.objective or {}).get("units"):
+        logger.warning("%s: a single file has no %s, which spells words in units; a folder has it", to, UNITS_FILE)
     logger.info("%s: the %s of %s, %d tensors", to, description.origin["weights"], checkpoint, len(layout))
 
 
@@ -175,36 +183,23 @@ def _description(
     )
 
 
-def _preprocessing(config: RunConfig, model: TrunkConfig, folder: Path | None) -> Preprocessing:
-    """Describe the preprocessing of every modality; files that belong to it are copied from the run's shards."""
-    described: Preprocessing = {}
-    for name, network in model.modalities.items():
-        modality, data, index = known_modalities()[name], config.data.modalities.get(name), None
-        if data is not None:
-            index = _first_index(folders_of(data.shards)[0])
-        described[name] = modality.describe_preprocessing(network, data, index)
-        if folder is None or data is None:
+def _copy_files_beside(config: RunConfig, model: TrunkConfig, preprocessing: Preprocessing, folder: Path) -> None:
+    """Copy files of the preprocessing from the run's shards; one that cannot be read is not described either."""
+    for name, described in preprocessing.items():
+        modality, data, index = known_modalities()[name], config.data.modalities.get(name), first_index(config, name)
+        if data is None or index is None:
             continue
-        packed = {entry.file: entry for entry in (index.files_beside if index else ())}
-        for file in modality.files_beside(described[name]):
+        packed = {entry.file: entry for entry in index.files_beside}
+        for file in modality.files_beside(described):
             try:
                 if file not in packed:
                     raise ShardError(f"{folders_of(data.shards)[0]}: {file} is not listed in its index")
                 content = read_beside(folders_of(data.shards)[0], packed[file])
             except (ShardError, MachineError) as error:
                 logger.warning("no %s is exported, the run's shards cannot be read: %s", file, error)
-                described[name] = modality.describe_preprocessing(network, data, None)
+                described |= modality.describe_preprocessing(model.modalities[name], data, None)
             else:
                 (folder / file).write_bytes(content)
-    return described
-
-
-def _first_index(folder: Path) -> Index | None:
-    try:
-        return read_index(folder)
-    except (ShardError, OSError) as error:
-        logger.warning("files beside the run's shards are not exported, the shards cannot be read: %s", error)
-        return None
 
 
 def _step(checkpoint: Path) -> int:

@@ -3,9 +3,11 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from d2v2ds.io.crc import crc32
 from d2v2ds.io.walk import walk
 from d2v2ds.modalities.inference import FileInference, InputOptions, Piece
 from d2v2ds.modalities.known import modality_of
+from d2v2ds.run.record_file import STAMP
 from d2v2ds.run.task_model import TaskModel
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,34 @@ def window_options(window_seconds: float, context_seconds: float | None = None) 
     return InputOptions(window_seconds=window_seconds, context_seconds=context_seconds)
 
 
+class Ended(NamedTuple):
+    """Name of an input, and stamp of its file before it was read."""
+
+    name: str
+    stamp: str
+
+
+def stamp_of(file: Path) -> str:
+    """Return size and time of modification of a file; empty if it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def changed_since(files: Collection[Path]) -> Callable[[Mapping[str, Any]], bool]:
+    """Return what tells a record of an input (`RecordFile`) whose file, one of these, is another one by now."""
+    known, stamp = {str(file) for file in files}, lru_cache(maxsize=1)(stamp_of)  # lines of one file come together
+
+    def is_stale(record: Mapping[str, Any]) -> bool:
+        name = str(record["file"])
+        file = name if name in known else name.rpartition(":")[0]
+        return file in known and stamp(Path(file)) != record.get(STAMP)
+
+    return is_stale
+
+
 class InputFiles:
     """Inputs of some files, read one after another."""
 
@@ -102,46 +133,57 @@ class InputFiles:
             done: names of inputs that are left out.
         """
         self._inference, self._files, self._options, self._done = inference, files, options, done
-        self.names: dict[int, str] = {}
-        """Names of inputs that were begun, by their number."""
-        self.unread: dict[int, str] = {}
-        """Numbers of inputs that could not be read, and why."""
+        self._begun: dict[int, Ended] = {}
+        self.seen = 0
+        """Inputs so far, those included that were left out or could not be read."""
         self.left_out = 0
         """Inputs that were done already."""
+        self.unread = 0
+        """Inputs that could not be read."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the windows of every input that can be read; others are logged and noted in `unread`."""
-        number = 0
+        """Yield the windows of every input that can be read; others are logged and counted in `unread`."""
         for file in self._files:
-            inputs = self._inference.inputs(file)
+            stamp, inputs = stamp_of(file), self._inference.inputs(file)
             while True:
+                number = self.seen
                 try:
                     found = next(inputs, None)
                 except ValueError as error:
+                    self.seen += 1
                     self._note(number, str(error))
-                    number += 1
                     break
                 if found is None:
                     break
                 name, item = found
+                self.seen += 1
                 if name in self._done:
                     self.left_out += 1
                     continue
-                self.names[number] = name
+                self._begun[number] = Ended(name, stamp)
                 try:
                     yield from self._inference.pieces(number, item, self._options, name)
                 except ValueError as error:
                     self._note(number, str(error))
-                number += 1
+
+    def end(self, number: int) -> Ended | None:
+        """Return what is known of an input whose windows are used up; None if it could not be read to its end."""
+        return self._begun.pop(number, None)
 
     def _note(self, number: int, fault: str) -> None:
-        self.unread[number] = fault
+        self._begun.pop(number, None)
+        self.unread += 1
         logger.warning("not read: %s", fault)
+
+    @property
+    def finished(self) -> int:
+        """Inputs that were read to their end, once all were seen."""
+        return self.seen - self.left_out - self.unread
 
     @property
     def too_many_unread(self) -> bool:
         """True if more than one in a hundred inputs could not be read."""
-        return len(self.unread) * 100 > len(self.names.keys() | self.unread.keys()) + self.left_out
+        return self.unread * 100 > self.seen
 
 
 def outputs_by_input(
@@ -150,8 +192,8 @@ def outputs_by_input(
     """Run every input through the network, in order.
 
     Yields:
-        Number of an input, and its windows with their outputs. When these are used up, `InputFiles.unread` has the
-        number if the input could not be read to its end.
+        Number of an input, and its windows with their outputs. When these are used up, `InputFiles.end` says whether it
+        was read to its end.
     """
     most = BATCH_TOKENS.get(device.type, BATCH_TOKENS_OF_ACCELERATORS)
     return groupby(run_pieces(model, inputs.pieces(), fill, device, most), key=lambda output: output[0].index)

@@ -6,7 +6,7 @@ than the model's `max_tokens`, is cut into overlapping windows; its probabilitie
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from d2v2ds.errors import ConfigError
 from d2v2ds.modalities.inference import InputOptions
-from d2v2ds.run.file_inputs import InputFiles, file_inference, find_files, outputs_by_input, window_options, work_name
+from d2v2ds.run.file_inputs import (
+    InputFiles,
+    changed_since,
+    file_inference,
+    find_files,
+    outputs_by_input,
+    window_options,
+    work_name,
+)
 from d2v2ds.run.record_file import Output, StandardOutput, open_records
 from d2v2ds.run.task_model import device_of, load_task
 from d2v2ds.tasks.classify import Classify
@@ -87,32 +95,32 @@ def label(source: Path, options: LabellingOptions) -> bool:
     task = model.task
     if not isinstance(task, Classify):
         raise ConfigError(f"{source}: expected a classifier, found {task.config.name}; use d2v2ds.transcribe")
-    if "sentences" in model.preprocessing:
+    if model.preprocessing.get("sentences") == 2:
         raise ConfigError(f"{source}: is of pairs of sentences; pack with --pair-columns and use d2v2ds.evaluate")
     inference = file_inference(model)
     files = [file for file, _ in find_files(options.inputs, inference.suffixes)]
     settings = {**asdict(windows), "top": options.top}
-    with _output(options, lambda: work_name(model, settings)) as output, tqdm(unit="input", disable=None) as bar:
+    with _output(options, files, lambda: work_name(model, settings)) as output, tqdm(unit="input", disable=None) as bar:
         inputs = InputFiles(inference, files, windows, output.done)
         for number, outputs in outputs_by_input(model, inputs, inference.fill, device_of(options.device)):
             logits = torch.stack([logits for _, logits in outputs])
-            if number not in inputs.unread:
-                output.write(inputs.names[number], describe(task, logits, options.top))
+            if (ended := inputs.end(number)) is not None:
+                output.write(ended.name, describe(task, logits, options.top), ended.stamp)
             bar.update()
     logger.info(
         "%d inputs; %d were there already, %d could not be read",
-        len(inputs.names.keys() - inputs.unread.keys()), inputs.left_out, len(inputs.unread),
+        inputs.finished, inputs.left_out, inputs.unread,
     )  # fmt: skip
     return not inputs.too_many_unread
 
 
 @contextmanager
-def _output(options: LabellingOptions, work: Callable[[], str]) -> Iterator[Output]:
+def _output(options: LabellingOptions, files: Sequence[Path], work: Callable[[], str]) -> Iterator[Output]:
     """Open the place for results; `work` returns the name of this work, for a file that is continued."""
     if options.output is None:
         yield StandardOutput(_line)
         return
-    with open_records(options.output, work(), "file") as records:
+    with open_records(options.output, work(), "file", changed_since(files)) as records:
         yield records
 
 

@@ -19,6 +19,7 @@ from d2v2ds.io.read import is_there
 from d2v2ds.modalities.known import open_shards
 from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.encoding import TaskConfig
+from d2v2ds.tasks.units import letters_of
 from d2v2ds.tasks.vocabulary import spell
 from d2v2ds.train.checkpointing import has_checkpoints
 
@@ -72,7 +73,8 @@ def vocabulary_faults(config: RunConfig) -> list[str]:
         shards = open_shards(folder)
         for row in range(0, len(shards), max(1, len(shards) // _SAMPLED_ROWS)):
             found.update(spell(getattr(shards.read_labels(row), objective.label_column, None) or ""))
-    unknown = {letter: count for letter, count in found.items() if letter not in objective.vocabulary}
+    known = letters_of(objective.vocabulary) if objective.units else set(objective.vocabulary)
+    unknown = {letter: count for letter, count in found.items() if letter not in known}
     if not unknown:
         return []
     share = sum(unknown.values()) / found.total()

@@ -25,8 +25,10 @@ from d2v2ds.io.machine_faults import TRANSIENT, advice, reading_error
 from d2v2ds.io.read import irregular
 from d2v2ds.modalities.known import known_modalities, open_reader
 from d2v2ds.objectives.protocol import Objective
+from d2v2ds.run.decoder_choice import search_faults
 from d2v2ds.run.outputs import vocabulary_faults, with_outputs
 from d2v2ds.run.probe_task import Question, Task
+from d2v2ds.run.units import give_units, with_units
 from d2v2ds.run.warm_start import open_warm_start
 from d2v2ds.train.checkpointing import has_checkpoints
 
@@ -41,9 +43,18 @@ class Prepared:
     objective: Objective
     streams: Streams
     """Data of every modality, in the order of the step."""
-    held_out: Mapping[str, Reader]
-    """Readers of the validation's folders, by modality."""
+    held_out: Mapping[str, Mapping[str, Reader]]
+    """Readers of the validation's folders, by set and modality; see `ValidSection.sets`."""
     ds_config: dict[str, Any]
+    units: bytes = b""
+    """Sentencepiece model of a recogniser's units; empty for every other task."""
+
+    @property
+    def held_out_readers(self) -> dict[str, Reader]:
+        """Readers of the validation by the setting that names their folder."""
+        return {
+            _setting(name, one): reader for name, readers in self.held_out.items() for one, reader in readers.items()
+        }
 
 
 def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
@@ -60,19 +71,24 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
     config, problems = read_config(config_name, overrides)
     if config is None:
         raise config_error(config_name, problems)
-    data_problems = config.data.missing()
+    data_problems, units = config.data.missing(), b""
     if not data_problems:
         try:
+            config, units = with_units(config)
             config = with_outputs(config)
             data_problems = vocabulary_faults(config)
-        except (ConfigError, ShardError) as error:
+        except (ConfigError, ShardError, MissingExtraError) as error:
             data_problems = [f"objective: {error}"]
     objective = config.objective.build(config.model, config.run.seed)
+    give_units(objective, units, "units of the run")
+    if config.valid.decoder is not None and not data_problems:
+        data_problems += search_faults(objective, config.valid.decoder, config.valid.decoder_seconds)
     streams: dict[str, DataStream] = {}
-    held_out: dict[str, Reader] = {}
+    held_out: dict[str, dict[str, Reader]] = {}
     ds_config = None
     if not data_problems:
-        streams, data_problems = open_streams(config, objective)
+        streams, stream_problems = open_streams(config, objective)
+        data_problems += stream_problems
         held_out, held_out_problems = open_held_out(config, objective)
         data_problems += held_out_problems
         data_problems += probe_faults(config)
@@ -88,7 +104,7 @@ def prepare(config_name: str, overrides: Sequence[str], world: int) -> Prepared:
         problems += open_warm_start(config)[1]
     if problems or ds_config is None:
         raise config_error(config_name, problems)
-    return Prepared(config, objective, streams, held_out, ds_config)
+    return Prepared(config, objective, streams, held_out, ds_config, units)
 
 
 def open_streams(config: RunConfig, objective: Objective) -> tuple[dict[str, DataStream], list[str]]:
@@ -111,20 +127,38 @@ def open_streams(config: RunConfig, objective: Objective) -> tuple[dict[str, Dat
     return streams, problems
 
 
-def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Reader], list[str]]:
-    """Open the folders of the validation; returns problems too."""
-    data, problems = config.data.modalities, []
-    readers: dict[str, Reader] = {}
+def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, dict[str, Reader]], list[str]]:
+    """Open the folders of the validation, by set and modality; returns problems too."""
+    problems = []
     if config.valid.modalities:
         try:
             objective.check_validation()
         except (ConfigError, MissingExtraError) as error:
             problems.append(f"valid: {error}")
-    for name, path in config.valid.modalities.items():
+    found: dict[str, dict[str, Reader]] = {}
+    for name, folders in config.valid.sets.items():
+        found[name], more = _open_set(config, objective, name, folders)
+        problems += more
+    return found, problems
+
+
+def _setting(set_name: str, modality: str) -> str:
+    """Return the setting that names a folder of the validation."""
+    return f"valid.more.{set_name}.{modality}" if set_name else f"valid.{modality}"
+
+
+def _open_set(
+    config: RunConfig, objective: Objective, set_name: str, folders: Mapping[str, Path]
+) -> tuple[dict[str, Reader], list[str]]:
+    """Open the folders of one set of the validation; returns problems too."""
+    data, problems = config.data.modalities, list[str]()
+    readers: dict[str, Reader] = {}
+    for name, path in folders.items():
+        setting = _setting(set_name, name)
         if name not in data or name not in config.model.modalities or name not in config.objective.modalities:
             continue  # `RunConfig.check` reports this
         if path in folders_of(data[name].shards):
-            problems.append(f"valid.{name} is in data.{name}.shards, {path}; expected a folder that is not trained on")
+            problems.append(f"{setting} is in data.{name}.shards, {path}; expected a folder that is not trained on")
         try:
             readers[name] = open_reader(
                 name,
@@ -134,10 +168,10 @@ def open_held_out(config: RunConfig, objective: Objective) -> tuple[dict[str, Re
                 objective.labelled(name),
                 augments=objective.labelled(name) is None,
             )
-            problems += [f"valid.{name} {path}: {fault}" for fault in readers[name].faults()]
-            problems += row_faults(config, objective, name, [path], "valid")
+            problems += [f"{setting} {path}: {fault}" for fault in readers[name].faults()]
+            problems += row_faults(config, objective, name, [path], setting.removesuffix(f".{name}"))
         except (ShardError, MissingExtraError) as error:
-            problems.append(f"valid.{name}: {error}")
+            problems.append(f"{setting}: {error}")
     return readers, problems
 
 

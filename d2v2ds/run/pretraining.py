@@ -4,7 +4,6 @@ import logging
 import os
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any
 
 from d2v2ds.config.load import to_dict, to_yaml
 from d2v2ds.config.schema import RunConfig
@@ -14,18 +13,20 @@ from d2v2ds.data.order import SamplerState
 from d2v2ds.distributed import comm, zero
 from d2v2ds.distributed.checkpoint.keep import Keep
 from d2v2ds.io.lock import FolderLock
-from d2v2ds.run import provenance
+from d2v2ds.run import preprocessing, provenance
 from d2v2ds.run.agreement import assumptions, compare
-from d2v2ds.run.build import build_engines, build_validation, loop_config, recipe
+from d2v2ds.run.build import build_engines, build_validations, loop_config, recipe
 from d2v2ds.run.describe import changed_settings, describe, start_logging, warn_once
 from d2v2ds.run.machine import tune_cpu
 from d2v2ds.run.outputs import FILE, write_outputs
 from d2v2ds.run.preempt import StopRequest
 from d2v2ds.run.prepare import Prepared, prepare
 from d2v2ds.run.probing import Probing
+from d2v2ds.run.units import write_units
 from d2v2ds.run.warm_start import WarmStart
 from d2v2ds.run.watchdog import Watchdog
 from d2v2ds.tasks.encoding import TaskConfig
+from d2v2ds.tasks.units import FILE as UNITS_FILE
 from d2v2ds.train.checkpointing import Checkpoints, Follower, Progress, has_checkpoints, reading_ahead
 from d2v2ds.train.guard import Guard
 from d2v2ds.train.loop import Trainer
@@ -51,6 +52,8 @@ def pretrain(config_name: str, overrides: list[str], allow_grown: bool = False) 
         CheckpointError, CollapseError, DamagedDataError, NonFiniteError, PreemptedError, SaveError: while running.
     """
     launched = os.environ | comm.launcher_environment(dict(os.environ))
+    if launched["RANK"] != "0":  # what a rank warns of while it prepares, all find; `start_logging` sets the level anew
+        logging.getLogger("d2v2ds").setLevel(logging.ERROR)
     prepared = prepare(config_name, overrides, world=int(launched["WORLD_SIZE"]))
     config = prepared.config
     timeout = timedelta(minutes=config.engine.timeout_minutes)
@@ -106,21 +109,24 @@ def start(
         checkpoints.resume(allow_grown)
         for change in changed_settings(config):
             warn_once(f"changed since the last start: {change}")
-    comm.require_on_rank0(lambda: _write_start(config, prepared.ds_config), f"run.dir {config.run.dir}")
+    comm.require_on_rank0(lambda: _write_start(config, prepared), f"run.dir {config.run.dir}")
     describe(config, streams)
-    for name, reader in prepared.held_out.items():
+    for section, reader in prepared.held_out_readers.items():
         for remark in reader.remarks():
-            logger.info("valid.%s: %s", name, remark)
+            logger.info("%s: %s", section, remark)
     for advice in batch_advice(config_name, config):
         warn_once(advice)
     return checkpoints
 
 
-def _write_start(config: RunConfig, ds_config: dict[str, Any]) -> None:
+def _write_start(config: RunConfig, prepared: Prepared) -> None:
     """Write what the run was made of. On one rank alone."""
-    provenance.write(config.run.dir, to_yaml(config), ds_config)
+    provenance.write(config.run.dir, to_yaml(config), prepared.ds_config)
+    preprocessing.write(config)
     if isinstance(config.objective, TaskConfig) and config.objective.names:
         write_outputs(config.run.dir / FILE, config.objective.names)
+    if prepared.units:
+        write_units(config.run.dir / UNITS_FILE, prepared.units)
 
 
 def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> None:
@@ -155,7 +161,7 @@ def train(prepared: Prepared, checkpoints: Checkpoints, stop: StopRequest) -> No
                 checkpoints=checkpoints,
                 stop=stop,
                 watchdog=watchdog,
-                validation=build_validation(config, engine, objective, prepared.held_out),
+                validations=build_validations(config, engine, objective, prepared.held_out),
                 metrics=metrics,
             ).run(loader)
     finally:

@@ -17,8 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+import d2v2ds
+from d2v2ds.config.load import to_dict
 from d2v2ds.config.schema import RunConfig
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.evals.features import Features
@@ -29,8 +32,9 @@ from d2v2ds.modalities.known import known_modalities
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.run.folder import checkpoint_folder, load_student, run_config
+from d2v2ds.run.probe_start import kept_scores
 from d2v2ds.run.probe_task import Question, Task
-from d2v2ds.run.probing import PROBES
+from d2v2ds.run.probing import append_record
 
 LEARNED_POINTS = 5.0
 """Percentage points over the random start that count as having learned..."""
@@ -161,7 +165,7 @@ def probe(run_dir: Path, question: Question, options: Options) -> str:
     plan = _plan(task, student, settings, options)
     task.check(settings, student.config.block.width if plan.reads_frames else 0, options.memory_gib)
     trained = plan.scores(student, f"student, step {step}", options.threads)
-    start = plan.scores(random_start(config), "random init", options.threads)
+    start = _start_scores(run_dir, config, question, plan, options)
     print(f"{question.column} of {len(task.labels)} rows, {task.division}; in %, C {settings.c:g}")
     print("\n".join(table(trained, start)))
     chosen = str(plan.chosen)
@@ -191,6 +195,30 @@ def probe(run_dir: Path, question: Question, options: Options) -> str:
         path = run_dir / (f"probe-{task.modality}.json" if joint else "probe.json")
         durable.replace_text(path, json.dumps(result, indent=1) + "\n")
     return verdict(trained[chosen], start[chosen], f"block {chosen}")
+
+
+def _start_scores(
+    run_dir: Path, config: RunConfig, question: Question, plan: Probe, options: Options
+) -> dict[str, Score]:
+    """Score the random start; the probes that a run starts itself, with `append`, do so once for all."""
+
+    def compute() -> dict[str, Score]:
+        return plan.scores(random_start(config), "random init", options.threads)
+
+    if not options.append:
+        return compute()
+    modality = plan.task.modality
+    depends_on = {
+        "versions": (d2v2ds.__version__, torch.__version__),
+        "seed": config.run.seed,
+        "network": to_dict(config.model),
+        "data": to_dict(config.data.modalities[modality]),
+        "question": asdict(question),
+        "folders": [part.index.checksums() for reader, _ in plan.task.parts for part in reader.shards.parts],
+        "probe": asdict(plan.settings),
+        "rows": (plan.blocks, plan.chosen, plan.layers, plan.attention),
+    }
+    return kept_scores(run_dir / f"probe-start-{modality}-{question.kind}.json", depends_on, compute)
 
 
 def _student(run_dir: Path, tag: str | None) -> tuple[Trunk, int]:
@@ -258,7 +286,7 @@ def _append(run_dir: Path, result: Mapping[str, Any], joint: bool) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     time_now = datetime.now(UTC).isoformat(timespec="seconds")
-    durable.append_line(run_dir / PROBES, json.dumps({"time": time_now, **result}))
+    append_record(run_dir, {"time": time_now, **result})
     prefix = f"{result['modality']}/" if joint else ""
     prefix += "probe" if result["kind"] == "one" else f"probe/{result['kind']}"
     scores = result["student"][str(result["block"])]

@@ -12,9 +12,10 @@ from d2v2ds.data.folders import folders_of
 from d2v2ds.data.reader import Reader
 from d2v2ds.errors import ConfigError
 from d2v2ds.evals.features import Features, annotation, check_memory, compute_features, frame_bytes
+from d2v2ds.evals.letters import check_letters
 from d2v2ds.evals.probes import Fold, ProbeConfig, check_folds, leave_one_out
 from d2v2ds.evals.wanted import Number, OneClass, SeveralClasses, Wanted
-from d2v2ds.modalities.known import known_modalities, open_reader, open_shards
+from d2v2ds.modalities.known import known_modalities, modality_reading, open_reader, open_shards
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.tasks.words import edit_counts
 
@@ -99,7 +100,9 @@ class Task:
         Raises:
             ConfigError: they cannot or do not.
         """
-        if self.wanted is not None:
+        if self.wanted is None:
+            check_letters(self.labels, self.folds)
+        else:
             check_folds(self.wanted, self.folds, config)
         check_memory(sum(frame_bytes(reader, rows, frame_width) for reader, rows in self.parts), memory_gib)
 
@@ -124,10 +127,10 @@ class Task:
 
 def _reader(config: RunConfig, folder: Path) -> Reader:
     """Open a folder as the run would, whatever the run's own data were."""
-    modality = open_shards(folder).index.modality
     sections = config.data.modalities
-    if modality not in sections:
-        raise ConfigError(f"{folder}: holds {modality}, the run has {', '.join(sections)}")
+    modality = modality_reading(folder, sections)
+    if modality is None:
+        raise ConfigError(f"{folder}: holds {open_shards(folder).index.modality}, the run has {', '.join(sections)}")
     data = replace(sections[modality], shards=folder, weights=None)
     reader = open_reader(modality, data, config.model.modalities[modality], None)
     problems = reader.misfits()

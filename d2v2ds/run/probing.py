@@ -3,19 +3,21 @@
 The run's own process starts that command on a finished checkpoint and waits for it in a thread. It computes nothing,
 draws no random number and writes no metric, so that weights and metrics are those of a run without probes. The command
 itself appends its scores to `<run>/probes.jsonl` and to TensorBoard (`<run>/tensorboard/probe`). Whatever happens to
-it, the run continues.
+it, the run continues. A checkpoint stays as long as it is probed. Whatever is left unprobed is logged with the command
+for it.
 """
 
 import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,7 @@ from typing import Any, Self
 from d2v2ds.config.schema import ProbeSection
 from d2v2ds.errors import ConfigError, D2V2Error
 from d2v2ds.io import durable
+from d2v2ds.io.lock import FolderLock
 from d2v2ds.io.read import json_lines
 from d2v2ds.run.preempt import StopRequest
 
@@ -31,11 +34,15 @@ logger = logging.getLogger(__name__)
 
 PROBES = "probes.jsonl"
 """File in a run's folder: one line for each probe, with its step, kind and modality."""
+LOCK = "probes.lock"
+"""File in a run's folder, held by whoever changes `probes.jsonl`."""
 LOG = "probe.log"
 """File in a run's folder with what the last probe printed."""
 PROGRAM = (sys.executable, "-m", "d2v2ds.probe")
 GRACE_S = 5.0
 """Seconds between a request to end and SIGKILL."""
+_PATIENCE_S = 5.0
+"""Seconds to wait for another process that changes `probes.jsonl`."""
 _POLL_S = 0.2
 _MOST_SAID = 500
 
@@ -50,11 +57,37 @@ class _Job:
     """Options of the command, but for run and checkpoint."""
 
 
+@dataclass
+class _Work:
+    """Probes of one checkpoint, one after the other."""
+
+    checkpoint: Path
+    step: int
+    jobs: list[_Job]
+    """Probes that have not ended by themselves; the first one runs."""
+    deadline: float
+    """Time of the monotonic clock at which they are ended."""
+    is_ended: bool = False
+    """True: no further process may start."""
+    process: "subprocess.Popen[bytes] | None" = None
+
+
+def append_record(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Append a probe's record to `probes.jsonl`, not while the run removes records.
+
+    Raises:
+        OSError: the file cannot be written, or another process holds it.
+    """
+    with FolderLock(run_dir / LOCK, _PATIENCE_S) as lock:
+        lock.take()
+        durable.append_line(run_dir / PROBES, json.dumps(record))
+
+
 class Probing:
     """Probes the checkpoints of one run; a `Follower` of its checkpoints on rank 0.
 
-    A context manager: at its end it waits for the probe of the last step, unless an error ends the run; then, and at a
-    signal, it ends the probe.
+    A context manager: at its end it waits for the probe of the last step, unless an error ends the run; then, at a
+    signal and after `limit_minutes`, it ends the probe.
     """
 
     def __init__(
@@ -70,11 +103,9 @@ class Probing:
         self._run_dir, self._settings, self._total_steps = run_dir, settings, total_steps
         self._program = tuple(program)
         self._jobs = [_job(settings, kind, name) for name in settings.modalities for kind in settings.kinds]
-        self._step = 0
+        self._work: _Work | None = None
         self._thread: threading.Thread | None = None
-        self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._is_ending = False
         self._postponed: Path | None = None
 
     def __enter__(self) -> Self:
@@ -83,12 +114,23 @@ class Probing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        why = "the run ended before"
         try:
             if self._thread is not None and error is None:
                 with StopRequest() as stop:
-                    self._wait(stop)
+                    why = self._wait(stop)
         finally:
             self._end()
+            if self._work is not None:
+                self._name_left(self._work, why)
+            if self._postponed is not None:
+                self._name_left(self._new_work(self._postponed, self._total_steps), why)
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Names of the checkpoints that are being probed or wait for it."""
+        current = self._work.checkpoint if self._work is not None and self._is_busy else None
+        return frozenset(path.name for path in (current, self._postponed) if path is not None)
 
     def saved(self, checkpoint: Path, step: int) -> None:
         """Begin to probe a checkpoint if that is due, none is being probed, and `probes.jsonl` lacks it."""
@@ -96,39 +138,52 @@ class Probing:
         is_last = step == self._total_steps
         if not self._jobs or not (is_last or (every is not None and step % every == 0)):
             return
-        if self._thread is not None and self._thread.is_alive():
+        if self._work is not None and self._is_busy:
             if is_last:
                 self._postponed = checkpoint
             else:
-                logger.info("step %d is not probed: the probe of step %d still runs", step, self._step)
+                logger.info("step %d is not probed: the probe of step %d still runs", step, self._work.step)
             return
-        self._begin(checkpoint, step)
+        self._begin(self._new_work(checkpoint, step))
 
     def went_back(self, step: int) -> None:
         """End the probe of an abandoned step, and drop the records after the step to which the run returned."""
-        if self._step > step:
+        if self._work is not None and self._work.step > step:
             self._end()
+            self._work = None
         path = self._run_dir / PROBES
         try:
-            records = list(json_lines(path, ConfigError))
-            kept = [one for one in records if one.get("step", 0) <= step]
-            if len(kept) < len(records):
-                durable.replace_text(path, "".join(json.dumps(one) + "\n" for one in kept))
+            if not path.exists():
+                return
+            with FolderLock(self._run_dir / LOCK, _PATIENCE_S) as lock:  # the process of another probe may append
+                lock.take()
+                records = list(json_lines(path, ConfigError))
+                kept = [one for one in records if one.get("step", 0) <= step]
+                if len(kept) < len(records):
+                    durable.replace_text(path, "".join(json.dumps(one) + "\n" for one in kept))
         except (D2V2Error, OSError) as error:
             logger.warning("%s: records of abandoned steps are not removed: %s", path, error)
 
     # ---------------------------------------------------------------- beginning and ending
 
-    def _begin(self, checkpoint: Path, step: int) -> None:
-        jobs = self._missing(step)
-        if not jobs:
+    @property
+    def _is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _new_work(self, checkpoint: Path, step: int) -> _Work:
+        """Return the probes of a checkpoint that have no record."""
+        deadline = time.monotonic() + 60 * self._settings.limit_minutes
+        return _Work(checkpoint, step, self._missing(step), deadline)
+
+    def _begin(self, work: _Work) -> None:
+        if not work.jobs:
             return
-        self._step, self._is_ending = step, False
-        thread = threading.Thread(target=self._work, args=(checkpoint, step, jobs), name="probe", daemon=True)
+        thread = threading.Thread(target=self._run_jobs, args=(work,), name="probe", daemon=True)
+        self._work = work
         try:
             thread.start()
         except RuntimeError as error:
-            logger.warning("step %d is not probed: %s", step, error)
+            logger.warning("step %d is not probed: %s", work.step, error)
             return
         self._thread = thread
 
@@ -145,65 +200,97 @@ class Probing:
             found = set()
         return [job for job in self._jobs if (job.kind, job.modality) not in found]
 
-    def _wait(self, stop: StopRequest) -> None:
-        """Wait for the current probe, then for that of the last step; its time limit ends each."""
-        while self._thread is not None and stop.received is None:
+    def _wait(self, stop: StopRequest) -> str:
+        """Wait for the current probe, then for that of the last step, no longer than `limit_minutes` for both.
+
+        Returns:
+            Why it waits no longer.
+        """
+        deadline = time.monotonic() + 60 * self._settings.limit_minutes
+        while self._thread is not None and stop.received is None and time.monotonic() < deadline:
             if self._thread.is_alive():
                 self._thread.join(_POLL_S)
                 continue
             self._thread = None
             if self._postponed is not None:
                 checkpoint, self._postponed = self._postponed, None
-                self._begin(checkpoint, self._total_steps)
+                self._begin(self._new_work(checkpoint, self._total_steps))
+        return self._limit if stop.received is None else f"ended by {stop.received.name}"
 
     def _end(self) -> None:
-        """End the current probe, if there is one."""
+        """End the current probe, if there is one; after SIGTERM and SIGKILL at most three times `GRACE_S` pass."""
+        if self._work is None:
+            return
         with self._lock:
-            self._is_ending = True
-            process = self._process
+            self._work.is_ended = True
+            process = self._work.process
         if process is not None:
             _kill(process)
         if self._thread is not None:
             self._thread.join(GRACE_S)
             self._thread = None
 
+    def _name_left(self, work: _Work, why: str) -> None:
+        """Log the probes of a checkpoint that did not come to an end, each with the command that makes up for it."""
+        left, work.jobs = work.jobs, []
+        for job in left:
+            command = ["python", *self._program[1:], *self._arguments(work, job)]
+            logger.warning(
+                "step %d is not probed for %s, kind %s: %s; this command does it: %s",
+                work.step, job.modality, job.kind, why, shlex.join(command),
+            )  # fmt: skip
+
+    @property
+    def _limit(self) -> str:
+        return f"ended after probe.limit_minutes {self._settings.limit_minutes:g}"
+
+    def _arguments(self, work: _Work, job: _Job) -> list[str]:
+        return [str(self._run_dir), "--checkpoint", work.checkpoint.name, *job.options]
+
     # ---------------------------------------------------------------- in the thread
 
-    def _work(self, checkpoint: Path, step: int, jobs: Sequence[_Job]) -> None:
+    def _run_jobs(self, work: _Work) -> None:
         """Run the probes of one checkpoint one after the other."""
-        deadline = time.monotonic() + 60 * self._settings.limit_minutes
-        for job in jobs:
+        while work.jobs and time.monotonic() < work.deadline:
+            job = work.jobs[0]
             try:
-                said = self._run(checkpoint, job, deadline)
+                said = self._run(work, job)
+            except subprocess.TimeoutExpired:
+                break
             except OSError as error:
                 said = f"its process cannot be started: {error}"
-            if self._is_ending:
-                return
+            if work.is_ended:
+                return  # whoever ended it names what is left
             if said:
-                logger.warning("step %d, probe of %s: %s; the run continues", step, job.modality, said)
+                logger.warning("step %d, probe of %s: %s; the run continues", work.step, job.modality, said)
             else:
-                logger.info("step %d, probe of %s: %s", step, job.modality, self._last_line())
-            if time.monotonic() >= deadline:
-                return
+                logger.info("step %d, probe of %s: %s", work.step, job.modality, self._last_line())
+            work.jobs = work.jobs[1:]
+        self._name_left(work, self._limit)
 
-    def _run(self, checkpoint: Path, job: _Job, deadline: float) -> str:
-        """Run one probe; return what went wrong."""
-        command = [*self._program, str(self._run_dir), "--checkpoint", checkpoint.name, *job.options]
+    def _run(self, work: _Work, job: _Job) -> str:
+        """Run one probe; return what went wrong.
+
+        Raises:
+            OSError: its process cannot be started.
+            TimeoutExpired: it was ended at the deadline.
+        """
+        command = [*self._program, *self._arguments(work, job), "--until-input-ends"]
         with self._lock, (self._run_dir / LOG).open("wb") as log:
-            if self._is_ending:
+            if work.is_ended:
                 return ""
             # A group of its own, so that Ctrl-C reaches the run alone. Its input is a pipe that ends with this process.
-            process = self._process = subprocess.Popen(
+            process = work.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
                 env=_environment(self._settings.threads), process_group=0,
             )  # fmt: skip
             _yield_to_others(process.pid, self._settings.niceness)
         try:
-            code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            code = process.wait(timeout=max(0.0, work.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             _kill(process)
-            return f"ended after probe.limit_minutes {self._settings.limit_minutes:g}"
+            raise
         finally:
             assert process.stdin is not None
             process.stdin.close()
@@ -234,7 +321,7 @@ def _job(settings: ProbeSection, kind: str, modality: str) -> _Job:
         "--block": settings.block,
     }
     words = [f"{name}={value}" for name, value in options.items() if value is not None]
-    return _Job(kind, modality, (*words, "--append", "--until-input-ends"))
+    return _Job(kind, modality, (*words, "--append"))
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Callable
 
-from d2v2ds.errors import D2V2Error
+from d2v2ds.errors import D2V2Error, MachineError
+from d2v2ds.io.machine_faults import advice, is_machine_fault
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
-def reported(work: Callable[[], int], interrupted: str) -> int:
-    """Run a command's work and return the exit code.
+def reported(work: Callable[[], int], interrupted: str = "nothing was kept") -> int:
+    """Run a command's work and return the exit code; an error of the operating system is one line too.
 
     Args:
         work: returns the exit code.
@@ -22,6 +23,9 @@ def reported(work: Callable[[], int], interrupted: str) -> int:
     except D2V2Error as error:
         logging.error("%s", error)
         return error.exit_code
+    except OSError as error:
+        logging.error("%s; %s", error, advice(error))
+        return MachineError.exit_code if is_machine_fault(error) else D2V2Error.exit_code
     except KeyboardInterrupt:
         logging.error("interrupted; %s", interrupted)
         return INTERRUPTED

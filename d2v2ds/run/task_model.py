@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from d2v2ds.data.folders import folders_of
-from d2v2ds.data.schema import read_index
 from d2v2ds.distributed.checkpoint.format import iterate_student, read_manifest, read_settings
-from d2v2ds.errors import CheckpointError, ShardError
+from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import ModelFolder, is_export
 from d2v2ds.interop.task_network import folder_task, loaded_network, task_of
-from d2v2ds.modalities.known import known_modalities
 from d2v2ds.run.folder import checkpoint_folder, run_config, trunk_config
+from d2v2ds.run.preprocessing import describe
+from d2v2ds.run.units import read_units
 from d2v2ds.tasks.encoding import TaskNetwork
 from d2v2ds.tasks.task import Task
 
@@ -55,25 +55,22 @@ def load_task(source: Path, tag: str | None = None) -> TaskModel:
         folder = ModelFolder(source)
         task, network = folder_task(folder)
         preprocessing = folder.description.preprocessing[task.config.modality]
+        read_units(task, source)
         return TaskModel(task, network, preprocessing, folder.description.origin, source, source)
     config = run_config(source)
     checkpoint = checkpoint_folder(source, tag or _best(source))
     model = trunk_config(checkpoint)
     task = task_of(read_settings(checkpoint)["objective"], model, str(checkpoint))
-    modality = known_modalities()[task.config.modality]
-    data = config.data.modalities[modality.name]
-    try:
-        index = read_index(folders_of(data.shards)[0])
-    except (ShardError, OSError):
-        index = None
-    preprocessing = modality.describe_preprocessing(model.modalities[modality.name], data, index)
+    read_units(task, source)
+    name = task.config.modality
+    preprocessing = describe(config, model, source)[name]
     origin = {
         "run": source.name,
         "checkpoint": checkpoint.name,
         "step": read_manifest(checkpoint).counters["global_steps"],
     }
     network = loaded_network(task, iterate_student(checkpoint), str(checkpoint))
-    return TaskModel(task, network, preprocessing, origin, files=folders_of(data.shards)[0])
+    return TaskModel(task, network, preprocessing, origin, files=folders_of(config.data.modalities[name].shards)[0])
 
 
 def _best(run_dir: Path) -> str | None:

@@ -23,6 +23,7 @@ from d2v2ds.run.decoder_choice import DecoderChoice
 from d2v2ds.run.file_inputs import (
     InputFiles,
     WindowOutput,
+    changed_since,
     file_inference,
     find_files,
     outputs_by_input,
@@ -123,24 +124,27 @@ def transcribe(source: Path, options: TranscriptionOptions) -> bool:
     transcriber = Transcriber(model.task, options.decoder, inference.token_seconds, options.window_seconds)
     files = find_files(options.inputs, inference.suffixes)
     windows = window_options(options.window_seconds, options.context_seconds)
-    settings = {**options.decoder.describe(), **asdict(windows), "words": options.word_times}
-    kept = ("seconds", "text", "words") if options.word_times or options.format in SUBTITLES else ("seconds", "text")
+    has_words = options.word_times or options.format in SUBTITLES
+    kept = ("seconds", "text", "words") if has_words else ("seconds", "text")
+
+    def work() -> str:
+        return work_name(model, {**options.decoder.identity(), **asdict(windows), "words": has_words})
+
     with ExitStack() as stack:
-        output = stack.enter_context(_output(options, dict(files), lambda: work_name(model, settings)))
+        output = stack.enter_context(_output(options, dict(files), work))
         inputs = InputFiles(inference, [file for file, _ in files], windows, output.done)
         bar = stack.enter_context(tqdm(total=len(files), unit="file", disable=None))
         seconds = 0.0
         for number, outputs in outputs_by_input(model, inputs, inference.fill, device_of(options.device)):
             found = transcriber(outputs)
-            if number not in inputs.unread:
+            if (ended := inputs.end(number)) is not None:
                 seconds += found["seconds"]
-                output.write(inputs.names[number], {key: found[key] for key in kept})
-            bar.update(inputs.left_out + len(inputs.names.keys() | inputs.unread.keys()) - bar.n)
+                output.write(ended.name, {key: found[key] for key in kept}, ended.stamp)
+            bar.update(inputs.seen - bar.n)
             bar.set_postfix_str(f"{seconds / 3600:.2f} hours")
-    count = len(inputs.names.keys() - inputs.unread.keys())
     logger.info(
         "%d recordings, %.2f hours; %d were there already, %d could not be read",
-        count, seconds / 3600, inputs.left_out, len(inputs.unread),
+        inputs.finished, seconds / 3600, inputs.left_out, inputs.unread,
     )  # fmt: skip
     return not inputs.too_many_unread
 
@@ -161,13 +165,14 @@ def _output(options: TranscriptionOptions, files: Mapping[Path, str], work: Call
     if form in SUBTITLES:
         if place is None:
             raise ConfigError(f"--format {form}: expected --output FOLDER, for a file for each recording")
-        yield SubtitleFolder(place, form, files)
+        with open_records(place / f"subtitles.{form}.jsonl", work(), "file", changed_since(files)) as records:
+            yield SubtitleFolder(place, form, files, records)
     elif place is None:
         yield StandardOutput(lambda name, found: _line(options, name, found))
     elif form == "tsv":
         raise ConfigError("--format tsv is for standard output; leave it out, --output is a file of JSON lines")
     else:
-        with open_records(place, work(), "file") as records:
+        with open_records(place, work(), "file", changed_since(files)) as records:
             yield records
 
 

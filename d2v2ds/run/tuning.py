@@ -39,7 +39,6 @@ RANGES = {"lm_weight": (0.0, 5.0), "word_score": (-5.0, 5.0), "boundary_score": 
 """Least and largest value of each weight."""
 _SPREAD = 0.1
 """Standard deviation of the second half of the trials, over the range."""
-_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +87,10 @@ def tune(source: Path, options: TuningOptions) -> dict[str, Any]:
     decoder = options.start.build(model.task.vocabulary)
     assert decoder is not None
     rows = work_name(model, [_contents(folder) for folder in options.shards])
-    files = [_checksum(path) for path in (options.start.lm, options.start.lexicon) if path is not None]
-    work = f"{rows}-{crc32(repr((files, options.start.beam, options.trials, options.seed)).encode()):08x}"
+    work = f"{rows}-{crc32(repr((options.start.identity(), options.trials, options.seed)).encode()):08x}"
     with open_records(options.output.with_name(options.output.name + ".trials.jsonl"), work, "trial") as records:
         utterances = _utterances(model, options, rows)
-        _run_trials(decoder, utterances, records, options)
-    best = _best(records.records, options.trials)
+        best = _run_trials(decoder, utterances, records, options)
     choice = replace(options.start, beam=BeamConfig(**best["settings"]))
     tuning = {name: best[name] for name in ("wer", "errors", "words", "trial")}
     about = {"model": source.name, "shards": [folder.name for folder in options.shards], "trials": options.trials}
@@ -101,17 +98,22 @@ def tune(source: Path, options: TuningOptions) -> dict[str, Any]:
     return best
 
 
-def _run_trials(decoder: BeamDecoder, utterances: Utterances, records: RecordFile, options: TuningOptions) -> None:
-    """Run the trials that are not recorded yet."""
+def _run_trials(
+    decoder: BeamDecoder, utterances: Utterances, records: RecordFile, options: TuningOptions
+) -> dict[str, Any]:
+    """Run the trials that are not recorded yet; returns the record of the best of all."""
+    trials = {record["trial"]: record for record in records.read()}
     with tqdm(range(options.trials), "tuning", unit="trial", disable=None) as bar:
         for number in bar:
-            if number not in records.done:
-                settings = settings_of(number, records.records, options)
+            if number not in trials:
+                settings = settings_of(number, trials, options)
                 counts = _errors(decoder.with_settings(settings), utterances)
                 wer = 100.0 * counts[0] / counts[1]
                 found = {"settings": asdict(settings), "errors": counts[0], "words": counts[1], "wer": wer}
                 records.write(number, found)
-            bar.set_postfix_str(f"WER {_best(records.records, number + 1)['wer']:.2f} %")
+                trials[number] = {"trial": number, **found}
+            bar.set_postfix_str(f"WER {_best(trials, number + 1)['wer']:.2f} %")
+    return _best(trials, options.trials)
 
 
 def settings_of(number: int, done: Mapping[int, Mapping[str, Any]], options: TuningOptions) -> BeamConfig:
@@ -194,16 +196,3 @@ def _read_kept(path: Path, work: str) -> Utterances | None:
 def _contents(folder: Path) -> str:
     index = read_index(folder)
     return f"{index.rows} {index.digest(index.num_shards)}"
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    found = 0
-    with open_regular(path, ConfigError) as file:
-        while block := file.read(_BLOCK):
-            found = crc32(block, found)
-    return found

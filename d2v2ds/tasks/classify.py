@@ -43,12 +43,12 @@ from d2v2ds.tasks.mixing import (
     mix_waveforms,
 )
 from d2v2ds.tasks.scores import confusion_scores, correlation, mean_average_precision, sklearn_metrics, spearman
+from d2v2ds.tasks.selection import LOSS, score_of, select_faults, selected_mean
 from d2v2ds.tasks.task import Task
 
 LossKind = Literal["one", "several", "number"]
 _LOSS_NAMES: Mapping[LossKind, str] = {"one": "cross_entropy", "several": "binary", "number": "square"}
-Score = Literal["accuracy", "balanced_accuracy", "f1", "mcc", "map", "pearson", "spearman", "loss"]
-_SCORES: dict[LossKind, tuple[Score, ...]] = {
+_SCORES: dict[LossKind, tuple[str, ...]] = {
     "one": ("accuracy", "balanced_accuracy", "f1", "mcc"),
     "several": ("map",),
     "number": ("pearson", "spearman"),
@@ -88,9 +88,6 @@ class ClassifyConfig(TaskConfig):
     per_positive: bool = False
     """With several labels, True: the loss is a mean over all labels that hold, as in the official code. False: over
     inputs."""
-    select: tuple[Score, ...] | None = None
-    """Scores of the validation whose mean decides which checkpoint is the best, such as [accuracy, f1], or [loss].
-    None: the accuracy with one class, else the loss."""
 
     label_column = "label"
 
@@ -100,7 +97,7 @@ class ClassifyConfig(TaskConfig):
         network = trunk.modalities.get(self.modality)
         if network is None:
             return problems  # `RunConfig.check` reports this
-        is_grid = network.grid_side is not None
+        is_grid = network.grid_columns is not None
         if isinstance(self.head, PatchHeadConfig) != is_grid:
             fitting = "patches" if is_grid else "sentence or frames"
             problems.append(f"head.kind is {self.head.kind!r}, {self.modality} needs {fitting}")
@@ -116,19 +113,7 @@ class ClassifyConfig(TaskConfig):
             problems.append(f"label_smoothing is {self.label_smoothing}, it is for one class (kind: one)")
         if self.per_positive and self.kind != "several":
             problems.append("per_positive is for several labels (kind: several)")
-        return problems + self._select_faults()
-
-    def _select_faults(self) -> list[str]:
-        """Return a message if `select` names scores that this kind of loss does not have."""
-        known = _SCORES[self.kind]
-        if self.select is None or self.select == ("loss",):
-            return []
-        if self.select and len(set(self.select)) == len(self.select) and set(self.select) <= set(known):
-            return []
-        found = ", ".join(self.select) or "none"
-        return [
-            f"select: expected some of {', '.join(known)}, each once, or loss alone (kind: {self.kind}), found {found}"
-        ]
+        return problems + select_faults(self.select, _SCORES[self.kind], f"kind: {self.kind}")
 
     @property
     def counts_outputs(self) -> bool:
@@ -326,7 +311,7 @@ class Classify(Task[ClassifyConfig]):
         """
         if self.kept_numbers:
             sklearn_metrics()
-        names = [name for name in self.config.select or () if name not in ("accuracy", "loss")]
+        names = [name for name in self.config.select or () if score_of(name) not in ("accuracy", LOSS)]
         if self.config.kind == "one" and names and self.num_outputs > _CONFUSION_CLASSES:
             raise ConfigError(
                 f"objective.select: {', '.join(names)} needs at most {_CONFUSION_CLASSES} classes, found "
@@ -335,12 +320,9 @@ class Classify(Task[ClassifyConfig]):
 
     def selection(self, values: Mapping[str, float]) -> float | None:
         """Return 100 less the mean of the selected scores, or the loss."""
-        names = self.config.select or (("accuracy",) if self.config.kind == "one" else ("loss",))
-        if names == ("loss",):
-            return values.get("valid/loss/total")
-        found = [values.get(f"valid/score/{name}") for name in names]
-        scores = [score for score in found if score is not None]
-        return 100.0 - sum(scores) / len(scores) if len(scores) == len(found) else None
+        names = self.config.select or (("accuracy",) if self.config.kind == "one" else (LOSS,))
+        found = selected_mean(names, "score", values)
+        return found if found is None or score_of(names[0]) == LOSS else 100.0 - found
 
     def _statistics(self, logits: Tensor, labels: Tensor, step: int | None) -> dict[str, Tensor]:
         """Sums from which `metrics` computes scores."""
@@ -362,15 +344,18 @@ class Classify(Task[ClassifyConfig]):
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Compute scores."""
         values = input_metrics(totals.statistics)
-        kept = {name: numbers.double().numpy() for name, numbers in totals.kept.items()}
+        kept = totals.kept
         if self.config.kind == "number":
             values["score/pearson"] = 100 * correlation(totals.statistics["moments"], totals.count)
             if kept:
-                values["score/spearman"] = 100 * spearman(kept["wanted"], kept["found"][:, 0])
+                values["score/spearman"] = 100 * spearman(
+                    kept["wanted"].double().numpy(), kept["found"][:, 0].double().numpy()
+                )
             return values
         if self.config.kind == "several":
-            found = {"score/map": 100 * mean_average_precision(kept["wanted"], kept["found"])} if kept else {}
-            return values | found
+            if kept:
+                values["score/map"] = 100 * mean_average_precision(kept["wanted"].numpy(), kept["found"].numpy())
+            return values
         values["score/accuracy"] = 100 * float(totals.statistics["correct"]) / totals.count
         wanted, predicted = totals.statistics["by_class"]
         values["score/missed_classes"] = float(((wanted >= LEAST_WANTED) & (predicted == 0)).sum())

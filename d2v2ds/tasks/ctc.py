@@ -5,7 +5,7 @@ Source of the settings: the official examples/data2vec/config/v2, fine-tuning fi
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
@@ -14,26 +14,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v2ds.batch import Batch
-from d2v2ds.bounds import Rate
+from d2v2ds.bounds import CountOrZero, Rate
+from d2v2ds.errors import ConfigError
 from d2v2ds.labels import Letters
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.protocol import Course, Losses, Symptom, Totals
-from d2v2ds.tasks.diagnosis import INPUT_UNITS, ctc_symptoms, input_metrics, input_sums, input_symptoms
+from d2v2ds.tasks.diagnosis import INPUT_UNITS, ctc_symptoms, input_metrics, input_sums, input_symptoms, search_symptoms
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork
 from d2v2ds.tasks.heads import TokenHead
+from d2v2ds.tasks.search import TimedSearch
+from d2v2ds.tasks.selection import select_faults, selected_mean
 from d2v2ds.tasks.task import Task
+from d2v2ds.tasks.units import Units, no_units, units_of
 from d2v2ds.tasks.vocabulary import BLANK, NO_LETTER, UNKNOWN, WORD_END, Vocabulary, count_letters
 from d2v2ds.tasks.words import edit_counts
 
 UNITS: Mapping[str, str] = {
     **INPUT_UNITS,
-    "loss/ctc": "-ln p(letters | frames) per utterance; mean over utterances",
-    "ctc/loss_per_letter": "the same per letter; mean over letters",
+    "loss/ctc": "-ln p(letters or units | frames) per utterance; mean over utterances",
+    "ctc/loss_per_letter": "the same per letter or unit; mean over them",
     "ctc/infeasible": "utterances with more letters than frames, which do not train; share",
-    "ctc/unknown": "letters of transcripts that the vocabulary lacks; share",
+    "ctc/unknown": "letters or units of transcripts that the vocabulary lacks; share",
     "ctc/blank": "frames whose most likely output is blank; share of real frames",
     "ctc/over_uniform": "loss over that of equally likely outputs in every frame; ratio of means",
     "ctc/wer": "word error rate of greedy decoding; errors per 100 words of the reference, validation only",
+    "ctc/lm_wer": "word error rate of beam search with valid.decoder; likewise, where every utterance was decoded",
+    "ctc/lm_decoded": "utterances that this search decoded within valid.decoder_seconds; share, validation only",
+    "ctc/lm_seconds": "seconds of this search; sum over ranks, validation only",
     "ctc/cer": "letter error rate of greedy decoding, word ends included; per 100 letters, validation only",
 }
 
@@ -45,6 +52,9 @@ class CtcConfig(TaskConfig):
     name: Literal["ctc"] = "ctc"
     vocabulary: tuple[str, ...] = ()
     """Outputs behind the four special ones, most frequent first; empty: those of the training shards."""
+    units: CountOrZero = 0
+    """Sentencepiece units in place of letters: pieces of words that are trained on the transcripts. 0: letters, unless
+    `outputs` names a sentencepiece model."""
     final_dropout: Rate = 0.0
     """Dropped fraction of the features before the output layer."""
 
@@ -64,8 +74,21 @@ class CtcConfig(TaskConfig):
         """Vocabulary."""
         return self.vocabulary
 
+    def check(self, trunk: TrunkConfig) -> list[str]:
+        """Return one message for each contradiction between fields, or with the trunk."""
+        return super().check(trunk) + select_faults(self.select, ("wer", "cer", "lm_wer"), "ctc")
+
     def with_names(self, names: tuple[str, ...]) -> "CtcConfig":
-        """Return these settings with a vocabulary."""
+        """Return these settings with a vocabulary.
+
+        Raises:
+            ConfigError: a unit has a blank, such as a line of a dictionary with its count.
+        """
+        if wrong := [name for name in names if name.split() != [name]]:
+            raise ConfigError(
+                f"vocabulary: expected letters or other units without blanks, found {wrong[0]!r:.40}; a dictionary "
+                "with counts is to be named dict.txt"
+            )
         return replace(self, vocabulary=names)
 
     def build(self, trunk: TrunkConfig, seed: int) -> "Ctc":
@@ -148,12 +171,38 @@ class Ctc(Task[CtcConfig]):
     """`Objective` of CTC."""
 
     units = UNITS
-    headline: tuple[str, ...] = ("ctc/wer", "ctc/cer")
+    headline: tuple[str, ...] = ("ctc/wer", "ctc/cer", "ctc/lm_wer")
+
+    _divide: Callable[[str], Sequence[str]] | None = None
+    search: TimedSearch | None = None
+    """Search beside greedy decoding in validation; None for none."""
 
     @property
     def vocabulary(self) -> Vocabulary:
         """Outputs of the run."""
-        return Vocabulary(self.config.vocabulary)
+        return Vocabulary(self.config.vocabulary, self._divide or (no_units if self.config.units else tuple))
+
+    def set_units(self, model: bytes, where: Any) -> None:
+        """Divide words by a sentencepiece model.
+
+        Args:
+            model: content of its file.
+            where: name of the file, for messages.
+
+        Raises:
+            ConfigError: it is none, or not that of these outputs.
+        """
+        if (found := units_of(model, where)) != self.config.vocabulary:
+            raise ConfigError(
+                f"{where}: expected the {len(self.config.vocabulary)} units of this recogniser, found {len(found)} "
+                "others; take the file of its run"
+            )
+        self._divide = Units(model)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Vocabulary with the special outputs."""
+        return self.vocabulary.symbols
 
     def new_network(self, activation_checkpointing: bool) -> CtcNetwork:
         """Build encoder and output layer."""
@@ -162,8 +211,9 @@ class Ctc(Task[CtcConfig]):
 
     def encoder(self) -> Letters:
         """Spell the transcripts."""
-        symbols = self.vocabulary.symbols
-        return Letters({symbol: number for number, symbol in enumerate(symbols)}, WORD_END, UNKNOWN)
+        vocabulary = self.vocabulary
+        numbers = {symbol: number for number, symbol in enumerate(vocabulary.symbols)}
+        return Letters(numbers, WORD_END, UNKNOWN, vocabulary.divide)
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run one micro-batch; errors of greedy decoding are counted in validation."""
@@ -194,13 +244,18 @@ class Ctc(Task[CtcConfig]):
         spell = self.vocabulary.words
         words = [edit_counts(spell(a, NO_LETTER), spell(b)) for a, b in zip(wanted, found, strict=True)]
         # a letter that the vocabulary lacks cannot be found
-        known = [[-1 if number == UNKNOWN else number for number in row] for row in wanted]
-        letters = [edit_counts(a, b) for a, b in zip(known, found, strict=True)]
-        totals = {
+        one_by_one = self.vocabulary.letters
+        known = [[-1 if letter == UNKNOWN else letter for letter in one_by_one(row)] for row in wanted]
+        letters = [edit_counts(a, one_by_one(b)) for a, b in zip(known, found, strict=True)]
+        totals: dict[str, float] = {
             "word_errors": sum(one.errors for one in words),
             "words": sum(one.wanted for one in words),
             "letter_errors": sum(one.errors for one in letters),
+            "wanted_letters": sum(one.wanted for one in letters),
         }
+        if self.search is not None:
+            real = frames.tolist() if batch.loss_weight else []
+            totals |= self.search.count(logits, real, [spell(one, NO_LETTER) for one in wanted])
         return {name: torch.tensor(float(total), dtype=torch.float64) for name, total in totals.items()}
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
@@ -216,12 +271,22 @@ class Ctc(Task[CtcConfig]):
         } | input_metrics(totals.statistics)
         if "words" in sums:
             values["ctc/wer"] = 100 * sums["word_errors"] / max(sums["words"], 1.0)
-            values["ctc/cer"] = 100 * sums["letter_errors"] / letters
+            values["ctc/cer"] = 100 * sums["letter_errors"] / max(sums["wanted_letters"], 1.0)
+        if "lm_rows" in sums:
+            assert self.search is not None
+            self.search.restart()
+            values |= {"ctc/lm_decoded": sums["lm_rows"] / totals.count, "ctc/lm_seconds": sums["lm_seconds"]}
+            if sums["lm_rows"] == totals.count:
+                values["ctc/lm_wer"] = 100 * sums["lm_errors"] / max(sums["words"], 1.0)
         return values
 
     def symptoms(self, course: Course) -> list[Symptom]:
         """Say why a word error rate may stay at 100 %."""
-        return input_symptoms(course) + ctc_symptoms(course, len(self.vocabulary), self.config.freeze_steps)
+        return (
+            input_symptoms(course)
+            + search_symptoms(course)
+            + ctc_symptoms(course, len(self.vocabulary), self.config.freeze_steps)
+        )
 
     def check_validation(self) -> None:
         """Try to count errors.
@@ -232,5 +297,5 @@ class Ctc(Task[CtcConfig]):
         edit_counts([], [])
 
     def selection(self, values: Mapping[str, float]) -> float | None:
-        """Return the word error rate."""
-        return values.get("valid/ctc/wer")
+        """Return the mean of the selected error rates, or the loss."""
+        return selected_mean(self.config.select or ("wer",), "ctc", values)

@@ -156,6 +156,20 @@ def _blank(course: Course, frozen_steps: int) -> str:
     return "usual before the first letters; if it lasts while the loss stands, raise lr.peak or compare the transcripts"
 
 
+def search_symptoms(course: Course) -> list[Symptom]:
+    """A validation with a language model that ran out of time."""
+    share = course.values.get("valid/ctc/lm_decoded", 1.0)
+    if share >= 1:
+        return []
+    return [
+        Symptom(
+            "search",
+            f"{100 * share:.3g} % of the validation were decoded with valid.decoder in valid.decoder_seconds, so that "
+            "there is no error rate with it: usual while most frames are undecided, else raise it or lower the beam",
+        )
+    ]
+
+
 def class_symptoms(course: Course, num_classes: int) -> list[Symptom]:
     """Classes that are never predicted.
 

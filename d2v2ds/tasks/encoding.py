@@ -53,6 +53,10 @@ class TaskConfig:
     freeze: tuple[str, ...] = ()
     """Parameters that are never trained: regular expressions that a whole name must match, such as
     `trunk\\.encoders\\..*`."""
+    select: tuple[str, ...] | None = None
+    """Scores of the validation whose mean decides which checkpoint is the best, such as [accuracy, f1], or [loss];
+    those of a further set have its name in front, as in [mismatched/accuracy]. None: the accuracy of one class, the
+    word error rate of CTC, else the loss, each of the first set."""
     layer_decay: Annotated[float, Bounds(gt=0, le=1)] = 1.0
     """Learning rate of a block over that of the block above it; everything that is no block has the full rate."""
 

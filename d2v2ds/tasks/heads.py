@@ -68,6 +68,18 @@ HeadConfig = PatchHeadConfig | SentenceHeadConfig | FrameHeadConfig
 """Settings of any head that classifies; `kind` chooses."""
 
 
+class OutputLayer(nn.Linear):
+    """Linear layer that computes in fp32 whatever the precision of its weights and inputs, and returns fp32.
+
+    An output in bf16 has three digits: numbers and logits that differ by less would be equal. The rest of the network
+    takes hundreds of times as many operations.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(input.float(), self.weight.float(), bias)
+
+
 class PatchHead(nn.Module):
     """(B, E + T, D) -> (B, C) by the mean of all patches, or by a CLS token."""
 
@@ -75,7 +87,7 @@ class PatchHead(nn.Module):
         super().__init__()
         self.pooling = config.pooling
         self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.norm else nn.Identity()
-        self.proj = nn.Linear(width, num_outputs)
+        self.proj = OutputLayer(width, num_outputs)
 
     def forward(self, features: Tensor, num_extra: int, padding: Tensor | None) -> Tensor:
         """
@@ -103,7 +115,7 @@ class SentenceHead(nn.Module):
         super().__init__()
         self.rate = config.dropout
         self.dense = nn.Linear(width, width)
-        self.proj = nn.Linear(width, num_outputs)
+        self.proj = OutputLayer(width, num_outputs)
 
     def forward(self, features: Tensor, num_extra: int, padding: Tensor | None) -> Tensor:
         """See `PatchHead.forward`; `padding` is not read, for the first token is never padding."""
@@ -123,7 +135,7 @@ class FrameHead(nn.Module):
     def __init__(self, config: FrameHeadConfig, width: int, num_outputs: int) -> None:
         super().__init__()
         self.pooling, self.pool_padding, self.rate = config.pooling, config.pool_padding, config.dropout
-        self.proj = nn.Linear(width, num_outputs)
+        self.proj = OutputLayer(width, num_outputs)
 
     def forward(self, features: Tensor, num_extra: int, padding: Tensor | None) -> Tensor:
         """
@@ -139,7 +151,7 @@ class FrameHead(nn.Module):
         hidden = None if padding is None or self.pool_padding else padding[..., None]  # (B, T, 1)
         if self.pooling == "mean_features":
             return self.proj(_mean(frames, hidden))
-        return _POOLINGS[self.pooling](self.proj(frames).float(), hidden)
+        return _POOLINGS[self.pooling](self.proj(frames), hidden)
 
     def draw(self) -> None:
         """Draw the weights from torch's default distribution."""
@@ -158,7 +170,7 @@ class TokenHead(nn.Module):
         """
         super().__init__()
         self.rate = rate
-        self.proj = nn.Linear(width, num_outputs)
+        self.proj = OutputLayer(width, num_outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.proj(dropout(features, self.rate, self.training))

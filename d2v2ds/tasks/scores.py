@@ -68,20 +68,19 @@ def spearman(wanted: Numbers, found: Numbers) -> float:
     return pearson(rankdata(wanted), rankdata(found))
 
 
-def average_precision(wanted: Numbers, scores: Numbers) -> Numbers:
+def average_precision(wanted: NDArray[Any], scores: NDArray[Any]) -> Numbers:
     """Average precision of every class, (N, C), (N, C) -> (C,), 0 to 1; 0 for a class without positives.
 
-    sum_k (R_k - R_(k-1)) P_k over thresholds, without interpolation.
+    sum_k (R_k - R_(k-1)) P_k over thresholds, without interpolation. One class at a time is copied.
     """
     compute = sklearn_metrics().average_precision_score
-    return np.array(
-        [compute(wanted[:, c], scores[:, c]) if wanted[:, c].any() else 0.0 for c in range(wanted.shape[1])]
-    )
+    columns = zip(wanted.T, scores.T, strict=True)
+    return np.array([compute(own, found.astype(np.float64)) if own.any() else 0.0 for own, found in columns])
 
 
-def mean_average_precision(wanted: Numbers, scores: Numbers) -> float:
+def mean_average_precision(wanted: NDArray[Any], scores: NDArray[Any]) -> float:
     """Mean of `average_precision` over classes that have a positive row, 0 to 1; NaN without one or for such scores."""
     occurs = wanted.any(0)
     if not occurs.any() or not np.isfinite(scores).all():
         return float("nan")
-    return float(average_precision(wanted[:, occurs], scores[:, occurs]).mean())
+    return float(average_precision(wanted, scores)[occurs].mean())

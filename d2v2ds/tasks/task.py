@@ -14,7 +14,7 @@ from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.network import NetworkSettings
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.defaults import ObjectiveDefaults
-from d2v2ds.objectives.protocol import Losses
+from d2v2ds.objectives.protocol import Losses, Totals
 from d2v2ds.tasks.encoding import TaskConfig, TaskNetwork, draw_kept_blocks
 
 Config = TypeVar("Config", bound=TaskConfig)
@@ -31,6 +31,11 @@ class Task(ObjectiveDefaults, Generic[Config]):
             seed: of the run; layer drop draws from it.
         """
         self.config, self.trunk, self._seed = config, trunk, seed
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of all outputs in their order; empty where they have none."""
+        return self.config.names
 
     def new_network(self, activation_checkpointing: bool) -> TaskNetwork:
         """Build trunk and head."""
@@ -62,6 +67,10 @@ class Task(ObjectiveDefaults, Generic[Config]):
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run one micro-batch; see `Objective.losses`."""
         raise NotImplementedError
+
+    def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
+        """Return nothing: the losses are logged in any case."""
+        return {}
 
     def kept_blocks(self, step: int | None) -> list[bool] | None:
         """Layer drop of a step; None keeps all."""

@@ -4,7 +4,7 @@ The first four numbers are those of the official dictionaries: `<s>`, the blank 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from d2v2ds import labels
 
@@ -21,11 +21,13 @@ LIBRISPEECH = tuple("|ETAONIHSRDLUMWCFGYPBVK'XJQZ")
 class Vocabulary:
     """Letters, or other units, of a recogniser."""
 
-    def __init__(self, units: Sequence[str]) -> None:
+    def __init__(self, units: Sequence[str], divide: Callable[[str], Sequence[str]] = tuple) -> None:
         """
         Args:
             units: outputs behind the four special ones.
+            divide: divides a word into them, such as `d2v2ds.tasks.units.Units`; into letters by default.
         """
+        self.divide = divide
         self.symbols = (*SPECIAL, *units)
         self._word_end = self.symbols.index(WORD_END) if WORD_END in units else -1
         self._numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
@@ -34,9 +36,26 @@ class Vocabulary:
         """V, number of outputs."""
         return len(self.symbols)
 
+    @property
+    def has_units(self) -> bool:
+        """True if outputs are larger units than letters."""
+        return self.divide is not tuple
+
     def encode(self, text: str) -> list[int]:
         """Convert a transcript: the letters of every word, then a word end. Unknown letters become `UNKNOWN`."""
-        return [self._numbers.get(letter, UNKNOWN) for letter in spell(text)]
+        return [self._numbers.get(letter, UNKNOWN) for letter in self.spell(text)]
+
+    def spell(self, text: str) -> Iterator[str]:
+        """Yield the units of a transcript with the word ends."""
+        return labels.spell(text, WORD_END, self.divide)
+
+    def letters(self, numbers: Iterable[int]) -> list[str | int]:
+        """Convert outputs to the letters of which units are made; outputs that are letters, and special ones, stay."""
+        if not self.has_units:
+            return list(numbers)
+        return [
+            letter for number in numbers for letter in (self.symbols[number] if number >= len(SPECIAL) else (number,))
+        ]
 
     def words(self, numbers: Iterable[int], unknown: str = SPECIAL[UNKNOWN]) -> list[str]:
         """Convert outputs, without blanks and repeats, to words; `unknown` stands for letters without a number."""

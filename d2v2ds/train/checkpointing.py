@@ -53,7 +53,14 @@ class Progress:
 
 
 class Follower(Protocol):
-    """Uses the checkpoints of a run on rank 0, such as `run.probing.Probing`. It returns at once and raises nothing."""
+    """Uses the checkpoints of a run on rank 0, such as `run.probing.Probing`. Raises nothing.
+
+    The run waits for its methods: `saved` reads a small file, `went_back` may take seconds to end what has begun.
+    """
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Names of checkpoints that it reads or will read; they are not removed. Asked in another thread."""
 
     def saved(self, checkpoint: Path, step: int) -> None:
         """Take notice of a whole checkpoint, just written or just loaded."""
@@ -108,7 +115,7 @@ class Checkpoints:
         self.student, self.teacher = student, teacher
         self.folder, self._rollbacks_file = run_dir / "checkpoints", run_dir / "rollbacks.jsonl"
         self.plans, self.guard, self.progress, self.settings = plans, guard, progress, settings
-        self._saver = Saver(student, teacher, self.folder, keep, asynchronous)
+        self._saver = Saver(student, teacher, self.folder, keep, asynchronous, self._needed)
         self._lock_state = lock_state
         self._follower = follower
         self._began, self._step = 0.0, 0
@@ -116,10 +123,16 @@ class Checkpoints:
         self.stall_s = 0.0
         """Seconds for which training has waited for checkpoints; the reader resets it."""
 
+    def _needed(self) -> frozenset[str]:
+        return frozenset() if self._follower is None else self._follower.needed
+
     # ---------------------------------------------------------------- saving
 
-    def begin(self, validation_loss: float | None = None) -> None:
+    def begin(self, selection: float | None = None) -> None:
         """Write a checkpoint of this step, in the background if `asynchronous`.
+
+        Args:
+            selection: value of `Objective.selection`; None without a validation at this step.
 
         Raises:
             SaveError: the second failure in a row; earlier checkpoints are intact. Or the run's folder is not the one
@@ -140,7 +153,7 @@ class Checkpoints:
             "guard": self.guard.state_dict(),
             "settings": self.settings,
         }
-        self._settle(self._saver.save(f"step{self.progress.step:08d}", state, validation_loss))
+        self._settle(self._saver.save(f"step{self.progress.step:08d}", state, selection))
         if lock_state == "gone":
             self._end_without_folder()
         self.stall_s += time.perf_counter() - started

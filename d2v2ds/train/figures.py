@@ -21,23 +21,25 @@ def _figure(rows: int, columns: int, size: tuple[float, float], *, constrained: 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def mask_figure(masked: Tensor, grid_side: int | None = None) -> Any:
+def mask_figure(masked: Tensor, columns: int | None = None) -> Any:
     """Draw the M masks of one sample.
 
     Args:
         masked: (M, T) bool, True = masked.
-        grid_side: tokens per side of a square grid, drawn as one square for each mask; None for a sequence.
+        columns: tokens in a row of a grid, drawn as one rectangle for each mask; None for a sequence.
     """
     count, picture = masked.shape[0], masked.cpu().numpy()
-    if grid_side is not None:
-        squares = picture.reshape(count, grid_side, grid_side)
-        picture = squares.transpose(1, 0, 2).reshape(grid_side, count * grid_side)
-    size = (10.0, 1 + (0.25 * count if grid_side is None else 10 / count))
+    height = 0.25 * count
+    if columns is not None:
+        grids = picture.reshape(count, -1, columns)
+        height = 10 / count * grids.shape[1] / columns
+        picture = grids.transpose(1, 0, 2).reshape(-1, count * columns)
+    size = (10.0, 1 + height)
     figure, axes = _figure(1, 1, size)
-    axes[0, 0].imshow(picture, aspect="auto" if grid_side is None else "equal", cmap="Greys", interpolation="nearest")
-    if grid_side is not None:
+    axes[0, 0].imshow(picture, aspect="auto" if columns is None else "equal", cmap="Greys", interpolation="nearest")
+    if columns is not None:
         for edge in range(1, count):
-            axes[0, 0].axvline(edge * grid_side - 0.5, color="tab:red", linewidth=1)
+            axes[0, 0].axvline(edge * columns - 0.5, color="tab:red", linewidth=1)
     figure.subplots_adjust(left=0.06, right=0.99, bottom=0.55 / size[1], top=1 - 0.35 / size[1])
     axes[0, 0].set(xlabel="token", ylabel="mask", title=f"masked (black): {float(masked.float().mean()):.1%}")
     return figure

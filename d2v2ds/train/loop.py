@@ -54,7 +54,7 @@ class LoopConfig:
     """Earlier starts of this run."""
     readers: Mapping[str, Reader]
     """Data of each modality by name, in the order of the micro-batches."""
-    grid_sides: Mapping[str, int | None]
+    grid_columns: Mapping[str, int | None]
     """Tokens per side of each modality whose tokens form a square grid, for figures of masks."""
     measure_peak: Callable[[], float]
     """Measures the matrix-product peak of this rank's device; called once, with the first record, on all ranks."""
@@ -78,7 +78,7 @@ class Trainer:
         checkpoints: Checkpoints,
         stop: "StopFlag",
         watchdog: "StepClock",
-        validation: Validation | None,
+        validations: Sequence[Validation],
         metrics: Metrics | None,
     ) -> None:
         """
@@ -91,14 +91,14 @@ class Trainer:
             checkpoints: with the progress at the start, which the loop advances in place.
             stop: records signals that reach this rank.
             watchdog: receives a call after every step.
-            validation: on held-out data, None if the run has none.
+            validations: on held-out data, one for each set, in the order in which they run.
             metrics: writer on rank 0, None elsewhere.
         """
         self.engine, self.objective = engine, objective
         self.recipe, self.config, self.guard = recipe, config, guard
         self.checkpoints, self.progress = checkpoints, checkpoints.progress
         self.stop, self.watchdog, self.metrics = stop, watchdog, metrics
-        self.validation = validation
+        self.validations = validations
         self.samples = self._no_samples()
         self._peak_flops: float | None = None
         self._known_faults: set[str] = set()
@@ -143,9 +143,7 @@ class Trainer:
                 continue
             is_last = progress.step == config.total_steps
             is_saving = progress.step % config.save_every_steps == 0 or is_last or is_stopping
-            is_validating = self.validation is not None and (
-                progress.step % config.validate_every_steps == 0 or is_last
-            )
+            is_validating = bool(self.validations) and (progress.step % config.validate_every_steps == 0 or is_last)
             if self._is_health_step() or progress.step % config.log_every_steps == 0 or is_saving or is_validating:
                 values = self._record(out, step_data, sums, is_validating)
                 elapsed = (time.perf_counter() - began) / (progress.step - first)
@@ -254,11 +252,13 @@ class Trainer:
             values |= self._health()
             self._figures(out)
         if is_validating:
-            values |= self._validate()
+            for validation in self.validations:
+                values |= self._validate(validation)
         if self.metrics is not None:
             self.metrics.write(progress.step, values)
         self.guard.check_health(progress.step, values)
-        self.guard.diagnose(progress.step, values)
+        if sums.applied:  # a record of skipped steps has no losses
+            self.guard.diagnose(progress.step, values)
         return values
 
     def _reduce_modalities(self, data: StepData, sums: RecordSums, seconds: float) -> dict[str, float]:
@@ -282,20 +282,20 @@ class Trainer:
             values["loss/total"] = total
         return values
 
-    def _validate(self) -> dict[str, float]:
-        """Compute metrics on held-out data, and the weighted sum of their losses."""
-        assert self.validation is not None
-        found = self.validation()
+    def _validate(self, validation: Validation) -> dict[str, float]:
+        """Compute metrics on one set of held-out data, and the weighted sum of their losses."""
+        found = validation()
         self.watchdog.touch(self.progress.step)
         values = {self._name(name, metric): v for name, part in found.items() for metric, v in part.items()}
-        values["valid/loss/total"] = self.validation.total(found)
-        shown = [(name, f"valid/{metric}") for name in found for metric in self.objective.headline]
+        total = values[f"{validation.prefix}/loss/total"] = validation.total(found)
+        shown = [(name, f"{validation.prefix}/{metric}") for name in found for metric in self.objective.headline]
         scores = "".join(
-            f"  {metric.partition('/')[2]} {values[metric]:.2f}"
+            f"  {metric.partition(validation.prefix + '/')[2]} {values[metric]:.2f}"
             for metric in (self._name(name, metric) for name, metric in shown)
             if metric in values
         )
-        logger.info("step %d  validation loss %.4f%s", self.progress.step, values["valid/loss/total"], scores)
+        name = f"of {validation.name} " if validation.name else ""
+        logger.info("step %d  validation %sloss %.4f%s", self.progress.step, name, total, scores)
         return values
 
     def _reduce_run(self, out: StepOutput, sums: RecordSums, seconds: float) -> dict[str, float]:
@@ -371,7 +371,7 @@ class Trainer:
         try:
             for modality, part in out.parts.items():
                 if part.batch.masks is not None:
-                    figure = mask_figure(part.batch.masks.masked[0], self.config.grid_sides[modality])
+                    figure = mask_figure(part.batch.masks.masked[0], self.config.grid_columns[modality])
                     self.metrics.figure(self._name(modality, "masks"), figure, self.progress.step)
             for name, scale in scales.items():
                 if scale is not None:

@@ -92,10 +92,11 @@ class MetricNames:
         self.modality = MODALITY_UNITS | dict(modality_units)
 
     def is_known(self, name: str) -> bool:
-        """Return True if a scalar has a unit; `valid/NAME` and `MODALITY/NAME` have that of NAME."""
-        if name in self.run:
+        """Return True if a scalar has a unit; `valid/NAME`, `valid/SET/NAME` and `MODALITY/NAME` have that of NAME."""
+        _, valid, rest = name.rpartition("valid/")
+        candidates = [rest, rest.partition("/")[2]]  # without a set's name, or without a modality's
+        if name in self.run or (valid and f"valid/{candidates[1]}" in self.run):
             return True
-        candidates = [name.removeprefix("valid/"), name.partition("/")[2].removeprefix("valid/")]
         return any(self._is_of_modality(candidate) for candidate in candidates)
 
     def _is_of_modality(self, name: str) -> bool:

@@ -58,5 +58,9 @@ class Sums:
         sums, values = dict(zip(names, rest, strict=False)), torch.tensor(rest[len(names) :], dtype=torch.float64)
         pieces = values.split([shape.numel() for shape in shapes.values()])
         statistics = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-        kept = {name: torch.cat(comm.gather_objects(torch.cat(self.kept[name]))) for name in sorted(self.kept)}
+        kept = {name: _joined(comm.gather_objects(torch.cat(self.kept[name]))) for name in sorted(self.kept)}
         return Totals({name: sums[name] for name in self.losses}, count, statistics, kept)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -31,7 +31,10 @@ SEED = 0
 
 
 MOST_KEPT = 1 << 26
-"""Most numbers that validation keeps of the rows of one modality, on every rank: 256 MiB."""
+"""Most numbers that validation keeps of the rows of one modality, on every rank.
+
+Each takes 4 bytes and a mark of 1 byte. While ranks exchange them it takes up to 24 bytes in every process: 1.5 GiB.
+"""
 
 
 class Validation:
@@ -45,6 +48,7 @@ class Validation:
         *,
         loss_weights: Mapping[str, float],
         micro_batches: int,
+        name: str = "",
     ) -> None:
         """
         Args:
@@ -53,20 +57,23 @@ class Validation:
             readers: of the held-out folders, by modality.
             loss_weights: of the modalities in `valid/loss/total`.
             micro_batches: number of each modality over all ranks; fewer if a folder has fewer.
+            name: of the set; empty for the first one.
 
         Raises:
             ConfigError: the objective keeps more than `MOST_KEPT` numbers of the rows.
             ShardError: a folder has no row that is large enough.
         """
+        self.name, self.prefix = name, f"valid/{name}" if name else "valid"
         self._engine, self._objective, self._weights = engine, objective, loss_weights
         self._collators = {name: Collator(reader=reader, seed=SEED) for name, reader in readers.items()}
         self._micro = {name: _first_micro_batches(reader, micro_batches) for name, reader in readers.items()}
-        for name, batch in self._micro.items():
-            _check_kept(name, sum(len(micro.rows) for micro in batch.micro), objective.kept_numbers)
+        for modality, batch in self._micro.items():
+            rows = sum(len(micro.rows) for micro in batch.micro)
+            _check_kept(f"more.{self.name}.{modality}" if self.name else modality, rows, objective.kept_numbers)
 
     @torch.no_grad()
     def __call__(self) -> dict[str, dict[str, float]]:
-        """Compute metrics by modality, named `valid/...`; the same on every rank.
+        """Compute metrics by modality, named `valid/...` or `valid/NAME/...`; the same on every rank.
 
         Raises:
             ShardError: a row cannot be read.
@@ -93,7 +100,7 @@ class Validation:
                 for kind in self._objective.held_out_vectors(batch, losses):
                     samples.setdefault(kind.name, Sample()).add(kind.vectors, kind.positions, kind.length)
             index += comm.world()
-        return {f"valid/{metric}": value for metric, value in self._metrics(name, sums, samples).items()}
+        return {f"{self.prefix}/{metric}": value for metric, value in self._metrics(name, sums, samples).items()}
 
     def _losses(self, batch: Batch, index: int) -> Losses:
         torch.manual_seed(step_seed(SEED, 0, batch.modality, index))

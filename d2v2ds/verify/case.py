@@ -14,6 +14,7 @@ from d2v2ds.batch import Batch, MaskSet
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.modalities.spectrogram.network import SpectrogramNetwork
 
 Tensors = dict[str, Tensor]
 
@@ -91,6 +92,8 @@ class Case:
     def batch(self, mask: Tensor | None = None) -> Batch:
         """Build the recorded input; with another mask (R, T) the visible tokens come in ascending order."""
         source, padding = self.tensors["in/source"], self.tensors.get("in/padding_mask")
+        if isinstance(self.network.trunk.modalities[self.modality], SpectrogramNetwork):
+            source = source[:, 0].transpose(1, 2)  # (B, 1, S, F) -> (B, F, S)
         samples = source.shape[0]
         if mask is None:
             masked, keep = self.tensors["mask/mask"].bool(), self.tensors["mask/ids_keep"].long()
@@ -159,24 +162,19 @@ def is_task(folder: Path, name: str) -> bool:
     return isinstance(values, dict) and "task" in values
 
 
-def is_first(folder: Path, name: str) -> bool:
-    """Return True if a case is one of data2vec 1.0."""
+def model_name(folder: Path, name: str) -> str:
+    """Return the `_name` of a case's model; empty if it has none or cannot be read."""
     try:
         values = json.loads((folder / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return False
-    model = values.get("model") if isinstance(values, dict) else None
-    kind = model.get("_name", "") if isinstance(model, dict) else ""
-    return kind in FIRST_MODELS
-
-
-FIRST_MODELS = ("data2vec_audio", "data2vec_text", "data2vec_vision", "data2vec_vision_beit_layout")
-"""`model._name` of cases of data2vec 1.0."""
+        return str(values["model"]["_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _modality_of(folder: Path, name: str) -> str | None:
     try:
         values = json.loads((folder / f"{name}.json").read_text())
-        return str(values["modality"]).lower() if "modality" in values else TASKS.get(values["task"])
-    except (OSError, ValueError, KeyError, TypeError):
+        is_plain = "modality" in values
+        return str(values["modality"]).lower().split()[0] if is_plain else TASKS.get(values["task"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None

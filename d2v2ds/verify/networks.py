@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from d2v2ds.errors import D2V2Error
 from d2v2ds.interop.fairseq.keymap import to_ours
+from d2v2ds.interop.fairseq.official_config import OFFICIAL_NAMES
 from d2v2ds.objectives.data2vec1 import WholeOutput
 from d2v2ds.objectives.data2vec2 import Data2Vec2Config, Data2Vec2Network, StudentOutput
 from d2v2ds.objectives.ema import EmaConfig
@@ -29,12 +30,12 @@ def build(case: Case) -> tuple[Data2Vec2Network, TeacherNetwork]:
     objective = Data2Vec2Config(ema=_ANY_EMA, modalities={case.modality: case.network.objective()})
     built = objective.build(case.network.trunk, seed=0)
     student, teacher = built.build_network(activation_checkpointing=False), built.build_teacher_network().eval()
-    _load_official(student, case.tensors, "student/")
-    _load_official(teacher, case.tensors, "teacher/")
+    _load_official(student, case.tensors, "student/", case.modality)
+    _load_official(teacher, case.tensors, "teacher/", case.modality)
     return student, teacher
 
 
-def _load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
+def _load_official(module: nn.Module, tensors: Tensors, prefix: str, modality: str) -> None:
     """Copy the tensors under `prefix` into `module`."""
     state = module.state_dict()
     loaded = {}
@@ -42,7 +43,7 @@ def _load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
         if not key.startswith(prefix):
             continue
         value = tensors[key]
-        name = our_name(key.removeprefix(prefix))
+        name = our_name(key.removeprefix(prefix), modality)
         if name is None or name not in state:
             raise D2V2Error(f"{key}: the model has no such parameter")
         if value.numel() != state[name].numel():
@@ -54,9 +55,9 @@ def _load_official(module: nn.Module, tensors: Tensors, prefix: str) -> None:
     module.load_state_dict(loaded)
 
 
-def our_name(official: str) -> str | None:
+def our_name(official: str, modality: str) -> str | None:
     """Translate the name of an official parameter to that of an objective's network; None if there is none."""
-    name = to_ours(official)
+    name = to_ours(official, modality)
     return name if name is None or name.startswith("decoders.") else f"trunk.{name}"
 
 
@@ -77,7 +78,7 @@ def total_loss(out: StudentOutput | WholeOutput) -> Tensor:
 
 def official_loss(name: str, modality: str) -> str:
     """Translate the name of a loss."""
-    return name if name == "cls" else f"{modality.upper()}_{name}"
+    return name if name == "cls" else f"{OFFICIAL_NAMES.get(modality, modality).upper()}_{name}"
 
 
 @torch.no_grad()
@@ -92,7 +93,14 @@ def ema_step(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
 
 def compare_state(
-    report: Report, label: str, module: nn.Module, tensors: Tensors, prefix: str, *, with_key_bias: bool = True
+    report: Report,
+    label: str,
+    module: nn.Module,
+    tensors: Tensors,
+    prefix: str,
+    modality: str,
+    *,
+    with_key_bias: bool = True,
 ) -> None:
     """Compare all parameters of a module with the tensors under `prefix`.
 
@@ -102,12 +110,13 @@ def compare_state(
         module: student or teacher.
         tensors: of the case.
         prefix: of their names.
+        modality: of the case.
         with_key_bias: False leaves out the attention's bias of the keys. It shifts all logits of a query alike, so its
             true gradient is 0 and Adam moves it by rounding noise.
     """
     state = dict(module.named_parameters())
     expected = {key: value for key, value in tensors.items() if key.startswith(prefix) and key != f"{prefix}decay"}
-    names = {our_name(key.removeprefix(prefix)): value for key, value in expected.items()}
+    names = {our_name(key.removeprefix(prefix), modality): value for key, value in expected.items()}
     if set(names) != set(state):
         raise D2V2Error(f"{prefix}: the file and the model differ in {sorted(set(names) ^ set(state), key=str)}")
     for name, value in state.items():

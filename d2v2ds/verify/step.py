@@ -54,7 +54,7 @@ def check_step(case: Case, report: Report) -> None:
     (total_loss(out) / batch.num_masked).backward()
     _compare_gradients(report, student, case)
     ema_step(teacher, student, float(case.grads["ema_after/decay"]))
-    compare_state(report, "EMA step", teacher, case.grads, "ema_after/")
+    compare_state(report, "EMA step", teacher, case.grads, "ema_after/", case.modality)
 
 
 def _watched(network: Any, modality: str) -> dict[str, nn.Module]:
@@ -145,7 +145,11 @@ def spread(vectors: Tensor, batch: Batch) -> float:
 
 
 def _compare_gradients(report: Report, student: Data2Vec2Network, case: Case) -> None:
-    expected = {our_name(key.removeprefix("grad/")): value for key, value in case.grads.items() if key[:5] == "grad/"}
+    expected = {
+        our_name(key.removeprefix("grad/"), case.modality): value
+        for key, value in case.grads.items()
+        if key[:5] == "grad/"
+    }
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     if set(expected) != set(trained):
         raise D2V2Error(f"gradients: the file and the model differ in {sorted(set(expected) ^ set(trained), key=str)}")

@@ -65,8 +65,8 @@ def check_trajectory(case: Case, folder: Path, report: Report) -> None:
         report.compare("traj learning rate", optimizer.param_groups[0]["lr"], expected["lr"])
         report.compare("traj gradient norm", norm, expected["grad_norm_before_clip"])
         _compare_losses(report, case, batch, out, expected)
-    compare_state(report, "traj final student", student, tensors, "final_student/", with_key_bias=False)
-    compare_state(report, "traj final teacher", teacher, tensors, "final_teacher/", with_key_bias=False)
+    compare_state(report, "traj final student", student, tensors, "final_student/", case.modality, with_key_bias=False)
+    compare_state(report, "traj final teacher", teacher, tensors, "final_teacher/", case.modality, with_key_bias=False)
 
 
 def _optimizer(student: nn.Module, hyper: Mapping[str, Any]) -> EarlyEpsilonAdam:

@@ -22,7 +22,7 @@ from d2v2ds.tasks.ctc import CtcConfig
 
 BEYOND = {"ge": -1, "gt": 0, "le": 1, "lt": 0}
 """Added to a limit, it gives a value that breaks it."""
-WITHOUT_BOUNDS = (".mask.adjust", ".loss.scale", ".weights.0")
+WITHOUT_BOUNDS = (".mask.adjust", ".loss.scale", ".weights.0", ".features.mean")
 """Ends of the names of numbers that may have either sign, or that are checked beside the folders they belong to."""
 
 
@@ -82,9 +82,23 @@ TASK_CASES = [(task, *case) for task, kind in TASKS.items() for case in cases(di
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[str, Any]:
-    """A configuration of all modalities as plain values."""
-    return yaml.safe_load(to_yaml(load_config("multimodal_tiny")))
+def every(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a configuration of all modalities."""
+    values, other = (
+        yaml.safe_load((CONFIG_FOLDER / f"{name}_tiny.yaml").read_text()) for name in ("multimodal", "spectrogram")
+    )
+    values["data"]["spectrogram"] = other["data"]["spectrogram"]
+    for section in ("model", "objective"):
+        values[section]["modalities"]["spectrogram"] = other[section]["modalities"]["spectrogram"]
+    file = tmp_path_factory.mktemp("every") / "every.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def plain(every: str) -> dict[str, Any]:
+    """The same as plain values."""
+    return yaml.safe_load(to_yaml(load_config(every)))
 
 
 def override(name: str, value: float, plain: dict[str, Any]) -> str:
@@ -103,8 +117,10 @@ def override(name: str, value: float, plain: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_a_value_beyond_its_bounds_is_reported_under_its_name(name: str, value: float, plain: dict[str, Any]) -> None:
-    config, problems = read_config("multimodal_tiny", [override(name, value, plain)])
+def test_a_value_beyond_its_bounds_is_reported_under_its_name(
+    name: str, value: float, every: str, plain: dict[str, Any]
+) -> None:
+    config, problems = read_config(every, [override(name, value, plain)])
     assert config is not None, "the rest can be checked too"
     (problem,) = problems
     assert problem.startswith(f"{name}: Input should be ")
@@ -135,9 +151,9 @@ def test_a_task_keeps_its_bounds(task: str, name: str, value: float, full: dict[
     assert any(problem.startswith(f"{name}: Input should be ") and f"found {value}" in problem for problem in problems)
 
 
-def test_all_of_them_are_reported_at_once(plain: dict[str, Any]) -> None:
+def test_all_of_them_are_reported_at_once(every: str, plain: dict[str, Any]) -> None:
     broken = {name.split(".0")[0]: (name, value) for name, value in CASES if not re.search(r"\.[1-9]", name)}
-    _, problems = read_config("multimodal_tiny", [override(name, value, plain) for name, value in broken.values()])
+    _, problems = read_config(every, [override(name, value, plain) for name, value in broken.values()])
     assert sorted(problem.split(":")[0] for problem in problems) == sorted(name for name, _ in broken.values())
 
 

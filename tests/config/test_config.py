@@ -46,6 +46,52 @@ def test_all_problems_are_reported_together() -> None:
         assert part in text
 
 
+def test_a_second_validation_set_is_a_folder_of_each_modality() -> None:
+    given = ["data.shards=a", "valid.text=b", "objective.select=[accuracy,mismatched/accuracy]"]
+    config = load_config("finetune/glue_mnli", [*given, "valid.more.mismatched.text=2024"])
+    assert config.valid.sets == {"": {"text": Path("b")}, "mismatched": {"text": Path("2024")}}
+    assert load_config("finetune/glue_mnli", given[:2]).valid.sets == {"": {"text": Path("b")}}, "null is left out"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["valid.more.other.text=c"], "valid.more.other.text is given and valid.text is not"),
+        (["valid.text=b", "valid.more.other.audio=c"], "valid.more.other.audio is given and valid.audio is not"),
+        (["valid.text=b", "valid.more.Other/2.text=c"], "valid.more.Other/2: expected a name of small letters"),
+        (
+            ["valid.text=b", "objective.select=[other/accuracy]"],
+            "objective.select names the validation set other, found none; give valid.more.other.MODALITY=FOLDER",
+        ),
+    ],
+)
+def test_validation_sets_that_cannot_be_are_named(given: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config("finetune/glue_mnli", ["data.shards=a", *given])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("finetune/glue_rte", ["valid.text=b", "valid.decoder=d.json"], "valid.decoder: expected a run of ctc"),
+        (
+            "finetune/ctc_tiny",
+            ["valid.decoder=d.json"],
+            "valid.decoder: expected a run of ctc with a validation folder",
+        ),
+        ("finetune/ctc_tiny", ["valid.audio=b", "objective.select=[lm_wer]"], "lm_wer, and valid.decoder is not given"),
+        (
+            "finetune/ctc_tiny",
+            ["valid.audio=b", "valid.decoder=d.json", "valid.decoder_seconds=2000"],
+            "valid.decoder_seconds is 2000, expected at most 900",
+        ),
+    ],
+)
+def test_validation_that_cannot_have_a_decoder_is_named(name: str, given: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(name, ["data.shards=a", *given])
+
+
 def test_contradictions_name_both_values() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(

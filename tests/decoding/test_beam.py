@@ -75,6 +75,38 @@ def test_search_with_a_wide_beam_finds_the_best_of_all_paths(
     assert len(found) == len(expected), "an unlimited beam drops nothing"
 
 
+UNIT_WORDS = {"A": ("A",), "AB": ("AB",), "B": ("B",), "BA": ("B", "A")}
+"""Units in which words are spelled; AB is one unit, so that A and B behind each other are no word."""
+UNITS = Vocabulary(("|", "AB", "A", "B"), lambda word: UNIT_WORDS.get(word, ("?",)))
+
+
+@pytest.mark.parametrize("lexicon", [None, {word: (*word, "|") for word in WORDS}])
+def test_words_are_found_by_their_units_whatever_the_lexicon_spells(
+    model: Path, lexicon: dict[str, tuple[str, ...]] | None
+) -> None:
+    config = BeamConfig(lm_weight=1.3, word_score=0.7, beam=20_000, threshold=1e6)
+    log_probs = torch.randn(5, 8, generator=torch.Generator().manual_seed(3)).mul(2).log_softmax(-1)
+    words_by_outputs = {tuple(UNITS.encode(word)): word for word in WORDS}
+    expected: dict[tuple[str, ...], float] = {}
+    for path in itertools.product((0, 4, 5, 6, 7), repeat=len(log_probs)):
+        words, word = list[str | None](), tuple[int, ...]()
+        for one in collapse(path):
+            word = (*word, one)
+            if one == 4:
+                words += [words_by_outputs.get(word)] if len(word) > 1 else []
+                word = ()
+        if None not in words and not word:
+            score = sum(float(log_probs[i, one]) for i, one in enumerate(path))
+            key = tuple(one or "" for one in words)
+            expected[key] = max(score, expected.get(key, -np.inf))
+    expected = {words: score + 1.3 * TOY.log10(words) + 0.7 * len(words) for words, score in expected.items()}
+    found: dict[tuple[str, ...], float] = {}
+    for hypothesis in BeamDecoder(UNITS, model, lexicon, config)(log_probs):
+        found.setdefault(hypothesis.words, hypothesis.score)
+    assert found == {words: pytest.approx(score, abs=1e-4) for words, score in expected.items()}
+    assert next(iter(found)) == max(expected, key=lambda words: expected[words])
+
+
 def test_sentences_have_the_probabilities_of_the_definition(model: Path) -> None:
     decoder = BeamDecoder(LETTERS, model)
     for words in itertools.chain.from_iterable(itertools.product((*WORDS, "C"), repeat=n) for n in range(4)):

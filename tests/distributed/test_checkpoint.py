@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,16 @@ def everything(engine: Any, teacher: Teacher) -> list[torch.Tensor]:
 
 
 def save(
-    engine: Any, teacher: Teacher, folder: Path, tag: str, state: dict[str, Any] | None = None, keep: Keep = KEEP_ALL
+    engine: Any,
+    teacher: Teacher,
+    folder: Path,
+    tag: str,
+    state: dict[str, Any] | None = None,
+    keep: Keep = KEEP_ALL,
+    needed: Collection[str] = (),
 ) -> None:
     """Write one checkpoint and wait for it."""
-    outcome = Saver(engine, teacher, folder, keep, asynchronous=False).save(tag, state or {})
+    outcome = Saver(engine, teacher, folder, keep, False, lambda: needed).save(tag, state or {})
     assert outcome is not None
     if outcome.fault:
         raise CheckpointError(outcome.fault)
@@ -126,6 +133,7 @@ def refusals(folder: Path) -> dict[str, str]:
     train(engine, teacher, 0, 1)
     for step in (1, 2, 3):
         save(engine, teacher, folder / "pruned", f"step{step}", keep=Keep(last=2))
+        save(engine, teacher, folder / "needed", f"step{step}", keep=Keep(last=1), needed=["step1"])
         train(engine, teacher, step, step + 1)
     with pytest.raises(CheckpointError) as declined:
         checkpoint.load(engine, teacher, folder / "pruned", accept=lambda state: False)
@@ -424,6 +432,7 @@ def test_newest_checkpoint_of_another_format_is_refused_and_no_older_one_taken(s
 
 def test_only_the_newest_are_kept(saved: dict, folder: Path) -> None:
     assert finished_tags(folder / "pruned") == ["step3", "step2"]
+    assert finished_tags(folder / "needed") == ["step3", "step1"]
     assert read_manifest(folder / "pruned" / "step3").counters["global_steps"] == 3
 
 

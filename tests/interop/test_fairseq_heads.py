@@ -15,9 +15,12 @@ from d2v2ds.batch import Batch
 from d2v2ds.errors import ConfigError
 from d2v2ds.interop.export_folder import ModelFolder
 from d2v2ds.interop.fairseq.__main__ import main
+from d2v2ds.interop.fairseq.heads import official_task
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate
+from d2v2ds.run.outputs import write_outputs
 from d2v2ds.run.task_model import load_task
 from d2v2ds.tasks.classify import ClassifyConfig
 from d2v2ds.tasks.ctc import CtcConfig
@@ -71,9 +74,9 @@ def test_a_file_gives_a_model_of_its_task_and_comes_back_unchanged(name: str, tm
     content = content_of(name)
     halves = {key: value.half() for key, value in content["model"].items()}
     folder, back = tmp_path / "folder", tmp_path / "back.pt"
-    given = str(names_of(name, tmp_path / "names.txt"))
+    given = str(names_of(name, tmp_path / "dict.txt"))
     assert imported(content | {"model": halves}, folder, "--outputs", given) == 0
-    assert load_task(folder).task.config.names == read_outputs(tmp_path / "names.txt")
+    assert load_task(folder).task.config.names == read_outputs(tmp_path / "dict.txt")
     assert main(["export", str(folder), "--out", str(back)]) == 0
     found = read_pickled(back)
     assert_same_tensors(found["model"], halves)
@@ -94,7 +97,7 @@ if "D2V2_REFERENCE" in os.environ:  # the larger golden vectors do not travel wi
 
 @pytest.mark.parametrize(("folder", "name"), RECORDED, ids=[name for _, name in RECORDED])
 def test_an_imported_model_computes_the_recorded_logits(folder: Path, name: str, tmp_path: Path) -> None:
-    given = str(names_of(name, tmp_path / "names.txt", folder))
+    given = str(names_of(name, tmp_path / "dict.txt", folder))
     assert imported(content_of(name, folder), tmp_path / "folder", "--outputs", given) == 0
     model, tensors = load_task(tmp_path / "folder"), load_file(folder / f"{name}.safetensors")
     network: Any = model.network
@@ -230,12 +233,31 @@ def test_an_encoder_comes_without_its_head_if_asked(tmp_path: Path, capsys: pyte
     assert imported(content, tmp_path / "other", "--encoder-only", "--outputs", str(MICRO / "README.md")) == 2
 
 
+def test_sentences_of_an_input_are_given_and_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An imported model of pairs says so; one that does not know is no model of single texts."""
+    given = ("--outputs", str(names_of(TEXTS, tmp_path / "names.txt")))
+    assert imported(content_of(TEXTS), tmp_path / "silent", *given) == 0
+    assert "WARNING: no --sentences: it is not known whether its inputs are pairs" in capsys.readouterr().out
+    assert "sentences" not in load_task(tmp_path / "silent").preprocessing
+    assert imported(content_of(TEXTS), tmp_path / "pairs", *given, "--sentences", "2") == 0
+    assert main(["export", str(tmp_path / "pairs"), "--out", str(tmp_path / "back.pt")]) == 0
+    assert main(["import", str(tmp_path / "back.pt"), "--out", str(tmp_path / "again")]) == 0
+    assert "no --sentences" not in capsys.readouterr().out
+    for name in ("pairs", "again"):
+        assert load_task(tmp_path / name).preprocessing["sentences"] == 2
+    assert imported(content_of(TEXTS), tmp_path / "encoder", "--encoder-only", "--sentences", "1") == 2
+    assert "is no fine-tuned text model; leave it out" in capsys.readouterr().err
+
+
 def test_a_model_without_official_form_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ClassifyConfig(modality="audio", num_outputs=3, head=SentenceHeadConfig())
     write(tmp_path / "own", config)
     assert main(["export", str(tmp_path / "own"), "--out", str(tmp_path / "x.pt")]) == 2
     assert "no official model has a head of kind sentence for audio" in capsys.readouterr().err
     assert not (tmp_path / "x.pt").exists()
+    other: Any = types.SimpleNamespace(name="length", modality="audio")
+    with pytest.raises(UnsupportedOptionError, match="no official model has a head of kind length"):
+        official_task(other)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +275,38 @@ def test_names_are_read_with_or_without_counts(content: str, names: tuple[str, .
     assert read_outputs(tmp_path / "dict.txt") == names
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "a\na\n", "digit 1\ndigit 2\n"])
+NUMBERED = ("7", "10", "LABEL_3", "speaker 1", "speaker 2", "level 3")
+
+
+def test_a_dictionary_with_counts_of_another_name_gives_no_letters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = names_of(LETTERS, tmp_path / "letters.txt")
+    assert imported(content_of(LETTERS), tmp_path / "folder", "--outputs", str(given)) == 2
+    assert "a dictionary with counts is to be named dict.txt" in capsys.readouterr().err
+
+
+def test_names_keep_their_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Through a list of names, an export for transformers, and the official layout."""
+    (tmp_path / "names.txt").write_text("speaker 2\ncat 1\n")
+    assert read_outputs(tmp_path / "names.txt") == ("speaker 2", "cat 1")
+    assert "were these counts, it would be named dict.txt" in caplog.text
+    (tmp_path / "names.txt").write_text("\n".join(NUMBERED))
+    assert read_outputs(tmp_path / "names.txt") == NUMBERED
+    write_outputs(tmp_path / "names.json", NUMBERED)
+    assert read_outputs(tmp_path / "names.json") == NUMBERED
+    config = ClassifyConfig(modality="image", classes=NUMBERED, head=PatchHeadConfig())
+    folder = write(tmp_path / "own", config)
+    assert main(["export", str(folder), "--out", str(tmp_path / "x.pt")]) == 0
+    for number, words in enumerate(([], ["--outputs", str(tmp_path / "names.txt")])):
+        again = tmp_path / f"again{number}"
+        assert main(["import", str(tmp_path / "x.pt"), "--out", str(again), *words]) == 0
+        assert load_task(again).task.config.names == NUMBERED
+        shown = json.loads((again / "config.json").read_text())
+        assert tuple(shown["id2label"].values()) == NUMBERED
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "a\na\n", "digit 1\ndigit 2\na 1\na 2\n"])
 def test_names_that_are_none_or_the_same_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "dict.txt").write_text(content)
     with pytest.raises(ConfigError, match="dict.txt: expected"):

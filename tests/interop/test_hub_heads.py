@@ -21,9 +21,10 @@ from d2v2ds.interop.hub.write import write_hub_files
 from d2v2ds.modalities.text.shards import TextShards
 from d2v2ds.model.local import normalise_pixels
 from d2v2ds.tasks.classify import ClassifyConfig
-from d2v2ds.tasks.ctc import CtcConfig
+from d2v2ds.tasks.ctc import CtcConfig, greedy
 from d2v2ds.tasks.heads import FrameHeadConfig, PatchHeadConfig, SentenceHeadConfig
 from d2v2ds.tasks.task import Task
+from d2v2ds.tasks.units import train_units, units_of
 from preprocessing.pack_text import main as pack_text
 from tests.data.fake_images import photo
 from tests.interop.folders import published_preprocessing, tiny_config
@@ -156,6 +157,36 @@ def test_pipelines_take_what_people_have(exports: dict[str, Any]) -> None:
     assert {one["label"] for one in image(Image.open(picture))} == {"cat", "dog"}
     text = transformers.pipeline("text-classification", model=str(exports["text"][0]), **options)
     assert text("a small text")[0]["label"] in ("bad", "good")
+
+
+def test_a_recogniser_of_units_gives_our_text_and_divides_words_as_in_training(tmp_path: Path) -> None:
+    model = train_units({"abba": 5, "abc": 4, "cab": 3, "a": 2}, 6)
+    config = CtcConfig(modality="audio", vocabulary=units_of(model, "x"), units=6)
+    task = config.build(tiny_config("audio"), seed=0)
+    network = task.build_network(activation_checkpointing=False)
+    task.initialise(network, 7)
+    with torch.no_grad():
+        network.head.proj.weight.mul_(20)
+        network.head.proj.bias[1:4] = -1e3  # special outputs, which no transcript has
+    folder = write(tmp_path / "model", task, network.eval())
+    (folder / "units.model").write_bytes(model)
+    task.set_units(model, "x")
+    sound = np.random.default_rng(0).normal(size=16000).astype(np.float32)
+    source = torch.from_numpy((sound - sound.mean()) / np.sqrt(sound.var() + 1e-5))
+    with torch.no_grad():
+        out = network(Batch(modality="audio", source=source[None], ids=torch.tensor([0])))
+    said = task.vocabulary.words(greedy(out["logits"], out["frames"])[0])
+    assert any(len(word) > 1 for word in said)
+    ctc = transformers.pipeline("automatic-speech-recognition", model=str(folder), trust_remote_code=True)
+    found = ctc({"raw": sound, "sampling_rate": 16000})["text"]
+    assert found.split() == said
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    numbers = tokenizer("cab  abba ax").input_ids
+    assert numbers == task.vocabulary.encode("cab  abba ax")
+    assert tokenizer.decode(numbers[:-2], group_tokens=False) == "cab abba a"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert again("cab abba").input_ids == task.vocabulary.encode("cab abba")
 
 
 def test_a_pair_has_the_scores_of_its_packed_row(exports: dict[str, Any], tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """ONNX graphs give PyTorch's features for any batch and length; a graph that does not is not let through."""
 
+import contextlib
 import json
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,6 +220,59 @@ def test_command_leaves_nothing_that_failed_the_check(
     monkeypatch.setattr(onnx_graphs, "_largest_difference", lambda found, expected: 2e-4)
     assert main([str(folder), "--to", str(to), "--modality", "image", "--layers", "3"]) == 2
     assert "do not use this graph" in caplog.text and not list(to.iterdir())
+
+
+def test_one_process_writes_a_graph_and_what_a_killed_one_left_goes(
+    model: Trunk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, to = write_folder(model, tmp_path / "folder"), tmp_path / "graphs"
+    (to / ".text.onnx.unchecked").mkdir(parents=True)
+    for name in ("text.onnx", "text.onnx.data"):
+        (to / ".text.onnx.unchecked" / name).write_text("half")
+    given = [str(folder), "--to", str(to), "--modality", "text", "--layers", "3"]
+    with held_elsewhere(to / "text.onnx"):
+        assert main(given) == 2
+    assert "text.onnx: another process is at work on it" in caplog.text and not (to / "text.onnx").exists()
+    assert main(given) == 0
+    assert [file.name for file in to.iterdir()] == ["text.onnx"]
+
+
+@contextlib.contextmanager
+def held_elsewhere(path: Path) -> Iterator[None]:
+    """Another process that is at work on an output."""
+    code = (
+        "import sys; from pathlib import Path; from d2v2ds.io.output import sole_writer; from d2v2ds.errors import *\n"
+        "with sole_writer(Path(sys.argv[1]), D2V2Error): print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        yield
+        process.communicate(b"")
+
+
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("after", [1, 2])
+def test_no_graph_reads_the_weights_of_another(
+    before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any of the renames, a folder has the old graph with its weights, or no graph."""
+    names, place = ("text.onnx", "text.onnx.data"), tmp_path / "text.onnx"
+    (tmp_path / "unchecked").mkdir()
+    for count, folder, content in ((before, tmp_path, "old"), (after, tmp_path / "unchecked", "new")):
+        for name in names[:count]:
+            (folder / name).write_text(content)
+    replace_file = Path.replace
+
+    def replace_once(path: Path, to: Path) -> Path:
+        found = {part.read_text() for part in onnx_graphs.parts_of(place)} if place.exists() else set()
+        assert len(found) < 2
+        return replace_file(path, to)
+
+    monkeypatch.setattr(Path, "replace", replace_once)
+    onnx_graphs._publish(tmp_path / "unchecked" / "text.onnx", place)
+    assert {part.read_text() for part in onnx_graphs.parts_of(place)} == {"new"}
+    assert len(onnx_graphs.parts_of(place)) == after
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ ENTRY_POINTS = "[d2v2ds.modalities]\nsensors = sensors:SENSORS\n"
 
 def test_the_shipped_modalities_are_known_in_their_order() -> None:
     assert list(known_modalities().values()) == list(SHIPPED)
-    assert list(known_modalities()) == ["audio", "image", "text"]
+    assert list(known_modalities()) == ["audio", "image", "text", "spectrogram"]
 
 
 def test_a_modality_of_an_installed_package_takes_part_in_a_configuration(tmp_path: Path) -> None:
@@ -47,7 +47,9 @@ config = load_config("run.yaml", ["data.sensors.shards=x", *{moves!r}])
 print(*known_modalities(), "|", *config.data.modalities, type(config.model.modalities["sensors"]).__name__)
 """
     done = run_beside(tmp_path / "site", "-c", f"import os; os.chdir({str(tmp_path)!r})\n{program}")
-    assert (done.stdout, done.returncode) == ("audio image text sensors | sensors AudioNetwork\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("audio image text spectrogram sensors | sensors AudioNetwork\n", 0), (
+        done.stderr
+    )
 
 
 def test_a_modality_whose_name_is_taken_is_refused(tmp_path: Path) -> None:
@@ -59,7 +61,8 @@ def test_a_modality_whose_name_is_taken_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_modality_is_named_with_the_place_that_names_it() -> None:
-    message = "data.smell: modality 'smell' is not known here, expected one of audio, image, text; install the package"
+    known = "audio, image, text, spectrogram"
+    message = f"data.smell: modality 'smell' is not known here, expected one of {known}; install the package"
     with pytest.raises(ConfigError, match=message):
         open_reader("smell", None, None, MaskConfig(masked_fraction=0.5, num_masks=1))
     with pytest.raises(ConfigError, match="run/config.yaml: modality 'smell'"):

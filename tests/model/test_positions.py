@@ -1,12 +1,14 @@
 """Token convolutions: the products that replace a strided convolution's backward give its gradients."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2v2ds.model import positions
-from d2v2ds.model.positions import ConvPositions, TokenConv
+from d2v2ds.model.positions import ConvPositions, GridPositions, TokenConv, sin_cos_grid
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -81,3 +83,26 @@ def test_its_gradient_can_be_differentiated(trains_input: bool) -> None:
 def test_stacks_of_a_million_convolutions_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 1000 position convolutions, found 1000000"):
         ConvPositions(4, depth=1_000_000, total_kernel=3, groups=1)
+
+
+def test_a_table_of_a_rectangle_has_columns_in_its_first_half_and_rows_in_its_second() -> None:
+    table = sin_cos_grid(8, 3, 2)
+    for token in range(6):
+        row, column = token // 2, token % 2
+        expected = [f(p * 10000 ** (-j / 2)) for p in (column, row) for f in (math.sin, math.cos) for j in range(2)]
+        torch.testing.assert_close(table[token], torch.tensor(expected))
+
+
+def test_the_table_of_a_longer_grid_begins_with_that_of_a_shorter_one() -> None:
+    x, positions = torch.randn(2, 4, 8), GridPositions(8, 3, 2, extends=True)
+    torch.testing.assert_close(positions(x), x + sin_cos_grid(8, 2, 2))
+    assert not positions.table.requires_grad and GridPositions(8, 3, 2, trains=True).table.requires_grad
+
+
+@pytest.mark.parametrize(("extends", "message"), [(False, "expected 6 tokens"), (True, "expected up to 6 tokens")])
+def test_inputs_of_another_grid_are_refused(extends: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}, a grid of 3 x 2 patches, found 8"):
+        GridPositions(8, 3, 2, extends=extends)(torch.zeros(1, 8, 8))
+    if not extends:
+        with pytest.raises(ValueError, match=message):
+            GridPositions(8, 3, 2)(torch.zeros(1, 4, 8))

@@ -47,7 +47,7 @@ def row_statistics(config: MaskConfig, num_tokens: int, *, seed: int, num_rows: 
             **{k: v for k, v in _sequence_statistics("raw", raw).items() if "joint_lag" not in k},
         }
     side = round(num_tokens**0.5)
-    raw_kept = blocks_2d(centres, side, config.block_length)
+    raw_kept = blocks_2d(centres, (side, side), config.block_length)
     kept = ~masked
     return {
         "raw_kept_count_hist": one_hot(raw_kept.sum(1), num_tokens + 1),

@@ -37,12 +37,12 @@ def blocks_row(config: MaskConfig, num_tokens: int, numbers: list[float]) -> lis
             for i in range(length):
                 chosen[clamp(centre + i - length // 2, num_tokens)] = True
         else:
-            side = round(num_tokens**0.5)
+            width = config.columns or round(num_tokens**0.5)
             for i in range(length):
                 for j in range(length):
-                    row = clamp(centre // side + i - length // 2, side)
-                    column = clamp(centre % side + j - length // 2, side)
-                    chosen[row * side + column] = True
+                    row = clamp(centre // width + i - length // 2, num_tokens // width)
+                    column = clamp(centre % width + j - length // 2, width)
+                    chosen[row * width + column] = True
     return chosen
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jiwer
@@ -155,6 +156,15 @@ def test_an_encoder_cannot_be_evaluated(recordings: Path, tmp_path: Path) -> Non
         evaluate(folder, EvaluationOptions(shards=(recordings,), to=tmp_path / "out"))
 
 
+def test_model_of_a_task_without_scores_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = SimpleNamespace(task=SimpleNamespace(config=SimpleNamespace(name="length")))
+    monkeypatch.setattr("d2v2ds.run.evaluation.load_task", lambda source, tag: other)
+    with pytest.raises(ConfigError, match="model: expected a recogniser or a classifier, found length"):
+        evaluate(tmp_path / "model", EvaluationOptions(shards=(tmp_path / "no shards",)))
+
+
 def test_images_are_scored_by_their_middle(tmp_path: Path) -> None:
     for number in range(12):
         folder = tmp_path / "pictures" / ("cat", "dog", "owl")[number % 3]
@@ -180,7 +190,8 @@ def test_pairs_of_sentences_are_scored_as_each_row_alone(tmp_path: Path) -> None
     given = ["--input", str(tmp_path / "pairs.tsv"), "--workers", "1", "--block-tokens", "64"]
     given += ["--tokenizer", str(tmp_path / "given.model"), "--output"]
     assert pack_text([*given, str(tmp_path / "pairs"), "--pair-columns", "a", "b"]) == 0
-    assert pack_text([*given, str(tmp_path / "single"), "--one-row-per-document", "--text-field", "a"]) == 0
+    single = [str(tmp_path / "single"), "--one-row-per-document", "--text-field", "a"]
+    assert pack_text([*given, *single]) == 0
     config = ClassifyConfig(modality="text", classes=("0", "1"), head=SentenceHeadConfig())
     model = write(tmp_path / "model", config, preprocessing={"sentences": 2})
     result = evaluate(model, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
@@ -193,9 +204,17 @@ def test_pairs_of_sentences_are_scored_as_each_row_alone(tmp_path: Path) -> None
     assert result["rows"] == 9 and result["scores"]["accuracy"]["value"] == pytest.approx(100 * right / 9)
     with pytest.raises(ConfigError, match="single: expected pairs of sentences as in training, found single texts"):
         evaluate(model, EvaluationOptions(shards=(tmp_path / "single",), draws=20))
-    other = write(tmp_path / "other", config)
+    other = write(tmp_path / "other", config, preprocessing={"sentences": 1})
     with pytest.raises(ConfigError, match="found pairs of sentences; pack without --pair-columns"):
         evaluate(other, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
+    odd = write(tmp_path / "odd", config, preprocessing={"sentences": [2]})
+    with pytest.raises(ConfigError, match=r"sentences of the model's preprocessing is \[2\], expected 1 or 2"):
+        evaluate(odd, EvaluationOptions(shards=(tmp_path / "pairs",), draws=20))
+    silent = write(tmp_path / "silent", config)
+    for name in ("pairs", "single"):
+        assert evaluate(silent, EvaluationOptions(shards=(tmp_path / name,), draws=20))["rows"] == 9
+    with pytest.raises(ConfigError, match="single: expected pairs of sentences as in training, found single texts"):
+        evaluate(silent, EvaluationOptions(shards=(tmp_path / "pairs", tmp_path / "single"), draws=20))
 
 
 def test_the_command_prints_a_table(

@@ -110,6 +110,10 @@ def test_lines_of_text(tmp_path: Path) -> None:
     assert list(found) == [f"{tmp_path / 'lines.txt'}:{1 + 2 * i}" for i in range(20)]
     for one, row in zip(found.values(), ids, strict=True):
         same(one, by_id[row])
+    (tmp_path / "lines.txt").write_text("\n\n".join(reversed(lines)) + "\n")
+    assert main([str(model), str(tmp_path / "lines.txt"), "--output", str(output)]) == 0
+    for one, row in zip(found_in(output).values(), reversed(ids), strict=True):
+        same(one, by_id[row])  # the lines of a file that changed are done again
     (tmp_path / "long.txt").write_text(" ".join(texts[:3]))
     assert main([str(model), str(tmp_path / "long.txt"), "--output", str(tmp_path / "long.jsonl")]) == 0
     assert next(iter(found_in(tmp_path / "long.jsonl").values()))["windows"] > 2

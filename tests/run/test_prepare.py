@@ -48,13 +48,20 @@ def test_pairs_and_single_texts_are_no_rows_of_one_task(tmp_path: Path) -> None:
         given = ["--input", str(tmp_path / "a.tsv"), "--output", str(tmp_path / name), "--workers", "1", *options]
         assert pack_text([*given, "--tokenizer", str(tmp_path / "given.model"), "--block-tokens", "64"]) == 0
 
-    def start(train: str, valid: str) -> None:
+    def start(train: str, valid: str, *more: str) -> None:
         words = [f"run.dir={tmp_path / 'run'}", "model.modalities.text.vocab_size=420", "engine.deepspeed=zero2_bf16"]
-        prepare("finetune/text_classify_tiny", [*words, f"data.text.shards={train}", f"valid.text={valid}"], world=1)
+        prepare(
+            "finetune/text_classify_tiny", [*words, f"data.text.shards={train}", f"valid.text={valid}", *more], world=1
+        )
 
     pairs, others, single = (tmp_path / name for name in ("pairs", "others", "single"))
     start(str(pairs), str(others))
     with pytest.raises(ConfigError, match=r"valid\.text: .*single: expected pairs of sentences as in training"):
         start(str(pairs), str(single))
+    start(str(pairs), str(others), f"valid.more.far.text={others}")
+    with pytest.raises(ConfigError, match=r"valid\.more\.far\.text: .*single: expected pairs of sentences"):
+        start(str(pairs), str(others), f"valid.more.far.text={single}")
+    with pytest.raises(ConfigError, match=r"valid\.more\.far\.text is in data\.text\.shards"):
+        start(str(pairs), str(others), f"valid.more.far.text={pairs}")
     with pytest.raises(ConfigError, match=r"data\.text: .*pairs: expected single texts as in training"):
         start(f"[{single},{pairs}]", str(tmp_path / "nowhere"))

@@ -9,7 +9,8 @@ from PIL import Image
 
 from d2v2ds.config.load import load_config
 from d2v2ds.errors import ConfigError
-from d2v2ds.evals.probes import Score, gain
+from d2v2ds.evals.letters import LEAST_ROWS
+from d2v2ds.evals.probes import ProbeConfig, Score, gain, leave_one_out
 from d2v2ds.probe import main
 from d2v2ds.run.probe import table, verdict
 from d2v2ds.run.probe_task import Question, Task
@@ -93,6 +94,22 @@ def test_a_probe_of_transcripts_refuses_rows_of_the_table_that_it_has_not(
     (message,) = [record.message for record in caplog.records]
     assert message.startswith("--all-blocks: a probe of transcripts")
     assert "--layers: a probe" in message
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (["la"] * 9 + ["lo"] * 20, "testing on b: 9 transcripts to fit on and 20 to test on"),
+        (["la"] * 12 + ["   "] * 12, "testing on a: 0 transcripts to fit on and 12 to test on"),
+    ],
+)
+def test_a_probe_of_few_transcripts_is_refused_before_any_work(labels: list[str], found: str) -> None:
+    groups = ["a" if label == "la" else "b" for label in labels]
+    task = Task((), labels, None, leave_one_out(groups), "")
+    with pytest.raises(ConfigError, match=f"{found}; expected {LEAST_ROWS} or more, and 1 or more"):
+        task.check(ProbeConfig(), frame_width=8, memory_gib=1.0)
+    enough = ["la"] * LEAST_ROWS + ["lo"] * LEAST_ROWS
+    Task((), enough, None, leave_one_out(enough), "").check(ProbeConfig(), frame_width=8, memory_gib=1.0)
 
 
 def test_errors_gain_by_falling_and_the_verdict_names_them() -> None:

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from d2v2ds.config.load import load_config
 from d2v2ds.config.schema import ProbeSection
 from d2v2ds.errors import ConfigError, PreemptedError
+from d2v2ds.io import durable
 from d2v2ds.run.probing import Probing
 
 WRITE = """
@@ -54,9 +57,10 @@ def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 
 def process_of(one: Probing) -> int:
-    until(lambda: one._process is not None)
-    assert one._process is not None
-    return one._process.pid
+    until(lambda: one._work is not None and one._work.process is not None)
+    assert one._work is not None
+    assert one._work.process is not None
+    return one._work.process.pid
 
 
 def is_alive(pid: int) -> bool:
@@ -151,7 +155,7 @@ def test_hanging_probe_ends_at_its_limit(
         saved(one, tmp_path, 8)
         pid = process_of(one)
     assert not is_alive(pid), "SIGKILL follows SIGTERM"
-    assert "ended after probe.limit_minutes 0.02; the run continues" in caplog.text
+    assert "step 8 is not probed for audio, kind one: ended after probe.limit_minutes 0.02; this command" in caplog.text
 
 
 def test_error_of_the_run_ends_the_probe_at_once(tmp_path: Path) -> None:
@@ -162,7 +166,71 @@ def test_error_of_the_run_ends_the_probe_at_once(tmp_path: Path) -> None:
     assert not is_alive(pid)
 
 
-def test_signal_ends_the_wait_for_the_last_probe(tmp_path: Path) -> None:
+def test_end_waits_once_for_its_limit_and_names_what_stays_unprobed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with probing(tmp_path, HANG, kinds=("one", "ctc")) as one:
+        saved(one, tmp_path, 4)
+        process_of(one)
+        saved(one, tmp_path, 8)
+        assert one.needed == {"step00000004", "step00000008"}
+        one._settings = replace(one._settings, limit_minutes=0.01)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    wanted = [f"step {step} is not probed for audio, kind {kind}" for step in (4, 8) for kind in ("one", "ctc")]
+    assert [line.partition(": ended after probe.limit_minutes 0.01; this command ")[0] for line in said] == wanted
+    assert f"{tmp_path} --checkpoint step00000008 --shards={tmp_path / 'labelled'} --kind=ctc" in said[-1]
+    assert said[-1].endswith(" --append")
+    assert one.needed == {"step00000008"}
+
+
+def test_limit_of_a_checkpoint_names_all_its_probes_that_are_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with probing(tmp_path, HANG, kinds=("one", "ctc"), limit_minutes=0.005) as one:
+        saved(one, tmp_path, 2)
+        until(lambda: not one._is_busy)
+        assert one.needed == frozenset()
+    said = [record.message for record in caplog.records]
+    assert [line.partition(";")[0] for line in said] == [
+        "step 2 is not probed for audio, kind one: ended after probe.limit_minutes 0.005",
+        "step 2 is not probed for audio, kind ctc: ended after probe.limit_minutes 0.005",
+    ]
+
+
+def test_record_that_a_probe_appends_during_a_return_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process of the probe appends between the reading and the writing of the run, or waits for its end."""
+    records = [{"step": step, "kind": "one", "modality": "audio"} for step in (2, 4)]
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    code = f"""
+import sys
+from pathlib import Path
+from d2v2ds.run.probing import append_record
+print("ready", flush=True)
+sys.stdin.readline()
+append_record(Path({str(tmp_path)!r}), {{"step": 2, "kind": "ctc", "modality": "audio"}})
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        right = durable.replace_text
+
+        def late(path: Path, text: str) -> None:
+            process.stdin.write("\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
+            right(path, text)
+
+        monkeypatch.setattr(durable, "replace_text", late)
+        probing(tmp_path, HANG).went_back(2)
+        assert process.wait(timeout=60) == 0
+    found = [json.loads(line) for line in (tmp_path / "probes.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["kind"]) for record in found] == [(2, "one"), (2, "ctc")]
+
+
+def test_signal_ends_the_wait_for_the_last_probe(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = time.monotonic()
     with probing(tmp_path, HANG) as one:
         saved(one, tmp_path, 8)
@@ -172,6 +240,7 @@ def test_signal_ends_the_wait_for_the_last_probe(tmp_path: Path) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     assert not is_alive(pid)
     assert time.monotonic() - before < 50
+    assert "step 8 is not probed for audio, kind one: ended by SIGUSR1; this command does it: " in caplog.text
 
 
 def test_probe_yields_to_others_in_a_group_of_its_own(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Transcripts of files: those of evaluation, continued after a kill, with unreadable files named."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,41 @@ def test_a_killed_transcription_goes_on(recogniser: Path, sounds: Path, tmp_path
         transcribe(recogniser, TranscriptionOptions(inputs=(sounds,), output=output, word_times=True))
 
 
+def test_a_recording_that_changed_is_done_again(
+    recogniser: Path, sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        _copy(sounds / "2.wav", tmp_path / f"{number}.wav")
+    given = [str(recogniser), str(tmp_path), "--output", str(tmp_path / "out.jsonl")]
+    assert main(given) == 0
+    before = records(tmp_path / "out.jsonl")
+    _copy(sounds / "4.wav", tmp_path / "1.wav")
+    os.utime(tmp_path / "2.wav", (5, 5))
+    caplog.set_level("INFO")
+    assert main(given) == 0
+    assert "2 inputs changed since and are done again" in caplog.text
+    assert "2 recordings, " in caplog.text and "; 1 were there already" in caplog.text
+    after = {one["file"]: one for one in records(tmp_path / "out.jsonl")}
+    assert len(after) == len(records(tmp_path / "out.jsonl")) == 3
+    changed = str(tmp_path / "1.wav")
+    assert after[changed]["seconds"] > 1.5 * next(one["seconds"] for one in before if one["file"] == changed)
+
+
+def test_another_language_model_of_the_same_name_does_not_go_on(recogniser: Path, sounds: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flashlight.lib.text.decoder")
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    options = TranscriptionOptions(
+        inputs=(sounds,), output=tmp_path / "out.jsonl", decoder=DecoderChoice(lm=tmp_path / "lm.arpa")
+    )
+    assert transcribe(recogniser, options)
+    (tmp_path / "lm.arpa").rename(tmp_path / "other.arpa")
+    moved = replace(options, decoder=DecoderChoice(lm=tmp_path / "other.arpa"))
+    assert transcribe(recogniser, moved), "the same content of another name"
+    (tmp_path / "lm.arpa").write_text(ARPA.replace("-0.5\tb", "-0.4\tb"))
+    with pytest.raises(ConfigError, match="made with another model, other inputs or other settings"):
+        transcribe(recogniser, options)
+
+
 def test_unreadable_files_are_named_and_counted(
     recogniser: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,9 +168,39 @@ def test_subtitles_lie_beside_each_other_as_the_recordings_do(recogniser: Path, 
     (tmp_path / "subs" / "0.srt").write_text("mine")
     assert main(given) == 0
     assert (tmp_path / "subs" / "0.srt").read_text() == "mine", "a file that is there is kept"
+    (tmp_path / "subs" / "2.srt").unlink()
+    assert main(given) == 0
+    assert (tmp_path / "subs" / "2.srt").exists()
     with pytest.raises(ConfigError, match="both would be"):
         inputs = (sounds / "0.wav", _copy(sounds / "0.wav", tmp_path / "0.wav"))
         transcribe(recogniser, TranscriptionOptions(inputs=inputs, output=tmp_path / "x", format="vtt"))
+
+
+def test_subtitles_of_other_work_are_not_mixed_with_these(
+    recogniser: Path, sounds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _copy(sounds / "0.wav", tmp_path / "0.wav")
+    (tmp_path / "subs").mkdir()
+    (tmp_path / "subs" / "0.vtt").write_text("mine")
+    given = [str(tmp_path / "0.wav"), "--format", "vtt", "--output", str(tmp_path / "subs")]
+    assert main([str(recogniser), *given]) == 0
+    assert (tmp_path / "subs" / "0.vtt").read_text() == "mine"
+    assert "1 files without a record of this work are kept" in caplog.text
+    (tmp_path / "subs" / "0.vtt").unlink()
+    assert main([str(recogniser), *given]) == 0
+    other = write(tmp_path / "other", CtcConfig(modality="audio", vocabulary=("|", "a", "b")), seed=6)
+    assert main([str(other), *given]) == 2
+    assert "made with another model" in caplog.text
+    _copy(sounds / "4.wav", tmp_path / "0.wav")
+    before = (tmp_path / "subs" / "0.vtt").read_text()
+    assert main([str(recogniser), *given]) == 0
+    assert (tmp_path / "subs" / "0.vtt").read_text() != before, "the recording is another one"
+
+
+def test_words_cannot_end_a_subtitle_of_webvtt() -> None:
+    words = [{"word": word, "start": 0.5 * i, "end": 0.5 * i + 0.4} for i, word in enumerate(("a<unk>&b", "-->"))]
+    assert subtitles(words, "vtt").splitlines()[-1] == "a&lt;unk&gt;&amp;b --&gt;"
+    assert subtitles(words, "srt").splitlines()[-1] == "a<unk>&b -->", "SubRip has no such form"
 
 
 def _copy(source: Path, to: Path) -> Path:

@@ -1,5 +1,6 @@
 """Tuning finds weights that repair a recogniser, continues after a kill, and other commands use what it writes."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from d2v2ds.decoding.beam import BeamConfig
 from d2v2ds.errors import ConfigError
 from d2v2ds.run import tuning
-from d2v2ds.run.decoder_choice import DecoderChoice, read_choice, write_choice
+from d2v2ds.run.decoder_choice import DecoderChoice, add_arguments, choice_of, read_choice, write_choice
 from d2v2ds.run.evaluation import EvaluationOptions, evaluate
 from d2v2ds.run.tuning import RANGES, TuningOptions, Utterances, settings_of, tune
 from d2v2ds.tune_decoder import main
@@ -62,6 +63,12 @@ def test_a_killed_search_goes_on(recogniser: Path, options: TuningOptions, monke
     assert (trials.read_text(), options.output.read_text()) == (whole, decoder)
     with pytest.raises(ConfigError, match="made with another model, other inputs or other settings"):
         tune(recogniser, replace(options, seed=1))
+    lm = options.start.lm
+    assert lm is not None
+    lm.write_text(ARPA.replace("-0.5\tb", "-0.4\tb"))
+    with pytest.raises(ConfigError, match="made with another model, other inputs or other settings"):
+        tune(recogniser, options)
+    lm.write_text(ARPA)
     monkeypatch.undo()
     Path(f"{options.output}.logits.npz").write_bytes(b"damaged")
     monkeypatch.setattr(tuning, "read_rows", lambda *given: pytest.fail("computes again"))
@@ -102,20 +109,57 @@ def test_weights_are_found_where_the_defaults_fail(
     assert trials[0]["errors"] > 0 and best["errors"] == 0
 
 
-def test_a_decoder_file_names_its_files_relative_to_itself(tmp_path: Path) -> None:
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """A decoder's file whose folder was moved; language model and lexicon lie elsewhere."""
     (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "lm.bin").write_bytes(b"model")
+    (tmp_path / "a" / "words.txt").write_text("ab\ta b |\n")
     choice = DecoderChoice(lm=tmp_path / "lm.bin", lexicon=tmp_path / "a" / "words.txt", beam=BeamConfig(beam=7))
     write_choice(tmp_path / "a" / "b" / "decoder.json", choice, {})
     (tmp_path / "a").rename(tmp_path / "c")
-    found = read_choice(tmp_path / "c" / "b" / "decoder.json")
+    return tmp_path / "c" / "b" / "decoder.json"
+
+
+def test_a_decoder_file_names_its_files_relative_to_itself(moved: Path, tmp_path: Path) -> None:
+    found = read_choice(moved)
     assert found.lm is not None and found.lexicon is not None
     assert (found.lm.resolve(), found.lexicon.resolve()) == (tmp_path / "lm.bin", tmp_path / "c" / "words.txt")
     assert found.beam.beam == 7
     for key, value in (("format", "other"), ("units", "ln for both")):
-        values = json.loads((tmp_path / "c" / "b" / "decoder.json").read_text())
+        values = json.loads(moved.read_text())
         (tmp_path / "x.json").write_text(json.dumps({**values, key: value}))
         with pytest.raises(ConfigError, match="tune it again with this version"):
             read_choice(tmp_path / "x.json")
+
+
+def test_a_decoder_file_uses_no_file_but_those_it_was_tuned_with(moved: Path, tmp_path: Path) -> None:
+    """A file from a stranger may name anything on this machine; nothing of it is used or shown."""
+    secret = tmp_path / "secret"
+    secret.write_text("password\n")
+    values = json.loads(moved.read_text())
+    for name in ("lm", "lexicon"):
+        for file in (str(secret), "../../secret"):
+            moved.write_text(json.dumps({**values, name: file}))
+            with pytest.raises(
+                ConfigError, match=f"{name}: expected the file that the decoder was tuned with"
+            ) as error:
+                read_choice(moved)
+            assert "password" not in str(error.value)
+        moved.write_text(json.dumps({**values, name: str(secret), "contents": {}}))
+        with pytest.raises(ConfigError, match="expected the file that the decoder was tuned with"):
+            read_choice(moved)
+        moved.write_text(json.dumps({**values, name: "/dev/zero"}))
+        with pytest.raises(ConfigError, match="/dev/zero: expected a file, found a device"):
+            read_choice(moved)
+    moved.write_text(json.dumps(values))
+    (tmp_path / "lm.bin").write_bytes(b"madel")
+    with pytest.raises(ConfigError, match="tune it again, or give the file with --lm"):
+        read_choice(moved)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    chosen = choice_of(parser.parse_args(["--decoder", str(moved), "--lm", str(tmp_path / "lm.bin")]))
+    assert chosen.lm == tmp_path / "lm.bin" and chosen.file is None and chosen.beam.beam == 7, "the user names it"
 
 
 def test_the_command_says_what_it_needs(recogniser: Path, recordings: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Whole fine-tuning runs: every ZeRO stage, any number of ranks, a frozen phase, stop and resume."""
+"""Whole fine-tuning runs: every ZeRO stage, any number of ranks, a frozen phase, stop and resume, faults."""
 
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +11,16 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v2ds.distributed.checkpoint.format import iterate_student
+from d2v2ds.decoding.beam import BeamConfig
+from d2v2ds.decoding.ngram import train_ngram
+from d2v2ds.distributed.checkpoint.format import iterate_student, named_tag, read_manifest
+from d2v2ds.run.decoder_choice import DecoderChoice, read_choice, write_choice
+from d2v2ds.run.evaluation import EvaluationOptions, evaluate
+from d2v2ds.run.export import export
 from preprocessing.pack_audio import main as pack
 from preprocessing.pack_images import main as pack_images
 from tests.data.fake_images import photo
-from tests.runs.launching import RATE, Processes, deterministic, fp32, rank_variables
+from tests.runs.launching import RATE, Processes, deterministic, fp32, rank_variables, records
 
 pytestmark = pytest.mark.run
 
@@ -59,13 +65,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return made[0], made[1]
 
 
-def finetune(world: int, folders: Sequence[Path], run_dir: Path, *extra: str) -> str:
-    """Run to the end on forked ranks; returns what they printed."""
+def ranks_of(world: int, folders: Sequence[Path], run_dir: Path, *extra: str) -> Processes:
+    """Start the ranks of a run. With a `fault=` among the extra arguments, `tests.runs.faulty` runs them."""
     words = ["--config", "finetune/ctc_tiny", f"data.shards={folders[0]}", f"valid.audio={folders[1]}"]
     words += [f"run.dir={run_dir}", f"run.total_steps={STEPS}", "run.save_every_steps=3", "valid.every_steps=3"]
     words += [*SMALL, *extra]
-    logs = run_dir.parent / f"{run_dir.name}-logs"
-    with Processes("d2v2ds.finetune", words, rank_variables(world), logs) as ranks:
+    module = "tests.runs.faulty" if any(one.startswith("fault=") for one in extra) else "d2v2ds.finetune"
+    return Processes(module, words, rank_variables(world), run_dir.parent / f"{run_dir.name}-logs")
+
+
+def finetune(world: int, folders: Sequence[Path], run_dir: Path, *extra: str) -> str:
+    """Run to the end on forked ranks; returns what they printed."""
+    with ranks_of(world, folders, run_dir, *extra) as ranks:
         codes = ranks.wait()
         printed = "".join(ranks.printed(rank) for rank in range(world))
     assert codes == [0] * world, printed[-5000:]
@@ -143,6 +154,63 @@ def test_metrics_and_outputs_are_there(plain: Path) -> None:
     assert {"ctc/blank", "ctc/infeasible", "ctc/loss_per_letter"} <= records[0].keys()
     assert records[0]["ctc/infeasible"] == 0.0
     assert '"n"' in (plain / "outputs.json").read_text()
+    assert '"sample_rate_hz": 16000' in (plain / "preprocessing.json").read_text()
+
+
+def test_a_second_validation_set_has_metrics_of_its_own_and_chooses_the_best(
+    folders: tuple[Path, Path], plain: Path, tmp_path: Path
+) -> None:
+    """The same folder twice gives the same numbers; training does not notice."""
+    sets = [f"valid.more.again.audio={folders[1]}", "objective.select=[again/wer]"]
+    printed = finetune(2, folders, tmp_path / "run", fp32(1, tmp_path), "objective.freeze_steps=2", *sets)
+    records = deterministic(tmp_path / "run")
+    first = {name[6:]: v for name, v in records[2].items() if name.startswith("valid/") and "again" not in name}
+    again = {name[12:]: v for name, v in records[2].items() if name.startswith("valid/again/")}
+    assert first == again and {"ctc/wer", "ctc/cer", "loss/ctc", "loss/total"} <= first.keys()
+    assert "validation of again loss" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4)
+    kept = read_manifest(tmp_path / "run" / "checkpoints" / f"step{STEPS:08d}")
+    assert kept.validation_loss == records[-1]["valid/again/ctc/wer"]
+
+
+def test_a_run_is_validated_with_a_language_model_and_evaluated_to_the_same_rate(
+    folders: tuple[Path, Path], plain: Path, tmp_path: Path
+) -> None:
+    train_ngram(["one two", "seven on", "one", "two seven one"], tmp_path / "lm.arpa", order=2)
+    choice = DecoderChoice(lm=tmp_path / "lm.arpa", beam=BeamConfig(lm_weight=0.5, word_score=3.0, beam=20))
+    write_choice(tmp_path / "decoder.json", choice, {})
+    more = [f"valid.decoder={tmp_path / 'decoder.json'}", "objective.select=[lm_wer]"]
+    finetune(2, folders, tmp_path / "run", fp32(1, tmp_path), "objective.freeze_steps=2", *more)
+    last = deterministic(tmp_path / "run")[-1]
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4), "training does not notice"
+    assert last["valid/ctc/lm_decoded"] == 1.0 and last["valid/ctc/lm_seconds"] > 0
+    assert last["valid/ctc/lm_wer"] != last["valid/ctc/wer"]
+    tag = f"step{STEPS:08d}"
+    assert read_manifest(tmp_path / "run" / "checkpoints" / tag).validation_loss == last["valid/ctc/lm_wer"]
+    decoder = read_choice(tmp_path / "decoder.json")
+    options = EvaluationOptions(shards=(folders[1],), to=tmp_path / "a", tag=tag, draws=10, decoder=decoder)
+    found = evaluate(tmp_path / "run", options)
+    assert found["beam"]["wer"]["value"] == pytest.approx(last["valid/ctc/lm_wer"])
+
+
+def test_a_run_with_units_goes_on_is_exported_and_evaluated(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    common = (fp32(1, tmp_path), "objective.units=10")
+    finetune(2, folders, tmp_path / "run", *common)
+    kept = (tmp_path / "run" / "units.model").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step{STEPS:08d}")
+    (tmp_path / "run" / "checkpoints" / "latest").unlink(missing_ok=True)
+    assert "resumed at step 3" in finetune(1, folders, tmp_path / "run", *common)
+    assert (tmp_path / "run" / "units.model").read_bytes() == kept
+    records = deterministic(tmp_path / "run")
+    assert records[0]["ctc/unknown"] == 0.0 and {"valid/ctc/wer", "valid/ctc/cer"} <= records[2].keys()
+    export(tmp_path / "run", tmp_path / "model", tag=f"step{STEPS:08d}")
+    assert (tmp_path / "model" / "units.model").read_bytes() == kept
+    results = [
+        evaluate(source, EvaluationOptions(shards=(folders[1],), to=tmp_path / name, tag=tag, draws=10))
+        for name, source, tag in (("a", tmp_path / "run", f"step{STEPS:08d}"), ("b", tmp_path / "model", None))
+    ]
+    assert results[0]["greedy"] == results[1]["greedy"]
+    assert results[0]["greedy"]["wer"]["value"] == pytest.approx(records[-1]["valid/ctc/wer"])
 
 
 @pytest.mark.parametrize("freeze", [r"trunk\.encoders\..*", r"trunk\.(encoders|blocks\.0)\..*"])
@@ -167,6 +235,104 @@ def test_a_run_in_bf16_that_stops_inside_the_frozen_phase_goes_on(folders: tuple
     (tmp_path / "parts" / "checkpoints" / "latest").unlink(missing_ok=True)
     assert "resumed at step 3" in finetune(2, folders, tmp_path / "parts", *common)
     assert deterministic(tmp_path / "parts") == deterministic(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------ faults
+
+
+BROKEN = ("engine.deepspeed=zero3_bf16", "objective.freeze_steps=3", "run.save_every_steps=2", "valid.every_steps=2")
+
+
+@pytest.fixture(scope="module")
+def unbroken(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks at stage 3 in bf16, frozen for three steps; a checkpoint lies inside that phase, others behind it."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    finetune(2, folders, run_dir, *BROKEN)
+    return run_dir
+
+
+def assert_same_run(run_dir: Path, unbroken: Path) -> None:
+    """Bit for bit: every record, validations too, and every weight."""
+    assert deterministic(run_dir) == deterministic(unbroken)
+    expected, found = weights(unbroken, STEPS), weights(run_dir, STEPS)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "fault", ["kill_in_save,1,4", "kill_in_step,0,5", pytest.param("kill_in_save,0,4", marks=pytest.mark.slow)]
+)
+def test_one_rank_killed_resumes_to_the_unbroken_run(
+    fault: str, folders: tuple[Path, Path], unbroken: Path, tmp_path: Path
+) -> None:
+    """Most resume inside the frozen phase."""
+    run_dir, victim = tmp_path / "run", int(fault.split(",")[1])
+    with ranks_of(2, folders, run_dir, *BROKEN, f"fault={fault}") as ranks:
+        codes = ranks.wait()
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] not in (0, 75), "the survivor must notice"
+    assert "resumed at step" in finetune(2, folders, run_dir, *BROKEN)
+    assert_same_run(run_dir, unbroken)
+    assert named_tag(run_dir / "checkpoints", "best") == named_tag(unbroken / "checkpoints", "best")
+
+
+@pytest.mark.parametrize(
+    ("number", "whom"), [(signal.SIGTERM, [0, 1]), pytest.param(signal.SIGUSR1, [1], marks=pytest.mark.slow)]
+)
+def test_signalled_run_saves_within_a_step_and_goes_on(
+    number: signal.Signals, whom: list[int], folders: tuple[Path, Path], unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with ranks_of(2, folders, run_dir, *BROKEN, "run.save_every_steps=100") as ranks:
+        ranks.until(lambda: records(run_dir) >= 2)
+        for rank in whom:
+            ranks.processes[rank].send_signal(number)
+        at_signal = records(run_dir)
+        assert ranks.wait() == [75, 75], ranks.printed(0)[-3000:]
+        said = ranks.printed(0)
+    stopped_at = records(run_dir)
+    assert stopped_at <= at_signal + 1, "at most the step under way is finished"
+    assert f"step {stopped_at}: stopped by" in said and f"{number.name} to rank 1" in said
+    assert named_tag(run_dir / "checkpoints", "latest") == f"step{stopped_at:08d}"
+    finetune(2, folders, run_dir, *BROKEN)
+    assert_same_run(run_dir, unbroken)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 3), (1, 1)), pytest.param((1, 0), (4, 2), marks=pytest.mark.slow)])
+def test_signalled_run_goes_on_with_other_ranks_and_stages(
+    before: tuple[int, int], after: tuple[int, int], folders: tuple[Path, Path], plain: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    (world, stage), (other_world, other_stage) = before, after
+    with ranks_of(world, folders, run_dir, fp32(stage, tmp_path), "objective.freeze_steps=2") as ranks:
+        ranks.until(lambda: records(run_dir) >= 2)
+        ranks.processes[-1].send_signal(signal.SIGTERM)
+        assert ranks.wait() == [75] * world, ranks.printed(0)[-3000:]
+    finetune(other_world, folders, run_dir, fp32(other_stage, tmp_path), "objective.freeze_steps=2")
+    assert losses(run_dir) == pytest.approx(losses(plain), rel=1e-4)
+    expected, found = weights(plain, STEPS), weights(run_dir, STEPS)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_run_that_goes_back_into_the_frozen_phase_is_the_run_that_resumes_there(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Moments and step counts that the encoder had gained after that phase are gone, as in a fresh process."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    extra = ("engine.deepspeed=zero3_bf16", "objective.freeze_steps=4", "health.max_nonfinite_steps=4")
+    extra += ("run.total_steps=9", "health.warm_up_steps=0", "objective.vocabulary=['|',o,n,e,t,w,v]")
+    with ranks_of(2, folders, whole, *extra, "fault=poison,1,6") as ranks:
+        assert ranks.wait() == [0, 0], ranks.printed(0)[-3000:]
+        assert "went back from step 9 to step 3" in ranks.printed(0)
+        for shared in ("vocabulary lacks", "letters are not in the vocabulary", "skipped: gradient is not finite (1"):
+            assert [ranks.printed(rank).count(shared) for rank in (0, 1)] == [1, 0], "all ranks see it, one logs it"
+    with ranks_of(2, folders, killed, *extra, "fault=kill_in_return,1,6") as ranks:
+        assert ranks.wait() == [-signal.SIGKILL, -signal.SIGKILL]
+    assert "resumed at step 3" in finetune(2, folders, killed, *extra)
+    assert deterministic(killed) == deterministic(whole)
+    expected, found = weights(whole, 9), weights(killed, 9)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")

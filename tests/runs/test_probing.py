@@ -31,6 +31,10 @@ def test_probes_change_no_bit_and_a_resumed_run_repeats_none(spoken: Path, tmp_p
     assert {"logistic", "knn", "folds"} == records[-2]["student"]["2"].keys()
     assert {"cer", "folds"} == records[-1]["random_init"]["2"].keys()
     assert list((probed / "tensorboard" / "probe").iterdir())
+    assert sorted(path.name for path in probed.glob("probe-start-*")) == [
+        "probe-start-audio-ctc.json",
+        "probe-start-audio-one.json",
+    ]
     assert deterministic(probed) == deterministic(plain)
     for step in (4, STEPS):
         before, after = weights(plain, step), weights(probed, step)

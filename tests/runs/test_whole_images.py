@@ -1,4 +1,4 @@
-"""Whole runs of data2vec 1.0 for images: layer scale, biases of queries and values, relative positions, ZeRO-3."""
+"""Whole runs of data2vec 1.0 for images: layer scale, query and value biases, and relative positions under ZeRO-3."""
 
 import shutil
 from pathlib import Path

@@ -121,6 +121,20 @@ def test_what_srun_makes_of_ranks_that_do_not_end_together(cluster: Cluster) -> 
         assert end["code"] in (75, 137), (name, end)
 
 
+def test_a_cell_of_a_sweep_goes_back_into_the_queue_alone(cluster: Cluster) -> None:
+    """The last task has the number of the whole array, and a requeue of that number would start every cell anew."""
+    (cluster.jobs / "cells.txt").write_text("run.seed=0\nrun.seed=1\n")
+    body = "if [[ $SLURM_ARRAY_TASK_ID == 1 && $SLURM_RESTART_COUNT != 1 ]]; then sleep 2; exit 75; fi; exit 0"
+    words = [f"run.dir={cluster.jobs / 'sweep'}", "--cells", str(cluster.jobs / "cells.txt")]
+    options = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--array=0-1")
+    cluster.submit(*options, "slurm/pretrain_audio.sh", *words, **site(cluster, "sweep", body))
+    cells = [cluster.jobs / "sweep" / f"run.seed={number}" for number in range(2)]
+    cluster.until(lambda: (cells[1] / "attempts.jsonl").exists() and len(attempts(cells[1])) == 2, timeout_s=200)
+    assert [(one["restart"], one["code"]) for one in attempts(cells[1])] == [(0, 75), (1, 0)], cluster.story()
+    cluster.until(lambda: not cluster.client("squeue", "--noheader"))
+    assert [(one["restart"], one["code"]) for one in attempts(cells[0])] == [(0, 0)], cluster.story()
+
+
 def test_job_that_fails_alike_three_times_stops(cluster: Cluster) -> None:
     run_dir = cluster.jobs / "fails"
     where = site(cluster, "fails", "exit 9")

@@ -3,6 +3,7 @@
 `scontrol show hostnames` is the real one, which needs no controller; where it is not installed, those tests skip.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from d2v2ds.config.load import load_config
+from d2v2ds.run.decoder_choice import add_arguments
 from d2v2ds.run.restart import FINISHED, SAVED, STOPS
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +258,116 @@ def test_a_task_of_an_array_packs_its_part(batch: Batch) -> None:
     code, said = batch.submit("preprocess_audio.sh", **array, SLURM_ARRAY_TASK_COUNT="4")
     assert code == 2
     assert "expected --array=0-N without gaps, found 4 tasks from 0 to 9" in said
+
+
+# ------------------------------------------------------------------ sweeps
+
+CELLS = (
+    "# rates and seeds\n\nlr.peak=1e-5 run.seed=1\n  lr.peak=1e-5   run.seed=2\r\n\t\na=$(touch hacked) b=* c=x/../y"
+)
+
+
+@pytest.fixture
+def sweep(batch: Batch) -> dict[str, str]:
+    """Variables of the second task of an array; `cells.txt` has three cells."""
+    (batch.folder / "cells.txt").write_text(CELLS)
+    (batch.folder / "site.env").write_text("D2V2DS_VENV=\nD2V2DS_RUNS=$NOTES/runs\n")
+    return {"SLURM_ARRAY_JOB_ID": "20004", "SLURM_ARRAY_TASK_ID": "1"}
+
+
+def test_a_task_of_an_array_trains_its_cell_in_its_own_folder(batch: Batch, sweep: dict[str, str]) -> None:
+    for words in (["--cells", "cells.txt"], ["--cells=cells.txt"]):
+        code, said = batch.submit("finetune_text.sh", "lr.peak=1", *words, "d=1", **sweep)
+        assert code == 0, said
+        own = f"{batch.notes}/runs/finetune/glue_sst2/lr.peak=1e-5,run.seed=2"
+        assert batch.srun()[-5:] == ["lr.peak=1", "d=1", "lr.peak=1e-5", "run.seed=2", f"run.dir={own}"]
+        assert Path(own, "attempts.jsonl").is_file()
+    code, said = batch.submit("finetune_text.sh", "run.dir=there", "--cells", "cells.txt", **sweep)
+    assert code == 0 and batch.srun()[-1] == "run.dir=there/lr.peak=1e-5,run.seed=2"
+
+
+def test_words_of_a_cell_are_not_evaluated_and_its_folder_stays_inside(batch: Batch, sweep: dict[str, str]) -> None:
+    own = sweep | {"SLURM_ARRAY_TASK_ID": "2"}
+    code, said = batch.submit("finetune_text.sh", "run.dir=there", "--cells", "cells.txt", **own)
+    assert code == 0, said
+    assert batch.srun()[-5:] == [
+        "a=$(touch",
+        "hacked)",
+        "b=*",
+        "c=x/../y",
+        "run.dir=there/a=__touch,hacked_,b=_,c=x_.._y",
+    ]
+    assert not list(batch.folder.rglob("hacked"))
+
+
+def test_a_task_goes_back_into_the_queue_without_its_array(batch: Batch, sweep: dict[str, str]) -> None:
+    """The number of an array's last task is that of the array: `scontrol requeue` of it means every task."""
+    batch.plan(run="exit 75")
+    assert batch.submit("finetune_text.sh", "--cells", "cells.txt", **sweep, SLURM_JOB_ID="20004")[0] == 75
+    assert batch.requeues() == ["requeue 20004_1"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "task", "words", "said"),
+    [
+        ("a.b=1", "0", ["run.dir=r"], "expected --cells FILE in a job array, found none: all tasks would train in r"),
+        ("a.b=1", "1", ["--cells", "c"], "expected tasks from 0 to 0, found task 1"),
+        ("a.b=1", "", ["--cells", "c"], "expected a job array, found none"),
+        ("a.b=1", "0", ["--cells", "other"], "--cells other: expected a file that can be read"),
+        ("a.b=1\nc.d=2\na.b=1", "0", ["--cells", "c"], "cells 0 and 2 are alike"),
+        ("a.b=/1\na.b=*1", "1", ["--cells", "c"], "cells 1 and 0 are alike"),
+        ("a.b=" + "1" * 300, "0", ["--cells", "c"], "expected at most 200 letters in a cell, found 304"),
+    ],
+)
+def test_arrays_without_a_cell_for_each_task_do_not_start(
+    batch: Batch, cells: str, task: str, words: list[str], said: str
+) -> None:
+    (batch.folder / "c").write_text(f"{cells}\n")
+    code, printed = batch.submit("finetune_audio.sh", *words, SLURM_ARRAY_JOB_ID="20004", SLURM_ARRAY_TASK_ID=task)
+    assert code == 2 and said in printed, printed
+    assert not (batch.notes / "srun").exists()
+
+
+def test_an_array_evaluates_the_run_of_each_cell_or_each_setting(batch: Batch, sweep: dict[str, str]) -> None:
+    code, said = batch.submit("evaluate.sh", "runs/a", "--shards", "d", "--cells", "cells.txt", **sweep)
+    assert code == 0, said
+    assert batch.srun()[-4:] == ["d2v2ds.evaluate", "runs/a/lr.peak=1e-5,run.seed=2", "--shards", "d"]
+    (batch.folder / "weights.txt").write_text("--lm-weight=1 --word-score=-1\n--lm-weight=2 --word-score=0.5\n")
+    weights = ["--lm", "a.arpa", "--cells", "weights.txt"]
+    code, said = batch.submit("evaluate.sh", "runs/a", *weights, "--to=out", **sweep)
+    assert code == 0, said
+    words = batch.srun()
+    assert words[words.index("runs/a") :] == [
+        "runs/a", "--lm", "a.arpa", "--lm-weight=2", "--word-score=0.5", "--to", "out/lm-weight=2,word-score=0.5",
+    ]  # fmt: skip
+    for given, fault in (
+        (["runs/a", *weights], "expected --to FOLDER, in which each cell gets a folder"),
+        (["--shards", "d", "--cells", "cells.txt"], "expected the folder of the runs before all options"),
+        (["runs/a"], "expected --cells FILE in a job array, found none"),
+    ):
+        code, said = batch.submit("evaluate.sh", *given, **sweep)
+        assert code == 2 and fault in said
+
+
+def test_evaluation_without_an_array_gets_its_words_as_they_are(batch: Batch) -> None:
+    assert batch.submit("evaluate.sh", *AWKWARD, "--to", "a b")[0] == 0
+    assert batch.srun()[-len(AWKWARD) - 2 :] == [*AWKWARD, "--to", "a b"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "slurm" / "sweeps").glob("*.txt")), ids=lambda path: path.name)
+def test_shipped_sweeps_have_the_cells_that_their_heads_say_and_every_command_takes_them(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    cells = [line.split() for line in lines if line and not line.startswith("#")]
+    head = " ".join(line for line in lines if line.startswith("#"))
+    assert f"{len(cells)} cells." in head and f"--array=0-{len(cells) - 1} " in head
+    assert len({tuple(cell) for cell in cells}) == len(cells)
+    for cell in cells:
+        if cell[0].startswith("--"):
+            parser = argparse.ArgumentParser()
+            add_arguments(parser)
+            parser.parse_args(cell)
+        else:
+            load_config("finetune/glue_rte", [*cell, "data.shards=a", "run.dir=b"])
 
 
 # ------------------------------------------------------------------ ends

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -230,6 +231,9 @@ def test_scores_are_the_same_on_two_ranks() -> None:
         ("one", ("accuracy", "f1"), 100 - (70 + 40) / 2),
         ("one", ("mcc",), 120.0),
         ("one", ("loss",), 0.5),
+        ("one", ("accuracy", "other/accuracy"), 100 - (70 + 20) / 2),
+        ("one", ("other/loss",), 0.9),
+        ("one", ("third/accuracy",), None),
         ("several", None, 0.5),
         ("several", ("map",), 90.0),
         ("number", None, 0.5),
@@ -237,10 +241,11 @@ def test_scores_are_the_same_on_two_ranks() -> None:
     ],
 )
 def test_the_best_checkpoint_is_that_of_the_selected_scores(
-    kind: Any, select: tuple[Any, ...] | None, value: float
+    kind: Any, select: tuple[Any, ...] | None, value: float | None
 ) -> None:
     scores = {"accuracy": 70.0, "f1": 40.0, "mcc": -20.0, "map": 10.0, "pearson": 80.0, "spearman": 90.0}
     values = {f"valid/score/{name}": score for name, score in scores.items()} | {"valid/loss/total": 0.5}
+    values |= {"valid/other/score/accuracy": 20.0, "valid/other/loss/total": 0.9}
     built = task(ClassifyConfig(modality="text", kind=kind, head=SentenceHeadConfig(), select=select))
     assert built.selection(values) == pytest.approx(value)
     assert built.selection({"loss/total": 1.0}) is None, "without a validation nothing is chosen"
@@ -266,6 +271,21 @@ def test_outputs_that_are_not_finite_have_no_precision() -> None:
     built, batches = label_task()
     batches[1][0][0, 0] = float("nan")
     assert math.isnan(built.metrics("audio", totals_of(built, batches))["score/map"])
+
+
+def test_scores_copy_one_class_at_a_time() -> None:
+    built, _ = label_task()
+    rows, classes = 20_000, 6
+    kept = {"found": torch.randn(rows, classes), "wanted": torch.rand(rows, classes) < 0.1}
+    totals = Totals({"binary": 1.0}, 1.0, {}, kept)
+    few = Totals({"binary": 1.0}, 1.0, {}, {name: numbers.repeat(1, 20) for name, numbers in kept.items()})
+    peaks = []
+    for one in (totals, few):
+        tracemalloc.start()
+        built.metrics("audio", one)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2 * 19 * rows * classes, "bytes: no copy of all numbers, which have 4 bytes each"
 
 
 def test_more_outputs_than_fit_are_refused() -> None:

@@ -1,14 +1,18 @@
 """Losses equal the sum over all paths; frames that letters need; greedy decoding; error rates."""
 
 import itertools
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from d2v2ds.batch import Labels
-from d2v2ds.objectives.protocol import Totals
+from d2v2ds.objectives.protocol import Course, Totals
 from d2v2ds.tasks.ctc import CtcConfig, ctc_losses, greedy, needed_frames
+from d2v2ds.tasks.search import TimedSearch
 from d2v2ds.tasks.vocabulary import LIBRISPEECH
 from tests.oracles.ctc import collapse, paths, sums
 from tests.tasks.tiny import audio_batch, built
@@ -111,6 +115,23 @@ def test_error_rates_of_known_outputs() -> None:
     assert "word_errors" not in task.losses(network, batch, 0).statistics
 
 
+@pytest.mark.parametrize(
+    ("select", "value"),
+    [(None, 20.0), (("cer",), 8.0), (("wer", "other/wer"), 25.0), (("other/loss",), 3.0), (("third/wer",), None)],
+)
+def test_the_best_checkpoint_is_that_of_the_selected_rates(select: tuple[str, ...] | None, value: float | None) -> None:
+    values = {"valid/ctc/wer": 20.0, "valid/ctc/cer": 8.0, "valid/other/ctc/wer": 30.0, "valid/other/loss/total": 3.0}
+    task, _ = built(config(select=select))
+    assert task.selection(values) == value
+
+
+@pytest.mark.parametrize("select", [(), ("wer", "wer"), ("accuracy",), ("wer", "other/loss")])
+def test_rates_that_cannot_be_averaged_are_named(select: tuple[str, ...]) -> None:
+    task, _ = built(config())
+    (fault,) = config(select=select).check(task.trunk)
+    assert fault.startswith("select: expected some of wer, cer") and (", ".join(select) or "none") in fault
+
+
 def test_a_batch_without_letters_has_no_rate_that_divides_by_zero() -> None:
     task, network = built(config())
     batch = audio_batch(lengths=(400,), labels=Labels(values=torch.ones(1, 1).long(), lengths=torch.tensor([0])))
@@ -118,3 +139,48 @@ def test_a_batch_without_letters_has_no_rate_that_divides_by_zero() -> None:
         losses = task.losses(network.eval(), batch, None)
     rates = task.metrics("audio", Totals(sums={"ctc": 1.0}, count=1.0, statistics=losses.statistics))
     assert all(np.isfinite(value) for value in rates.values())
+
+
+def searched(find: Callable[[torch.Tensor], list[str]], limit_s: float, *, fillers: int = 0) -> dict[str, float]:
+    """Rates of two utterances, "the cat" and "a", with a search beside greedy decoding."""
+    task, network = built(config())
+    task.search = TimedSearch(find, limit_s)
+    batch = audio_batch(lengths=(400, 120), labels=labels("THE CAT", "A"))
+    with torch.no_grad():
+        parts = [task.losses(network.eval(), batch, None)]
+        parts += [task.losses(network, replace(batch, loss_weight=0.0), None) for _ in range(fillers)]
+    assert all(part.statistics.keys() == parts[0].statistics.keys() for part in parts)
+    assert all(part.statistics["lm_rows"] == 0 for part in parts[1:]), "fillers are not decoded"
+    return task.metrics("audio", Totals(sums={"ctc": 1.0}, count=2.0, statistics=parts[0].statistics))
+
+
+def test_a_search_counts_its_errors_beside_the_greedy_ones() -> None:
+    seen = []
+
+    def find(logits: torch.Tensor) -> list[str]:
+        seen.append(len(logits))
+        return ["THE", "CUT", "A"]
+
+    rates = searched(find, 100.0, fillers=1)
+    assert rates["ctc/lm_wer"] == pytest.approx(100 * (2 + 2) / 3) and rates["ctc/lm_decoded"] == 1.0
+    assert rates["ctc/lm_wer"] != rates["ctc/wer"] and rates["ctc/lm_seconds"] > 0
+    assert len(seen) == 2 and seen[0] > seen[1], "real frames of each"
+
+
+def test_a_search_that_runs_out_of_time_has_no_rate_and_says_so() -> None:
+    rates = searched(lambda logits: time.sleep(0.05) or ["A"], 0.04)  # type: ignore[func-returns-value]
+    assert rates["ctc/lm_decoded"] == 0.5 and "ctc/lm_wer" not in rates and "ctc/wer" in rates
+    course = Course(
+        step=200, values={f"valid/{name}": rate for name, rate in rates.items()}, first_step=1, first={}, lowest={},
+        lr_share=1.0,
+    )  # fmt: skip
+    (symptom,) = (one for one in built(config())[0].symptoms(course) if one.kind == "search")
+    assert symptom.sentence.startswith("50 % of the validation were decoded")
+
+
+def test_each_validation_set_has_its_own_time() -> None:
+    search = TimedSearch(lambda logits: time.sleep(0.05) or [], 0.04)  # type: ignore[func-returns-value]
+    logits = torch.zeros(1, 2, 3)
+    assert [search.count(logits, [2], [["A"]])["lm_rows"] for _ in range(2)] == [1, 0]
+    search.restart()
+    assert search.count(logits, [2], [["A"]])["lm_rows"] == 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from d2v2ds.tasks.heads import (
     FrameHeadConfig,
     FramePooling,
+    HeadConfig,
     PatchHeadConfig,
     SentenceHeadConfig,
     TokenHead,
@@ -108,6 +109,28 @@ def test_dropout_acts_in_training_alone() -> None:
         assert not torch.equal(head(FEATURES, 2, None), head(FEATURES, 2, None))
         head.eval()
         assert torch.equal(head(FEATURES, 2, None), head(FEATURES, 2, None))
+
+
+@pytest.mark.parametrize(
+    "config", [PatchHeadConfig(norm=False), SentenceHeadConfig(), FrameHeadConfig(pooling="mean"), None]
+)
+def test_outputs_of_a_head_in_bf16_are_not_rounded(config: HeadConfig | None) -> None:
+    """Equal to the output layer in fp64 on what enters it; a number of 3.14159 in bf16 would be 3.140625."""
+    torch.manual_seed(0)
+    head = TokenHead(8, 4, 0.0) if config is None else config.build(8, 4)
+    head = head.bfloat16()
+    entered: list[Tensor] = []
+    head.proj.register_forward_hook(lambda module, inputs, output: entered.append(inputs[0]))
+    given = FEATURES.bfloat16()
+    found = head(given) if config is None else head(given, 2, PADDING)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+    exact = F.linear(entered[0].double(), head.proj.weight.double(), head.proj.bias.double())
+    if isinstance(config, FrameHeadConfig):
+        exact = exact.masked_fill(PADDING[..., None], 0).sum(1) / torch.tensor(LENGTHS)[:, None]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+    found.sum().backward()
+    assert head.proj.weight.grad is not None and head.proj.weight.grad.dtype == torch.bfloat16
 
 
 def law(weight: Tensor) -> tuple[float, float]:

@@ -286,6 +286,12 @@ def test_part_of_a_gradient_is_named_by_the_place_of_the_parameter() -> None:
     assert all(NAMES.is_known(f"{prefix}optim/grad_norm/other") for prefix in ("", "audio/"))
 
 
+@pytest.mark.parametrize("before", ["", "valid/", "valid/mismatched/", "audio/", "audio/valid/", "audio/valid/other/"])
+def test_metrics_of_every_modality_and_validation_set_have_units(before: str) -> None:
+    assert NAMES.is_known(f"{before}loss/regression") and not NAMES.is_known(f"{before}loss/unheard")
+    assert NAMES.is_known("valid/mismatched/loss/total") and not NAMES.is_known("valid/a/b/loss/regression")
+
+
 def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss/regression": 2.0}\n{"step": 2, "loss/reg')

@@ -11,7 +11,7 @@ A checkpoint is a folder `<folder>/<tag>/`:
 
 Each shard file says in its metadata where its pieces begin in the flattened whole parameters, so the files of any
 number of ranks and any ZeRO stage can be put together or cut anew. `<folder>/latest` names the newest finished tag,
-`<folder>/best` the one with the lowest validation loss.
+`<folder>/best` the one with the lowest value of `Objective.selection`, such as a validation loss or an error rate.
 """
 
 import json
@@ -86,7 +86,8 @@ class Manifest:
     files: dict[str, dict[str, int]]
     """Bytes and crc32 of every file but the manifest."""
     validation_loss: float | None = None
-    """Validation loss of these weights; None if they were not validated."""
+    """Value of `Objective.selection` for these weights, the lower the better: a validation loss, an error rate, or 100
+    less the mean of selected scores; None if they were not validated."""
 
     def to_json(self) -> str:
         """The text of manifest.json, with a checksum of itself."""
@@ -211,14 +212,7 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def crc32_of(path: Path) -> int:
     """Checksum of a file."""
-    checksum = 0
-    with read.open_regular(path, CheckpointError) as file:
-        try:
-            while block := file.read(1 << 22):
-                checksum = crc32(block, checksum)
-        except OSError as error:
-            raise reading_error(path, error, CheckpointError) from error
-    return checksum
+    return read.crc32_of(path, CheckpointError)
 
 
 def read_plain(path: Path) -> dict[str, Any]:

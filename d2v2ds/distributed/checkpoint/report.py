@@ -38,7 +38,7 @@ def list_checkpoints(run_dir: Path) -> bool:
     """Print a table, newest first; returns whether every manifest can be read."""
     folder = folder_of(run_dir)
     latest, best, is_whole = named_tag(folder, LATEST), named_tag(folder, BEST), True
-    print(f"{'checkpoint':<16} {'step':>9} {'GiB':>8} {'ranks':>5} {'stage':>5}  {'precision':<14} {'validation':>10}")
+    print(f"{'checkpoint':<16} {'step':>9} {'GiB':>8} {'ranks':>5} {'stage':>5}  {'precision':<14} {'selection':>10}")
     for tag in finished_tags(folder):
         try:
             print(_line(read_manifest(folder / tag)), *(n for n, t in ((LATEST, latest), (BEST, best)) if t == tag))
@@ -56,11 +56,11 @@ def list_checkpoints(run_dir: Path) -> bool:
 
 def _line(manifest: Manifest) -> str:
     gib = sum(record["bytes"] for record in manifest.files.values()) / 2**30
-    loss = "" if manifest.validation_loss is None else f"{manifest.validation_loss:.5g}"
+    selection = "" if manifest.validation_loss is None else f"{manifest.validation_loss:.5g}"
     precision = manifest.compute_dtype.removeprefix("torch.")
     return (
         f"{manifest.tag:<16} {manifest.counters['global_steps']:>9} {gib:>8.3f} {manifest.world_size:>5} "
-        f"{manifest.stage:>5}  {precision:<14} {loss:>10}"
+        f"{manifest.stage:>5}  {precision:<14} {selection:>10}"
     )
 
 

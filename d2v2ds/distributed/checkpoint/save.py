@@ -19,7 +19,7 @@ import logging
 import math
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,6 +91,7 @@ class Saver:
         folder: Path,
         keep: Keep = KEEP_ALL,
         asynchronous: bool = True,
+        needed: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         """
         Args:
@@ -100,9 +101,10 @@ class Saver:
             keep: what is not removed.
             asynchronous: write while training goes on. It needs as much host memory as this rank's part of a
                 checkpoint has bytes (16 / ranks for each parameter), page-locked if there is a GPU.
+            needed: tags that are not removed now, besides; asked in a thread of rank 0.
         """
         self._engine, self._teacher = engine, teacher
-        self._folder, self._keep, self._asynchronous = folder, keep, asynchronous
+        self._folder, self._keep, self._asynchronous, self._needed = folder, keep, asynchronous, needed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host_copies: dict[str, Tensor] = {}
         self._snapshot: _Snapshot | None = None
@@ -113,7 +115,7 @@ class Saver:
         self,
         tag: str,
         client_state: Mapping[str, Any],
-        validation_loss: float | None = None,
+        selection: float | None = None,
     ) -> SaveOutcome | None:
         """Begin a checkpoint; only between optimizer steps, and once the one before is finished.
 
@@ -121,7 +123,8 @@ class Saver:
             tag: name of this one; an existing one of that name is replaced.
             client_state: the caller's state, the same on all ranks: schedule, data position. Plain containers, numbers,
                 strings and tensors only, so that reading it back runs no code.
-            validation_loss: of the weights saved; the lowest one makes its checkpoint `best`.
+            selection: value of the weights saved by which `best` is chosen, such as a validation loss or an error
+                rate; the lowest one makes its checkpoint `best`.
 
         Returns:
             How it ended, where that is known at once: without `asynchronous`, or if its folder cannot be made.
@@ -140,7 +143,7 @@ class Saver:
         partial = self._folder / f"{tag}{PARTIAL}"
         if fault := comm.on_rank0(lambda: _make_partial_folder(self._folder, partial)):
             return SaveOutcome(path, fault)
-        self._snapshot = self._take_snapshot(path, validation_loss)
+        self._snapshot = self._take_snapshot(path, selection)
         if comm.rank() == 0:
             self._snapshot.blobs["client.pt"] = client
         self._writing = self._thread.submit(_write_files, self._snapshot, partial)
@@ -173,7 +176,7 @@ class Saver:
             outcome = self._begin_commit() if self._writing is not None else self._end_commit()
         return outcome
 
-    def _take_snapshot(self, path: Path, validation_loss: float | None) -> _Snapshot:
+    def _take_snapshot(self, path: Path, selection: float | None) -> _Snapshot:
         """This rank's part of the checkpoint, copied into host memory that is kept for the next one."""
         engine, teacher = self._engine, self._teacher
         optimizer_keys, scalars = zero.optimizer_layout(engine)
@@ -191,7 +194,7 @@ class Saver:
             num_teacher_updates=0 if teacher is None else teacher.num_updates,
             optimizer_keys=optimizer_keys,
             optimizer_scalars=scalars,
-            validation_loss=validation_loss if validation_loss is None or math.isfinite(validation_loss) else None,
+            validation_loss=selection if selection is None or math.isfinite(selection) else None,
             files={},
         )
         snapshot = _Snapshot(path, manifest)
@@ -244,7 +247,7 @@ class Saver:
         if comm.rank() == 0:
             files = {name: record for found, _ in reports for name, record in found.items()}
             manifest = replace(snapshot.manifest, files=files)
-            self._committing = self._thread.submit(_commit, partial, snapshot.path, manifest, self._keep)
+            self._committing = self._thread.submit(_commit, partial, snapshot.path, manifest, self._keep, self._needed)
         return None
 
     def _end_commit(self) -> SaveOutcome:
@@ -274,7 +277,7 @@ def _write_files(snapshot: _Snapshot, partial: Path) -> _WrittenFiles:
         return {}, f"rank {comm.rank()}: no memory left"
 
 
-def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
+def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep, needed: Callable[[], Collection[str]]) -> str:
     """Give the finished folder its name, move `latest` and `best`, drop what is too old; returns what went wrong."""
     folder = target.parent
     try:
@@ -293,14 +296,15 @@ def _commit(partial: Path, target: Path, manifest: Manifest, keep: Keep) -> str:
         return f"rank 0: {error}"
     try:
         for tag in superseded_tags(folder, keep):
-            remove(folder / tag)
+            if tag not in needed():
+                remove(folder / tag)
     except (OSError, D2V2Error) as error:  # this checkpoint is whole
         logger.warning("%s: older checkpoints are not removed: %s", folder, error)
     return ""
 
 
-def _is_best(folder: Path, validation_loss: float) -> bool:
-    if not math.isfinite(validation_loss):
+def _is_best(folder: Path, selection: float) -> bool:
+    if not math.isfinite(selection):
         return False
     try:
         best = named_tag(folder, BEST)
@@ -309,7 +313,7 @@ def _is_best(folder: Path, validation_loss: float) -> bool:
         before = read_manifest(folder / best).validation_loss
     except (CheckpointError, MachineError):
         return True  # it is gone or damaged
-    return before is None or validation_loss < before
+    return before is None or selection < before
 
 
 def _make_partial_folder(folder: Path, partial: Path) -> None:

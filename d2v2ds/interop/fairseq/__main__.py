@@ -25,9 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     importing = commands.add_parser("import", help="official file -> our folder")
     importing.add_argument("source", type=Path, metavar="FILE.pt", help="official checkpoint")
     importing.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write")
-    importing.add_argument(
-        "--drop-unknown", action="store_true", help="leave out tensors that our network lacks instead of stopping"
-    )
+    importing.add_argument("--drop-unknown", action="store_true", help="leave out tensors that our network lacks")
     importing.add_argument(
         "--only-model", action="store_true", help="leave out all but `model`, `cfg` and `args`, whatever it asks for"
     )
@@ -35,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokenizer", type=Path, metavar="FILE", help="of text: RoBERTa's tokenizer.json or a sentencepiece .model"
     )
     importing.add_argument("--outputs", type=Path, metavar="FILE", help="letters or classes of a fine-tuned model")
+    importing.add_argument("--sentences", type=int, choices=(1, 2), help="of an input of a fine-tuned text model")
     importing.add_argument("--encoder-only", action="store_true", help="leave out the head of a fine-tuned model")
     exporting = commands.add_parser("export", help="our folder -> official file")
     exporting.add_argument("source", type=Path, metavar="FOLDER", help="an export of this project")

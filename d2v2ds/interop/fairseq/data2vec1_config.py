@@ -171,8 +171,8 @@ def _audio(official: Mapping[str, Any], context: Mapping[str, Any]) -> FirstNetw
         position_groups=keys("conv_pos_groups", 16),
         conv_gradient=keys("feature_grad_mult", 1.0),
         prenet_dropout=keys("dropout", 0.1),
-        alibi=False, alibi_learned=False, alibi_per_head=False,
-    )  # fmt: skip
+        alibi=False,
+    )
     block = BlockConfig(
         width=width,
         num_heads=keys("encoder_attention_heads", 12),

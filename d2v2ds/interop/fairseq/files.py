@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.card import write_card
-from d2v2ds.interop.export_folder import Description, Kind, Layout, ModelFolder, Part, require_layout
-from d2v2ds.interop.export_write import new_folder, write_config, write_tensors
+from d2v2ds.interop.export_folder import Description, ModelFolder, Part, require_layout
 from d2v2ds.interop.fairseq.heads import (
     HEAD,
     TunedConfig,
@@ -32,11 +30,12 @@ from d2v2ds.interop.fairseq.read import (
     read_official,
 )
 from d2v2ds.interop.fairseq.write import write_official
-from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.interop.imported_folder import layout_of, write_imported
 from d2v2ds.interop.output_names import read_outputs
 from d2v2ds.io.read import validate
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.modalities.text.network import TextNetwork
+from d2v2ds.modalities.text.shards import SENTENCES
 from d2v2ds.modalities.text.tokenizers import Tokenizer, load_tokenizer
 from d2v2ds.objectives.data2vec2 import ModalityConfig
 from d2v2ds.tasks.classify import ClassifyConfig
@@ -62,7 +61,12 @@ def _counts(tensors: Tensors) -> str:
 
 
 def write_folder(
-    path: Path, checkpoint: OfficialCheckpoint, file_name: str, tokenizer: Tokenizer | None, head: _Head | None = None
+    path: Path,
+    checkpoint: OfficialCheckpoint,
+    file_name: str,
+    tokenizer: Tokenizer | None,
+    head: _Head | None = None,
+    sentences: int | None = None,
 ) -> None:
     """Write what was read as our export folder.
 
@@ -72,6 +76,7 @@ def write_folder(
         file_name: of the official file, for the record.
         tokenizer: of text, to be copied.
         head: settings of the task and tensors of the head, instead of the objective of pretraining.
+        sentences: of an input of a fine-tuned text model, 1 or 2; None: not known, or no text.
 
     Raises:
         CheckpointError: something else is in the way.
@@ -80,6 +85,8 @@ def write_folder(
     preprocessing = {name: modality_of(name, file_name).describe_preprocessing(model.modalities[name], None, None)}
     if tokenizer is not None:
         preprocessing[name] |= {"tokenizer": tokenizer.kind, "file": tokenizer.file_name}
+    if sentences is not None:
+        preprocessing[name][SENTENCES] = sentences
     if any(tensor.is_meta for tensor in (*checkpoint.trunk.values(), *({} if head is None else head[1]).values())):
         raise CheckpointError(f"{file_name}: expected weights, found names and shapes alone (of torch's device meta)")
     parts: dict[Part, Tensors] = {"model": checkpoint.trunk}
@@ -104,16 +111,8 @@ def write_folder(
             },
         },
     )
-    with new_folder(path) as folder:
-        for part, tensors in parts.items():
-            if tensors:
-                write_tensors(folder, part, _layout_of(tensors), tensors.items())
-        if tokenizer is not None:
-            (folder / tokenizer.file_name).write_bytes(tokenizer.data)
-        num_parameters = sum(tensor.numel() for tensor in checkpoint.trunk.values())
-        write_card(folder, description, path.name, num_parameters)
-        task = None if head is None else description.objective
-        write_config(folder, description, write_hub_files(folder, model, preprocessing, task))
+    files = {} if tokenizer is None else {tokenizer.file_name: tokenizer.data}
+    write_imported(path, description, parts, files=files, has_task=head is not None)
 
 
 def _of_pretraining(checkpoint: OfficialCheckpoint) -> dict[str, Any]:
@@ -135,6 +134,8 @@ class ImportOptions:
     """Tokenizer of text: RoBERTa's tokenizer.json, or a sentencepiece .model. Without it the folder takes ids only."""
     outputs: Path | None = None
     """Names of the outputs of a fine-tuned model, see `read_outputs`; None: those of the file."""
+    sentences: int | None = None
+    """Sentences of an input of a fine-tuned text model: 1, or 2 for pairs; None: those that the file names, if any."""
     encoder_only: bool = False
     """Leave out the head of a fine-tuned model, whatever it is."""
 
@@ -159,12 +160,14 @@ def import_file(file: Path, folder: Path, options: ImportOptions | None = None) 
     options = options or ImportOptions()
     checkpoint = read_official(file, options.drop_unknown, options.only_model)
     head = _head_of(file, checkpoint, options)
+    is_text = isinstance(checkpoint.network.trunk.modalities[checkpoint.modality], TextNetwork)
+    sentences = _sentences_of(file, checkpoint, options, is_text and head is not None)
     loaded = None
     if options.tokenizer is not None:
         loaded = _tokenizer_of(checkpoint, options.tokenizer)
-    elif isinstance(checkpoint.network.trunk.modalities[checkpoint.modality], TextNetwork):
+    elif is_text:
         checkpoint.warnings.append("no --tokenizer: the folder gives features of token ids, not of text")
-    write_folder(folder, checkpoint, file.name, loaded, head)
+    write_folder(folder, checkpoint, file.name, loaded, head, sentences)
     return checkpoint
 
 
@@ -191,6 +194,18 @@ def _head_of(file: Path, checkpoint: OfficialCheckpoint, options: ImportOptions)
     if checkpoint.has_decoder or checkpoint.teacher is not None:
         checkpoint.warnings.append("left out: decoder and teacher, which a fine-tuned model does not use")
     return head
+
+
+def _sentences_of(file: Path, checkpoint: OfficialCheckpoint, options: ImportOptions, has_them: bool) -> int | None:
+    """Sentences of an input; None for other models than fine-tuned ones of text, and where nobody says."""
+    if not has_them:
+        if options.sentences is not None:
+            raise CheckpointError(f"--sentences {options.sentences}: {file} is no fine-tuned text model; leave it out")
+        return None
+    found = options.sentences or checkpoint.facts.sentences
+    if found is None:
+        checkpoint.warnings.append("no --sentences: it is not known whether its inputs are pairs")
+    return found
 
 
 _TOKENIZER_KINDS = {".json": "bpe", ".model": "sentencepiece"}
@@ -248,6 +263,7 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
     model, settings = folder.description.model, folder.description.objective or {}
     tuned = tuned_config(settings, f"{path}: objective")
     modality = _chosen(path, [tuned.modality] if tuned else list(model.modalities), modality)
+    preprocessing = folder.description.preprocessing[modality]
     origin = validate(_Origin, folder.description.origin, f"{path}: origin", CheckpointError)
     section = origin.official.section
     if not section:
@@ -262,14 +278,14 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
     where = f"{path}: origin.official.section"
     single, _, _ = checked_section(section, modality, tokens, where, has_decoder=bool(decoder))
     expected = network_states(single, modality, str(path), has_decoder=bool(decoder))
-    require_layout(path, _layout_of(trunk | decoder), expected.student)
+    require_layout(path, layout_of(trunk | decoder), expected.student)
     if teacher:
-        require_layout(path, _layout_of(teacher), expected.teacher)
+        require_layout(path, layout_of(teacher), expected.teacher)
     if tuned is None:
         prefix = origin.official.prefix
         write_official(file, trunk | decoder, teacher or None, section, prefix=prefix, licence=origin.licence)
         return
-    require_layout(path, _layout_of(head), head_state(tuned, model))
+    require_layout(path, layout_of(head), head_state(tuned, model))
     task = official_task(tuned)
     write_official(
         file,
@@ -280,7 +296,7 @@ def export_file(path: Path, file: Path, modality: str | None = None) -> None:
         prefix=task.prefix,
         licence=origin.licence,
         model=official_configuration(tuned, section),
-        facts={"objective": settings},
+        facts={"objective": settings} | {key: value for key, value in preprocessing.items() if key == SENTENCES},
     )
 
 
@@ -289,10 +305,6 @@ def _chosen(path: Path, found: list[str], wanted: str | None) -> str:
     if wanted is None and len(found) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(found)}; an official file holds one, choose it: --modality")
     return wanted or found[0]
-
-
-def _layout_of(tensors: Tensors) -> Layout:
-    return {name: Kind.of(tensor) for name, tensor in tensors.items()}
 
 
 def _objective(folder: ModelFolder, modality: str) -> ModalityConfig:

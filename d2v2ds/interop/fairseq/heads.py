@@ -15,12 +15,12 @@ from torch import Tensor
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import plain
-from d2v2ds.interop.task_network import TASKS as TASK_CONFIGS
 from d2v2ds.io.read import validate
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.tasks.classify import ClassifyConfig
 from d2v2ds.tasks.ctc import CtcConfig
 from d2v2ds.tasks.heads import FrameHeadConfig, FramePooling, PatchHeadConfig, PatchPooling, SentenceHeadConfig
+from d2v2ds.tasks.known import TASKS as TASK_CONFIGS
 from d2v2ds.tasks.vocabulary import SPECIAL
 
 TunedConfig = CtcConfig | ClassifyConfig
@@ -58,6 +58,8 @@ class Facts:
     """Its dictionary of letters; empty if the file has none."""
     settings: Mapping[str, Any] | None = None
     """Our settings of the task; only files of ours have them."""
+    sentences: int | None = None
+    """Sentences of an input, 1 or 2; only files of ours say so, and only of text."""
 
     def choice(self, name: str, default: str, known: Mapping[str, _Choice]) -> _Choice:
         """Translate an option that is one of several words.
@@ -89,9 +91,13 @@ def read_facts(content: Mapping[str, Any], made_by: str) -> Facts:
         symbols = []
     model = cfg.get("model") if isinstance(cfg, dict) else args
     own = cfg.get(made_by) if isinstance(cfg, dict) else None
-    settings = own.get("objective") if isinstance(own, dict) else None
+    own = own if isinstance(own, dict) else {}
+    settings, sentences = own.get("objective"), own.get("sentences")
     return Facts(
-        model if isinstance(model, dict) else {}, tuple(symbols), settings if isinstance(settings, dict) else None
+        options=model if isinstance(model, dict) else {},
+        symbols=tuple(symbols),
+        settings=settings if isinstance(settings, dict) else None,
+        sentences=sentences if sentences in (1, 2) else None,
     )
 
 
@@ -115,7 +121,7 @@ def _ctc(facts: Facts, names: Sequence[str], outputs: int) -> TunedConfig:
             f"its head has {outputs} outputs, {len(units)} letters and {len(SPECIAL)} special symbols make "
             f"{len(units) + len(SPECIAL)}; give the dictionary that it was trained with"
         )
-    return CtcConfig(modality="audio", vocabulary=tuple(units))
+    return CtcConfig(modality="audio").with_names(tuple(units))
 
 
 def _classes(names: Sequence[str], outputs: int) -> tuple[str, ...]:
@@ -203,8 +209,10 @@ def official_task(config: TunedConfig) -> OfficialTask:
     Raises:
         UnsupportedOptionError: there is none.
     """
-    kind = config.name if isinstance(config, CtcConfig) else config.head.kind
-    if TASKS[kind].modality != config.modality:
+    if isinstance(config, CtcConfig) and config.units:
+        raise UnsupportedOptionError("a recogniser of sentencepiece units: official dictionaries have no model of them")
+    kind = config.head.kind if isinstance(config, ClassifyConfig) else config.name
+    if kind not in TASKS or TASKS[kind].modality != config.modality:
         raise UnsupportedOptionError(f"no official model has a head of kind {kind} for {config.modality}")
     return TASKS[kind]
 

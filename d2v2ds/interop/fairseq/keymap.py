@@ -13,10 +13,10 @@ from torch import Tensor
 Row = tuple[str, str, int]
 
 
-def _of_modality(name: str, rows: list[Row]) -> list[Row]:
+def _of_modality(name: str, rows: list[Row], official: str | None = None) -> list[Row]:
     """Put the two prefixes of a modality in front of its rows, which begin with E (encoder) or D (decoder)."""
-    ours = {"E": f"encoders.{name}", "D": f"decoders.{name}"}
-    theirs = {"E": f"modality_encoders.{name.upper()}", "D": f"modality_encoders.{name.upper()}.decoder"}
+    ours, official = {"E": f"encoders.{name}", "D": f"decoders.{name}"}, official or name.upper()
+    theirs = {"E": f"modality_encoders.{official}", "D": f"modality_encoders.{official}.decoder"}
     return [(ours[mine[0]] + mine[1:], theirs[mine[0]] + official, offset) for mine, official, offset in rows]
 
 
@@ -27,6 +27,16 @@ _PRENET: list[Row] = [
 _DECODER: list[Row] = [
     ("D.layers.{i}.conv.{p}", ".blocks.{i}.0.{p}", 0),
     ("D.proj.{p}", ".proj.{p}", 0),
+]
+
+_PATCHES: list[Row] = [
+    ("E.local.proj.{p}", ".local_encoder.proj.{p}", 0),
+    ("E.local.proj.{p}", ".local_encoder.0.proj.{p}", 0),  # where `widen` follows, see `official_names`
+    ("E.local.widen.{p}", ".local_encoder.1.{p}", 0),
+    ("E.fixed_positions.table", ".fixed_positional_encoder.positions", 0),
+    ("E.extra.tokens", ".extra_tokens", 0),
+    *_PRENET,
+    *_DECODER,
 ]
 
 TABLE: list[Row] = [
@@ -44,18 +54,8 @@ TABLE: list[Row] = [
             *_DECODER,
         ],
     ),
-    *_of_modality(
-        "image",
-        [
-            ("E.local.proj.{p}", ".local_encoder.proj.{p}", 0),
-            ("E.local.proj.{p}", ".local_encoder.0.proj.{p}", 0),  # where `widen` follows, see `official_names`
-            ("E.local.widen.{p}", ".local_encoder.1.{p}", 0),
-            ("E.fixed_positions.table", ".fixed_positional_encoder.positions", 0),
-            ("E.extra.tokens", ".extra_tokens", 0),
-            *_PRENET,
-            *_DECODER,
-        ],
-    ),
+    *_of_modality("image", _PATCHES),
+    *_of_modality("spectrogram", _PATCHES, "IMAGE"),  # EAT calls its spectrograms images
     *_of_modality(
         "text",
         [
@@ -72,7 +72,15 @@ TABLE: list[Row] = [
 ]
 
 
-def _translate(name: str, source: str, target: str, offset: int) -> str | None:
+def translate(name: str, source: str, target: str, offset: int = 0) -> str | None:
+    """Translate a name by one row of a table; None if the row is of other names.
+
+    Args:
+        name: to translate.
+        source: its form, with `{i}` and `{p}`.
+        target: form of the result.
+        offset: added to the number at `{i}`.
+    """
     pattern = re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", r"(?P<p>.+)")
     found = re.fullmatch(pattern, name)
     if found is None:
@@ -82,10 +90,17 @@ def _translate(name: str, source: str, target: str, offset: int) -> str | None:
     return target.replace("{i}", number).replace("{p}", groups.get("p", ""))
 
 
-def to_ours(official: str) -> str | None:
-    """Our name of an official parameter, None if the table has none."""
+def to_ours(official: str, modality: str | None = None) -> str | None:
+    """Our name of an official parameter, None if the table has none.
+
+    Args:
+        official: name.
+        modality: ours, where official files give two modalities the same names; None: the first in the table.
+    """
     for ours, theirs, offset in TABLE:
-        name = _translate(official, theirs, ours, -offset)
+        if modality is not None and ours.startswith(_OF_MODALITIES) and ours.split(".")[1] != modality:
+            continue
+        name = translate(official, theirs, ours, -offset)
         if name is not None:
             return name
     return None
@@ -99,12 +114,13 @@ def to_official(name: str, *, widens: bool = False) -> str | None:
         widens: the patches of the network have a width of their own, and a Linear after them.
     """
     for ours, theirs, offset in TABLE:
-        official = _translate(name, ours, theirs, offset)
+        official = translate(name, ours, theirs, offset)
         if official is not None and not (widens and official.endswith(_PATCHES_OF_MODEL_WIDTH)):
             return official
     return None
 
 
+_OF_MODALITIES = ("encoders.", "decoders.")
 _PATCHES_OF_MODEL_WIDTH = (".local_encoder.proj.weight", ".local_encoder.proj.bias")
 
 

@@ -19,6 +19,7 @@ from d2v2ds.interop.fairseq.official_fields import (
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.network import AudioNetwork
 from d2v2ds.modalities.image.network import ImageNetwork
+from d2v2ds.modalities.spectrogram.network import SpectrogramNetwork
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.decoder import DecoderConfig
@@ -27,6 +28,8 @@ from d2v2ds.objectives.data2vec2 import ModalityConfig
 from d2v2ds.objectives.loss import LossConfig
 from d2v2ds.objectives.targets import NormKind, TargetConfig
 
+OFFICIAL_NAMES = {"spectrogram": "image"}
+"""Names of modalities in official sections where they are not ours."""
 _ANY_MASK = MaskConfig(masked_fraction=0.5, num_masks=1, kind="random")
 
 
@@ -83,9 +86,10 @@ def read_section(
     """
     notes = Notes()
     config = _translated(official, modality, vocab_size, notes)
-    own, where = notes.known[f"modalities.{modality}."], f"modalities.{modality}.decoder."
-    section = notes.known[""] | {"modalities": {modality: own | {"decoder": notes.known[where]}}}
-    others = [name for name, value in official.get("modalities", {}).items() if name != modality and value is not None]
+    name = OFFICIAL_NAMES.get(modality, modality)
+    own, where = notes.known[f"modalities.{name}."], f"modalities.{name}.decoder."
+    section = notes.known[""] | {"modalities": {name: own | {"decoder": notes.known[where]}}}
+    others = [one for one, value in official.get("modalities", {}).items() if one != name and value is not None]
     return config, section, notes.ignored + [f"modalities.{name}" for name in others]
 
 
@@ -94,8 +98,8 @@ def _translated(
 ) -> OfficialNetwork:
     if modality not in _NETWORK_READERS:
         raise UnsupportedOptionError(f"modality={modality}")
-    fields = Fields(official, "", notes)
-    values = fields("modalities", {}).get(modality, {})
+    fields, name = Fields(official, "", notes), OFFICIAL_NAMES.get(modality, modality)
+    values = fields("modalities", {}).get(name, {})
     target = TargetConfig(
         num_layers=fields.required("average_top_k_layers"),
         layer_norms=_norms(fields, LAYER_NORMS),
@@ -103,7 +107,7 @@ def _translated(
     )
     width, encoder_only = fields.required("embed_dim"), fields("ema_encoder_only", True)
     loss = LossConfig(scale=fields("loss_scale", None), beta=fields("loss_beta", 0), cls_weight=fields("cls_loss", 0))
-    case = _Case(values=values or {}, where=f"modalities.{modality}.", width=width, vocab_size=vocab_size, notes=notes)
+    case = _Case(values=values or {}, where=f"modalities.{name}.", width=width, vocab_size=vocab_size, notes=notes)
     section, own, decoder = _NETWORK_READERS[modality](case)
     shares_local = not own("ema_local_encoder", False)
     own.finish()
@@ -114,7 +118,7 @@ def _translated(
             width=width,
             num_heads=fields("num_heads", 12),
             mlp_ratio=fields("mlp_ratio", 4),
-            norm_eps=fields("norm_eps", 1e-6 if isinstance(section, ImageNetwork) else 1e-5),
+            norm_eps=fields("norm_eps", 1e-6 if isinstance(section, ImageNetwork | SpectrogramNetwork) else 1e-5),
             attention_dropout=fields("attention_dropout", 0.1),
             attention_output_dropout=fields("encoder_dropout", 0.1),
             activation_dropout=fields("activation_dropout", 0.0),
@@ -183,7 +187,7 @@ def _alibi(fields: Fields) -> dict[str, bool]:
     }
 
 
-_Network = AudioNetwork | ImageNetwork | TextNetwork
+_Network = AudioNetwork | ImageNetwork | TextNetwork | SpectrogramNetwork
 _Read = tuple[_Network, Fields, DecoderConfig]
 
 
@@ -216,6 +220,24 @@ def _image(case: _Case) -> _Read:
     return config, fields, case.decoder(fields, projections=False)
 
 
+def _spectrogram(case: _Case) -> _Read:
+    """Read the section `image` of EAT, whose images have one channel."""
+    fields = Fields(case.values, case.where, case.notes)
+    if (channels := fields("in_chans", 1)) != 1:
+        raise UnsupportedOptionError(f"{case.where}in_chans={channels!r}")
+    patch_width = fields("embed_dim", 768)
+    config = SpectrogramNetwork(
+        prenet_depth=fields.required("prenet_depth"),
+        target_length=fields("target_length", 1024),
+        max_rows=fields("max_length", 768),
+        patch_size=fields("patch_size", 16),
+        patch_width=None if patch_width == case.width else patch_width,
+        num_extra_tokens=fields("num_extra_tokens", 0),
+        prenet_dropout=fields("prenet_dropout", 0.0),
+    )
+    return config, fields, case.decoder(fields, projections=False)
+
+
 def _text(case: _Case) -> _Read:
     fields = Fields(case.values, case.where, case.notes)
     if case.vocab_size is None:
@@ -236,4 +258,5 @@ _NETWORK_READERS: dict[str, Callable[[_Case], _Read]] = {
     "audio": _audio,
     "image": _image,
     "text": _text,
+    "spectrogram": _spectrogram,
 }

@@ -23,6 +23,8 @@ _IGNORED = {
     "min_target_var", "min_pred_var", "mask_prob", "mask_prob_adjust", "mask_length", "mask_dropout",
     "inverse_mask", "add_masks", "keep_masked_pct", "mask_noise_std", "init_extra_token_zero",
     "mae_init", "decoder_group",
+    # copies of the model's own numbers of heads and blocks
+    "num_alibi_heads", "model_depth",
     # start value of a parameter that the case carries, and width of hidden projection layers where there are none
     "alibi_scale", "projection_ratio",
 }  # fmt: skip
@@ -37,7 +39,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "learned_alibi_scale_per_layer": (False,),
     "add_positions_masked": (False,), "add_positions_all": (False,), "projection_layers": (1,),
     "batch_norm_targets": (False,), "no_scale_embedding": (True,), "learned_pos": (True,), "in_chans": (3,),
-    "layernorm_embedding": (True,), "fixed_positions": (True,),
+    "layernorm_embedding": (True,), "fixed_positions": (True,), "flexible_mask": (False,), "utterance_level": (False,),
 }  # fmt: skip
 
 _TRAINING_ONLY = {

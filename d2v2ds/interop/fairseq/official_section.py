@@ -4,16 +4,19 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from d2v2ds.interop.fairseq.official_config import OfficialNetwork, network_of
+from d2v2ds.interop.fairseq.official_config import OFFICIAL_NAMES, OfficialNetwork, network_of
 from d2v2ds.interop.fairseq.official_fields import FINAL_NORMS, LAYER_NORMS, UnsupportedOptionError
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.audio.network import AudioNetwork
 from d2v2ds.modalities.image.network import ImageNetwork
+from d2v2ds.modalities.spectrogram.network import SpectrogramNetwork
 from d2v2ds.modalities.text.network import TextNetwork
 from d2v2ds.model.decoder import DecoderConfig
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.data2vec2 import ModalityConfig
 from d2v2ds.objectives.targets import TargetConfig
+
+_OF_PATCHES = (ImageNetwork, SpectrogramNetwork)
 
 
 def official_section(config: TrunkConfig, objective: ModalityConfig, modality: str) -> dict[str, Any]:
@@ -34,9 +37,12 @@ def official_section(config: TrunkConfig, objective: ModalityConfig, modality: s
     if own is None or modality not in _NETWORK_WRITERS:
         raise UnsupportedOptionError(f"modality={modality}: the model has {', '.join(config.modalities)}")
     block, decoder, target, loss = config.block, objective.decoder, objective.target, objective.loss
+    if not isinstance(decoder, DecoderConfig):
+        raise UnsupportedOptionError(f"no official option for decoder.kind={decoder.kind!r}")
+    name = OFFICIAL_NAMES.get(modality, modality)
     section: dict[str, Any] = {
         "_name": "data2vec_multi",
-        "supported_modality": modality.upper(),
+        "supported_modality": name.upper(),
         "depth": config.shared_depth,
         "embed_dim": block.width,
         "num_heads": block.num_heads,
@@ -56,16 +62,16 @@ def official_section(config: TrunkConfig, objective: ModalityConfig, modality: s
         **{key: kind in target.final_norms for key, kind in FINAL_NORMS.items()},
     }
     section["modalities"] = {
-        modality: {
+        name: {
             "prenet_depth": own.prenet_depth,
             "prenet_dropout": own.prenet_dropout,
             "ema_local_encoder": not objective.share_local_encoder,
             "mask_noise_std": decoder.mask_noise_std,
             **_NETWORK_WRITERS[modality](own, block.width),
-            "decoder": _written_decoder(decoder, has_projections=not isinstance(own, ImageNetwork)),
+            "decoder": _written_decoder(decoder, has_projections=not isinstance(own, _OF_PATCHES)),
         }
     }
-    _require_same(section, modality, config, objective)
+    _require_same(section, modality, config, objective, decoder)
     return section
 
 
@@ -80,14 +86,16 @@ def any_objective(config: TrunkConfig, modality: str) -> ModalityConfig:
     """
     groups = 16 if config.block.width % 16 == 0 else 1
     return ModalityConfig(
-        share_local_encoder=not isinstance(config.modalities[modality], ImageNetwork),
+        share_local_encoder=not isinstance(config.modalities[modality], _OF_PATCHES),
         mask=MaskConfig(masked_fraction=0.5, num_masks=1, kind="random"),
         decoder=DecoderConfig(width=384, depth=5, kernel=5, groups=groups),
         target=TargetConfig(num_layers=config.shared_depth, layer_norms=("instance",)),
     )
 
 
-def _require_same(section: dict[str, Any], modality: str, config: TrunkConfig, objective: ModalityConfig) -> None:
+def _require_same(
+    section: dict[str, Any], modality: str, config: TrunkConfig, objective: ModalityConfig, decoder: DecoderConfig
+) -> None:
     """Read a written section again and compare.
 
     Raises:
@@ -98,7 +106,7 @@ def _require_same(section: dict[str, Any], modality: str, config: TrunkConfig, o
     wanted = OfficialNetwork(
         trunk=replace(config, block=block, modalities={modality: own}),
         share_local_encoder=objective.share_local_encoder,
-        decoder=objective.decoder,
+        decoder=decoder,
         target=objective.target,
         loss=replace(objective.loss, cls_rows=None),
     )
@@ -161,6 +169,17 @@ def _written_image(own: ImageNetwork, width: int) -> dict[str, Any]:
     }
 
 
+def _written_spectrogram(own: SpectrogramNetwork, width: int) -> dict[str, Any]:
+    return {
+        "in_chans": 1,
+        "target_length": own.target_length,
+        "max_length": own.max_rows,
+        "patch_size": own.patch_size,
+        "embed_dim": own.patch_width or width,
+        "num_extra_tokens": own.num_extra_tokens,
+    }
+
+
 def _written_text(own: TextNetwork, width: int) -> dict[str, Any]:
     return _written_alibi(own) | {
         "max_source_positions": own.max_tokens,
@@ -172,5 +191,6 @@ def _written_text(own: TextNetwork, width: int) -> dict[str, Any]:
 _NETWORK_WRITERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "audio": _written_audio,
     "image": _written_image,
+    "spectrogram": _written_spectrogram,
     "text": _written_text,
 }

@@ -23,7 +23,7 @@ from d2v2ds.interop.fairseq.keymap import (
     official_shape,
     with_our_shape,
 )
-from d2v2ds.interop.fairseq.official_config import OfficialNetwork, read_section
+from d2v2ds.interop.fairseq.official_config import OFFICIAL_NAMES, OfficialNetwork, read_section
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import plain
 from d2v2ds.interop.fairseq.torch_file import read_pickled
@@ -38,6 +38,7 @@ LICENCES = {
     "audio": "to our knowledge the official speech weights are under the MIT licence, like the code",
     "image": "the official VISION weights are offered for NON-COMMERCIAL use only (CC-BY-NC 4.0), and so is what is "
     "made of them",
+    "spectrogram": "to our knowledge the weights of EAT are under the MIT licence, like the code",
     "text": "to our knowledge the official text weights are under the MIT licence, like the code",
 }
 """Licence of the published weights; printed with every import."""
@@ -63,6 +64,7 @@ DECODERS = "decoders."
 _ANY_EMA = EmaConfig(start_decay=0.999, end_decay=0.999, anneal_steps=0)
 """For checks alone: an official file of weights says nothing of the schedule that matters here."""
 _MODALITY = re.compile(r"modality_encoders\.([A-Z0-9_]+)\.")
+_PATCHES = (".local_encoder.proj.weight", ".local_encoder.0.proj.weight")
 _NO_NETWORK = (
     ConfigError, ValidationError, TypeError, ValueError, AttributeError, KeyError, SyntaxError, MemoryError,
     RecursionError,
@@ -124,9 +126,10 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
     weights = content.get("model")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: expected official weights under `model`, found the keys {_listed(content)}")
-    _require_bytes(path, weights)
+    require_bytes(path, weights)
     prefix, modality = _where(path, weights)
     encoder, head, ignored = _divided(weights, prefix)
+    modality = _kind(modality, encoder)
     averaged = weights.get(prefix + TEACHER)
     network, section, other = _network(path, content, modality, encoder)
     ignored += other + sorted(f"{key}" for key in content if key not in ("model", "cfg", "args"))
@@ -175,7 +178,7 @@ def _facts(path: Path, content: Mapping[str, Any]) -> Facts:
         ) from error
 
 
-def _require_bytes(path: Path, weights: Mapping[str, Any]) -> None:
+def require_bytes(path: Path, weights: Mapping[str, Any]) -> None:
     """Refuse weights that share their bytes so often that the file holds a small part of what they would become."""
     inner = [value for value in weights.values() if isinstance(value, dict)]
     tensors = [one for values in (weights, *inner) for one in values.values() if isinstance(one, Tensor)]
@@ -209,6 +212,14 @@ def _where(path: Path, weights: Mapping[str, Any]) -> tuple[str, str]:
     return found.pop()
 
 
+def _kind(official: str, encoder: Tensors) -> str:
+    """Our modality of an official encoder: EAT calls its spectrograms, which have one channel, images."""
+    patches = (tensor for name, tensor in encoder.items() if name.endswith(_PATCHES))
+    has_one_channel = any(tensor.ndim == 4 and tensor.shape[1] == 1 for tensor in patches)
+    others = [ours for ours, theirs in OFFICIAL_NAMES.items() if theirs == official]
+    return others[0] if others and has_one_channel else official
+
+
 def _divided(weights: Mapping[str, Any], prefix: str) -> tuple[Tensors, Tensors, list[str]]:
     """Tensors of the encoder without prefix, those of the head, and names of what is no weight."""
     encoder, head, ignored = {}, {}, []
@@ -237,10 +248,10 @@ def _network(
         roots = {key: plain(content.get(key)) for key in ("cfg", "args")}
     except ValueError as error:
         raise CheckpointError(f"{path}: expected a configuration of plain values, found {error}") from error
-    found = next(_sections(roots, modality), None)
+    found, name = next(_sections(roots, modality), None), OFFICIAL_NAMES.get(modality, modality)
     if found is None:
         raise CheckpointError(
-            f"{path}: expected a configuration with embed_dim, depth and modalities.{modality} somewhere under cfg "
+            f"{path}: expected a configuration with embed_dim, depth and modalities.{name} somewhere under cfg "
             "or args, found none; without it the network is not known"
         )
     place, official = found
@@ -296,13 +307,14 @@ def _beside(roots: dict[str, Any], place: str) -> list[str]:
 
 def _sections(roots: dict[str, Any], modality: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Architecture sections, the least nested first, each with its place; interpolations are followed."""
+    name = OFFICIAL_NAMES.get(modality, modality)
     level: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
         (key, value, ()) for key, value in roots.items() if isinstance(value, dict)
     ]
     for _ in range(_MOST_NESTED):
         for place, values, around in level:
             sections = values.get("modalities")
-            if {"embed_dim", "depth"} <= values.keys() and isinstance(sections, dict) and sections.get(modality):
+            if {"embed_dim", "depth"} <= values.keys() and isinstance(sections, dict) and sections.get(name):
                 yield place, _followed(values, (*around, values)[::-1])
         level = [
             (f"{place}.{key}", inner, (*around, values))

@@ -25,6 +25,7 @@ _PACKAGE = Path(__file__).parents[2]
 _TEMPLATES = "d2v2ds.interop.hub.files."
 _NETWORKS = "networks_d2v2ds"
 """Generated module with the network settings of the model's modalities."""
+_UNIT_TOKENIZER = ("tokenization_units_d2v2ds", "D2V2DSUnitTokenizer")
 
 
 def write_hub_files(
@@ -58,6 +59,12 @@ def write_hub_files(
         modules.append(f"{_TEMPLATES}heads_d2v2ds")
     if task and "vocabulary" in task:
         processors["tokenizer_config"] = _write_vocabulary(folder, task["vocabulary"])
+        if task.get("units"):  # the caller writes their sentencepiece model
+            modules.append(f"{_TEMPLATES}{_UNIT_TOKENIZER[0]}")
+            processors["tokenizer_config"] |= {
+                "tokenizer_class": _UNIT_TOKENIZER[1],
+                "auto_map": {"AutoTokenizer": [".".join(_UNIT_TOKENIZER), None]},
+            }
     if tokenizer := processors.pop("tokenizer_config", None):
         _write_json(folder / "tokenizer_config.json", tokenizer)
     if len(processors) == 1:

@@ -26,9 +26,7 @@ import contextlib
 import importlib.util
 import json
 import logging
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -42,6 +40,8 @@ from torch import Tensor, nn
 from d2v2ds.errors import D2V2Error, MissingExtraError
 from d2v2ds.interop.export_folder import ModelFolder, load_trunk
 from d2v2ds.interop.onnx.head import GraphHead, graph_head
+from d2v2ds.io.durable import sync
+from d2v2ds.io.output import beside, sole_writer
 from d2v2ds.modalities.inference import GraphInput
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.model.trunk import Trunk
@@ -379,15 +379,45 @@ def _parser() -> argparse.ArgumentParser:
 def _export_checked(
     model: Trunk, modality: str, folder: Path, layers: Sequence[int] | None, head: GraphHead | None
 ) -> None:
-    """Write one modality's graph; it appears in the folder only after the check."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unchecked-") as unchecked:
-        file = Path(unchecked) / f"{modality}.onnx"
-        export_onnx(model, modality, file, layers=layers, head=head)
-        worst = check_onnx(model, modality, file, head=head)
+    """Write one modality's graph, alone; it appears in the folder only after the check.
+
+    Raises:
+        D2V2Error: another process writes it, or see `export_onnx` and `check_onnx`.
+    """
+    place = folder / f"{modality}.onnx"
+    file = beside(place, "unchecked") / place.name
+    with sole_writer(place, D2V2Error):
+        _remove_unchecked(file)  # of an export that was killed
+        file.parent.mkdir()
+        try:
+            export_onnx(model, modality, file, layers=layers, head=head)
+            worst = check_onnx(model, modality, file, head=head)
+            _publish(file, place)
+        finally:
+            _remove_unchecked(file)
+    logger.info("%s: within %.1e of PyTorch's largest feature", place, worst)
+
+
+def _publish(file: Path, place: Path) -> None:
+    """Give a graph its name, its weights first. A graph whose weights are replaced is removed before them."""
+    new, old = parts_of(file), parts_of(place)
+    for part in new:
+        sync(part)
+    if len(new) > 1 or len(old) > 1:
+        for part in old:
+            part.unlink(missing_ok=True)
+    for part in reversed(new):
+        part.replace(place.with_name(part.name))
+    sync(place.parent)
+
+
+def _remove_unchecked(file: Path) -> None:
+    if file.parent.is_symlink():
+        file.parent.unlink()
+    elif file.parent.exists():
         for part in parts_of(file):
-            shutil.move(part, folder / part.name)
-    logger.info("%s: within %.1e of PyTorch's largest feature", folder / file.name, worst)
+            part.unlink(missing_ok=True)
+        file.parent.rmdir()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -402,7 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
             _export_checked(model, modality, options.to, options.layers, head)
     except (D2V2Error, OSError) as error:
         logger.error("%s", error)
-        return 2
+        return getattr(error, "exit_code", D2V2Error.exit_code)
     return 0
 
 

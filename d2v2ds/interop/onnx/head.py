@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2v2ds.interop.export_folder import ModelFolder
-from d2v2ds.interop.task_network import TASKS, folder_task
+from d2v2ds.interop.task_network import folder_task
 from d2v2ds.tasks.classify import ClassifyConfig
-from d2v2ds.tasks.ctc import Ctc
 from d2v2ds.tasks.heads import TokenHead
+from d2v2ds.tasks.known import TASKS
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,9 @@ def graph_head(folder: ModelFolder) -> GraphHead | None:
         return None
     task, network = folder_task(folder)
     config = task.config
-    outputs = task.vocabulary.symbols if isinstance(task, Ctc) else config.classes
     about = {
         "task": config.name,
-        "outputs": list(outputs),
+        "outputs": list(task.output_names),
         "preprocessing": folder.description.preprocessing[config.modality],
         **({"kind": config.kind, "scale": config.scale} if isinstance(config, ClassifyConfig) else {}),
     }

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from d2v2ds.bounds import Count, CountOrZero
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import linear_flops
-from d2v2ds.model.local import PatchEncoder
+from d2v2ds.model.local import PatchEncoder, normalise_pixels
 from d2v2ds.model.network import NetworkSettings
 from d2v2ds.model.positions import GridPositions, RelativePositions
 
@@ -27,6 +30,9 @@ class ImageNetwork(NetworkSettings):
     positions: Literal["sin_cos", "relative"] = "sin_cos"
     """A fixed table of 2-D sines and cosines, or a learned attention bias for each offset of two patches, as in
     data2vec 1.0; that one needs one CLS token and an objective that reads all tokens."""
+    has_extra_positions: bool = False
+    """Rows of zeros for the CLS tokens in the table of positions, as in MAE (arXiv 2111.06377): they change nothing but
+    the number of parameters."""
     relative_per_block: bool = False
     """Relative positions: separate biases in every block, as after fine-tuning; False shares one table."""
 
@@ -34,6 +40,37 @@ class ImageNetwork(NetworkSettings):
     def grid_side(self) -> int:
         """Patches per side."""
         return self.image_size // self.patch_size
+
+    @property
+    def grid_columns(self) -> int:
+        """Patches in a row."""
+        return self.grid_side
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.grid_side, self.grid_side
+
+    @property
+    def patch_numbers(self) -> int:
+        """P, pixels of a patch times colours."""
+        return 3 * self.patch_size**2
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """True for relative positions."""
+        return self.positions == "relative"
+
+    def patches(self, source: Tensor) -> Tensor:
+        """(B, 3, Y, X), uint8 or normalised float -> (B, T, P) fp32; a patch in the order (row, column, colour)."""
+        size = self.patch_size
+        pixels = normalise_pixels(source, torch.float32) if source.dtype == torch.uint8 else source.float()
+        x = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, Gh, size, Gw, size)
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def build_fixed_positions(self, width: int, num_extra: int) -> GridPositions:
+        """Build the table of 2-D sines and cosines."""
+        return GridPositions(width, self.grid_side, num_extra=num_extra)
 
     def num_tokens(self, size: int) -> int:
         """T of an image of `size` pixels a side."""
@@ -43,10 +80,10 @@ class ImageNetwork(NetworkSettings):
         """Build patch convolution, fixed positions, CLS tokens and prenet."""
         patch_width, is_relative = self.patch_width or block.width, self.positions == "relative"
         layers = self.prenet_depth + shared_depth if self.relative_per_block else None
-        side = self.grid_side
+        side, num_extra = self.grid_side, self.num_extra_tokens if self.has_extra_positions else 0
         return ModalityEncoder(
             local=PatchEncoder(self.patch_size, patch_width, block.width) if with_local else None,
-            fixed_positions=None if is_relative else GridPositions(block.width, side),
+            fixed_positions=None if is_relative else self.build_fixed_positions(block.width, num_extra),
             relative=RelativePositions(side, side, block.num_heads, layers) if is_relative else None,
             num_extra_tokens=self.num_extra_tokens,
             prenet=Prenet(PrenetConfig(depth=self.prenet_depth, dropout=self.prenet_dropout), block),

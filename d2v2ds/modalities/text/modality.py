@@ -33,6 +33,12 @@ def tf_idf(texts: Iterable[Tensor]) -> Any:
     return TfidfVectorizer(token_pattern=r"\d+").fit_transform(words)
 
 
+def _sentences(index: Index) -> int:
+    """Return the sentences of a packed row: 2 for pairs, else 1."""
+    found: int = index.format.get(SENTENCES, 1)
+    return found
+
+
 _HUB_TOKENIZERS = {
     "sentencepiece": ("tokenization_sentencepiece_d2v2ds", "D2V2DSSentencePieceTokenizer"),
     "bpe": ("tokenization_bpe_d2v2ds", "D2V2DSBytePairTokenizer"),
@@ -103,10 +109,13 @@ class Text(Modality):
         return TextDataConfig(shards=folder, global_batch_tokens=1, micro_batch_tokens=1)
 
     def describe_preprocessing(self, network: Any, data: Any | None, index: Index | None) -> dict[str, Any]:
-        """<s> in front, </s> at the end; `file` holds the tokenizer of kind `tokenizer`; `sentences` is 2 for pairs."""
+        """<s> in front, </s> at the end; `file` holds the tokenizer of kind `tokenizer`.
+
+        `sentences` is 2 for rows of pairs and 1 for others; without an index it is not known and absent.
+        """
         found = {"tokenizer": None, "file": None, "max_tokens": network.max_tokens}
-        if index is not None and SENTENCES in index.format:
-            found[SENTENCES] = index.format[SENTENCES]
+        if index is not None:
+            found[SENTENCES] = _sentences(index)
         if index is not None and index.files_beside:
             found |= {"tokenizer": index.format["tokenizer"], "file": index.files_beside[0].file}
         return found
@@ -126,12 +135,14 @@ class Text(Modality):
         return [f"{shards}: was packed with another tokenizer than the model's; pack with --tokenizer {own}"]
 
     def row_faults(self, preprocessing: Mapping[str, Any], shards: Path) -> list[str]:
-        """Compare whether rows are pairs of sentences."""
-        own, other = SENTENCES in preprocessing, SENTENCES in read_index(shards).format
-        if own == other:
+        """Compare whether rows are pairs of sentences; nothing is said where that is not known of the model."""
+        own, other = preprocessing.get(SENTENCES), _sentences(read_index(shards))
+        if own in (other, None):
             return []
-        kinds = {True: "pairs of sentences", False: "single texts"}
-        advice = "with --pair-columns" if own else "without --pair-columns"
+        kinds = {2: "pairs of sentences", 1: "single texts"}
+        if own not in tuple(kinds):
+            return [f"{SENTENCES} of the model's preprocessing is {own!r:.40}, expected 1 or 2"]
+        advice = "with --pair-columns" if own == 2 else "without --pair-columns"
         return [f"{shards}: expected {kinds[own]} as in training, found {kinds[other]}; pack {advice}"]
 
     def prepare_demo(self, runs: Path, data: Path | None) -> Prepared:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ TARGETS: dict[str, TargetLayer] = {
     "end": "block",
 }
 """Our name of a target layer by that of the recorded tensors."""
+
+
+def check_first_case(folder: Path, name: str, report: Report) -> None:
+    """Compare one case; see `check_first_step`."""
+    check_first_step(FirstCase.read(folder, name), report)
 
 
 def check_first_step(case: FirstCase, report: Report) -> None:
@@ -92,8 +98,7 @@ def _compare_layers(report: Report, case: FirstCase, side: str, outputs: dict[st
     if "relative" in outputs:
         found["rel_pos_bias"] = outputs["relative"][0]
     found["encoder_in"] = outputs["prenet"]
-    if case.network.layout == "text":
-        found["embedding_out"] = outputs["local"]
+    found["embedding_out"] = outputs.get("local")
     for i in range(case.network.trunk.shared_depth):
         found[f"block{i}_end"], branch = outputs[f"block{i}"]
         if side == "student":
@@ -140,7 +145,7 @@ def _compare_inputs(report: Report, case: FirstCase, student: Data2Vec1Network) 
     batch, own = case.batch(), case.network.own
     encoder: Any = student.trunk.encoders[case.network.modality]
     masked = batch.span_masks.time  # type: ignore[union-attr]
-    read = student_batch(batch, masked, own.mask_token)  # type: ignore[arg-type]
+    read = student_batch(batch, masked, own)  # type: ignore[arg-type]
     report.compare("source", read.source, case.tensors["in/source"])
     if "mid/frame_padding_mask" in case.tensors:
         padding = encoder.token_padding(batch.padding, masked.shape[1])  # type: ignore[union-attr]
@@ -174,7 +179,7 @@ def _compare_losses(report: Report, case: FirstCase, out: WholeOutput) -> None:
         report.compare("loss total", total / count, tensors["loss/total"])
     else:
         report.compare("loss total", total, tensors["loss/total"])
-        name = "main" if case.network.layout == "text" else "regression"
+        name = "main" if "loss/main" in tensors else "regression"
         report.compare(f"loss {name}", out["losses"]["regression"], tensors[f"loss/{name}"])
         report.compare("loss per sample", total / count, tensors["loss/total_per_sample"])
     for name, value in (("pred_var", out["pred"]), ("target_var", out["wanted"])):
@@ -219,7 +224,7 @@ def _compare_update(
     expected = case.of_teacher(after, {name: p.detach() for name, p in weights.items()})
     copied = set(case.meta.get("ema_copied_keys", [])) - {"version"}
     ours = {name for name in expected if objective.is_copied(name)}
-    of_file = {name for name in to_names(case, copied)} | {name for name in ours if name not in to_names(case, after)}
+    of_file = to_names(case, copied) | {name for name in ours if name not in to_names(case, after)}
     report.compare("copied parameters", float(ours == of_file), 1.0)
     for name, parameter in teacher.named_parameters():
         mine = weights[name].detach()

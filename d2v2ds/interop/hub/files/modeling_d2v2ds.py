@@ -21,7 +21,7 @@ from d2v2ds.model.alibi import Alibi
 from d2v2ds.model.attention import QueryValueBias
 from d2v2ds.model.block import LayerScale
 from d2v2ds.model.encoder import ExtraTokens
-from d2v2ds.model.positions import GridPositions, RelativePositions, sin_cos_grid
+from d2v2ds.model.positions import GridPositions, RelativePositions
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 
 
@@ -154,7 +154,7 @@ class D2V2DSModel(PreTrainedModel):
         if isinstance(module, ExtraTokens):
             init.normal_(module.tokens)
         elif isinstance(module, GridPositions):
-            init.copy_(module.table, sin_cos_grid(module.table.shape[-1], module.side)[None])
+            init.copy_(module.table, module.first_table())
         elif isinstance(module, Alibi):
             init.ones_(module.scale)
         elif isinstance(module, LayerScale):
