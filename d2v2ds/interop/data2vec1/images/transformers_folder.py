@@ -4,7 +4,6 @@ Tensors keep their type and their bits in both directions.
 """
 
 import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.card import write_card
-from d2v2ds.interop.export_folder import METADATA, Description, Kind, ModelFolder, Part, opened_tensors
-from d2v2ds.interop.export_write import new_folder, write_tensors
-from d2v2ds.interop.export_write import write_config as write_description
+from d2v2ds.interop.data2vec1.images.transformers_config import VisionConfig, read_config, write_config
+from d2v2ds.interop.data2vec1.images.transformers_names import MASK, PREFIX, to_ours, to_theirs
+from d2v2ds.interop.export_folder import METADATA, Description, ModelFolder, Part, opened_tensors
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.read import LICENCES
 from d2v2ds.interop.fairseq.torch_file import read_pickled
-from d2v2ds.interop.hub.write import write_hub_files
+from d2v2ds.interop.imported_folder import write_imported
 from d2v2ds.interop.task_network import task_of
-from d2v2ds.interop.transformers_folders.image_config import VisionConfig, read_config, write_config
-from d2v2ds.interop.transformers_folders.image_keymap import MASK, PREFIX, to_ours, to_theirs
 from d2v2ds.io.read import read_json
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.modalities.settings import read_trunk
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.tasks.classify import ClassifyConfig
-
-logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 _INDEX = "relative_position_index"
@@ -87,20 +81,8 @@ def import_folder(path: Path, folder: Path) -> list[str]:
             "licence": f"{LICENCES['image']}; check what came with your folder, which alone is binding",
         },
     )
-    _write(folder, description, parts)
+    write_imported(folder, description, parts, has_task=task is not None)
     return warnings
-
-
-def _write(folder: Path, description: Description, parts: dict[Part, Tensors]) -> None:
-    with new_folder(folder) as writing:
-        for part, tensors in parts.items():
-            if tensors:
-                layout = {one: Kind.of(tensor) for one, tensor in tensors.items()}
-                write_tensors(writing, part, layout, tensors.items())
-        count = sum(tensor.numel() for tensor in parts["model"].values())
-        write_card(writing, description, folder.name, count)
-        files = write_hub_files(writing, description.model, description.preprocessing, description.objective)
-        write_description(writing, description, files)
 
 
 def _tensors(path: Path) -> Tensors:
@@ -138,12 +120,15 @@ def _preprocessing_warnings(path: Path, network: ImageNetwork) -> list[str]:
     ]
 
 
-def export_folder(path: Path, folder: Path) -> None:
+def export_folder(path: Path, folder: Path) -> list[str]:
     """Write an export of ours as a folder that transformers loads without code of ours.
 
     Args:
         path: of our export: an encoder of images, or a classifier.
         folder: to write; it must not exist.
+
+    Returns:
+        Warnings.
 
     Raises:
         CheckpointError: the export cannot be read, or `folder` exists.
@@ -160,8 +145,7 @@ def export_folder(path: Path, folder: Path) -> None:
     values: dict[str, Any] = write_config(model, task, has_mask=bool(mask))
     per_block = model.modalities["image"].relative_per_block
     tensors = to_theirs(dict(source.tensors("model")) | head | mask, has_head=task is not None, per_block=per_block)
-    if left := sorted(beside.keys() - head.keys() - mask.keys()):
-        logger.warning("%s: left out, transformers has no such parameters: %s", path, ", ".join(left))
+    left = sorted(beside.keys() - head.keys() - mask.keys())
     if folder.exists():
         raise CheckpointError(f"{folder}: exists; give a folder that does not")
     folder.mkdir(parents=True)
@@ -169,6 +153,7 @@ def export_folder(path: Path, folder: Path) -> None:
     preprocessing = source.description.preprocessing["image"]
     for name, content in (("config", values), ("preprocessor_config", _processor(preprocessing))):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [f"left out, transformers has no such parameters: {', '.join(left)}"] if left else []
 
 
 def _task(settings: dict[str, Any], path: Path) -> ClassifyConfig:

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from d2v2ds.errors import CheckpointError
+from d2v2ds.interop.data2vec1.images.__main__ import main
+from d2v2ds.interop.data2vec1.images.transformers_folder import export_folder, import_folder
 from d2v2ds.interop.export_folder import ModelFolder, load_trunk
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.task_network import folder_task
-from d2v2ds.interop.transformers_folders.__main__ import main
-from d2v2ds.interop.transformers_folders.files import export_folder, import_folder
 from tests.interop.test_hub import tiny_network, write_export
 from tests.objectives.test_data2vec1_images import TRUNK
 
