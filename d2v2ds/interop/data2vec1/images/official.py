@@ -136,7 +136,8 @@ def _network(roots: Mapping[str, Any], tensors: Tensors, layout: Layout) -> tupl
         table = tensors.get(_SHARED_TABLE)
         flat = tensors if table is None or table.ndim == 2 else tensors | {_SHARED_TABLE: table[0]}
         return beit_network(flat, args)
-    section = cfg.get("model") if isinstance(cfg.get("model"), dict) else args
+    model = cfg.get("model")
+    section: dict[str, Any] = model if isinstance(model, dict) else args
     if "embed_dim" not in section and "num_mask_patches" not in section:
         raise CheckpointError("expected a configuration of data2vec_vision under cfg.model or args, found none")
     section = {**followed(section, (section, cfg)), "_name": FAIRSEQ}
