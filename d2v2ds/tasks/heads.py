@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v2ds.bounds import Positive, Rate
+from d2v2ds.bounds import Positive, Rate, Share
 from d2v2ds.model.cpu.dropout import dropout
 
 PatchPooling = Literal["mean", "cls"]
@@ -25,6 +25,8 @@ class PatchHeadConfig:
     """Mean over the patches without extra tokens, or the first extra token."""
     norm: bool = True
     """Normalise the pooled vector."""
+    norm_eps: Share = 1e-6
+    """Epsilon of that norm."""
     init_std: Positive = 0.02
     """Standard deviation of the first weights (MAE: 2e-5)."""
 
@@ -86,7 +88,7 @@ class PatchHead(nn.Module):
     def __init__(self, config: PatchHeadConfig, width: int, num_outputs: int) -> None:
         super().__init__()
         self.pooling, self.init_std = config.pooling, config.init_std
-        self.norm = nn.LayerNorm(width, eps=1e-6) if config.norm else nn.Identity()
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.norm else nn.Identity()
         self.proj = OutputLayer(width, num_outputs)
 
     def forward(self, features: Tensor, num_extra: int, padding: Tensor | None) -> Tensor:
