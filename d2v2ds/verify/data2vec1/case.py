@@ -46,6 +46,8 @@ class FirstCase:
         context = {
             key: meta[key] for key in ("vocab_size", "mask", "target_layers", "objective", "task") if key in meta
         }
+        if meta.get("pad_id") not in (None, PAD_ID):
+            raise UnsupportedOptionError(f"pad_id={meta['pad_id']}, expected {PAD_ID}")
         if meta.get("mask_token_id") is not None:
             context |= {"mask_token": meta["mask_token_id"], "teacher_input": _teacher_input(tensors)}
         network = first_network_of(meta["model"], meta["modality"].lower(), **context)
