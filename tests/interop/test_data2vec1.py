@@ -229,7 +229,9 @@ def test_an_imported_folder_begins_pretraining_and_fine_tuning(tmp_path: Path) -
     assert start.fresh() == ["head.proj"]
 
 
-def test_a_network_that_the_official_options_cannot_express_is_not_written(tmp_path: Path) -> None:
+def test_a_network_that_the_official_options_cannot_express_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import_first(official_file(tmp_path / "a.pt", "audio"), tmp_path / "in")
     path = tmp_path / "in" / "config.json"
     values = json.loads(path.read_text())
@@ -237,6 +239,7 @@ def test_a_network_that_the_official_options_cannot_express_is_not_written(tmp_p
     path.write_text(json.dumps(values))
     assert main(["export", str(tmp_path / "in"), "--out", str(tmp_path / "b.pt")]) == 2
     assert not (tmp_path / "b.pt").exists()
+    assert f"{tmp_path / 'in'}: no official option for share_local_encoder=False" in capsys.readouterr().err
     values["objective"]["name"] = "data2vec2"
     path.write_text(json.dumps(values))
     assert main(["export", str(tmp_path / "in"), "--out", str(tmp_path / "b.pt")]) == 2

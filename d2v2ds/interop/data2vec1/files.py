@@ -17,6 +17,7 @@ from d2v2ds.interop.data2vec1.sections import official_section
 from d2v2ds.interop.export_folder import Description, ModelFolder, require_layout
 from d2v2ds.interop.fairseq.data2vec1_config import FirstNetwork
 from d2v2ds.interop.fairseq.data2vec1_keymap import to_official
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.read import MADE_BY, OWN_LICENCE, TEACHER
 from d2v2ds.interop.imported_folder import layout_of, write_imported
 from d2v2ds.io.output import whole_file
@@ -117,7 +118,10 @@ def export_first(path: Path, target: Path, *, as_transformers: bool = False) -> 
         raise CheckpointError(f"{path}: expected a model pretrained as data2vec 1.0, found {stored.get('name')!r}")
     objective = validate(Data2Vec1Config, dict(stored), f"{path}: objective", CheckpointError)
     trunk = folder.description.model
-    network, section = official_section(trunk, objective, next(iter(trunk.modalities)))
+    try:
+        network, section = official_section(trunk, objective, next(iter(trunk.modalities)))
+    except UnsupportedOptionError as error:
+        raise UnsupportedOptionError(f"{path}: {error}") from error
     student = {f"trunk.{name}": tensor for name, tensor in folder.tensors("model")}
     student |= dict(folder.tensors("objective"))
     teacher = {f"trunk.{name}": tensor for name, tensor in folder.tensors("teacher")}
