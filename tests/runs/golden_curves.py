@@ -23,7 +23,7 @@ from preprocessing.pack_text import main as pack_text
 from tests.runs.launching import Processes, deterministic, pack_clips
 
 FOLDER = Path(__file__).parents[1] / "golden" / "curves"
-NAMES = ("audio_tiny", "image_tiny", "text_tiny", "multimodal_tiny")
+NAMES = ("audio_tiny", "image_tiny", "text_tiny", "multimodal_tiny", "spectrogram_tiny")
 STEPS = 20
 EXACT = ("optim/lr", "optim/skipped_steps", "ema/decay", "mask/fraction", "data/")
 """Metrics that are arithmetic or counting: the same on every machine but for the last digit."""
@@ -39,7 +39,8 @@ _WORDS = 60
 def make_data(root: Path) -> dict[str, Path]:
     """A packed folder of each modality; the same bytes everywhere."""
     rng = np.random.default_rng(0)
-    packed = {"audio": pack_clips(root / "audio"), "image": root / "image-shards", "text": root / "text-shards"}
+    audio = pack_clips(root / "audio")
+    packed = {"audio": audio, "spectrogram": audio, "image": root / "image-shards", "text": root / "text-shards"}
     (root / "image").mkdir()
     for number in range(96):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
