@@ -152,9 +152,22 @@ def test_exit_codes(fake: Fake, tmp_path: Path, shards: Path) -> None:
     assert main([file]) == 0
 
 
-def test_pace_gives_the_steps_of_a_time_once(fake: Fake, tmp_path: Path, shards: Path) -> None:
+def test_run_at_another_pace_than_measured_says_so(
+    fake: Fake, tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.pace_ms = 50.0  # and 100 ms in the run
+    with caplog.at_level("INFO", logger="d2v2ds"):
+        run_sweep(sweep_of(tmp_path, shards, budget={"minutes": 0.1, "pace_steps": 12}, seeds=[1]))
+    assert "trained for 0.2 minutes, budget.minutes is 0.1: the pace of the machine changed" in caplog.text
+
+
+def test_pace_gives_the_steps_of_a_time_once(
+    fake: Fake, tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sweep = sweep_of(tmp_path, shards, budget={"minutes": 0.1, "pace_steps": 12}, seeds=[1])
-    run_sweep(sweep)
+    with caplog.at_level("INFO", logger="d2v2ds"):
+        run_sweep(sweep)
+    assert "pace of the machine changed" not in caplog.text
     assert fake.commands[:2] == ["pretrain pace", "pretrain masks_1-seed_1"]
     assert "run.total_steps=60" in fake.words[1] and "lr.warmup_steps=6" in fake.words[1], "6 s of 100 ms each"
     folder = expand(sweep)[0].folder
