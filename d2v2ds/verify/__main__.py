@@ -11,7 +11,8 @@ a case with an option that this project lacks is `unsupported` and counts as fai
 Cases of MAE (`_name` mae in NAME.json) have no teacher: masks, every layer, predictions, targets, loss and gradients.
 
 Cases of fine-tuning (a `task` in NAME.json) go through our tasks in the same way; `schedules.json`, `metrics.json`,
-`finetune_mask_stats.json`, `eval_transform.*` and `decode/` are compared too, if the folder has them.
+`finetune_mask_stats.json`, `v1_mask_stats.*`, `eval_transform.*` and `decode/` are compared too, if the folder has
+them.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from d2v2ds.verify.case import case_names
 from d2v2ds.verify.check import verify_case
-from d2v2ds.verify.finetuning.check import tables
+from d2v2ds.verify.tables import tables
 
 
 def main(arguments: list[str] | None = None) -> int:
