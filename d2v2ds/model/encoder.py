@@ -194,6 +194,8 @@ class ModalityEncoder(nn.Module):
         Returns:
             (B, E + T, D) and one bias for each block.
         """
+        if hasattr(self, "relative"):
+            self.relative.check(local.shape[1])
         x = self._add_fixed_positions(local)
         token_padding = self.token_padding(padding, local.shape[1])  # (B, T)
         if hasattr(self, "positions"):

@@ -75,6 +75,8 @@ class Data2Vec2Config:
             faults = own.mask.check() + own.mask.grid_faults(network.grid_columns)
             faults += own.target.check(trunk.shared_depth) + own.loss.check(network.num_extra_tokens)
             faults += network.decoder_faults(own.decoder, trunk.block.width)
+            if network.needs_all_tokens:
+                faults.append("data2vec2 encodes visible tokens alone, found relative positions, which need all tokens")
             problems += [f"modalities.{name}: {fault}" for fault in faults]
         return problems
 
