@@ -65,6 +65,12 @@ class NonFiniteError(D2V2Error):
     exit_code = 4
 
 
+class CellsFailedError(D2V2Error):
+    """Runs of a sweep failed; the others are done, or the sweep stopped after too many in a row."""
+
+    exit_code = 9
+
+
 class MissingExtraError(D2V2Error):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -10,7 +10,7 @@ PACKAGES = ("d2v2ds", "preprocessing")
 COMMANDS = frozenset(
     {
         "pretrain", "finetune", "probe", "evaluate", "ngram", "outputs", "transcribe", "classify", "tune_decoder",
-        "export", "extract", "checkpoints", "demo", "results",
+        "export", "extract", "checkpoints", "demo", "results", "sweep",
     }
 )  # fmt: skip
 """Modules or folders of `d2v2ds` that a user starts; so is every ``__main__.py``."""

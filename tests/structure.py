@@ -33,7 +33,8 @@ LOSS = [
 
 MODALITIES = {"audio", "image", "text", "spectrogram"}
 KNOW_MODALITIES = [
-    "d2v2ds/modalities", "d2v2ds/interop/fairseq", "preprocessing/audio", "preprocessing/image", "preprocessing/text",
+    "d2v2ds/modalities", "d2v2ds/interop/fairseq", "d2v2ds/interop/data2vec1/images", "preprocessing/audio",
+    "preprocessing/image", "preprocessing/text",
 ]  # fmt: skip
 """Folders that may compare strings with the name of a modality."""
 

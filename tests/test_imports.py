@@ -35,7 +35,7 @@ ALLOWED = {
     "distributed": {"io", "errors"},
     "train": {"objectives.protocol", "data", "distributed", "batch", "io", "bounds", "errors"},
     "inference": {"model", "modalities", "interop", "data", "io", "shapes", "errors"},
-    "interop": {"whole_masks", "tasks", "model", "modalities", "objectives", "data.codecs", "masking", "io", "shapes", "errors"},  # noqa: E501
+    "interop": {"whole_masks", "tasks", "model", "modalities", "objectives", "data.codecs", "masking", "io", "bounds", "shapes", "errors"},  # noqa: E501
     "evals": {"tasks", "model", "data", "batch", "distributed.comm", "errors"},
     "config": {"model", "data", "masking", "objectives", "tasks", "modalities", "distributed", "train", "io", "shapes", "bounds", "errors"},  # noqa: E501
     "api": {"model", "modalities", "data", "inference", "interop", "shapes", "errors"},

@@ -52,14 +52,14 @@ def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[RunCo
     Raises:
         ConfigError: if there is no such file or it is not YAML.
     """
-    values = _read_yaml(name_or_path)
+    values = named_yaml(name_or_path)
     problems = []
     for override in overrides:
         try:
-            _apply(values, override)
+            apply_word(values, override)
         except ConfigError as error:
             problems.append(str(error))
-    shipped = _read_yaml(name_or_path)
+    shipped = named_yaml(name_or_path)
     for one in (values, shipped):
         fold(one)
     problems += drop_unknown_keys(values, RunConfig, "")
@@ -81,33 +81,52 @@ def config_error(name: str, problems: Sequence[str]) -> ConfigError:
     return ConfigError(f"{name}: {len(problems)} problem(s)\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-def _read_yaml(name_or_path: str) -> dict[str, Any]:
+def named_yaml(name_or_path: str, folder: Path = CONFIG_FOLDER, option: str = "--config ") -> dict[str, Any]:
+    """Read the sections of a YAML file.
+
+    Args:
+        name_or_path: name of a file in the folder without its ending, or a path to a YAML file.
+        folder: with shipped files.
+        option: said before the name if there is no such file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not YAML.
+    """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
-        path = CONFIG_FOLDER / f"{name_or_path}.yaml"
+        path = folder / f"{name_or_path}.yaml"
     if not is_there(path, ConfigError):
-        files = CONFIG_FOLDER.rglob("*.yaml")
-        names = sorted(file.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for file in files)
-        raise ConfigError(f"--config {name_or_path}: no file {path}; give a YAML file or one of: {', '.join(names)}")
+        names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+        raise ConfigError(f"{option}{name_or_path}: no file {path}; give a YAML file or one of: {', '.join(names)}")
     values = parse_yaml(read_text(path, ConfigError), path, ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections, found {type(values).__name__}")
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_word(values: dict[str, Any], override: str, root: type = RunConfig) -> None:
+    """Put `section.field=value` into raw values.
+
+    Args:
+        values: changed in place.
+        override: the word.
+        root: dataclass of the values.
+
+    Raises:
+        ConfigError: it is no such word, or its value is no YAML where that is needed.
+    """
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r}: expected section.field=value")
-    if parts == ["data", "shards"]:
+    if parts == ["data", "shards"] and root is RunConfig:
         parts = _shards_of_the_only_modality(values, override)
     field = tuple(parts)
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
-    values[parts[-1]] = read_word(text, field)
+    values[parts[-1]] = read_word(text, field, root)
 
 
 def _shards_of_the_only_modality(values: dict[str, Any], override: str) -> list[str]:

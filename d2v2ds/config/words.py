@@ -23,17 +23,18 @@ _NUMBER = re.compile(r"[+-]?(\d{1,30}\.?\d{0,30}|\.\d{1,30})([eE][+-]?\d{1,3})?"
 _NOT_FINITE = re.compile(r"([+-]?)\.?(nan|inf)", re.IGNORECASE)
 
 
-def read_word(text: str, field: Sequence[str]) -> Any:
+def read_word(text: str, field: Sequence[str], root: type = RunConfig) -> Any:
     """Read a value.
 
     Args:
         text: behind the equals sign.
         field: its path, as in YAML.
+        root: dataclass of the whole file.
 
     Raises:
         ConfigError: a list or section that is not valid YAML.
     """
-    kinds = _members(_type_of(field))
+    kinds = _members(_type_of(field, root))
     if types.NoneType in kinds and text in ("null", "") or (text == "~" and Path not in kinds and str not in kinds):
         return None
     if text.startswith("[") or not kinds & {Path, str, bool, int, float}:
@@ -49,9 +50,9 @@ def read_word(text: str, field: Sequence[str]) -> Any:
     return text  # a path, a name, or what no number is: said by the check of its type
 
 
-def _type_of(field: Sequence[str]) -> Any:
+def _type_of(field: Sequence[str], root: type) -> Any:
     """Find the annotation of a field; Any if there is no such field, or it is a section."""
-    kind: Any = RunConfig
+    kind: Any = root
     for number, part in enumerate(field):
         where = tuple(field[:number])
         hints = merged_hints(kind)

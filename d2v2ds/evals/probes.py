@@ -58,6 +58,12 @@ class Score:
         return float(np.mean(list(self.folds.values())))
 
     @property
+    def standard_error(self) -> float:
+        """Standard error of the score over the tested rows, or classes, of all folds; not over seeds."""
+        variances = [float(np.var(parts)) / len(parts) for parts in self.parts.values()]
+        return math.sqrt(sum(variances)) / len(variances)
+
+    @property
     def values(self) -> dict[str, float]:
         """All scores by name."""
         return {self.name: self.value, **self.more}

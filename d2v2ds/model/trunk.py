@@ -40,6 +40,8 @@ class TrunkConfig:
     def check(self) -> list[str]:
         """Return one message for each contradiction between fields."""
         problems = self.block.check()
+        if not (self.final_norm or self.block.pre_norm):
+            problems.append("final_norm is false, and block.pre_norm too: only pre-norm blocks have a norm behind them")
         for name, settings in self.modalities.items():
             problems += [f"modalities.{name}: {fault}" for fault in settings.check(self.block, self.shared_depth)]
         if not self.modalities:

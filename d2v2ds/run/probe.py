@@ -178,6 +178,8 @@ def probe(run_dir: Path, question: Question, options: Options) -> str:
         "division": task.division,
         "probe": asdict(settings),
         "block": plan.chosen,
+        "measure": trained[chosen].name,
+        "standard_error": trained[chosen].standard_error,
         "gain": asdict(gain(trained[chosen], start[chosen])),
         "student": {row: found.to_dict() for row, found in trained.items()},
         "random_init": {row: found.to_dict() for row, found in start.items()},

@@ -309,6 +309,11 @@ class Probing:
 
 
 def _job(settings: ProbeSection, kind: str, modality: str) -> _Job:
+    return _Job(kind, modality, probe_options(settings, kind, modality))
+
+
+def probe_options(settings: ProbeSection, kind: str, modality: str) -> tuple[str, ...]:
+    """List the options of `d2v2ds.probe`, but for the checkpoint, to append one kind of scores to `probes.jsonl`."""
     options: dict[str, Any] = {
         "--shards": settings.modalities[modality],
         "--kind": kind,
@@ -320,8 +325,7 @@ def _job(settings: ProbeSection, kind: str, modality: str) -> _Job:
         "--label": settings.label,
         "--block": settings.block,
     }
-    words = [f"{name}={value}" for name, value in options.items() if value is not None]
-    return _Job(kind, modality, (*words, "--append"))
+    return (*(f"{name}={value}" for name, value in options.items() if value is not None), "--append")
 
 
 def _environment(threads: int) -> dict[str, str]:

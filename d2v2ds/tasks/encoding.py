@@ -59,6 +59,9 @@ class TaskConfig:
     word error rate of CTC, else the loss, each of the first set."""
     layer_decay: Annotated[float, Bounds(gt=0, le=1)] = 1.0
     """Learning rate of a block over that of the block above it; everything that is no block has the full rate."""
+    layer_decay_embeddings: bool = False
+    """Count what is below the first block, such as the patch embedding and CLS tokens, as one more block: it gets the
+    smallest rate, as in MAE (arXiv 2111.06377) and BEiT. False: the full rate, as in data2vec 2.0."""
 
     @property
     def counts_outputs(self) -> bool:

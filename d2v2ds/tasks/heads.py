@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v2ds.bounds import Rate
+from d2v2ds.bounds import Positive, Rate, Share
 from d2v2ds.model.cpu.dropout import dropout
 
 PatchPooling = Literal["mean", "cls"]
@@ -25,6 +25,10 @@ class PatchHeadConfig:
     """Mean over the patches without extra tokens, or the first extra token."""
     norm: bool = True
     """Normalise the pooled vector."""
+    norm_eps: Share = 1e-6
+    """Epsilon of that norm."""
+    init_std: Positive = 0.02
+    """Standard deviation of the first weights (MAE: 2e-5)."""
 
     def build(self, width: int, num_outputs: int) -> "PatchHead":
         """Build the head."""
@@ -83,8 +87,8 @@ class PatchHead(nn.Module):
 
     def __init__(self, config: PatchHeadConfig, width: int, num_outputs: int) -> None:
         super().__init__()
-        self.pooling = config.pooling
-        self.norm = nn.LayerNorm(width, eps=1e-6) if config.norm else nn.Identity()
+        self.pooling, self.init_std = config.pooling, config.init_std
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.norm else nn.Identity()
         self.proj = OutputLayer(width, num_outputs)
 
     def forward(self, features: Tensor, num_extra: int, padding: Tensor | None) -> Tensor:
@@ -101,8 +105,8 @@ class PatchHead(nn.Module):
         return features[:, 0] if self.pooling == "cls" else features[:, num_extra:].mean(1)
 
     def draw(self) -> None:
-        """Draw the weights: truncated normal, standard deviation 0.02."""
-        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        """Draw the weights: truncated normal."""
+        nn.init.trunc_normal_(self.proj.weight, std=self.init_std)
         nn.init.zeros_(self.proj.bias)
 
 

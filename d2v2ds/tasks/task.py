@@ -83,10 +83,13 @@ class Task(ObjectiveDefaults, Generic[Config]):
     def lr_scale(self, name: str) -> float:
         """Learning rate of a parameter over that of the step: decay^(blocks above it and itself)."""
         found = re.fullmatch(r"trunk\.(?:encoders\.(\w+)\.prenet\.)?blocks\.(\d+)\..*", name)
-        if found is None or self.config.layer_decay == 1.0:
+        depth = self.trunk.depth(self.config.modality)
+        if found is None:
+            is_below = self.config.layer_decay_embeddings and name.startswith("trunk.encoders.")
+            return self.config.layer_decay ** (depth + 1) if is_below else 1.0
+        if self.config.layer_decay == 1.0:
             return 1.0
         modality, number = found.groups()
-        depth = self.trunk.depth(self.config.modality)
         index = int(number) + (0 if modality else depth - self.trunk.shared_depth)
         return self.config.layer_decay ** (depth - index)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from d2v2ds.errors import MissingExtraError
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], *, constrained: bool = False) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, size: tuple[float, float], *, constrained: bool = False) -> tuple[Any, Any]:
     """Make a figure and its axes. A constrained layout draws several times, which takes seconds beside training."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +35,7 @@ def mask_figure(masked: Tensor, columns: int | None = None) -> Any:
         height = 10 / count * grids.shape[1] / columns
         picture = grids.transpose(1, 0, 2).reshape(-1, count * columns)
     size = (10.0, 1 + height)
-    figure, axes = _figure(1, 1, size)
+    figure, axes = new_figure(1, 1, size)
     axes[0, 0].imshow(picture, aspect="auto" if columns is None else "equal", cmap="Greys", interpolation="nearest")
     if columns is not None:
         for edge in range(1, count):
@@ -52,7 +52,7 @@ def alibi_figure(scale: Tensor, slopes: Sequence[float]) -> Any:
         scale: (L or 1, H or 1), learned.
         slopes: slope of each of the H heads.
     """
-    figure, axes = _figure(1, 2, (10, 3))
+    figure, axes = new_figure(1, 2, (10, 3))
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.17, top=0.89, wspace=0.4)
     scale = scale.expand(-1, len(slopes))
     for row in scale.tolist():
@@ -75,7 +75,7 @@ def save_curves(records: Sequence[dict[str, float]], names: Sequence[str], path:
     """
     columns = min(len(names), 4)
     rows = -(-len(names) // columns)
-    figure, axes = _figure(rows, columns, (5 * columns, 3.5 * rows), constrained=True)
+    figure, axes = new_figure(rows, columns, (5 * columns, 3.5 * rows), constrained=True)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):

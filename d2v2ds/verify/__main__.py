@@ -8,8 +8,11 @@ and, where recorded, six whole optimizer steps. Each quantity is printed with it
 the largest absolute difference over the largest absolute expected value. Exit code 0 only if every case passes;
 a case with an option that this project lacks is `unsupported` and counts as failed.
 
+Cases of MAE (`_name` mae in NAME.json) have no teacher: masks, every layer, predictions, targets, loss and gradients.
+
 Cases of fine-tuning (a `task` in NAME.json) go through our tasks in the same way; `schedules.json`, `metrics.json`,
-`finetune_mask_stats.json`, `eval_transform.*` and `decode/` are compared too, if the folder has them.
+`finetune_mask_stats.json`, `v1_mask_stats.*`, `eval_transform.*` and `decode/` are compared too, if the folder has
+them.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from d2v2ds.verify.case import case_names
 from d2v2ds.verify.check import verify_case
-from d2v2ds.verify.finetuning.check import tables
+from d2v2ds.verify.tables import tables
 
 
 def main(arguments: list[str] | None = None) -> int:

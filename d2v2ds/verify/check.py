@@ -10,10 +10,11 @@ from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.verify.bat import check_bat_case, is_bat
 from d2v2ds.verify.case import Case, has_trajectory, is_task, model_name
 from d2v2ds.verify.data2vec1.step import check_first_case
-from d2v2ds.verify.finetuning.check import TABLES, check_table, check_task_case
+from d2v2ds.verify.finetuning.check import check_task_case
 from d2v2ds.verify.report import Report
 from d2v2ds.verify.rivals.mae import check_mae
 from d2v2ds.verify.step import check_step
+from d2v2ds.verify.tables import TABLES, check_table
 from d2v2ds.verify.trajectory import check_trajectory
 
 RIVALS: dict[str, Callable[[Path, str, Report], None]] = {
@@ -27,7 +28,7 @@ RIVALS: dict[str, Callable[[Path, str, Report], None]] = {
 
 
 def verify_case(folder: Path, name: str, tolerance: float) -> tuple[Report, str]:
-    """Run one case, or one of `finetuning.check.tables`.
+    """Run one case, or one of `tables.tables`.
 
     Returns:
         The errors, and an empty string or why the case could not be compared.

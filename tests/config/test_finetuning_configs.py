@@ -96,6 +96,23 @@ IMAGES = {
 }
 
 
+class Mae(NamedTuple):
+    """One row of the official fine-tuning of MAE."""
+
+    epochs: int
+    peak: float
+    layer_decay: float
+    drop_path: float
+    parameters: int
+
+
+MAE = {
+    "base": Mae(100, 5e-4 * 4, 0.65, 0.1, 86_567_656),
+    "large": Mae(50, 1e-3 * 4, 0.75, 0.2, 304_326_632),
+    "huge14": Mae(50, 1e-3 * 4, 0.75, 0.3, 632_045_800),
+}
+
+
 class Glue(NamedTuple):
     """One published file of GLUE."""
 
@@ -122,6 +139,7 @@ GLUE = {
 PARAMETERS = (
     {f"ctc_{name}": 93_188_140 if name.startswith("base") else 313_308_208 for name in CTC}
     | {f"image_classify_{name}": row.parameters for name, row in IMAGES.items()}
+    | {f"mae_{name}": row.parameters for name, row in MAE.items()}
     | {f"glue_{name}": 124_646_402 + (row.outputs - 2) * 769 for name, row in GLUE.items()}
 )
 TINY = {
@@ -252,6 +270,26 @@ def test_image_classification_has_the_published_values(name: str) -> None:
     first = "trunk.encoders.image.prenet.blocks.0.norm1.weight" if name == "base" else "trunk.blocks.0.norm1.weight"
     assert task.lr_scale(first) == pytest.approx(row.layer_decay**depth)
     assert task.lr_scale("head.proj.weight") == 1.0
+
+
+@pytest.mark.parametrize("name", MAE)
+def test_fine_tuning_of_mae_has_the_official_values(name: str) -> None:
+    row, config = MAE[name], load(f"mae_{name}")
+    data, objective = config.data.modalities["image"], config.objective
+    assert isinstance(objective, ClassifyConfig)
+    assert (config.total_steps, config.lr.warmup_steps) == (row.epochs * 1251, 5 * 1251)
+    assert (data.global_batch_images, config.lr.peak, config.lr.minimum) == (1024, pytest.approx(row.peak), 1e-6)
+    assert data.rand_augment == RandAugmentConfig(operations=2, probability=0.5, magnitude=9.0, magnitude_std=0.5)
+    assert objective.head == PatchHeadConfig(init_std=2e-5)
+    assert objective.image_mixing == ImageMixingConfig(mixup=0.8, cutmix=1.0, share=1.0, cutmix_share=0.5)
+    assert (objective.layer_decay, objective.drop_path) == (row.layer_decay, row.drop_path)
+    assert config.optim == OptimConfig(
+        betas=(0.9, 0.999), eps=1e-8, early_eps=False, weight_decay=0.05, decay_vectors=False, clip_norm=0.0
+    )
+    assert replace(config.model, final_norm=True) == load_config(f"mae/{name}").model
+    task, depth = objective.build(config.model, seed=1), config.model.depth("image")
+    assert task.lr_scale("trunk.encoders.image.local.proj.weight") == pytest.approx(row.layer_decay ** (depth + 1))
+    assert task.lr_scale("trunk.blocks.0.norm1.weight") == pytest.approx(row.layer_decay**depth)
 
 
 @pytest.mark.parametrize("name", ["image_base", "image_large", "image_huge14", "image_tiny"])

@@ -12,6 +12,7 @@ from d2v2ds.evals.letters import Letters, score_letters
 from d2v2ds.evals.probes import (
     Fold,
     ProbeConfig,
+    Score,
     check_folds,
     fit_threads,
     leave_one_out,
@@ -171,3 +172,14 @@ def test_ctc_probe_refuses_transcripts_longer_than_their_frames() -> None:
     texts, frames = spoken(seed=0, spread=0.5)
     with pytest.raises(ConfigError, match="60 of 60 transcripts have more letters than the model has frames"):
         score_letters([one[:3] for one in frames], texts, FOLDS)
+
+
+def test_standard_error_is_that_of_a_mean_over_folds_of_means() -> None:
+    rng = np.random.default_rng(0)
+    draws = [
+        Score("logistic", {"a": (rng.random(50) < 0.3).astype(float), "b": (rng.random(20) < 0.6).astype(float)})
+        for _ in range(2000)
+    ]
+    assert float(np.mean([one.standard_error for one in draws])) == pytest.approx(
+        float(np.std([one.value for one in draws])), rel=0.05
+    )

@@ -12,15 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v2ds.api import load_model
+from d2v2ds.batch import Batch
 from d2v2ds.config.load import load_config
 from d2v2ds.errors import CheckpointError
 from d2v2ds.interop.export_folder import ModelFolder
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.mae.__main__ import main
 from d2v2ds.interop.mae.files import export_mae, import_mae
 from d2v2ds.interop.mae.keymap import to_official, to_ours
 from d2v2ds.interop.mae.read import ReadOptions
 from d2v2ds.interop.mae.settings import arguments_of, network_of
 from d2v2ds.interop.mae.transformers_names import from_official
+from d2v2ds.interop.task_network import folder_task
 from d2v2ds.objectives.mae import MaeConfig, MaeModality
 from d2v2ds.run.warm_start import WarmStart
 
@@ -50,7 +53,7 @@ def encoder_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_official_names_translate_back_and_forth(weights: dict[str, Tensor]) -> None:
     assert [to_official(to_ours(name) or "") for name in weights] == list(weights)
-    assert to_ours("fc_norm.weight") is None
+    assert to_ours("fc.weight") is None
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -65,6 +68,8 @@ def test_file_comes_in_and_goes_out_bit_for_bit(whole: bool, weights: dict[str, 
     back = torch.load(tmp_path / "back.pth")["model"]
     assert back.keys() == given.keys()
     assert all(torch.equal(back[name], value) for name, value in given.items())
+    again = import_mae(tmp_path / "back.pth", tmp_path / "again")  # what was written names the heads
+    assert again.network.trunk == found.network.trunk and again.ignored == []
     folder = ModelFolder(tmp_path / "ours")
     assert folder.description.objective is not None and folder.description.objective["name"] == "mae"
     if whole:
@@ -105,7 +110,7 @@ def test_folder_of_transformers_comes_in(
     found = import_mae(tmp_path / "theirs", tmp_path / "ours")
     assert found.warnings == []
     assert found.network.trunk.block.norm_eps == 1e-6
-    ours = found.trunk | found.decoder
+    ours = found.trunk | found.beside
     assert all(torch.equal(ours[to_ours(name) or ""], value) for name, value in weights.items())
     everything = {"pixel_values": case["in/source"], "noise": torch.arange(16.0).expand(2, -1)}
     of_transformers.config.mask_ratio = 0.0  # keeps all patches, in the order of the noise
@@ -134,7 +139,7 @@ def test_folder_of_an_older_transformers_comes_in(
     save_file(tensors, folder / "model.safetensors")
     of_transformers.config.save_pretrained(folder)
     found = import_mae(folder, tmp_path / "ours")
-    assert all(torch.equal((found.trunk | found.decoder)[to_ours(n) or ""], value) for n, value in weights.items())
+    assert all(torch.equal((found.trunk | found.beside)[to_ours(n) or ""], value) for n, value in weights.items())
 
 
 @torch.no_grad()
@@ -172,8 +177,8 @@ def faulty(weights: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor],
     yield "unknown tensor", weights | {"blocks.0.gamma_1": torch.zeros(16)}, "blocks.0.gamma_1: not a tensor"
     yield "other shape", weights | {"decoder_pred.bias": torch.zeros(5)}, "expected (48,), found (5,)"
     yield "no square", weights | {"pos_embed": torch.zeros(1, 16, 16)}, "1 + n x n rows, found 16"
-    yield "no MAE", {"head.weight": torch.zeros(2, 3)}, "expected an MAE with cls_token"
-    yield "fine-tuned", weights | {"fc_norm.weight": torch.zeros(16)}, "found a fine-tuned MAE"
+    yield "no MAE", {"fc.weight": torch.zeros(2, 3)}, "expected an MAE with cls_token"
+    yield "half a head", weights | {"fc_norm.weight": torch.zeros(16)}, "head.norm.weight: not a tensor"
 
 
 def test_damaged_files_are_refused_by_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -211,6 +216,31 @@ def test_position_of_the_cls_token_goes_into_the_token(weights: dict[str, Tensor
     assert any("added to cls_token" in warning for warning in found.warnings)
     torch.testing.assert_close(found.trunk["encoders.image.extra.tokens"], weights["cls_token"] + 0.5)
     assert found.trunk["encoders.image.fixed_positions.table"][:, 0].abs().max() == 0
+
+
+@torch.no_grad()
+def test_fine_tuned_file_computes_its_logits_and_goes_out_again(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"fc_norm.weight": (16,), "fc_norm.bias": (16,), "head.weight": (3, 16), "head.bias": (3,)}
+    head = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    given = {name: value for name, value in encoder_of(weights).items() if not name.startswith("norm.")} | head
+    (tmp_path / "classes.txt").write_text("cat\ndog\ncow\n")
+    options = ReadOptions(heads=4, outputs=tmp_path / "classes.txt")
+    found = import_mae(official(tmp_path, given), tmp_path / "ours", options)
+    assert found.warnings == [] and found.task is not None and found.task.classes == ("cat", "dog", "cow")
+    task, network = folder_task(ModelFolder(tmp_path / "ours"))
+    source = torch.randn(2, 3, 16, 16, generator=generator)
+    logits = network(Batch(modality="image", source=source, ids=torch.arange(2)))["logits"]
+    x = network.trunk.layers("image", source)[-1].mean(1)  # patches behind the last block, without a norm
+    pooled = torch.nn.functional.layer_norm(x, (16,), head["fc_norm.weight"], head["fc_norm.bias"], 1e-6)
+    torch.testing.assert_close(logits, pooled @ head["head.weight"].T + head["head.bias"])
+    assert not hasattr(network.trunk, "norm")
+    export_mae(tmp_path / "ours", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth")["model"]
+    assert back.keys() == given.keys() and all(torch.equal(back[name], value) for name, value in given.items())
+    del given["fc_norm.weight"]
+    with pytest.raises(UnsupportedOptionError, match="CLS token"):
+        import_mae(official(tmp_path, given), tmp_path / "other", options)
 
 
 def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

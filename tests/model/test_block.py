@@ -147,6 +147,20 @@ def test_pre_norm_trunk_ends_with_its_norm_and_begins_without_one() -> None:
     torch.testing.assert_close(trunk.encode_visible(local, whole), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_pre_norm_trunk_may_end_without_its_norm() -> None:
+    config = tiny_trunk_config()
+    config = dataclasses.replace(config, block=dataclasses.replace(config.block, pre_norm=True))
+    trunk, bare = Trunk(config).eval(), Trunk(dataclasses.replace(config, final_norm=False)).eval()
+    initialise(trunk_parts(trunk), seed=1)
+    assert trunk.state_dict().keys() - bare.state_dict().keys() == {"norm.weight", "norm.bias"}
+    bare.load_state_dict({name: value for name, value in trunk.state_dict().items() if name in bare.state_dict()})
+    batch = tiny_batch()
+    without = bare.encode_all(bare.embed(batch), batch)
+    torch.testing.assert_close(trunk.norm(without), trunk.encode_all(trunk.embed(batch), batch))
+    (problem,) = dataclasses.replace(tiny_trunk_config(), final_norm=False).check()
+    assert problem.startswith("final_norm is false")
+
+
 # ------------------------------------------------------------------ relative positions
 
 

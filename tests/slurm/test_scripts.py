@@ -135,7 +135,9 @@ def test_every_job_survives_its_nodes() -> None:
     for script in TEMPLATES:
         text = script.read_text()
         assert "#SBATCH --requeue\n" in text and "#SBATCH --open-mode=append\n" in text, script.name
-        assert ("#SBATCH --signal=B:USR1@" in text) == script.name.startswith(("pretrain_", "finetune_")), script.name
+        assert ("#SBATCH --signal=B:USR1@" in text) == script.name.startswith(("pretrain_", "finetune_", "sweep")), (
+            script.name
+        )
 
 
 def test_example_of_site_values_changes_nothing_and_names_only_what_exists() -> None:
@@ -368,6 +370,23 @@ def test_shipped_sweeps_have_the_cells_that_their_heads_say_and_every_command_ta
             parser.parse_args(cell)
         else:
             load_config("finetune/glue_rte", [*cell, "data.shards=a", "run.dir=b"])
+
+
+def test_a_task_of_an_array_runs_its_cell_of_a_sweep(batch: Batch) -> None:
+    assert batch.submit("sweep.sh", *AWKWARD, SLURM_ARRAY_TASK_ID="2")[0] == 0
+    words = batch.srun()
+    assert words[words.index("d2v2ds.sweep") :] == ["d2v2ds.sweep", *AWKWARD, "--cell", "2"]
+    assert batch.submit("sweep.sh", "num_masks", D2V2DS_SWEEP_CELL="7", SLURM_ARRAY_TASK_ID="2")[0] == 0
+    assert batch.srun()[-3:] == ["num_masks", "--cell", "7"]
+    code, said = batch.submit("sweep.sh", "num_masks")
+    assert code == 2 and "expected a job array (--array=0-N), or D2V2DS_SWEEP_CELL" in said
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(75, ["requeue 20007_0"]), (9, []), (0, [])])
+def test_a_cell_that_was_interrupted_is_requeued(batch: Batch, code: int, requeues: list[str]) -> None:
+    batch.plan(run=f"exit {code}")
+    assert batch.submit("sweep.sh", "num_masks", SLURM_ARRAY_TASK_ID="0")[0] == code
+    assert batch.requeues() == requeues
 
 
 # ------------------------------------------------------------------ ends

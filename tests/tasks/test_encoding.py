@@ -188,6 +188,15 @@ def test_every_trained_parameter_is_in_one_group(modality: str, freeze_steps: in
             assert group["held_steps"] == (0 if name.startswith("head.") else freeze_steps)
 
 
+def test_what_is_below_the_blocks_has_the_smallest_rate_if_it_counts_as_one() -> None:
+    trunk = trunk_of("image", prenet_depth=0)
+    task, network = built(ClassifyConfig(modality="image", layer_decay=0.65, layer_decay_embeddings=True), trunk)
+    below = {task.lr_scale(name) for name, _ in network.named_parameters() if name.startswith("trunk.encoders.")}
+    assert sorted(below) == [pytest.approx(0.65 ** (trunk.depth("image") + 1))]
+    assert task.lr_scale("trunk.blocks.0.norm1.weight") == pytest.approx(0.65 ** trunk.depth("image"))
+    assert task.lr_scale("head.proj.weight") == 1.0
+
+
 # ---- frozen steps ----
 
 

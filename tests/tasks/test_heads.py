@@ -95,6 +95,13 @@ def test_patches_equal_loops(pooling: str, has_norm: bool) -> None:
     assert found.shape == (3, 4)
 
 
+def test_first_weights_of_a_head_have_the_spread_that_is_asked_for() -> None:
+    head = PatchHeadConfig(init_std=2e-5).build(64, 100)
+    head.draw()
+    assert head.proj.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    assert head.proj.bias.abs().max() == 0
+
+
 def test_a_sentence_is_its_first_token() -> None:
     head = SentenceHeadConfig().build(8, 3)
     found = head(FEATURES, 2, PADDING)

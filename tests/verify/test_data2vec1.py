@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2v2ds.verify.__main__ import main
-from d2v2ds.verify.case import case_names, is_first
+from d2v2ds.verify.case import case_names, model_name
 from d2v2ds.verify.check import verify_case
+from d2v2ds.verify.data2vec1.masks import NAME as MASKS
 from tests.verify.corruption import Change, changes, copied
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data2vec1"
@@ -59,7 +60,7 @@ def sample(chosen: list[Change], number: int) -> list[Change]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_computation_is_reproduced(name: str) -> None:
-    assert is_first(GOLDEN, name)
+    assert model_name(GOLDEN, name).startswith("data2vec_")
     report, problem = verify_case(GOLDEN, name, tolerance=1e-4)
     assert problem == ""
     assert report.passed, report.errors
@@ -69,7 +70,9 @@ def test_recorded_computation_is_reproduced(name: str) -> None:
 
 if LARGER is not None:
 
-    @pytest.mark.parametrize("name", [one for one in case_names(LARGER, None) if is_first(LARGER, one)])
+    @pytest.mark.parametrize(
+        "name", [one for one in case_names(LARGER, None) if model_name(LARGER, one).startswith("data2vec_")]
+    )
     def test_larger_case_passes(name: str) -> None:
         report, problem = verify_case(LARGER, name, tolerance=1e-4)
         assert problem == ""
@@ -79,6 +82,54 @@ if LARGER is not None:
 def test_cases_of_both_modalities_travel_and_stay_small() -> None:
     assert CASES == ["v1_audio_pad", "v1_text_maskedteacher"]
     assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 1_100_000
+
+
+def test_masks_have_the_recorded_statistics() -> None:
+    report, problem = verify_case(GOLDEN, MASKS, tolerance=1e-4)
+    assert problem == ""
+    assert report.passed, report.errors
+    assert max(report.errors.values()) > 1e-5, "chance leaves some difference"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "text_p35_l4_L512/marginal",
+        "text_p35_l4_L512/joint_lag",
+        "text_p35_l4_L512/masked_run_hist",
+        "text_p35_l4_L512/count_hist",
+        "audio_p65_l10_L499_batch8/joint_lag",
+        "image_14x14_75_16_196/masked_4nbr_hist",
+    ],
+)
+def test_a_changed_statistic_of_masks_fails(key: str, tmp_path: Path) -> None:
+    folder = copied(GOLDEN, files_of(MASKS), tmp_path / "masks")
+    name = key.split("/")[0]
+    entries = json.loads((folder / f"{MASKS}.json").read_text())
+    (folder / f"{MASKS}.json").write_text(json.dumps({name: entries[name]}))
+    tensors = {one: value for one, value in load_file(folder / f"{MASKS}.safetensors").items() if one.startswith(name)}
+    largest = tensors[key].argmax()
+    tensors[key][largest] = tensors[key][largest] * (1.3 if tensors[key].is_floating_point() else 2)
+    save_file(tensors, folder / f"{MASKS}.safetensors")
+    report, problem = verify_case(folder, MASKS, 1e-4)
+    assert problem == ""
+    assert report.errors[f"{name} {key.split('/')[1]}"] > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("count_mean", 158.0), ("count_min", 134), ("mean_run", 5.1), ("rows", 3999), ("mask_prob", 0.34)],
+)
+def test_a_changed_number_of_masks_fails(place: str, value: float, tmp_path: Path) -> None:
+    folder = copied(GOLDEN, files_of(MASKS), tmp_path / "masks")
+    name = "text_p35_l4_L512"
+    entry = json.loads((folder / f"{MASKS}.json").read_text())[name]
+    (folder / f"{MASKS}.json").write_text(json.dumps({name: entry | {place: value}}))
+    tensors = load_file(folder / f"{MASKS}.safetensors")
+    save_file({one: x for one, x in tensors.items() if one.startswith(name)}, folder / f"{MASKS}.safetensors")
+    assert main([str(folder)]) == 1
+    save_file(tensors, folder / f"{MASKS}.safetensors")
+    assert "nothing to compare with audio_p65" in verify_case(folder, MASKS, 1e-4)[1]
 
 
 def test_a_changed_tensor_fails(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from d2v2ds.interop.fairseq.official_fields import conv_layers
 from d2v2ds.verify.__main__ import main
 from d2v2ds.verify.case import case_names
 from d2v2ds.verify.check import verify_case
-from d2v2ds.verify.finetuning.check import TABLES, tables
+from d2v2ds.verify.finetuning.check import TABLES
+from d2v2ds.verify.tables import tables
 from tests.verify.corruption import Change, changes, copied
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "finetuning"

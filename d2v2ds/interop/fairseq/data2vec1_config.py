@@ -48,8 +48,17 @@ class FirstNetwork:
 class _Keys:
     """Keys of an official section; remembers which were read."""
 
-    def __init__(self, values: Mapping[str, Any], where: str, ignored: tuple[str, ...]) -> None:
-        self.values, self.where, self.seen = values, where, set(ignored)
+    def __init__(
+        self, values: Mapping[str, Any], where: str, ignored: tuple[str, ...], notes: list[str] | None = None
+    ) -> None:
+        """
+        Args:
+            values: of the section.
+            where: prefix of its keys in messages.
+            ignored: keys that change no computation of ours.
+            notes: takes the keys that nothing has read, as `name=value`; None refuses them.
+        """
+        self.values, self.where, self.seen, self.notes = values, where, set(ignored), notes
 
     def __call__(self, name: str, default: Any) -> Any:
         self.seen.add(name)
@@ -67,7 +76,7 @@ class _Keys:
                 raise UnsupportedOptionError(f"{self.where}{name}={found!r}, expected {value!r}")
 
     def finish(self) -> None:
-        """Refuse every key that nothing has read.
+        """Refuse, or note, every key that nothing has read.
 
         Raises:
             UnsupportedOptionError: naming them.
@@ -75,7 +84,9 @@ class _Keys:
         unknown = [
             f"{self.where}{name}={v!r}" for name, v in self.values.items() if name not in self.seen and v is not None
         ]
-        if unknown:
+        if self.notes is not None:
+            self.notes += unknown
+        elif unknown:
             raise UnsupportedOptionError(", ".join(unknown))
 
 
@@ -90,6 +101,9 @@ _OF_RUNS = (
 )
 
 
+_OF_SPEECH_RUNS = ("require_same_masks", "required_seq_len_multiple", "log_norms")
+
+
 def first_network_of(official: Mapping[str, Any], modality: str, **context: Any) -> FirstNetwork:
     """Translate the section of a network.
 
@@ -97,7 +111,8 @@ def first_network_of(official: Mapping[str, Any], modality: str, **context: Any)
         official: the `model` section of an official configuration.
         modality: lower-case name.
         context: what stands outside the section: `vocab_size`, `mask_token` and `teacher_input` of text; `mask`,
-            `target_layers` and `objective` of the fork of BEiT.
+            `target_layers` and `objective` of the fork of BEiT; and for whole files, which have every default beside,
+            `notes`, a list that takes the keys that are not known, instead of refusing them.
 
     Raises:
         UnsupportedOptionError: naming the option.
@@ -140,11 +155,11 @@ def _scale(value: float | None, *, zero: float | None) -> float | None:
 
 
 def _audio(official: Mapping[str, Any], context: Mapping[str, Any]) -> FirstNetwork:
-    keys = _Keys(official, "model.", (*_OF_RUNS, "require_same_masks", "required_seq_len_multiple", "log_norms"))
+    keys = _Keys(official, "model.", (*_OF_RUNS, *_OF_SPEECH_RUNS), context.get("notes"))
     keys.must_be(
         extractor_mode="layer_norm", layer_norm_first=False, conv_bias=False, activation_fn="gelu", mask_dropout=0.0,
         dropout_features=0.0, dropout_input=0.0, mask_channel_prob=0.0, layer_type="transformer",
-        quantize_targets=False,
+        quantize_targets=False, quantize_input=False, attn_type="", pos_enc_type="abs",
         mask_selection="static", mask_other=0, no_mask_overlap=False, mask_min_space=1, group_norm_target_layer=False,
     )  # fmt: skip
     if (keys("instance_norm_targets", False)) and not keys("instance_norm_target_layer", False):
@@ -192,10 +207,14 @@ def _audio(official: Mapping[str, Any], context: Mapping[str, Any]) -> FirstNetw
 
 
 def _text(official: Mapping[str, Any], context: Mapping[str, Any]) -> FirstNetwork:
-    keys = _Keys(official, "model.", (*_OF_RUNS, "transformer", "load_checkpoint_heads"))
-    inner = _Keys(official.get("transformer", {}), "model.transformer.", ("encoder",))
-    encoder = _Keys(inner.values.get("encoder", {}), "model.transformer.encoder.", ())
-    inner.must_be(layernorm_embedding=True, activation_fn="gelu", no_scale_embedding=True, activation_dropout=0.0)
+    notes = context.get("notes")
+    keys = _Keys(official, "model.", (*_OF_RUNS, "transformer", "load_checkpoint_heads"), notes)
+    inner = _Keys(official.get("transformer") or {}, "model.transformer.", ("encoder",), notes)
+    encoder = _Keys(inner.values.get("encoder") or {}, "model.transformer.encoder.", (), notes)
+    inner.must_be(
+        layernorm_embedding=True, activation_fn="gelu", no_scale_embedding=True, activation_dropout=0.0,
+        no_token_positional_embeddings=False, adaptive_input=False,
+    )  # fmt: skip
     encoder.must_be(normalize_before=False, learned_pos=True)
     keys.must_be(ema_transformer_layers_only=True, group_norm_target_layer=False)
     if "vocab_size" not in context or "mask_token" not in context:

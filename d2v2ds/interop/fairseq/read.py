@@ -50,7 +50,7 @@ MADE_BY = "d2v2ds"
 """Key of `cfg` under which `export` says what it wrote, for `import` to find."""
 
 
-def _licence(modality: str, configuration: Any) -> str:
+def licence_of(modality: str, configuration: Any) -> str:
     """Licence named in a file that d2v2ds wrote, else that of the published files."""
     made_by = configuration.get(MADE_BY) if isinstance(configuration, dict) else None
     if isinstance(made_by, dict) and isinstance(made_by.get("licence"), str):
@@ -164,7 +164,7 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
         prefix=prefix,
         facts=_facts(path, content),
         ignored=[name for name in ignored if name != f"cfg.{MADE_BY}"],
-        licence=_licence(modality, content.get("cfg")),
+        licence=licence_of(modality, content.get("cfg")),
         warnings=warnings,
     )
 
@@ -207,7 +207,7 @@ def _where(path: Path, weights: Mapping[str, Any]) -> tuple[str, str]:
         encoders = ", ".join(f"{prefix}modality_encoders.{modality.upper()}" for prefix, modality in sorted(found))
         raise CheckpointError(
             f"{path}: expected one data2vec 2.0 encoder, found {encoders or 'none'} among {_listed(weights)}; "
-            "data2vec 1.0 and files of several modalities are not supported"
+            "files of several modalities are not supported; those of data2vec 1.0: python -m d2v2ds.interop.data2vec1"
         )
     return found.pop()
 
@@ -315,7 +315,7 @@ def _sections(roots: dict[str, Any], modality: str) -> Iterator[tuple[str, dict[
         for place, values, around in level:
             sections = values.get("modalities")
             if {"embed_dim", "depth"} <= values.keys() and isinstance(sections, dict) and sections.get(name):
-                yield place, _followed(values, (*around, values)[::-1])
+                yield place, followed(values, (*around, values)[::-1])
         level = [
             (f"{place}.{key}", inner, (*around, values))
             for place, values, around in level
@@ -324,10 +324,10 @@ def _sections(roots: dict[str, Any], modality: str) -> Iterator[tuple[str, dict[
         ]
 
 
-def _followed(value: Any, scopes: tuple[Any, ...]) -> Any:
+def followed(value: Any, scopes: tuple[Any, ...]) -> Any:
     """Replace `${a.b}` by what stands there in the nearest scope that has it, and leave out what is `???`."""
     if isinstance(value, dict):
-        return {key: _followed(one, scopes) for key, one in value.items() if one != "???"}
+        return {key: followed(one, scopes) for key, one in value.items() if one != "???"}
     reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
     if reference is None:
         return value

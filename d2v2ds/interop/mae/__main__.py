@@ -4,7 +4,8 @@
     python -m d2v2ds.interop.mae export FOLDER --out FILE.pth
     python -m d2v2ds.interop.mae export FOLDER --out FOLDER --transformers
 
-`import` takes whole files and those of the encoder alone. Nothing in a file is run. Tensors keep type and bits.
+`import` takes whole files, those of the encoder alone, and fine-tuned ones, whose classes --outputs names. Nothing in a
+file is run. Tensors keep type and bits.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     importing.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write")
     importing.add_argument("--heads", type=int, help="of the encoder; by default those of the published model")
     importing.add_argument("--decoder-heads", type=int, help="likewise of the decoder")
+    importing.add_argument("--outputs", type=Path, metavar="FILE", help="classes of a fine-tuned model")
     importing.add_argument("--raw-pixels", action="store_true", help="it predicts pixels as they are")
     exporting = commands.add_parser("export", help="our folder -> official file or ViTMAE folder")
     exporting.add_argument("source", type=Path, metavar="FOLDER", help="an export of this project")

@@ -12,22 +12,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError
-from d2v2ds.interop.export_folder import Description, ModelFolder, opened_tensors
+from d2v2ds.interop.export_folder import Description, ModelFolder, Part, opened_tensors
 from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
+from d2v2ds.interop.fairseq.read import MADE_BY, OWN_LICENCE
 from d2v2ds.interop.imported_folder import write_imported
 from d2v2ds.interop.mae import transformers_names
 from d2v2ds.interop.mae.keymap import to_official
-from d2v2ds.interop.mae.read import MaeCheckpoint, ReadOptions, checkpoint_of, read_file
+from d2v2ds.interop.mae.read import MaeCheckpoint, ReadOptions, Tensors, checkpoint_of, read_file
 from d2v2ds.interop.mae.settings import MODALITY, arguments_of
 from d2v2ds.io.output import whole_file
 from d2v2ds.io.read import read_json, validate
 from d2v2ds.modalities.known import modality_of
 from d2v2ds.objectives.mae import MaeModality
+from d2v2ds.tasks.classify import ClassifyConfig
+from d2v2ds.tasks.heads import PatchHeadConfig
 
-LICENCE = (
-    "the official MAE weights are offered for NON-COMMERCIAL use only (CC-BY-NC 4.0), and so is what is made of them; "
-    "check what came with your file, which alone is binding"
-)
 _TABLE = "encoders.image.fixed_positions.table"
 
 
@@ -42,23 +41,24 @@ def import_mae(source: Path, folder: Path, options: ReadOptions | None = None) -
         UnsupportedOptionError: its network computes something that ours does not.
     """
     checkpoint = _read_hub_folder(source, options or ReadOptions()) if source.is_dir() else read_file(source, options)
-    trunk, own = checkpoint.network.trunk, asdict(checkpoint.network.objective)
-    if not checkpoint.decoder:
-        del own["decoder"]
+    trunk, task = checkpoint.network.trunk, checkpoint.task
+    own = {MODALITY: asdict(checkpoint.network.objective)} if checkpoint.beside else {}
+    objective = {"name": "mae", "modalities": own} if task is None else asdict(task)
     description = Description(
         model=trunk,
-        objective={"name": "mae", "modalities": {MODALITY: own} if checkpoint.decoder else {}},
+        objective=json.loads(json.dumps(objective)),
         preprocessing={
             MODALITY: modality_of(MODALITY, source.name).describe_preprocessing(trunk.modalities[MODALITY], None, None)
         },
         origin={
             "kind": "official",
             "source": f"the MAE checkpoint {source.name}, read by d2v2ds",
-            "licence": LICENCE,
+            "licence": checkpoint.licence,
             "official": {"file": source.name, "arguments": checkpoint.arguments, "ignored": checkpoint.ignored},
         },
     )
-    write_imported(folder, description, {"model": checkpoint.trunk, "objective": checkpoint.decoder})
+    parts: dict[Part, Tensors] = {"model": checkpoint.trunk, "objective": checkpoint.beside}
+    write_imported(folder, description, parts, has_task=task is not None)
     return checkpoint
 
 
@@ -91,11 +91,11 @@ def export_mae(path: Path, target: Path, *, as_transformers: bool = False) -> No
     folder = ModelFolder(path)
     trunk, objective = folder.description.model, _objective(folder)
     arguments = arguments_of(trunk, objective)
-    tensors = dict(folder.tensors("model")) | (dict(folder.tensors("objective")) if objective else {})
+    tensors = dict(folder.tensors("model")) | dict(folder.tensors("objective"))
     if not trunk.modalities[MODALITY].has_extra_positions:
         tensors[_TABLE] = F.pad(tensors[_TABLE], (0, 0, 1, 0))
     official = {to_official(name) or name: tensor.contiguous() for name, tensor in tensors.items()}
-    licence = folder.description.origin.get("licence")
+    licence = folder.description.origin.get("licence") or OWN_LICENCE
     if as_transformers:
         if objective is None:
             raise CheckpointError(f"{path}: ViTMAEForPreTraining has a decoder, this folder has none")
@@ -103,12 +103,15 @@ def export_mae(path: Path, target: Path, *, as_transformers: bool = False) -> No
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as file:
-        torch.save({"model": official, "d2v2ds": {"arguments": arguments, "licence": licence}}, file)
+        torch.save({"model": official, MADE_BY: {"arguments": arguments, "licence": licence}}, file)
 
 
 def _objective(folder: ModelFolder) -> MaeModality | None:
     """Settings of the objective; None for a folder without decoder."""
     stored: Any = folder.description.objective or {}
+    if stored.get("name") == "classify":
+        _require_official_head(folder, stored)
+        return None
     if stored.get("name") != "mae":
         raise CheckpointError(f"{folder.path}: expected a model pretrained as MAE, found {stored.get('name')!r}")
     if not folder.has("objective"):
@@ -116,6 +119,16 @@ def _objective(folder: ModelFolder) -> MaeModality | None:
     found = (stored.get("modalities") or {}).get(MODALITY)
     where = f"{folder.path}: objective.modalities.{MODALITY}"
     return validate(MaeModality, found, where, CheckpointError)
+
+
+def _require_official_head(folder: ModelFolder, stored: Any) -> None:
+    """Refuse a classifier that the official models_vit.py lacks."""
+    task = validate(ClassifyConfig, stored, f"{folder.path}: objective", CheckpointError)
+    is_known = isinstance(task.head, PatchHeadConfig) and task.head.pooling == "mean" and task.head.norm
+    if not is_known or task.kind != "one" or folder.description.model.final_norm:
+        raise UnsupportedOptionError(
+            f"{folder.path}: expected one class, a head with the mean of patches and a norm, and model.final_norm=false"
+        )
 
 
 def _write_hub_folder(target: Path, official: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> None:
@@ -129,9 +142,9 @@ def _write_hub_folder(target: Path, official: Mapping[str, Tensor], arguments: M
 
 def findings(checkpoint: MaeCheckpoint) -> str:
     """Describe what an import found, one line for each finding."""
-    tensors = checkpoint.trunk | checkpoint.decoder
+    tensors = checkpoint.trunk | checkpoint.beside
     count = sum(tensor.numel() for tensor in tensors.values())
     lines = [f"MAE of {len(tensors)} tensors, {count:,} parameters"]
     lines += [f"ignored: {', '.join(checkpoint.ignored)}"] if checkpoint.ignored else []
     lines += [f"WARNING: {warning}" for warning in checkpoint.warnings]
-    return "\n".join([*lines, f"licence: {LICENCE}"])
+    return "\n".join([*lines, f"licence: {checkpoint.licence}"])

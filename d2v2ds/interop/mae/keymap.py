@@ -1,4 +1,4 @@
-"""Parameter names of official MAE checkpoints (models_mae.py) and ours, as data; shapes are the same.
+"""Parameter names of official MAE checkpoints (models_mae.py, models_vit.py) and ours, as data; shapes are the same.
 
 `{p}` stands for what follows. Ours are those of an export: without `trunk.`.
 """
@@ -17,6 +17,8 @@ TABLE = [
     ("decoders.image.blocks.{p}", "decoder_blocks.{p}"),
     ("decoders.image.norm.{p}", "decoder_norm.{p}"),
     ("decoders.image.proj.{p}", "decoder_pred.{p}"),
+    ("head.norm.{p}", "fc_norm.{p}"),
+    ("head.proj.{p}", "head.{p}"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Read an official MAE checkpoint, whole or of the encoder alone, without running anything in it.
+"""Read an official MAE checkpoint, whole, of the encoder alone or fine-tuned, without running anything in it.
 
 Such a file has no configuration. Sizes follow from its tensors; numbers of heads do not, and are those of the published
 models of the same width unless they are given.
@@ -7,7 +7,7 @@ models of the same width unless they are given.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,24 @@ from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
 from d2v2ds.interop.export_folder import require_layout
+from d2v2ds.interop.fairseq.official_fields import UnsupportedOptionError
 from d2v2ds.interop.fairseq.pickles import plain
-from d2v2ds.interop.fairseq.read import require_bytes
+from d2v2ds.interop.fairseq.read import MADE_BY, require_bytes
 from d2v2ds.interop.fairseq.torch_file import read_pickled
 from d2v2ds.interop.imported_folder import layout_of
 from d2v2ds.interop.mae.keymap import to_ours
 from d2v2ds.interop.mae.settings import MODALITY, OfficialMae, network_of
+from d2v2ds.interop.output_names import read_outputs
+from d2v2ds.io.read import validate
 from d2v2ds.modalities.settings import read_trunk, write_trunk
 from d2v2ds.objectives.mae import MaeConfig, MaeModality
+from d2v2ds.tasks.classify import ClassifyConfig
+from d2v2ds.tasks.heads import PatchHeadConfig
 
 Tensors = dict[str, Tensor]
-DECODERS = "decoders."
+DECODERS, HEAD = "decoders.", "head."
+BESIDE = (DECODERS, HEAD)
+"""Beginnings of the names of what is no trunk."""
 _HEADS = {768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {512: 16}
 """Heads of the published models by width; the official decoder has one size."""
@@ -42,8 +49,24 @@ class ReadOptions:
     """Heads of the encoder; None: those of the published model of this width."""
     decoder_heads: int | None = None
     """Likewise of the decoder."""
+    outputs: Path | None = None
+    """Names of the classes of a fine-tuned model, see `read_outputs`."""
     raw_pixels: bool = False
     """The model predicts pixels that are not normalised in each patch; False: what the file says, else normalised."""
+
+
+LICENCE = (
+    "the official MAE weights are offered for NON-COMMERCIAL use only (CC-BY-NC 4.0), and so is what is made of them; "
+    "check what came with your file, which alone is binding"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MadeBy:
+    """What `export` writes beside the weights."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    licence: str = LICENCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +75,16 @@ class MaeCheckpoint:
 
     network: OfficialMae
     trunk: Tensors
-    decoder: Tensors
-    """Empty for an encoder alone."""
+    beside: Tensors
+    """Decoder, or head of a fine-tuned model; empty for an encoder alone."""
+    task: ClassifyConfig | None
+    """Settings of a fine-tuned model."""
     arguments: dict[str, Any]
     """Official arguments of the network."""
     ignored: list[str]
     warnings: list[str] = field(default_factory=list)
+    licence: str = LICENCE
+    """Licence, as far as it is known."""
 
 
 def read_file(path: Path, options: ReadOptions | None = None) -> MaeCheckpoint:
@@ -81,8 +108,10 @@ def read_file(path: Path, options: ReadOptions | None = None) -> MaeCheckpoint:
     except ValueError as error:
         raise CheckpointError(f"{path}: expected arguments of plain values, found {error}") from error
     known = {"norm_pix_loss": args["norm_pix_loss"]} if isinstance(args, dict) and "norm_pix_loss" in args else {}
-    others = [str(key) for key in content if key not in ("model", "args")]
-    return checkpoint_of(path, weights, options or ReadOptions(), known, others)
+    made_by = validate(_MadeBy, content.get(MADE_BY) or {}, f"{path}: {MADE_BY}", CheckpointError)
+    others = [str(key) for key in content if key not in ("model", "args", MADE_BY)]
+    found = checkpoint_of(path, weights, options or ReadOptions(), known | made_by.arguments, others)
+    return replace(found, licence=made_by.licence)
 
 
 def checkpoint_of(
@@ -101,29 +130,29 @@ def checkpoint_of(
         CheckpointError, UnsupportedOptionError: see `read_file`.
     """
     tensors = {name: value.detach() for name, value in weights.items() if isinstance(value, Tensor)}
-    if "fc_norm.weight" in tensors:
-        raise CheckpointError(
-            f"{path}: expected a file of pretraining, found a fine-tuned MAE: `fc_norm` stands in its head in place "
-            "of a norm behind the last block"
-        )
-    has_decoder = "mask_token" in tensors
+    has_decoder, task = "mask_token" in tensors, _task(path, tensors, options.outputs)
     warnings: list[str] = []
-    if not has_decoder:
+    if task is not None and not task.classes:
+        warnings.append("no --outputs: the classes have numbers and no names, and cannot be evaluated")
+    elif task is None and not has_decoder:
         warnings.append("no decoder in the file: it can be fine-tuned or give features, not be pretrained further")
     arguments = _arguments(path, tensors, options, known, warnings)
     network = _network(path, arguments)
+    if task is not None:
+        network = replace(network, trunk=replace(network.trunk, final_norm=False))
     translated = {to_ours(name) or name: tensor for name, tensor in tensors.items()}
     with torch.device("meta"):
-        built = MaeConfig(modalities={MODALITY: network.objective}).build(network.trunk, seed=0)
-        state = built.build_network(activation_checkpointing=False).state_dict()
+        config = task or MaeConfig(modalities={MODALITY: network.objective})
+        state = config.build(network.trunk, seed=0).build_network(activation_checkpointing=False).state_dict()
     expected = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
     expected = {name: tensor for name, tensor in expected.items() if has_decoder or not name.startswith(DECODERS)}
     require_layout(path, layout_of(translated), expected)
     _fold_extra_position(translated, warnings)
     return MaeCheckpoint(
         network=network,
-        trunk={name: tensor for name, tensor in translated.items() if not name.startswith(DECODERS)},
-        decoder={name: tensor for name, tensor in translated.items() if name.startswith(DECODERS)},
+        trunk={name: tensor for name, tensor in translated.items() if not name.startswith(BESIDE)},
+        beside={name: tensor for name, tensor in translated.items() if name.startswith(BESIDE)},
+        task=task,
         arguments=arguments,
         ignored=[*ignored, *(f"model.{name}" for name in weights if name not in tensors)],
         warnings=warnings,
@@ -164,6 +193,21 @@ def _arguments(
             warnings.append("the file does not say whether pixels are normalised in each patch; taken as normalised")
     is_normalised = False if options.raw_pixels else bool(known.get("norm_pix_loss", True))
     return {**known, **found, "norm_pix_loss": is_normalised}
+
+
+def _task(path: Path, tensors: Tensors, outputs: Path | None) -> ClassifyConfig | None:
+    """Return the settings of a fine-tuned model (models_vit.py with global_pool); None for one of pretraining."""
+    if "head.weight" not in tensors:
+        if outputs is not None:
+            raise CheckpointError(f"--outputs {outputs}: {path} has no head; leave it out")
+        return None
+    names, weight = () if outputs is None else read_outputs(outputs), tensors["head.weight"]
+    count = len(weight) if weight.ndim == 2 else 0
+    if "fc_norm.weight" not in tensors:
+        raise UnsupportedOptionError(f"{path}: a head on the CLS token (global_pool=False)")
+    if names and len(names) != count:
+        raise CheckpointError(f"--outputs {outputs}: expected {count} names, found {len(names)}")
+    return ClassifyConfig(modality=MODALITY, head=PatchHeadConfig(), classes=names, num_outputs=max(count, 1))
 
 
 def _depth(tensors: Iterable[str], blocks: str) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from d2v2ds.errors import D2V2Error
 from d2v2ds.verify.finetuning.case import TaskCase
 from d2v2ds.verify.finetuning.decoding import check_decoding
 from d2v2ds.verify.finetuning.schedules import check_masks, check_schedules
@@ -40,20 +39,3 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Path, Report], None]]] = {
     "decode": (("decode",), lambda folder, report: check_decoding(folder / "decode", report)),
 }
 """Other comparisons: name -> files of which one is enough to ask for it, and the comparison."""
-
-
-def tables(folder: Path) -> list[str]:
-    """List the comparisons, besides cases, of a folder."""
-    return [name for name, (files, _) in TABLES.items() if any((folder / file).exists() for file in files)]
-
-
-def check_table(folder: Path, name: str, report: Report) -> None:
-    """Run one of `tables`.
-
-    Raises:
-        D2V2Error: its files are incomplete.
-    """
-    _, check = TABLES[name]
-    check(folder, report)
-    if not report.errors:
-        raise D2V2Error(f"{name}: nothing to compare")
