@@ -13,6 +13,7 @@ from d2v2ds.batch import Batch
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.model.attention import AttentionPath, attend
 from d2v2ds.model.block import Block, BlockConfig, TargetLayer
+from d2v2ds.model.flops import block_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.positions import RelativePositions
 from d2v2ds.model.trunk import Trunk, TrunkConfig
@@ -246,6 +247,12 @@ def test_relative_positions_refuse_removed_tokens() -> None:
 def test_relative_positions_need_one_extra_token() -> None:
     network = ImageNetwork(prenet_depth=0, positions="relative", num_extra_tokens=0)
     assert network.check(PLAIN, 2) == ["positions 'relative' need num_extra_tokens 1 (CLS), found 0"]
+
+
+def test_operations_of_the_gate_are_counted() -> None:
+    gated = dataclasses.replace(PLAIN, attention_gate=True)
+    found = block_flops(gated, depth=3, rows=2, tokens=7) - block_flops(PLAIN, depth=3, rows=2, tokens=7)
+    assert found == 3 * 2 * 7 * 2 * WIDTH**2
 
 
 @pytest.mark.parametrize(

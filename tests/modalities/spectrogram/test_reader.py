@@ -11,10 +11,12 @@ import torch
 from d2v2ds.data.collate import Collator
 from d2v2ds.data.folders import JoinedShards
 from d2v2ds.data.order import BatchPlan, MicroBatch, SamplerState
+from d2v2ds.data.reader import AnyMask
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.spectrogram.features import DecibelFeatures, FbankFeatures
 from d2v2ds.modalities.spectrogram.network import SpectrogramNetwork
 from d2v2ds.modalities.spectrogram.reader import SpectrogramDataConfig, SpectrogramReader
+from d2v2ds.whole_masks import GridBlocks, SpanWholeMask
 from tests.data.fake_audio import FakeAudio
 
 MASK = MaskConfig(kind="block_2d", masked_fraction=0.75, block_length=2, num_masks=2, inverse=True, columns=8)
@@ -33,7 +35,7 @@ class Clips(FakeAudio):
         self.clips = [(rng.normal(200, 3000, n)).clip(-32768, 32767).astype(np.int16) for n in lengths]
 
 
-def reader(mask: MaskConfig | None = MASK, network: SpectrogramNetwork = NETWORK, **changes: Any) -> SpectrogramReader:
+def reader(mask: AnyMask | None = MASK, network: SpectrogramNetwork = NETWORK, **changes: Any) -> SpectrogramReader:
     settings: dict[str, Any] = {"global_batch_clips": 4, "micro_batch_clips": 2, "min_seconds": 0.2}
     config = SpectrogramDataConfig(shards=Path("fake"), **(settings | changes))
     return SpectrogramReader(JoinedShards([Clips()]), config, network, mask)
@@ -104,12 +106,18 @@ def test_evaluation_reads_whole_recordings_up_to_whole_patches() -> None:
 @pytest.mark.parametrize(
     ("mask", "changes", "fault"),
     [
-        (MaskConfig(masked_fraction=0.5, num_masks=1), {}, "spectrograms need 'block_2d' or 'random'"),
+        (MaskConfig(masked_fraction=0.5, num_masks=1), {}, "spectrograms need 'block_2d', 'random' or"),
+        (
+            SpanWholeMask(fraction=0.5, length=2),
+            {},
+            "'spans', spectrograms need 'block_2d', 'random' or, on a square grid",
+        ),
+        (GridBlocks(count=9), {}, "grid_blocks need a square grid, found 32 tokens"),
         (MaskConfig(kind="block_2d", masked_fraction=0.5, num_masks=1, block_length=5, columns=8), {}, "cannot hold"),
         (MASK, {"min_seconds": 3.0}, "the longest clip has 2.50 s, expected 3.000 s or more"),
     ],
 )
-def test_what_does_not_fit_is_named(mask: MaskConfig, changes: dict[str, Any], fault: str) -> None:
+def test_what_does_not_fit_is_named(mask: AnyMask, changes: dict[str, Any], fault: str) -> None:
     assert reader().faults() == []
     (found,) = reader(mask, **changes).faults()
     assert fault in found
