@@ -123,10 +123,7 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
         UnsupportedOptionError: its network computes something that ours does not, with the option.
         MachineError: the machine is at fault.
     """
-    if path.is_dir():
-        content, path = read_eat_folder(path), path / "model.safetensors"
-    else:
-        content = read_pickled(path, only_model)
+    content, path = _content(path, only_model)
     weights = content.get("model")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: expected official weights under `model`, found the keys {_listed(content)}")
@@ -171,6 +168,13 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
         licence=_licence(modality, content.get("cfg")),
         warnings=warnings,
     )
+
+
+def _content(path: Path, only_model: bool) -> tuple[dict[str, Any], Path]:
+    """Content of a file or of EAT's folder, and the file with the weights."""
+    if path.is_dir():
+        return read_eat_folder(path), path / "model.safetensors"
+    return read_pickled(path, only_model), path
 
 
 def _facts(path: Path, content: Mapping[str, Any]) -> Facts:
