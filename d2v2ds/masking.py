@@ -408,4 +408,4 @@ def mark_spans(
     for start in starts.tolist():
         row[start : start + spans.length] = True
     if row.all():
-        row[int(numbers[-1] * length)] = False
+        row[int(numbers[length + 1] * length)] = False  # not the last one, whose place depends on the longest row

@@ -111,3 +111,11 @@ def test_settings_that_contradict_each_other_are_named() -> None:
 @pytest.mark.parametrize(("config", "tokens"), [(SPEECH, 499), (TEXT, 512)])
 def test_expected_count_is_near_the_drawn_one(config: WholeMask, tokens: int) -> None:
     assert config.expected(tokens) == pytest.approx(draw(config, tokens, rows=500).sum(1).mean(), rel=0.03)
+
+
+def test_the_token_that_stays_visible_does_not_depend_on_the_longest_row() -> None:
+    mask, ids = SpanWholeMask(fraction=0.9, length=2), np.arange(200)
+    alone = draw_whole_masks(mask, np.full(200, 3), seed=1, epoch=0, sample_ids=ids)
+    beside = draw_whole_masks(mask, np.append(np.full(199, 3), 60), seed=1, epoch=0, sample_ids=ids)
+    assert (alone == [True, False, True]).all(1).sum() > 5  # no spans leave the middle one: all were masked
+    assert np.array_equal(alone[:199], beside[:199, :3])

@@ -16,7 +16,8 @@ from d2v2ds.shapes import ConvLayer, conv_output_length
 def block_flops(block: BlockConfig, depth: int, rows: int, tokens: int) -> float:
     """Count operations of `depth` transformer blocks on R rows of N tokens, forward."""
     width = block.width
-    linear = 2 * width * (4 * width + 2 * block.mlp_ratio * width)  # qkv and output, then the feed-forward layers
+    projections = 5 if block.attention_gate else 4  # qkv, output, gate
+    linear = 2 * width * (projections * width + 2 * block.mlp_ratio * width)  # these, then the feed-forward layers
     attention = 4 * tokens * width  # logits and weighted sum
     return depth * rows * tokens * (linear + attention)
 

@@ -243,6 +243,14 @@ class RelativePositions(nn.Module):
         """Set every bias to zero."""
         nn.init.zeros_(self.table)
 
+    def check(self, num_tokens: int) -> None:
+        """Raise ValueError if inputs of T tokens, CLS left aside, have another grid."""
+        if num_tokens != self.rows * self.columns:
+            raise ValueError(
+                f"expected {self.rows * self.columns} tokens, a grid of {self.rows} x {self.columns} patches, found "
+                f"{num_tokens}"
+            )
+
     def forward(self) -> Tensor:
         """Return (L or 1, H, 1 + T, 1 + T)."""
         index = relative_index(self.rows, self.columns).to(self.table.device)

@@ -20,6 +20,7 @@ from d2v2ds.model.flops import linear_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.objectives.data2vec1_init import FirstWeights, draw_images
+from d2v2ds.objectives.data2vec1_modules import MaskVector, head
 from d2v2ds.objectives.data2vec2 import TeacherFn, select_masked
 from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits, prediction_metrics
 from d2v2ds.objectives.defaults import ObjectiveDefaults
@@ -74,8 +75,8 @@ class Data2Vec1Config:
     ema: EmaConfig
     """Decay of the teacher."""
     ema_per_micro_batch: bool = False
-    """True: update the teacher before every micro-batch, as the official code does, which makes its pace depend on the
-    gradient accumulation. False: once after every optimizer step."""
+    """True: update the teacher before every micro-batch, as the official code does, also behind a skipped step, which
+    makes its pace depend on the gradient accumulation. False: once after every optimizer step that is applied."""
     drop_path: Rate = 0.0
     """Stochastic depth of the student's last block; the rate grows linearly from 0 with the number of the block. The
     teacher has none."""
@@ -104,7 +105,23 @@ class Data2Vec1Config:
                 f"drop_path is {self.drop_path} and the modalities have different prenet_depth: the shared blocks "
                 "would need several rates"
             )
-        return problems
+        return problems + self._copied_faults(trunk)
+
+    def _copied_faults(self, trunk: TrunkConfig) -> list[str]:
+        """Return one message for each entry of `copied` that names no part of an encoder."""
+        given = {name: self.modalities[name].copied for name in trunk.modalities if name in self.modalities}
+        if not any(given.values()) or trunk.check():
+            return []
+        with torch.device("meta"):
+            encoders = Trunk(trunk).encoders
+        names = {name: [one for one, _ in encoders[name].named_parameters()] for name in given}
+        return [
+            f"modalities.{name}: copied: {part!r} begins the name of no parameter of the encoder, which has parts "
+            + ", ".join(dict.fromkeys(one.split(".")[0] for one in names[name]))
+            for name, parts in given.items()
+            for part in parts
+            if not any(one.startswith(part) for one in names[name])
+        ]
 
     def scaled(self, ratio: float) -> dict[str, float]:
         """Return the settings of a global batch `ratio` times as large, equivalent per sample (arXiv 2307.13813)."""
@@ -151,32 +168,6 @@ class WholeOutput(TypedDict):
     """(U, D) fp32 targets at the same tokens."""
     target: Tensor
     """(B, T, D) fp32 targets."""
-
-
-class MaskVector(nn.Module):
-    """Learned vector in place of the local features of masked tokens."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.vector = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw from U(0, 1), as the official code for speech does."""
-        nn.init.uniform_(self.vector)
-
-    def forward(self, local: Tensor, masked: Tensor) -> Tensor:
-        """(B, T, D) and (B, T) bool -> (B, T, D)."""
-        return torch.where(masked[..., None], self.vector.to(local.dtype), local)
-
-
-def head(width: int, layers: int) -> nn.Module:
-    """Build linear layers with GELU between them; hidden layers have twice the width."""
-    widths = [width] + [2 * width] * (layers - 1) + [width]
-    parts: list[nn.Module] = []
-    for w_in, w_out in zip(widths[:-1], widths[1:], strict=True):
-        parts += [nn.Linear(w_in, w_out), nn.GELU()]
-    return nn.Sequential(*parts[:-1]) if layers else nn.Identity()
 
 
 class Data2Vec1Network(nn.Module):
@@ -285,6 +276,7 @@ class Data2Vec1(ObjectiveDefaults):
         self.config, self.trunk, self._seed = config, trunk, seed
         self._teacher: AveragedNetwork | None = None
         self._last_step: int | None = None
+        self._last_update: int | None = None
 
     def mask(self, modality: str) -> WholeMask:
         """Masks of a modality."""
@@ -370,8 +362,12 @@ class Data2Vec1(ObjectiveDefaults):
         )
 
     def _update_again(self, step: int) -> None:
-        """Update the teacher before every micro-batch of a step but the first, whose update followed the last step."""
-        if step and self._last_step == step:
+        """Update the teacher before a micro-batch; that of a step's first one followed the last step, unless skipped.
+
+        Micro-batches of all modalities count.
+        """
+        was_skipped = self._last_step == step - 1 and self._last_update != step
+        if step and (self._last_step == step or was_skipped):
             self.teacher.update(ema_decay(step, self.config.ema), again=True)
         self._last_step = step
 
@@ -408,6 +404,7 @@ class Data2Vec1(ObjectiveDefaults):
     def after_step(self, step_number: int) -> None:
         """Update the teacher, once per applied optimizer step."""
         self.teacher.update(ema_decay(step_number, self.config.ema))
+        self._last_update = step_number
 
     def schedules(self, step_number: int) -> dict[str, float]:
         """Return the decay of the teacher."""

@@ -59,7 +59,7 @@ class MaeConfig:
             if name not in trunk.modalities:
                 continue  # `RunConfig.check` reports this
             network: NetworkSettings = trunk.modalities[name]
-            faults = own.mask.check() + own.decoder.check()
+            faults = own.mask.check() + own.mask.grid_faults(network.grid_columns) + own.decoder.check()
             if network.patch_numbers is None:
                 faults.append("mae predicts the patches of an input, found a modality without patches")
             if network.needs_all_tokens:

@@ -29,7 +29,6 @@ from d2v2ds.evals.letters import score_letters
 from d2v2ds.evals.probes import ProbeConfig, Score, fit_threads, gain, score, score_attention, score_layers
 from d2v2ds.io import durable
 from d2v2ds.modalities.known import known_modalities
-from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk
 from d2v2ds.run.folder import checkpoint_folder, load_student, run_config
 from d2v2ds.run.probe_start import kept_scores
@@ -45,9 +44,12 @@ LAYERS, ATTENTION = "layers", "attention"
 
 
 def random_start(config: RunConfig) -> Trunk:
-    """Re-create the run's initial weights from its seed."""
-    trunk = Trunk(config.model)
-    initialise(trunk_parts(trunk), config.run.seed)
+    """Draw a trunk from the run's seed as its objective draws the first weights."""
+    objective = config.objective.build(config.model, config.run.seed)
+    network = objective.build_network(activation_checkpointing=False)
+    objective.initialise(network, config.run.seed)
+    trunk: Any = network.trunk
+    assert isinstance(trunk, Trunk)
     return trunk.eval()
 
 
@@ -214,6 +216,7 @@ def _start_scores(
         "versions": (d2v2ds.__version__, torch.__version__),
         "seed": config.run.seed,
         "network": to_dict(config.model),
+        "objective": to_dict(config.objective),
         "data": to_dict(config.data.modalities[modality]),
         "question": asdict(question),
         "folders": [part.index.checksums() for reader, _ in plan.task.parts for part in reader.shards.parts],

@@ -1,6 +1,7 @@
 """Results of several evaluations as one table: runs of a sweep, their seeds together, settings of a decoder."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from d2v2ds.errors import ConfigError
 from d2v2ds.io.read import read_json, validate
 
 FILE = "evaluation.json"
-_SEED = re.compile(r"(^|,)run\.seed=\d+")
+_SEED = re.compile(r"(?<![^/,])run\.seed=\d+(?![^/,])")
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,23 @@ class Score:
 def find_results(folders: Sequence[Path]) -> dict[str, dict[str, Score]]:
     """Read every evaluation.json in or below folders: scores by measure, by the name of the run or the setting.
 
+    Results that would have one name have that of their whole folder.
+
     Raises:
         ConfigError: there is none, or one is damaged.
     """
-    found: dict[str, dict[str, Score]] = {}
+    names: dict[Path, str] = {}
     for folder in folders:
         for path in sorted(folder.rglob(FILE)):
             parts = [part for part in path.parent.relative_to(folder).parts if part != "evaluation"]
-            name = "/".join([folder.name, *parts] if len(folders) > 1 or not parts else parts)
-            found[name] = _scores(read_json(path, ConfigError), path)
-    if not found:
+            names[path] = "/".join([folder.name, *parts] if len(folders) > 1 or not parts else parts)
+    if not names:
         raise ConfigError(f"{', '.join(map(str, folders))}: expected {FILE} of d2v2ds.evaluate below it, found none")
-    return found
+    count = Counter(names.values())
+    return {
+        name if count[name] == 1 else str(path.parent): _scores(read_json(path, ConfigError), path)
+        for path, name in names.items()
+    }
 
 
 def _scores(result: Mapping[str, Any], path: Path) -> dict[str, Score]:
@@ -58,7 +64,8 @@ def over_seeds(results: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str
     """Average runs whose names differ in `run.seed=N` alone, with their least and greatest values."""
     groups: dict[str, list[Mapping[str, Score]]] = {}
     for name, scores in results.items():
-        groups.setdefault(_SEED.sub("", name).strip(",") or "all", []).append(scores)
+        parts = [",".join(filter(None, part.split(","))) for part in _SEED.sub("", name).split("/")]
+        groups.setdefault("/".join(filter(None, parts)) or "all", []).append(scores)
     means: dict[str, dict[str, Score]] = {}
     for name, members in groups.items():
         if len(members) > 1:

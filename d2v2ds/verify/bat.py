@@ -17,7 +17,6 @@ from d2v2ds.interop.bat_names import our_bat_name
 from d2v2ds.masking import MaskConfig
 from d2v2ds.modalities.spectrogram.network import SpectrogramNetwork
 from d2v2ds.model.block import BlockConfig
-from d2v2ds.model.positions import sin_cos_grid
 from d2v2ds.model.transformer_decoder import TransformerDecoderConfig
 from d2v2ds.model.trunk import TrunkConfig
 from d2v2ds.objectives.data2vec2 import Data2Vec2Network, ModalityConfig, StudentOutput
@@ -27,6 +26,7 @@ from d2v2ds.objectives.teacher_network import TeacherNetwork
 from d2v2ds.verify.case import ReadTensors, Tensors
 from d2v2ds.verify.networks import ema_step, recorded, without_grad
 from d2v2ds.verify.report import Report
+from d2v2ds.verify.step import compare_positions
 
 _NAME = "spectrogram"
 _PATCH = 16
@@ -82,9 +82,8 @@ def check_bat_case(folder: Path, name: str, report: Report) -> None:
     teacher = TeacherNetwork(trunk, {_NAME: objective.target}, {_NAME: False}).eval()
     _load(student, tensors, "student/")
     _load(teacher, tensors, "teacher/")
-    table = sin_cos_grid(trunk.block.width, *trunk.modalities[_NAME].position_grid)[None]
     for side, network in (("student", student), ("teacher", teacher)):
-        report.compare(f"{side} positions", table, network.trunk.encoder(_NAME).fixed_positions.table)  # type: ignore[arg-type]
+        compare_positions(report, f"{side} positions", network.trunk.encoder(_NAME))
     batch = _batch(tensors, objective.mask.num_masks)
     with recorded(_watched(student)) as of_student, recorded(_watched(teacher)) as of_teacher:
         out: StudentOutput = student(batch, without_grad(teacher))

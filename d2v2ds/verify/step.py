@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from d2v2ds.batch import Batch
 from d2v2ds.errors import D2V2Error
 from d2v2ds.model.alibi import alibi_slopes, dense_bias
+from d2v2ds.model.positions import GridPositions, sin_cos_grid
 from d2v2ds.objectives.data2vec2 import Data2Vec2Network, StudentOutput
 from d2v2ds.objectives.loss import channel_moments, mean_channel_std
 from d2v2ds.verify.case import Case
@@ -40,6 +41,8 @@ def check_step(case: Case, report: Report) -> None:
         recorded(_watched(teacher, case.modality)) as of_teacher,
     ):
         out: StudentOutput = student(batch, without_grad(teacher))
+    for side, network in (("student", student), ("teacher", teacher)):
+        compare_positions(report, f"{side} positions", network.trunk.encoder(case.modality))
     _compare_layers(report, case, "student", of_student)
     _compare_layers(report, case, "teacher", of_teacher)
     if "mid/student/context_in" in case.tensors:
@@ -93,10 +96,20 @@ def _compare_layers(report: Report, case: Case, side: str, outputs: dict[str, An
             report.compare(f"{side} {name}", value, expected)
 
 
+def compare_positions(report: Report, name: str, encoder: Any) -> None:
+    """Compare a fixed table with its formula, for an input may be shorter than the table."""
+    table = getattr(encoder, "fixed_positions", None)
+    if isinstance(table, GridPositions):
+        report.compare(name, sin_cos_grid(table.table.shape[-1], table.rows, table.columns)[None], table.table)
+
+
 def _compare_masks(report: Report, case: Case, batch: Batch, student: Data2Vec2Network) -> None:
     """Compare padding, order of the visible tokens, masked share and distance penalty, as far as recorded."""
     masks = batch.required_masks()
     keep, masked = masks.rows()
+    noise = case.tensors["mid/decoder_noise_full"]
+    seen = noise.gather(1, keep[..., None].expand(-1, -1, noise.shape[-1]))
+    report.compare("noise of visible tokens", seen, torch.zeros_like(seen))
     encoder: Any = student.trunk.encoders[case.modality]
     padding = encoder.token_padding(batch.padding, masks.num_tokens)
     if "mid/student/kept_padding_mask" in case.tensors:

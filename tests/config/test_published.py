@@ -15,14 +15,17 @@ from d2v2ds.train.optim import EarlyEpsilonAdam
 
 NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 DEPTH, NUM_MASKS = 2, 2
-SHORT = {"audio": 16_000, "image": None, "text": 48}
-"""Size of an input; images have one of their own."""
+SHORT = {"audio": 16_000, "text": 48}
+"""Size of an input; images and spectrograms have one of their own."""
 
 
 def test_the_whole_zoo_is_here() -> None:
     published = {"audio_base", "audio_large", "image_base", "image_large", "image_huge14", "image_huge16"}
     published |= {"text_base", "text_large", "text_large_1m", "multimodal_large"}
-    assert set(NAMES) == published | {f"{name}_tiny" for name in ("audio", "image", "text", "multimodal")}
+    published |= {"spectrogram_base", "spectrogram_large", "spectrogram_bat"}
+    assert set(NAMES) == published | {
+        f"{name}_tiny" for name in ("audio", "image", "text", "multimodal", "spectrogram")
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,6 +38,25 @@ def test_configuration_builds_at_full_size_and_says_what_it_amounts_to(name: str
     lines = summary(config, world=8)
     assert len(lines) == 4 + len(config.data.modalities)
     assert f"student {sum(p.numel() for p in student.parameters()):,}" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "all_of_them", "trained", "decoder"),
+    [
+        ("spectrogram_base", 92_558_592, 87_840_000, 2_585_856),
+        ("spectrogram_large", 314_834_944, 308_543_488, 5_967_872),
+        ("spectrogram_bat", 139_789_056, 139_789_056 - 393_216, 47_054_592),
+    ],
+)
+def test_spectrogram_models_have_the_published_numbers_of_parameters(
+    name: str, all_of_them: int, trained: int, decoder: int
+) -> None:
+    config = load_config(name)
+    with torch.device("meta"):
+        student = config.objective.build(config.model, seed=1).build_network(activation_checkpointing=False)
+    assert sum(p.numel() for p in student.parameters()) == all_of_them
+    assert sum(p.numel() for p in student.parameters() if p.requires_grad) == trained
+    assert sum(p.numel() for p in student.decoders.parameters()) == decoder
 
 
 @pytest.mark.parametrize(
@@ -105,7 +127,7 @@ def shallow(config: RunConfig) -> Data2Vec2:
 def batch_of(config: RunConfig, modality: str) -> Batch:
     """One short input with the configuration's own masks, fewer of them."""
     model = config.model.modalities[modality]
-    size = SHORT[modality] or model.image_size
+    size = SHORT.get(modality) or getattr(model, "image_size", None) or model.target_length
     mask = replace(config.objective.modalities[modality].mask, num_masks=NUM_MASKS)
     masked = draw_masks(mask, model.num_tokens(size), seed=0, epoch=0, sample_ids=[0])
     torch.manual_seed(0)
@@ -113,6 +135,7 @@ def batch_of(config: RunConfig, modality: str) -> Batch:
         "audio": lambda: torch.randn(1, size),
         "image": lambda: torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8),
         "text": lambda: torch.randint(4, 1000, (1, size)),
+        "spectrogram": lambda: torch.randn(1, 128, size),
     }[modality]()
     return Batch(
         modality=modality,
@@ -123,7 +146,16 @@ def batch_of(config: RunConfig, modality: str) -> Batch:
     )
 
 
-LARGE = {"multimodal_large", "audio_large", "image_huge14", "image_huge16", "text_large", "text_large_1m"}
+LARGE = {
+    "multimodal_large",
+    "audio_large",
+    "image_huge14",
+    "image_huge16",
+    "text_large",
+    "text_large_1m",
+    "spectrogram_large",
+    "spectrogram_bat",
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.run if name in LARGE else ()) for name in NAMES])

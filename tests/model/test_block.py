@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from d2v2ds.batch import Batch
 from d2v2ds.modalities.image.network import ImageNetwork
 from d2v2ds.model.attention import AttentionPath, attend
 from d2v2ds.model.block import Block, BlockConfig, TargetLayer
+from d2v2ds.model.flops import block_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.positions import RelativePositions
 from d2v2ds.model.trunk import Trunk, TrunkConfig
@@ -245,6 +247,25 @@ def test_relative_positions_refuse_removed_tokens() -> None:
 def test_relative_positions_need_one_extra_token() -> None:
     network = ImageNetwork(prenet_depth=0, positions="relative", num_extra_tokens=0)
     assert network.check(PLAIN, 2) == ["positions 'relative' need num_extra_tokens 1 (CLS), found 0"]
+
+
+def test_operations_of_the_gate_are_counted() -> None:
+    gated = dataclasses.replace(PLAIN, attention_gate=True)
+    found = block_flops(gated, depth=3, rows=2, tokens=7) - block_flops(PLAIN, depth=3, rows=2, tokens=7)
+    assert found == 3 * 2 * 7 * 2 * WIDTH**2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"relative_per_block": True}, {"positions": "relative", "has_extra_positions": True}]
+)
+def test_settings_of_other_positions_are_refused(settings: dict[str, Any]) -> None:
+    (problem,) = ImageNetwork(prenet_depth=0, **settings).check(PLAIN, 2)
+    assert "have no such setting; set it to false" in problem
+
+
+def test_images_of_another_size_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="expected 9 tokens, a grid of 3 x 3 patches, found 16"):
+        image_trunk().layers("image", torch.randn(1, 3, 16, 16))
 
 
 def test_drawn_factors_and_biases_have_their_first_values() -> None:

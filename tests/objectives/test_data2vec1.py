@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from d2v2ds.batch import Batch
 from d2v2ds.config.load import load_config
-from d2v2ds.objectives.data2vec1 import Data2Vec1, Data2Vec1Config, MaskVector, WholeModalityConfig, WholeOutput
+from d2v2ds.objectives.data2vec1 import Data2Vec1, Data2Vec1Config, WholeModalityConfig, WholeOutput
+from d2v2ds.objectives.data2vec1_modules import MaskVector
 from d2v2ds.objectives.ema import ema_decay
 from d2v2ds.objectives.loss import LossConfig
 from d2v2ds.objectives.protocol import Totals
@@ -61,6 +62,9 @@ def test_parameter_counts_are_the_published_ones(
         ("text", {"share_local_encoder": True}, "mask_token needs share_local_encoder=false"),
         ("text", {"mask_token": 40}, "mask_token is 40, expected an id below vocab_size 40"),
         ("text", {"mask_token": None, "teacher_input": "masked_tokens"}, "needs mask_token"),
+        ("audio", {"copied": ("positions", "pos_conv")}, "'pos_conv' begins the name of no parameter of the encoder"),
+        ("text", {"copied": ("local", "prenet")}, "'prenet' begins the name of no parameter"),
+        ("audio", {"copied": ("positions.layers.0",)}, None),
     ],
 )
 def test_contradictions_are_named(modality: str, own: dict[str, Any], message: str | None) -> None:
@@ -311,6 +315,24 @@ def test_teacher_is_updated_once_a_step_unless_asked() -> None:
     assert followed.calls == [(ema_decay(step, EMA), False) for step in range(1, 6)]
     (*_, (_, followed)) = _run(True, 4)
     assert sum(again for _, again in followed.calls) == 4 * 3
+
+
+def test_a_skipped_step_is_followed_by_an_update_as_in_the_official_code_and_a_resumed_run_by_none() -> None:
+    """Official: before each micro-batch, also of a step behind one that was skipped; a checkpoint has the update."""
+    objective = whole_objective("audio", per_micro_batch=True)
+    followed, batch = _Followed(nn.Linear(1, 1)), whole_batch("audio")
+    objective.follow(followed)
+    out = _forward(objective, batch)[2]
+    found = []
+    for step, is_applied in enumerate([True, False, False, True, True], start=7):
+        for _ in range(2):
+            objective.losses(lambda *args: out, batch, step)
+        if is_applied:
+            objective.after_step(step + 1)
+        found.append([again for _, again in followed.calls])
+        followed.calls.clear()
+    once, twice = [True], [True, True]
+    assert found == [[*once, False], once, twice, [*twice, False], [*once, False]]
 
 
 def test_copied_parts_are_those_that_settings_name() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d2v2ds.batch import Batch
-from d2v2ds.config.load import load_config
+from d2v2ds.config.load import load_config, read_config
 from d2v2ds.objectives.data2vec2 import Data2Vec2, Data2Vec2Network, StudentOutput
 from d2v2ds.objectives.flops import step_flops
 from tests.model.tiny import tiny_batch, tiny_trunk_config
@@ -133,6 +133,11 @@ def test_wrong_mask_length_is_refused_by_name() -> None:
     longer = replace(batch, source=torch.cat((batch.source, batch.source), 1))
     with pytest.raises(ValueError, match="masks are drawn for"):
         _forward(_built(), longer)
+
+
+def test_relative_positions_are_refused() -> None:
+    _, problems = read_config("image_tiny", ["model.modalities.image.positions=relative"])
+    assert any("modalities.image: data2vec2 encodes visible tokens alone" in problem for problem in problems), problems
 
 
 def test_teacher_with_its_own_front_end_ignores_the_students_features() -> None:

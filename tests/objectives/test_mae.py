@@ -215,6 +215,7 @@ def test_operations_are_those_of_every_matrix_product() -> None:
         ("mask={kind: blocks, masked: 10}", "objective.modalities.image.mask"),
         ("mask.masked_fraction=1.5", "objective.modalities.image.mask.masked_fraction"),
         ("loss={beta: 1}", "loss"),
+        ("mask={masked_fraction: 0.5, num_masks: 1, kind: block_2d, columns: 2}", "mask.columns is 2, the network has"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(override: str, said: str) -> None:

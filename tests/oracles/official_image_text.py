@@ -73,12 +73,12 @@ def _changed(options: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in (options | dict(changes)).items() if value is not ABSENT}
 
 
-def positions_2d(side: int, width: int) -> Tensor:
-    """Sine-cosine table (1, side * side, width): the column in the first half, the row in the second (section 3.2)."""
+def positions_2d(rows: int, columns: int, width: int) -> Tensor:
+    """Sine-cosine table (1, rows * columns, width): column in the first half, row in the second (section 3.2)."""
     quarter = width // 4
-    table = torch.zeros(1, side * side, width, dtype=torch.float64)
-    for place in range(side * side):
-        for half, p in enumerate((place % side, place // side)):
+    table = torch.zeros(1, rows * columns, width, dtype=torch.float64)
+    for place in range(rows * columns):
+        for half, p in enumerate((place % columns, place // columns)):
             angle = torch.tensor([p * 10000 ** (-j / quarter) for j in range(quarter)], dtype=torch.float64)
             start = half * width // 2
             table[0, place, start : start + 2 * quarter] = torch.cat([angle.sin(), angle.cos()])
@@ -92,11 +92,13 @@ def _draw_weights(draw: Draw, modality: str, options: Mapping[str, Any]) -> None
     w = draw.weights
     if modality == "image":
         patch, inner = own["patch_size"], own.get("embed_dim", PATCH_WIDTH)
-        side = own["input_size"] // patch
-        draw.linear(f"{prefix}local_encoder.{'proj' if inner == width else '0.proj'}", inner, 3, patch, patch)
+        rows, columns = [own["input_size"] // patch] * 2
+        if (channels := own.get("in_chans", 3)) == 1:
+            rows, columns = own["max_length"], 128 // patch
+        draw.linear(f"{prefix}local_encoder.{'proj' if inner == width else '0.proj'}", inner, channels, patch, patch)
         if inner != width:
             draw.linear(f"{prefix}local_encoder.1", width, inner)
-        w[f"{prefix}fixed_positional_encoder.positions"] = positions_2d(side, width)
+        w[f"{prefix}fixed_positional_encoder.positions"] = positions_2d(rows, columns, width)
     else:
         w[f"{prefix}local_encoder.embed_tokens.weight"] = draw.normal(VOCABULARY, width)
         if not own.get("no_token_positional_embeddings", False):
@@ -149,10 +151,9 @@ def write_case(folder: Path, name: str, case: Case) -> None:
     padding = None
     if case.modality == "image":
         own = DEFAULTS | options["modalities"]["image"]
-        source, length = (
-            draw.normal(case.samples, 3, *[own["input_size"]] * 2),
-            (own["input_size"] // own["patch_size"]) ** 2,
-        )
+        sides = [own["input_size"]] * 2 if own.get("in_chans", 3) != 1 else [own["target_length"], 128]
+        source = draw.normal(case.samples, own.get("in_chans", 3), *sides)
+        length = sides[0] * sides[1] // own["patch_size"] ** 2
     else:
         source, length = torch.randint(3, VOCABULARY, (case.samples, TOKENS), generator=draw.generator), TOKENS
         source[:, 0] = 0

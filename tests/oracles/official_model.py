@@ -49,6 +49,16 @@ class Step:
         return f"modality_encoders.{self.modality.upper()}."
 
     @property
+    def is_spectrogram(self) -> bool:
+        """True for images of one channel, as EAT calls its spectrograms."""
+        return int(self.option("in_chans", 3)) == 1
+
+    @property
+    def columns(self) -> int | None:
+        """Patches in a row of a spectrogram; None for square images."""
+        return 128 // int(self.option("patch_size", 16)) if self.is_spectrogram else None
+
+    @property
     def depth(self) -> int:
         """Blocks in the prenet and after it."""
         return self.option("prenet_depth", 0) + self.model["depth"]
@@ -90,15 +100,19 @@ def norm(w: Weights, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
 
 
-def conv(w: Weights, name: str, x: Tensor, groups: int) -> Tensor:
-    """Convolution, trim, plain norm over channels and GELU; x: (R, L, C), a square grid where the kernel is 2-D."""
+def conv(w: Weights, name: str, x: Tensor, groups: int, columns: int | None = None) -> Tensor:
+    """Convolution, trim, plain norm over channels and GELU; x: (R, L, C), a grid where the kernel is 2-D.
+
+    The grid is square unless the number of its columns is given.
+    """
     weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
     kernel, rows = weight.shape[-1], len(x)
     y = x.transpose(1, 2)
     if weight.dim() == 4:
-        side = math.isqrt(x.shape[1])
-        y = F.conv2d(y.reshape(rows, -1, side, side), weight, bias, padding=kernel // 2, groups=groups)
-        y = y[:, :, :side, :side].flatten(2)  # the last row and column go if the kernel is even
+        side = columns or math.isqrt(x.shape[1])
+        lines = x.shape[1] // side
+        y = F.conv2d(y.reshape(rows, -1, lines, side), weight, bias, padding=kernel // 2, groups=groups)
+        y = y[:, :, :lines, :side].flatten(2)  # the last row and column go if the kernel is even
     else:
         y = F.conv1d(y, weight, bias, padding=kernel // 2, groups=groups)[..., : x.shape[1]]
     y = y.transpose(1, 2)
@@ -178,7 +192,7 @@ def _encode(s: Step, w: Weights, local: Tensor, keep: Tensor, mask: Tensor, side
     rows, length = mask.shape
     extra, heads, eps = s.option("num_extra_tokens", 0), s.option("num_heads", 12), s.model["norm_eps"]
     if f"{s.prefix}fixed_positional_encoder.positions" in w:
-        local = local + w[f"{s.prefix}fixed_positional_encoder.positions"]
+        local = local + w[f"{s.prefix}fixed_positional_encoder.positions"][:, : local.shape[1]]
     cloned = local.repeat_interleave(rows // len(local), 0)
     at = keep[..., None].expand(-1, -1, local.shape[-1])
     x = cloned.gather(1, at)
@@ -241,7 +255,7 @@ def _decode(s: Step, w: Weights, x: Tensor, keep: Tensor) -> Tensor:
     y = s.given["mid/decoder_noise_full"].scatter(1, keep[..., None].expand_as(x), x)
     s.out["mid/decoder_in"] = y
     for i in range(s.decoder("decoder_layers", 5)):
-        z = conv(w, f"{s.prefix}decoder.blocks.{i}.0", y, s.decoder("decoder_groups", 16))
+        z = conv(w, f"{s.prefix}decoder.blocks.{i}.0", y, s.decoder("decoder_groups", 16), s.columns)
         y = z + y if s.decoder("decoder_residual", True) and z.shape == y.shape else z
     proj, count = f"{s.prefix}decoder.proj", 1 if s.modality == "image" else s.decoder("projection_layers", 1)
     for i in range(count):
@@ -261,7 +275,7 @@ def compute(modality: str, model: Mapping[str, Any], given: Weights) -> tuple[We
     """One forward and backward pass and one teacher update.
 
     Args:
-        modality: audio, image or text.
+        modality: audio, image (spectrograms too) or text.
         model: section `model` of an official configuration.
         given: the names of `GIVEN` as in a file of golden vectors, weights of student and teacher among them.
 
@@ -291,8 +305,9 @@ def compute(modality: str, model: Mapping[str, Any], given: Weights) -> tuple[We
         s.out["out/targets_full"] = target = _targets(s, [t[:, extra:] for t in layers])
         if any(n.startswith(f"{s.prefix}local_encoder") for n in own):
             s.out["mid/teacher/local_features"] = seen
-    s.out["mid/student/local_encoder_out"] = raw
-    if modality != "image":
+    if not s.is_spectrogram:
+        s.out["mid/student/local_encoder_out"] = raw
+    if modality != "image" or s.is_spectrogram:
         s.out["mid/student/local_features"] = local
     x, _ = _encode(s, w, local, keep, mask, "student")
     pred = _decode(s, w, x[:, extra:], keep)[mask.bool()]
@@ -403,5 +418,6 @@ def write(folder: Path, name: str, modality: str, model: Mapping[str, Any], give
         plain = {key: _stored(key, value) for key, value in tensors.items()}
         save_file(plain, folder / f"{name}{suffix}.safetensors")
     vocabulary = given.get("student/modality_encoders.TEXT.local_encoder.embed_tokens.weight")
-    meta = {"modality": modality, "model": model, "vocab_size": None if vocabulary is None else len(vocabulary)}
+    kind = "spectrogram" if model["modalities"][modality].get("in_chans", 3) == 1 else modality
+    meta = {"modality": kind, "model": model, "vocab_size": None if vocabulary is None else len(vocabulary)}
     (folder / f"{name}.json").write_text(json.dumps(meta))

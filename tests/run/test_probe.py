@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from d2v2ds.config.load import load_config
@@ -12,7 +13,7 @@ from d2v2ds.errors import ConfigError
 from d2v2ds.evals.letters import LEAST_ROWS
 from d2v2ds.evals.probes import ProbeConfig, Score, gain, leave_one_out
 from d2v2ds.probe import main
-from d2v2ds.run.probe import table, verdict
+from d2v2ds.run.probe import random_start, table, verdict
 from d2v2ds.run.probe_task import Question, Task
 from preprocessing.pack_audio import main as pack_audio
 from preprocessing.pack_images import main as pack_images
@@ -117,6 +118,17 @@ def test_errors_gain_by_falling_and_the_verdict_names_them() -> None:
     assert gain(low, high).points == pytest.approx(40)
     assert gain(high, low).points == pytest.approx(-40)
     assert verdict(low, high, "block 1").startswith("the model learned: block 1 gives cer 20.0 % against 60.0 %")
+
+
+@pytest.mark.parametrize("name", ["image_tiny", "mae/tiny", "data2vec1/image_tiny", "finetune/image_classify_tiny"])
+def test_random_start_has_the_first_weights_of_the_run(name: str) -> None:
+    config = load_config(name, ["run.seed=5"])
+    objective = config.objective.build(config.model, 5)
+    network = objective.build_network(activation_checkpointing=False)
+    objective.initialise(network, 5)
+    found = random_start(config).state_dict()
+    assert found.keys() == network.trunk.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in network.trunk.state_dict().items())
 
 
 def test_table_puts_every_score_beside_that_of_the_random_start() -> None:

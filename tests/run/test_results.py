@@ -42,6 +42,25 @@ def test_error_rates_of_several_folders_have_their_names(tmp_path: Path, capsys:
     assert lines[2].endswith("7.00 (6.00 to 9.50)") and "4.00 (3.00" in lines[1] and "4.00 (3.00" not in lines[2]
 
 
+def test_seeds_are_averaged_within_each_of_several_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a/run.seed=1,x=1", 1), ("a/run.seed=2,x=1", 3), ("b/run.seed=1/y", 5), ("b/run.seed=2/y", 9)):
+        evaluated(tmp_path / name, {"scores": {"accuracy": score(value)}})
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[5:]] == ["a/x=1, mean of 2 seeds", "b/y, mean of 2 seeds"]
+    assert "2.00 (1.00 to 3.00)" in lines[5] and "7.00 (5.00 to 9.00)" in lines[6]
+
+
+def test_results_of_one_name_are_all_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a/run", 1), ("b/run", 3), ("b/run/evaluation", 5)):
+        evaluated(tmp_path / name, {"scores": {"accuracy": score(value)}})
+    assert main([str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert sorted(line.split("  ")[0] for line in lines) == [
+        str(tmp_path / name) for name in ("a/run", "b/run", "b/run/evaluation")
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -28,6 +28,7 @@ NAMES = (
     "image_tiny",
     "text_tiny",
     "multimodal_tiny",
+    "spectrogram_tiny",
     "mae/tiny",
     "data2vec1/audio_tiny",
     "data2vec1/text_tiny",
@@ -47,7 +48,8 @@ _WORDS = 60
 def make_data(root: Path) -> dict[str, Path]:
     """A packed folder of each modality; the same bytes everywhere."""
     rng = np.random.default_rng(0)
-    packed = {"audio": pack_clips(root / "audio"), "image": root / "image-shards", "text": root / "text-shards"}
+    audio = pack_clips(root / "audio")
+    packed = {"audio": audio, "spectrogram": audio, "image": root / "image-shards", "text": root / "text-shards"}
     (root / "image").mkdir()
     for number in range(96):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))

@@ -135,8 +135,20 @@ TEXT: dict[str, dict[str, Any]] = {
         "own": ALIBI | {"ema_local_encoder": True, "prenet_depth": 1}, "model": OWNS_ENCODER
     },
 }  # fmt: skip
+SPECTROGRAM: dict[str, Any] = {"in_chans": 1, "patch_size": 16, "target_length": 32, "max_length": 5, "prenet_depth": 0}
+SPECTROGRAMS: dict[str, dict[str, Any]] = {
+    "as_published": {"own": SPECTROGRAM, "model": {"cls_loss": 1}},
+    "longest_input": {"own": SPECTROGRAM | {"target_length": 80}, "num_masked": (30,), "model": {"cls_loss": 1}},
+    "small_patches_and_prenet": {
+        "own": SPECTROGRAM | {"patch_size": 32, "target_length": 96, "prenet_depth": 2}, "num_masked": (7, 9),
+    },
+    "other_patch_width_and_even_kernel": {
+        "own": SPECTROGRAM | {"embed_dim": 20}, "decoder": {"decoder_kernel": 4}, "samples": 1, "masks": 2,
+    },
+}  # fmt: skip
 DECLINED: dict[str, tuple[dict[str, Any], str]] = {
     "image_blocks_alone_averaged": ({"model": {"ema_encoder_only": True}}, "ema_encoder_only=True"),
+    "image_of_two_channels": ({"own": {"in_chans": 2}}, "modalities.image.in_chans=2"),
     "image_blocks_alone_by_default": ({"model": {"ema_encoder_only": ABSENT}}, "ema_encoder_only=True"),
     "text_prenet_of_the_student": ({"own": {"prenet_depth": 1}, "real_tokens": (12, 7)}, "ema_encoder_only=True"),
     "text_students_fixed_alibi": ({"own": {"use_alibi_encoder": True}}, "use_alibi_encoder=True"),
@@ -156,6 +168,7 @@ def case(name: str, changes: dict[str, Any]) -> Case:
 
 
 CASES = {f"image_{name}": changes for name, changes in IMAGE.items()}
+CASES |= {f"image_spectrogram_{name}": changes for name, changes in SPECTROGRAMS.items()}
 CASES |= {f"text_{name}": changes for name, changes in TEXT.items()}
 
 

@@ -226,6 +226,7 @@ def _spectrogram(case: _Case) -> _Read:
     if (channels := fields("in_chans", 1)) != 1:
         raise UnsupportedOptionError(f"{case.where}in_chans={channels!r}")
     patch_width = fields("embed_dim", 768)
+    fields("input_size", None)  # of images; a spectrogram's grid follows from target_length and 128 mel bins
     config = SpectrogramNetwork(
         prenet_depth=fields.required("prenet_depth"),
         target_length=fields("target_length", 1024),

@@ -105,4 +105,7 @@ class ImageNetwork(NetworkSettings):
             problems.append(f"width {block.width} is not divisible by 4, which 2-D positions need")
         if self.positions == "relative" and self.num_extra_tokens != 1:
             problems.append(f"positions 'relative' need num_extra_tokens 1 (CLS), found {self.num_extra_tokens}")
+        other = {"sin_cos": "relative_per_block", "relative": "has_extra_positions"}[self.positions]
+        if getattr(self, other):
+            problems.append(f"{other} is true, positions {self.positions!r} have no such setting; set it to false")
         return problems

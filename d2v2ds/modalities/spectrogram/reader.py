@@ -179,7 +179,10 @@ class SpectrogramReader(Reader[AudioShards]):
         faults, network = self.misfits(), self.network
         where = "objective.modalities.spectrogram.mask"
         if self.mask is not None and not self.mask.is_for_grids:
-            faults.append(f"{where}.kind is {self.mask.kind!r}, spectrograms need 'block_2d' or 'random'")
+            faults.append(
+                f"{where}.kind is {self.mask.kind!r}, spectrograms need 'block_2d', 'random' or, on a square grid, "
+                "'grid_blocks'"
+            )
         else:
             tokens = network.num_tokens(network.target_length)
             faults += mask_faults(self.mask, tokens, f"{where}, for {network.target_length} frames")

@@ -99,7 +99,9 @@ def _draw_switch(axis: Any, rows: Sequence[Row], switch: str) -> None:
                 means.append(found.mean)
                 margins.append(0.0 if math.isnan(found.low) else found.mean - found.low)
         label = ", ".join(f"{name} {value}" for name, value in others)
-        axis.errorbar(places, means, margins, fmt="o-", capsize=4, label=label or None)
+        line = axis.errorbar(places, means, margins, fmt="o-", capsize=4, label=label or None)[0]
+        seeds = [(values.index(row.switches[switch]) + shift, row.score) for row in own]
+        axis.plot(*zip(*seeds, strict=True), ".", color=line.get_color(), alpha=0.35)
     axis.set_xticks(range(len(values)), values, rotation=0 if max(map(len, values)) < 9 else 20)
     if len(lines) > 1:
         axis.legend(fontsize="small")

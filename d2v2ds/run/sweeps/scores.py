@@ -1,5 +1,6 @@
 """Scores of the cells of a sweep, each with the training time and the amount of data that it took."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Row:
     high: float | None
     """95 % interval over the tested rows, not over seeds; None if the score has none."""
     memory_gib: float
-    """Peak memory of a rank so far."""
+    """Peak memory of a rank so far; NaN before the first step."""
 
     @property
     def is_error(self) -> bool:
@@ -83,7 +84,7 @@ def rows_of(sweep: Sweep, cell: Cell) -> list[Row]:
     found = [] if sweep.score.probe is None else list(_probe_scores(cell, sweep.score.probe, modality))
     if sweep.score.finetune is not None and passed:
         found += list(_tuned_scores(cell, sweep.score.finetune.measure, max(passed)))
-    passed[0] = Passed(0.0, 0.0, 0.0)
+    passed[0] = Passed(0.0, 0.0, math.nan)
     return [
         Row(
             cell=cell.name, setting=cell.setting, switches=cell.switches, seed=cell.seed, measure=measure, steps=step,

@@ -37,6 +37,7 @@ from d2v2ds.run.sweeps.cells import (
     total_steps,
     write_identity,
 )
+from d2v2ds.run.sweeps.scores import passed_by_step
 from d2v2ds.run.sweeps.settings import ProbeScore, Sweep
 from d2v2ds.train.metrics import read_metrics
 
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 LOG, DONE, FAILED, LENGTH = "cell.log", "done.json", "failed.json", "length.json"
 """Files in a cell's folder: output of its commands; that it is done; why it failed; its steps by its pace."""
 _POLL_S = 0.5
+_TIME_TOLERANCE = 0.2
 _MOST_SAID = 500
 _TAIL_BYTES = 64 << 10
 
@@ -81,6 +83,7 @@ class Work:
         if steps not in steps_by_tag(folder / "checkpoints").values():
             self.say(f"training, {steps} steps")
             self._train("d2v2ds.pretrain", self.cell.config, words)
+            self._compare_time(steps)
         if probe is not None:
             self._probe(probe, steps)
         if self.sweep.score.finetune is not None:
@@ -111,6 +114,13 @@ class Work:
             durable.replace_text(file, json.dumps(found) + "\n")
             shutil.rmtree(folder, ignore_errors=True)
         return int(read_json(file, ConfigError)["total_steps"])
+
+    def _compare_time(self, steps: int) -> None:
+        """Say if a run took another time than its budget, because the machine was busier or less busy than before."""
+        passed = passed_by_step(list(read_metrics(self.cell.folder / "metrics.jsonl")), "", 1.0)
+        asked, took = self.sweep.budget.minutes, passed[steps].seconds / 60 if steps in passed else None
+        if asked is not None and took is not None and abs(took / asked - 1) > _TIME_TOLERANCE:
+            self.say(f"trained for {took:.3g} minutes, budget.minutes is {asked:g}: the pace of the machine changed")
 
     def _train(self, module: str, config: str, words: Sequence[str]) -> None:
         """Run a training command under its launcher."""

@@ -104,6 +104,7 @@ def test_every_cell_is_trained_and_scored_in_turn(fake: Fake, tmp_path: Path, sh
     assert fake.commands == [one for name in names for one in (f"pretrain {name}", "probe step10", "probe step20")]
     assert all(is_done(cell) for cell in expand(sweep))
     assert len((sweep.dir / "sweep.csv").read_text().splitlines()) == 1 + 4 * 3
+    (expand(sweep)[0].folder / "fake.json").unlink()  # whoever removes the checkpoints of a cell that is done
     run_sweep(sweep)
     assert len(fake.commands) == 12, "nothing is repeated"
     assert not any("probe.image" in word for words in fake.words for word in words), "probed afterwards"
@@ -133,9 +134,9 @@ def test_sweep_stops_after_failures_in_a_row(fake: Fake, tmp_path: Path, shards:
 
 
 def test_failures_that_are_not_in_a_row_do_not_stop_it(fake: Fake, tmp_path: Path, shards: Path) -> None:
-    sweep = sweep_of(tmp_path, shards, max_failures=2, seeds=[1, 2])
+    sweep = sweep_of(tmp_path, shards, max_failures=2, seeds=[1, 2, 3])
     fake.fails = lambda command: "pretrain masks_4" in command
-    with pytest.raises(CellsFailedError, match="2 of 4 cells failed: masks_4-seed_1, masks_4-seed_2"):
+    with pytest.raises(CellsFailedError, match="3 of 6 cells failed: masks_4-seed_1, masks_4-seed_2, masks_4-seed_3"):
         run_sweep(sweep)
 
 
@@ -151,9 +152,22 @@ def test_exit_codes(fake: Fake, tmp_path: Path, shards: Path) -> None:
     assert main([file]) == 0
 
 
-def test_pace_gives_the_steps_of_a_time_once(fake: Fake, tmp_path: Path, shards: Path) -> None:
+def test_run_at_another_pace_than_measured_says_so(
+    fake: Fake, tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.pace_ms = 50.0  # and 100 ms in the run
+    with caplog.at_level("INFO", logger="d2v2ds"):
+        run_sweep(sweep_of(tmp_path, shards, budget={"minutes": 0.1, "pace_steps": 12}, seeds=[1]))
+    assert "trained for 0.2 minutes, budget.minutes is 0.1: the pace of the machine changed" in caplog.text
+
+
+def test_pace_gives_the_steps_of_a_time_once(
+    fake: Fake, tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sweep = sweep_of(tmp_path, shards, budget={"minutes": 0.1, "pace_steps": 12}, seeds=[1])
-    run_sweep(sweep)
+    with caplog.at_level("INFO", logger="d2v2ds"):
+        run_sweep(sweep)
+    assert "pace of the machine changed" not in caplog.text
     assert fake.commands[:2] == ["pretrain pace", "pretrain masks_1-seed_1"]
     assert "run.total_steps=60" in fake.words[1] and "lr.warmup_steps=6" in fake.words[1], "6 s of 100 ms each"
     folder = expand(sweep)[0].folder
