@@ -48,7 +48,8 @@ def random_start(config: RunConfig) -> Trunk:
     objective = config.objective.build(config.model, config.run.seed)
     network = objective.build_network(activation_checkpointing=False)
     objective.initialise(network, config.run.seed)
-    trunk: Trunk = network.trunk
+    trunk = network.get_submodule("trunk")
+    assert isinstance(trunk, Trunk)
     return trunk.eval()
 
 
