@@ -24,7 +24,11 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def dense_bias(
-    positions: Tensor, penalty: Tensor | None, padding: Tensor | None, table: Tensor | None = None
+    positions: Tensor,
+    penalty: Tensor | None,
+    padding: Tensor | None,
+    table: Tensor | None = None,
+    num_free: int = 0,
 ) -> Tensor | None:
     """Compute the bias of every pair of tokens.
 
@@ -33,6 +37,7 @@ def dense_bias(
         penalty: (H,) fp32 or None.
         padding: (R, N) bool or None.
         table: (H, N, N) or None.
+        num_free: first tokens, which have no position: no penalty is between them and others.
 
     Returns:
         (R, H, N, N) fp32, or (R, 1, N, N) with padding alone, or None if there is nothing.
@@ -41,6 +46,8 @@ def dense_bias(
     if penalty is not None:
         points = positions.float()
         distance = (points[:, None, :] - points[:, :, None]).abs_()  # (R, N, N)
+        distance[:, :num_free] = 0
+        distance[:, :, :num_free] = 0
         falling = distance[:, None] * -penalty[None, :, None, None]  # (R, H, N, N)
         bias = falling if bias is None else bias + falling
     if padding is not None:
@@ -67,14 +74,21 @@ class DistanceBias:
     """(R, N) bool, True = this key is padding; None if nothing is padded."""
     table: Tensor | None = None
     """(H, N, N), learned bias of each pair of tokens, alike for all rows."""
+    num_free: int = 0
+    """First tokens, which have no position; only dense paths know them."""
     dense: Tensor | None
     """(R or 1, H or 1, N, N) fp32, already negative, -inf at padded keys."""
+
+    @property
+    def needs_dense(self) -> bool:
+        """True if only dense paths compute this bias in training on a CPU."""
+        return self.table is not None or (self.num_free > 0 and self.penalty is not None)
 
     def to_dense(self) -> Tensor | None:
         """Return `dense`; compute it if it is None."""
         if self.dense is not None:
             return self.dense
-        return dense_bias(self.positions, self.penalty, self.padding, self.table)
+        return dense_bias(self.positions, self.penalty, self.padding, self.table, self.num_free)
 
 
 class Alibi(nn.Module):

@@ -23,17 +23,17 @@ DENSE_PATHS = ("explicit", "sdpa")
 """Paths that read `DistanceBias.dense`."""
 
 
-def resolve_path(path: AttentionPath, device: torch.device, *, has_table: bool = False) -> AttentionPath:
+def resolve_path(path: AttentionPath, device: torch.device, *, needs_dense: bool = False) -> AttentionPath:
     """Replace `auto` by the implementation it stands for on this device.
 
     Args:
         path: from the settings.
         device: of the input.
-        has_table: the bias has a learned number for each pair of tokens, which `rowwise` does not read.
+        needs_dense: the bias is one that `rowwise` does not compute, see `DistanceBias.needs_dense`.
     """
     if path == "auto":
         path = "rowwise" if device.type == "cpu" and torch.is_grad_enabled() else "sdpa"
-    return "explicit" if path == "rowwise" and has_table else path
+    return "explicit" if path == "rowwise" and needs_dense else path
 
 
 def attend(
@@ -56,8 +56,8 @@ def attend(
     Returns:
         (R, H, N, Dh).
     """
-    has_table = bias is not None and bias.table is not None
-    return PATHS[resolve_path(path, q.device, has_table=has_table)](q, k, v, bias, dropout_rate)
+    needs_dense = bias is not None and bias.needs_dense
+    return PATHS[resolve_path(path, q.device, needs_dense=needs_dense)](q, k, v, bias, dropout_rate)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout_rate: float) -> Tensor:

@@ -235,10 +235,11 @@ class ModalityEncoder(nn.Module):
             padding = padding & ~padding.all(1, keepdim=True)
             if not torch.compiler.is_exporting():  # an exported graph cannot branch on data
                 padding = padding if padding.any() else None
-        # Extra tokens are never padding. Their positions are not read: no modality has them together with ALiBi.
-        if self.num_extra_tokens and padding is not None:
+        # Extra tokens are never padding, and have no position.
+        if self.num_extra_tokens and (padding is not None or hasattr(self, "alibi")):
             in_front = (self.num_extra_tokens, 0)
-            positions, padding = F.pad(positions, in_front), F.pad(padding, in_front)
+            positions = F.pad(positions, in_front)
+            padding = None if padding is None else F.pad(padding, in_front)
         penalties: list[Tensor | None] = [None]
         tables: list[Tensor | None] = [None]
         if hasattr(self, "alibi"):
@@ -247,7 +248,9 @@ class ModalityEncoder(nn.Module):
             tables = list(self.relative().unbind(0))  # L or 1 times (H, E + T, E + T)
         elif not hasattr(self, "alibi") and padding is None:
             return [None] * num_blocks
-        path = resolve_path(self.attention_path, positions.device, has_table=hasattr(self, "relative"))
+        free = self.num_extra_tokens if hasattr(self, "alibi") else 0
+        needs_dense = hasattr(self, "relative") or free > 0
+        path = resolve_path(self.attention_path, positions.device, needs_dense=needs_dense)
         count = max(len(penalties), len(tables))
         biases: list[DistanceBias | None] = [
             DistanceBias(
@@ -255,7 +258,8 @@ class ModalityEncoder(nn.Module):
                 penalty=penalty,
                 padding=padding,
                 table=table,
-                dense=dense_bias(positions, penalty, padding, table) if path in DENSE_PATHS else None,
+                num_free=free,
+                dense=dense_bias(positions, penalty, padding, table, free) if path in DENSE_PATHS else None,
             )
             for penalty, table in zip(_stretched(penalties, count), _stretched(tables, count), strict=True)
         ]

@@ -21,7 +21,7 @@ from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits,
 from d2v2ds.objectives.defaults import ObjectiveDefaults
 from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.objectives.flops import step_flops
-from d2v2ds.objectives.loss import LossConfig, channel_moments, cls_loss, regression_loss
+from d2v2ds.objectives.loss import LossConfig, channel_moments, cls_loss, regression_loss, utterance_prediction
 from d2v2ds.objectives.protocol import (
     AveragedNetwork,
     HealthBounds,
@@ -109,7 +109,7 @@ class StudentOutput(TypedDict):
     target: Tensor
     """(B, T, D) fp32 targets."""
     cls: Tensor
-    """(R, D) encoder output at the last extra token, detached; (R, 0) without a CLS loss."""
+    """(R, D) prediction of the mean target, see `LossConfig.utterance`, detached; (R, 0) without a CLS loss."""
     cls_wanted: Tensor
     """(R, D) fp32 mean over tokens of each row's target; (R, 0) without a CLS loss."""
 
@@ -169,7 +169,7 @@ class Data2Vec2Network(nn.Module):
         losses = {"regression": regression_loss(pred, wanted, loss)}
         cls, cls_wanted = encoded.new_empty(len(encoded), 0), target.new_empty(len(encoded), 0)
         if loss.cls_weight:
-            cls = encoded[:, num_extra - 1]  # (R, D)
+            cls = utterance_prediction(encoded, num_extra, loss)  # (R, D)
             cls_wanted = target.mean(1).repeat_interleave(masks.num_masks, 0)  # (R, D)
             losses["cls"] = cls_loss(cls, cls_wanted, batch.num_masked, loss)
         return StudentOutput(

@@ -1,6 +1,7 @@
 """Regression loss (arXiv 2212.07525, section 3) and the variances logged with it. Pure functions."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ class LossConfig:
     """0: squared error. Above 0: smooth L1, quadratic below this difference."""
     cls_weight: PositiveOrZero = 0.0
     """Weight of the error between the last extra token and the mean target; 0 switches it off."""
+    utterance: Literal["last", "mean", "frames"] = "last"
+    """Prediction of the mean target: the last extra token; the mean over all of them (emotion2vec's chunk embedding,
+    with 10); or, without any, the mean over the student's visible tokens (its global embedding)."""
     cls_rows: Count | None = None
     """Rows (samples x masks) over which `cls_weight` sums, for a loss that does not depend on the micro-batch.
     None sums over the rows of each micro-batch, as the official code does. Published: 256 (16 images x 16)."""
@@ -30,7 +34,7 @@ class LossConfig:
 
     def check(self, num_extra_tokens: int) -> list[str]:
         """Return a message if a CLS loss has no token to predict from."""
-        if self.cls_weight and not num_extra_tokens:
+        if self.cls_weight and not num_extra_tokens and self.utterance != "frames":
             return [f"loss.cls_weight is {self.cls_weight}, but there are no extra tokens to predict from"]
         return []
 
@@ -67,6 +71,13 @@ def cls_loss(pred: Tensor, target: Tensor, num_masked: int, config: LossConfig) 
     """
     rows = 1.0 if config.cls_rows is None else config.cls_rows / len(pred)
     return regression_loss(pred, target, config) * (config.cls_weight * rows * num_masked)
+
+
+def utterance_prediction(encoded: Tensor, num_extra: int, config: LossConfig) -> Tensor:
+    """Take the prediction of the mean target: (R, E + K, D), E = `num_extra` tokens in front -> (R, D)."""
+    if config.utterance == "last":
+        return encoded[:, num_extra - 1]
+    return (encoded[:, :num_extra] if config.utterance == "mean" else encoded[:, num_extra:]).mean(1)
 
 
 def channel_moments(x: Tensor) -> Tensor:

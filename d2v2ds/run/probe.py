@@ -48,7 +48,7 @@ def random_start(config: RunConfig) -> Trunk:
     objective = config.objective.build(config.model, config.run.seed)
     network = objective.build_network(activation_checkpointing=False)
     objective.initialise(network, config.run.seed)
-    trunk = network.get_submodule("trunk")
+    trunk: Any = network.trunk
     assert isinstance(trunk, Trunk)
     return trunk.eval()
 

@@ -84,6 +84,54 @@ def check_case(folder: Path, name: str, tmp_path: Path) -> None:
     assert read_official(tmp_path / "back.pt").network == golden.network
 
 
+EAT: dict[str, Any] = {"in_chans": 1, "patch_size": 16, "target_length": 32, "max_length": 5, "prenet_depth": 0}
+
+
+def write_eat_case(folder: Path) -> Path:
+    """A case of spectrograms in the official layout."""
+    folder.mkdir()
+    eat = official_image_text.Case(modality="image", own=EAT, model={"cls_loss": 1}, num_masked=(11,))
+    official_image_text.write_case(folder, "eat", eat)
+    return folder
+
+
+def test_an_official_file_of_spectrograms_is_told_from_one_of_images(tmp_path: Path) -> None:
+    """Both call their encoder IMAGE; the channels of the patches decide."""
+    folder = write_eat_case(tmp_path / "case")
+    check_case(folder, "eat", tmp_path)
+    assert main(["import", str(tmp_path / "official.pt"), "--out", str(tmp_path / "ours")]) == 0
+    assert list(ModelFolder(tmp_path / "ours").description.model.modalities) == ["spectrogram"]
+    features = FeatureExtractor(tmp_path / "ours")(torch.randn(16000).numpy() * 0.1, sample_rate=16000)
+    assert features.layers[2].shape[1:] == (7 * 8, 24)  # 98 frames are 7 rows of patches, padded
+
+
+@pytest.mark.parametrize("rows", [5, 3])
+def test_a_folder_of_eat_gives_the_weights_of_the_file(rows: int, tmp_path: Path) -> None:
+    content = golden_content(write_eat_case(tmp_path / "case"), "eat")
+    expected = read_official(save(tmp_path / "official.pt", content))
+    hub, own = tmp_path / "hub", "modality_encoders.IMAGE."
+    hub.mkdir()
+    weights = {k: v for k, v in content["model"].items() if k != "_ema" and ".decoder." not in k}
+    names = {k: k.removeprefix(own).replace("context_encoder.norm", "pre_norm") for k in weights}
+    weights[f"{own}fixed_positional_encoder.positions"] = weights[f"{own}fixed_positional_encoder.positions"][
+        :, : 8 * rows
+    ].clone()  # older files have shorter tables
+    save_file({f"model.{names[k]}": v.contiguous() for k, v in weights.items()}, hub / "model.safetensors")
+    config = {"model_type": "eat", "model_variant": "pretrain", "embed_dim": 24, "depth": 2, "num_heads": 6}
+    config |= {"patch_size": 16, "in_chans": 1, "mel_bins": 128, "max_length": 5, "img_size": [32, 128]}
+    (hub / "config.json").write_text(json.dumps(config))
+    found = read_official(hub)
+    assert found.modality == "spectrogram" and found.network.trunk == expected.network.trunk
+    assert not found.has_decoder and found.teacher is None
+    assert_same_tensors(found.trunk, expected.trunk)
+    (hub / "config.json").write_text(json.dumps(config | {"model_variant": "finetune"}))
+    with pytest.raises(UnsupportedOptionError, match="model_variant='finetune'"):
+        read_official(hub)
+    (hub / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(CheckpointError, match="model_type 'eat'"):
+        read_official(hub)
+
+
 @pytest.mark.parametrize("folder, name", GOLDEN, ids=[name for _, name in GOLDEN])
 def test_golden_case_computes_its_recorded_loss_after_import_and_is_exported_unchanged(
     folder: Path, name: str, tmp_path: Path

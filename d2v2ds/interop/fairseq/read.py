@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from d2v2ds.errors import CheckpointError, ConfigError
+from d2v2ds.interop.fairseq.eat_folder import read_eat_folder
 from d2v2ds.interop.fairseq.heads import READ_OPTIONS, Facts, read_facts
 from d2v2ds.interop.fairseq.keymap import (
     is_alibi_scale,
@@ -112,7 +113,7 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
     """Read an official file without running anything in it.
 
     Args:
-        path: of the file, as `torch.save` wrote it.
+        path: of the file, as `torch.save` wrote it; or a folder of EAT for transformers.
         drop_unknown: leave out tensors of the encoder that our network lacks instead of refusing the file.
         only_model: read nothing but weights and configuration, whatever else is in the file.
 
@@ -122,7 +123,7 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
         UnsupportedOptionError: its network computes something that ours does not, with the option.
         MachineError: the machine is at fault.
     """
-    content = read_pickled(path, only_model)
+    content, path = _content(path, only_model)
     weights = content.get("model")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: expected official weights under `model`, found the keys {_listed(content)}")
@@ -167,6 +168,13 @@ def read_official(path: Path, drop_unknown: bool = False, only_model: bool = Fal
         licence=licence_of(modality, content.get("cfg")),
         warnings=warnings,
     )
+
+
+def _content(path: Path, only_model: bool) -> tuple[dict[str, Any], Path]:
+    """Content of a file or of EAT's folder, and the file with the weights."""
+    if path.is_dir():
+        return read_eat_folder(path), path / "model.safetensors"
+    return read_pickled(path, only_model), path
 
 
 def _facts(path: Path, content: Mapping[str, Any]) -> Facts:

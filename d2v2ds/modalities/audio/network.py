@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from d2v2ds.bounds import Count, PositiveOrZero
+from d2v2ds.bounds import Count, CountOrZero, PositiveOrZero
 from d2v2ds.model.block import BlockConfig
 from d2v2ds.model.encoder import ModalityEncoder, Prenet, PrenetConfig
 from d2v2ds.model.flops import position_conv_flops, waveform_encoder_flops
@@ -28,6 +28,8 @@ class AudioNetwork(AlibiSettings):
     conv_gradient: PositiveOrZero = 1.0
     """Factor of the gradient of the front end's convolutions and their norms, not of the projection behind them; 0
     does not train them (official name: `local_grad_mult`, `feature_grad_mult`)."""
+    num_extra_tokens: CountOrZero = 0
+    """Learned tokens without position in front of the frames, for an utterance loss (emotion2vec, arXiv 2312.15185)."""
     alibi: bool = True
     alibi_learned: bool = True
     alibi_per_head: bool = True
@@ -48,6 +50,7 @@ class AudioNetwork(AlibiSettings):
                 groups=self.position_groups,
             ),
             alibi=self.build_alibi(block, shared_depth),
+            num_extra_tokens=self.num_extra_tokens,
             prenet=Prenet(PrenetConfig(depth=self.prenet_depth, dropout=self.prenet_dropout), block),
             attention_path=block.attention_path,
         )
@@ -67,6 +70,8 @@ class AudioNetwork(AlibiSettings):
         problems = []
         if block.width % self.position_groups:
             problems.append(f"position_groups {self.position_groups} does not divide the model width {block.width}")
+        if self.num_extra_tokens and self.alibi and block.attention_path == "flex":
+            problems.append("attention_path 'flex' has no tokens without position, num_extra_tokens needs another")
         if not self.conv_layers:
             problems.append("conv_layers: expected one or more of (channels, kernel, stride), found none")
         return problems

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v2ds.config.load import CONFIG_FOLDER, read_config
+from d2v2ds.config.load import read_config
 from d2v2ds.errors import ConfigError
 from d2v2ds.run.sweeps.cells import expand, total_steps
 from d2v2ds.run.sweeps.settings import SWEEP_FOLDER, load_sweep
@@ -27,9 +27,6 @@ def test_every_cell_of_a_shipped_sweep_resolves(name: str) -> None:
     assert "arXiv" in sweep.origin and sweep.title and sweep.dir == Path("runs/sweeps") / name
     cells = expand(sweep)
     assert sweep.seeds == (1, 2, 3) and len(cells) >= 6
-    for config in dict.fromkeys(cell.config for cell in cells):
-        if not (CONFIG_FOLDER / f"{config}.yaml").exists():
-            pytest.xfail(f"configuration {config} does not exist yet")
     for cell in cells:
         if cell.seed == 1:
             _, problems = read_config(cell.config, cell.overrides(sweep, total_steps(cell, sweep) or 1000))
