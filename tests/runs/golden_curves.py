@@ -66,7 +66,7 @@ def train(root: Path) -> dict[str, list[dict[str, float]]]:
             for name in NAMES
         }
         for name, run in runs.items():
-            assert run.wait(300) == [0], f"{name}: {run.printed(0)[-3000:]}"
+            assert run.wait(600) == [0], f"{name}: {run.printed(0)[-3000:]}"
     return {name: deterministic(root / name) for name in NAMES}
 
 
