@@ -76,7 +76,7 @@ def train(root: Path, names: Sequence[str] = NAMES) -> dict[str, list[dict[str, 
             for name, folder in folders.items()
         }
         for name, run in runs.items():
-            assert run.wait(300) == [0], f"{name}: {run.printed(0)[-3000:]}"
+            assert run.wait(600) == [0], f"{name}: {run.printed(0)[-6000:]}"
     return {name: deterministic(folder) for name, folder in folders.items()}
 
 
