@@ -4,6 +4,8 @@ YAML cuts ` #2` off as a comment, takes 010 for 8, `~` for nothing and 2024 for 
 sections are read as YAML.
 """
 
+import functools
+import operator
 import re
 import types
 import typing
@@ -61,18 +63,29 @@ def _type_of(field: Sequence[str], root: type) -> Any:
         elif where in (("data",), ("model", "modalities")) and part in known_modalities():
             kind = known_modalities()[part].data if where == ("data",) else known_modalities()[part].network
         elif "modalities" in hints and part in known_modalities():  # beside other keys, as in `valid`
-            kind = typing.get_args(hints["modalities"])[1]
-        elif typing.get_origin(kind) is Mapping:
-            kind = typing.get_args(kind)[1]
+            kind = _values_of(hints["modalities"])
+        elif (values := _values_of(kind)) is not None:
+            kind = values
         else:
             return Any
     return kind
 
 
+def _values_of(annotation: Any) -> Any:
+    """Find the annotation of a mapping's values, joined if several kinds of settings have such a mapping; else None."""
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    found = [typing.get_args(option)[1] for option in options if typing.get_origin(option) is Mapping]
+    return functools.reduce(operator.or_, found) if found else None
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
 def _members(annotation: Any) -> set[Any]:
     """List the plain types that an annotation allows; those of a `Literal` are the types of its values."""
     origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
+    if _is_union(annotation):
         return {kind for member in typing.get_args(annotation) for kind in _members(member)}
     if origin is typing.Annotated:
         return _members(typing.get_args(annotation)[0])

@@ -136,7 +136,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         values = yaml.safe_load((CONFIG_FOLDER / f"{task}.yaml").read_text())
         values["objective"]["mask"] = mask
         if TASKS[task] is ClassifyConfig:
-            values["objective"] |= {"waveform_mixing": {"least": 0.5}, "head": {"kind": "sentence"}}
+            values["objective"] |= {"waveform_mixing": {"least": 0.5}, "head": {"kind": "patches"}}
             values["objective"]["erasing"] = {"area": [0.02, 0.3]}
         files[task] = tmp_path_factory.mktemp("full") / "task.yaml"
         files[task].write_text(yaml.safe_dump(values))
