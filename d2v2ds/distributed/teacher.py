@@ -91,8 +91,8 @@ class Teacher:
         if faults := zero.unsupported(student):
             raise ValueError("Teacher: cannot follow this engine:\n" + "\n".join(faults))
         self.num_updates = 0
-        """Calls of `update`: one for each applied optimizer step, fewer if the objective leaves some out, more if it asks
-        for another (`again`)."""
+        """Calls of `update`: one for each applied optimizer step, fewer if the objective leaves some out, more if it
+        asks for another (`again`)."""
         self._student = student
         self._stage = zero.stage(student)
         self._dtype = zero.compute_dtype(student)
