@@ -4,6 +4,8 @@ YAML cuts ` #2` off as a comment, takes 010 for 8, `~` for nothing and 2024 for 
 sections are read as YAML.
 """
 
+import functools
+import operator
 import re
 import types
 import typing
@@ -62,11 +64,18 @@ def _type_of(field: Sequence[str], root: type) -> Any:
             kind = known_modalities()[part].data if where == ("data",) else known_modalities()[part].network
         elif "modalities" in hints and part in known_modalities():  # beside other keys, as in `valid`
             kind = typing.get_args(hints["modalities"])[1]
-        elif typing.get_origin(kind) is Mapping:
-            kind = typing.get_args(kind)[1]
+        elif values := _values_of(kind):
+            kind = functools.reduce(operator.or_, values)
         else:
             return Any
     return kind
+
+
+def _values_of(annotation: Any) -> list[Any]:
+    """List the annotations of the values of a mapping, or of all mappings of a union, such as those of objectives."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if is_union else (annotation,)
+    return [typing.get_args(one)[1] for one in options if typing.get_origin(one) is Mapping]
 
 
 def _members(annotation: Any) -> set[Any]:
