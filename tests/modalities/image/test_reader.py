@@ -319,7 +319,9 @@ def test_what_does_not_fit_the_model_is_a_sentence(source):
     random = MaskConfig(masked_fraction=0.5, num_masks=1, kind="random")
     assert reader_of(source, mask=random).faults() == []
     [fault] = reader_of(source, mask=MaskConfig(masked_fraction=0.5, num_masks=1)).faults()
-    assert fault == "objective.modalities.image.mask.kind is 'block_1d', images need 'block_2d', 'random' or 'grid_blocks'"
+    assert (
+        fault == "objective.modalities.image.mask.kind is 'block_1d', images need 'block_2d', 'random' or 'grid_blocks'"
+    )
     [fault] = reader_of(source, PATCH).faults()
     assert "images of 8 x 8 pixels make 1 tokens, expected 2 or more" in fault
     [fault] = reader_of(
