@@ -34,6 +34,7 @@ COMMANDS = {
         ["500 x 375", "bare decode + crop", "without draft", "RandAugment takes"],
     ),
     "reading_text": ("--rows 64 --rounds 1", ["np.copyto, cached", "TextReader.read"]),
+    "rivals": ("--groups tiny --batch 1 --repeats 1", ["data2vec1/image_tiny", "mae/tiny", "M 1"]),
     "zero": ("--config audio_tiny --seconds 1 --steps 1 --stages zero3_bf16", ["zero3_bf16"]),
 }
 """Arguments, and what the table says. `step` has a test of its own; `resume` needs a run of before."""
