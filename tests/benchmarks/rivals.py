@@ -163,20 +163,16 @@ def main(arguments: list[str] | None = None) -> int:
             for name, config in configurations(GROUPS[group]).items()
         ]
         peak = max(peak, matmul_peak_flops(torch.device("cpu"), torch.float32))
-        head = f"{'per input':>9} {'per masked token':>16}"
-        print(
-            f"{group:24} {'s/step':>8} {'of peak':>8} {'masked':>7} {head}   goal {GOAL:.0%} of {peak / 1e9:.0f} GFLOP/s"
-        )
+        head = f"{'s/step':>8} {'of peak':>8} {'masked':>7} {'per input':>9} {'per masked token':>16}"
+        print(f"{group:24} {head}   goal {GOAL:.0%} of {peak / 1e9:.0f} GFLOP/s")
         first = rows[0]
         for row in rows:
             of_input = row.seconds / row.samples / (first.seconds / first.samples)
             of_token = row.seconds / row.masked / (first.seconds / first.masked)
             share = row.flops / row.seconds / peak
             assert np.isfinite([share, of_input, of_token]).all()
-            print(
-                f"{row.name:24} {row.seconds:8.3f} {share:8.1%} {row.masked:7} {of_input:9.3f} {of_token:16.3f}",
-                flush=True,
-            )
+            line = f"{row.seconds:8.3f} {share:8.1%} {row.masked:7} {of_input:9.3f} {of_token:16.3f}"
+            print(f"{row.name:24} {line}", flush=True)
     return 0
 
 
