@@ -187,7 +187,10 @@ def _copy_files_beside(config: RunConfig, model: TrunkConfig, preprocessing: Pre
     """Copy files of the preprocessing from the run's shards; one that cannot be read is not described either."""
     for name, described in preprocessing.items():
         modality, data, index = known_modalities()[name], config.data.modalities.get(name), first_index(config, name)
-        if data is None or index is None:
+        if data is None:
+            continue
+        if index is None:
+            logger.warning("%s: files beside the run's shards are not exported, such as a tokenizer", name)
             continue
         packed = {entry.file: entry for entry in index.files_beside}
         for file in modality.files_beside(described):

@@ -228,7 +228,7 @@ def refusal(config: str, folders: dict[str, Path], modalities: Sequence[str], *o
         ("text", "model.modalities.text.vocab_size=300", "has 320 ids, model.modalities.text.vocab_size is 300"),
         ("text", "model.modalities.text.max_tokens=16", "blocks of 32 tokens, model.modalities.text.max_tokens is 16"),
         ("text", "data.text.micro_batch_tokens=16", "cannot hold one block of 32 tokens"),
-        ("text", "objective.modalities.text.mask.kind=block_2d", "text needs 'random' or 'block_1d'"),
+        ("text", "objective.modalities.text.mask.kind=block_2d", "text needs 'random', 'block_1d' or 'spans'"),
     ],
 )
 def test_impossible_run_is_refused(modality: str, override: str, message: str, folders: dict[str, Path]) -> None:
