@@ -15,15 +15,17 @@ def joins_clips(shards: AudioShards) -> bool:
 
 PACKING_AUDIO = ("--resample", "--min-seconds", "0.1", "--max-seconds", "20")
 JOINING = ("--join-seconds", "3", "6")
-STEPS = 350
+STEPS = 300
 """Steps of pretraining where a recogniser follows."""
+FAST_ON_CPU = ("engine.deepspeed=zero0_fp32_debug", "engine.activation_checkpointing=false")
+"""A model of this size gains nothing from shards, bf16 and recomputation: a step takes half the time without them."""
 RECOGNISING = (
     "data.audio.max_seconds=8",
     "data.audio.global_batch_seconds=16",
     "data.audio.micro_batch_seconds=8",
     "objective.mask={}",
     "lr.peak=5e-4",
-    "engine.deepspeed=zero0_fp32_debug",  # on CPUs half again as fast as shards in bf16
+    *FAST_ON_CPU,
 )
 
 
@@ -40,7 +42,7 @@ def prepare(runs: Path, data: Path | None) -> Prepared:
         train = pack("audio", data, runs / f"joined-{key_of(data)}", *PACKING_AUDIO, *JOINING)
     rows = [shards.read_labels(i) for i in range(len(shards))]
     labelled = len({row.speaker for row in rows if row.label and row.speaker}) > 1
-    shorter = () if task is None else (f"run.total_steps={STEPS}", f"objective.ema.anneal_steps={STEPS}")
+    shorter = () if task is None else (f"run.total_steps={STEPS}", f"objective.ema.anneal_steps={STEPS}", *FAST_ON_CPU)
     return Prepared(train, shorter, ("--shards", str(clips), "--leave-out", "speaker") if labelled else None, task)
 
 
