@@ -19,15 +19,15 @@ from d2v2ds.model.block import set_drop_path
 from d2v2ds.model.flops import linear_flops
 from d2v2ds.model.init import initialise, trunk_parts
 from d2v2ds.model.trunk import Trunk, TrunkConfig
+from d2v2ds.objectives.averaged import AveragedTeacher
 from d2v2ds.objectives.data2vec1_init import FirstWeights, draw_images
 from d2v2ds.objectives.data2vec1_modules import MaskVector, head
 from d2v2ds.objectives.data2vec2 import TeacherFn, select_masked
-from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits, prediction_metrics
-from d2v2ds.objectives.defaults import ObjectiveDefaults
+from d2v2ds.objectives.data2vec2_metrics import UNITS, health_limits, prediction_metrics
 from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.objectives.flops import whole_step_flops
 from d2v2ds.objectives.loss import LossConfig, channel_moments, regression_loss
-from d2v2ds.objectives.protocol import AveragedNetwork, HealthBounds, HealthLimit, Losses, Totals, Vectors
+from d2v2ds.objectives.protocol import HealthBounds, HealthLimit, Losses, Totals, Vectors
 from d2v2ds.objectives.targets import TargetConfig
 from d2v2ds.objectives.teacher_network import TeacherNetwork
 from d2v2ds.rng import kept_layers
@@ -258,13 +258,12 @@ def teacher_batch(batch: Batch, masked: Tensor, teacher_input: TeacherInput) -> 
     return replace(batch, source=batch.source.masked_fill(~masked, PAD_ID), padding=~masked)
 
 
-class Data2Vec1(ObjectiveDefaults):
+class Data2Vec1(AveragedTeacher):
     """`Objective` of data2vec 1.0: masks, networks, losses, metrics and health statistics."""
 
     units: Mapping[str, str] = {name: unit for name, unit in UNITS.items() if name != "loss/cls"} | {
         "optim/grad_norm/head": "norm of the head's gradient before clipping; every log_every_steps-th step; global"
     }
-    run_units: Mapping[str, str] = RUN_UNITS
 
     def __init__(self, config: Data2Vec1Config, trunk: TrunkConfig, seed: int) -> None:
         """
@@ -274,7 +273,7 @@ class Data2Vec1(ObjectiveDefaults):
             seed: of the run; layer drop draws from it.
         """
         self.config, self.trunk, self._seed = config, trunk, seed
-        self._teacher: AveragedNetwork | None = None
+        super().__init__(config.ema)
         self._last_step: int | None = None
         self._last_update: int | None = None
 
@@ -329,21 +328,6 @@ class Data2Vec1(ObjectiveDefaults):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return the rule of BEiT: no decay of CLS tokens and parameters of one dimension, but of mask vectors."""
         return name.startswith("mask_vectors.") or (parameter.ndim > 1 and not name.endswith(".extra.tokens"))
-
-    def follow(self, teacher: AveragedNetwork | None) -> None:
-        """Set the sharded teacher."""
-        self._teacher = teacher
-
-    @property
-    def teacher(self) -> AveragedNetwork:
-        """Sharded teacher.
-
-        Raises:
-            RuntimeError: `follow` was not called.
-        """
-        if self._teacher is None:
-            raise RuntimeError("Data2Vec1: expected a teacher, found none; call follow(teacher) first")
-        return self._teacher
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run the student on one micro-batch; each step draws layer drop, validation has none."""
@@ -403,16 +387,8 @@ class Data2Vec1(ObjectiveDefaults):
 
     def after_step(self, step_number: int) -> None:
         """Update the teacher, once per applied optimizer step."""
-        self.teacher.update(ema_decay(step_number, self.config.ema))
+        super().after_step(step_number)
         self._last_update = step_number
-
-    def schedules(self, step_number: int) -> dict[str, float]:
-        """Return the decay of the teacher."""
-        return {"ema/decay": ema_decay(step_number, self.config.ema)}
-
-    def run_metrics(self) -> dict[str, float]:
-        """Return the distance of student and teacher. Collective."""
-        return {"ema/student_distance": self.teacher.student_distance()}
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Return masked fraction, spread of predictions and targets, and the explained variance of the targets."""

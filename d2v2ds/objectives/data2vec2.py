@@ -17,13 +17,12 @@ from d2v2ds.masking import MaskConfig, masked_count
 from d2v2ds.model.init import initialise, redraw_projection, trunk_parts
 from d2v2ds.model.network import AnyDecoder, NetworkSettings
 from d2v2ds.model.trunk import Trunk, TrunkConfig
-from d2v2ds.objectives.data2vec2_metrics import RUN_UNITS, UNITS, health_limits, prediction_metrics
-from d2v2ds.objectives.defaults import ObjectiveDefaults
-from d2v2ds.objectives.ema import EmaConfig, ema_decay
+from d2v2ds.objectives.averaged import AveragedTeacher
+from d2v2ds.objectives.data2vec2_metrics import UNITS, health_limits, prediction_metrics
+from d2v2ds.objectives.ema import EmaConfig
 from d2v2ds.objectives.flops import step_flops
 from d2v2ds.objectives.loss import LossConfig, channel_moments, cls_loss, regression_loss, utterance_prediction
 from d2v2ds.objectives.protocol import (
-    AveragedNetwork,
     HealthBounds,
     HealthLimit,
     Losses,
@@ -190,11 +189,10 @@ def select_masked(x: Tensor, masked: Tensor, num_masked: int) -> Tensor:
     return x.flatten(0, 1).index_select(0, index)
 
 
-class Data2Vec2(ObjectiveDefaults):
+class Data2Vec2(AveragedTeacher):
     """`Objective` of data2vec 2.0: masks, networks, losses, metrics and health statistics."""
 
     units: Mapping[str, str] = UNITS
-    run_units: Mapping[str, str] = RUN_UNITS
 
     def __init__(self, config: Data2Vec2Config, trunk: TrunkConfig, seed: int) -> None:
         """
@@ -204,7 +202,7 @@ class Data2Vec2(ObjectiveDefaults):
             seed: of the run; layer drop draws from it.
         """
         self.config, self.trunk, self._seed = config, trunk, seed
-        self._teacher: AveragedNetwork | None = None
+        super().__init__(config.ema)
 
     def mask(self, modality: str) -> MaskConfig:
         """Masks of a modality."""
@@ -231,21 +229,6 @@ class Data2Vec2(ObjectiveDefaults):
             {name: settings.target for name, settings in own.items()},
             {name: settings.share_local_encoder for name, settings in own.items()},
         )
-
-    def follow(self, teacher: AveragedNetwork | None) -> None:
-        """Set the sharded teacher."""
-        self._teacher = teacher
-
-    @property
-    def teacher(self) -> AveragedNetwork:
-        """Sharded teacher.
-
-        Raises:
-            RuntimeError: `follow` was not called.
-        """
-        if self._teacher is None:
-            raise RuntimeError("Data2Vec2: expected a teacher, found none; call follow(teacher) first")
-        return self._teacher
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int | None) -> Losses:
         """Run the student on one micro-batch; each step draws layer drop, validation has none."""
@@ -285,18 +268,6 @@ class Data2Vec2(ObjectiveDefaults):
     def count(self, batch: Batch) -> int:
         """Number of masked tokens."""
         return batch.num_masked
-
-    def after_step(self, step_number: int) -> None:
-        """Update the teacher, once per applied optimizer step."""
-        self.teacher.update(ema_decay(step_number, self.config.ema))
-
-    def schedules(self, step_number: int) -> dict[str, float]:
-        """Return the decay of the teacher."""
-        return {"ema/decay": ema_decay(step_number, self.config.ema)}
-
-    def run_metrics(self) -> dict[str, float]:
-        """Return the distance of student and teacher. Collective."""
-        return {"ema/student_distance": self.teacher.student_distance()}
 
     def metrics(self, modality: str, totals: Totals) -> dict[str, float]:
         """Return masked fraction, spread of predictions and targets, and the explained variance of the targets."""
