@@ -23,10 +23,10 @@ from d2v2ds.objectives.averaged import AveragedTeacher
 from d2v2ds.objectives.data2vec1_init import FirstWeights, draw_images
 from d2v2ds.objectives.data2vec1_modules import MaskVector, head
 from d2v2ds.objectives.data2vec2 import TeacherFn, select_masked
-from d2v2ds.objectives.data2vec2_metrics import UNITS, health_limits, prediction_metrics
+from d2v2ds.objectives.data2vec2_metrics import UNITS, health_limits, prediction_losses, prediction_metrics
 from d2v2ds.objectives.ema import EmaConfig, ema_decay
 from d2v2ds.objectives.flops import whole_step_flops
-from d2v2ds.objectives.loss import LossConfig, channel_moments, regression_loss
+from d2v2ds.objectives.loss import LossConfig, regression_loss
 from d2v2ds.objectives.protocol import HealthBounds, HealthLimit, Losses, Totals, Vectors
 from d2v2ds.objectives.targets import TargetConfig
 from d2v2ds.objectives.teacher_network import TeacherNetwork
@@ -125,11 +125,7 @@ class Data2Vec1Config:
 
     def scaled(self, ratio: float) -> dict[str, float]:
         """Return the settings of a global batch `ratio` times as large, equivalent per sample (arXiv 2307.13813)."""
-        return {
-            "ema.start_decay": self.ema.start_decay**ratio,
-            "ema.end_decay": self.ema.end_decay**ratio,
-            "ema.anneal_steps": round(self.ema.anneal_steps / ratio),
-        }
+        return self.ema.scaled(ratio)
 
     def build(self, trunk: TrunkConfig, seed: int) -> "Data2Vec1":
         """Build the objective of a run."""
@@ -336,14 +332,7 @@ class Data2Vec1(AveragedTeacher):
         drop_rate = 0.0 if step is None else self.trunk.layer_drop
         kept_blocks = kept_layers(self._seed, step or 0, self.trunk.shared_depth, drop_rate)
         out: WholeOutput = network(batch, self.teacher, kept_blocks)
-        moments = torch.stack((channel_moments(out["pred"]), channel_moments(out["wanted"])))  # (2, 2, D)
-        tokens = torch.tensor(float(masked_tokens(batch).numel()), dtype=torch.float64)
-        return Losses(
-            sums=out["losses"],
-            count=batch.num_masked,
-            statistics={"moments": moments, "tokens": tokens},
-            output=out,
-        )
+        return prediction_losses(out, batch.num_masked, masked_tokens(batch).numel())
 
     def _update_again(self, step: int) -> None:
         """Update the teacher before a micro-batch; that of a step's first one followed the last step, unless skipped.

@@ -18,10 +18,10 @@ from d2v2ds.model.init import initialise, redraw_projection, trunk_parts
 from d2v2ds.model.network import AnyDecoder, NetworkSettings
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.objectives.averaged import AveragedTeacher
-from d2v2ds.objectives.data2vec2_metrics import UNITS, health_limits, prediction_metrics
+from d2v2ds.objectives.data2vec2_metrics import UNITS, health_limits, prediction_losses, prediction_metrics
 from d2v2ds.objectives.ema import EmaConfig
 from d2v2ds.objectives.flops import step_flops
-from d2v2ds.objectives.loss import LossConfig, channel_moments, cls_loss, regression_loss, utterance_prediction
+from d2v2ds.objectives.loss import LossConfig, cls_loss, regression_loss, utterance_prediction
 from d2v2ds.objectives.protocol import (
     HealthBounds,
     HealthLimit,
@@ -81,11 +81,7 @@ class Data2Vec2Config:
 
     def scaled(self, ratio: float) -> dict[str, float]:
         """Return the settings of a global batch `ratio` times as large, equivalent per sample (arXiv 2307.13813)."""
-        return {
-            "ema.start_decay": self.ema.start_decay**ratio,
-            "ema.end_decay": self.ema.end_decay**ratio,
-            "ema.anneal_steps": round(self.ema.anneal_steps / ratio),
-        }
+        return self.ema.scaled(ratio)
 
     def build(self, trunk: TrunkConfig, seed: int) -> "Data2Vec2":
         """Build the objective of a run."""
@@ -235,14 +231,7 @@ class Data2Vec2(AveragedTeacher):
         drop_rate = 0.0 if step is None else self.trunk.layer_drop
         kept_blocks = kept_layers(self._seed, step or 0, self.trunk.shared_depth, drop_rate)
         out: StudentOutput = network(batch, self.teacher, kept_blocks)
-        moments = torch.stack((channel_moments(out["pred"]), channel_moments(out["wanted"])))  # (2, 2, D)
-        tokens = torch.tensor(float(batch.required_masks().masked.numel()), dtype=torch.float64)
-        return Losses(
-            sums=out["losses"],
-            count=batch.num_masked,
-            statistics={"moments": moments, "tokens": tokens},
-            output=out,
-        )
+        return prediction_losses(out, batch.num_masked, batch.required_masks().masked.numel())
 
     def flops(self, modality: str, num_samples: int, size: int) -> float:
         """Count operations of student and teacher; the student's encoder reads visible tokens only."""

@@ -1,7 +1,11 @@
 """Metrics and health limits of data2vec 2.0: names, units, and their computation from summed statistics."""
 
-from d2v2ds.objectives.loss import channel_variances, mean_channel_std
-from d2v2ds.objectives.protocol import HealthBounds, HealthLimit, Totals
+from typing import Any
+
+import torch
+
+from d2v2ds.objectives.loss import channel_moments, channel_variances, mean_channel_std
+from d2v2ds.objectives.protocol import HealthBounds, HealthLimit, Losses, Totals
 
 RUN_UNITS = {
     "ema/decay": "weight kept by the teacher, 0 to 1; same on all ranks",
@@ -19,6 +23,20 @@ UNITS = {
     "context/std": "standard deviation of the last shared block's output; mean over ranks",
     "optim/grad_norm/decoder": "norm of the decoder's gradient before clipping; every log_every_steps-th step; global",
 }
+
+
+def prediction_losses(out: Any, num_masked: int, num_tokens: int) -> Losses:
+    """Return the result of a micro-batch with the statistics that `prediction_metrics` reads.
+
+    Args:
+        out: the network's output, with `losses`, `pred` and `wanted` (U, D).
+        num_masked: U.
+        num_tokens: of all rows, masked or not.
+    """
+    moments = torch.stack((channel_moments(out["pred"]), channel_moments(out["wanted"])))  # (2, 2, D)
+    tokens = torch.tensor(float(num_tokens), dtype=torch.float64)
+    statistics = {"moments": moments, "tokens": tokens}
+    return Losses(sums=out["losses"], count=num_masked, statistics=statistics, output=out)
 
 
 def prediction_metrics(totals: Totals, loss_factor: float | None) -> dict[str, float]:

@@ -16,6 +16,14 @@ class EmaConfig:
     anneal_steps: Amount
     """Optimizer steps from start to end."""
 
+    def scaled(self, ratio: float) -> dict[str, float]:
+        """Return the settings of a global batch `ratio` times as large, equivalent per sample (arXiv 2307.13813)."""
+        return {
+            "ema.start_decay": self.start_decay**ratio,
+            "ema.end_decay": self.end_decay**ratio,
+            "ema.anneal_steps": round(self.anneal_steps / ratio),
+        }
+
 
 def ema_decay(step_number: int, config: EmaConfig) -> float:
     """Return the decay of the teacher update that follows an optimizer step: 1 for the first, skipped steps counted."""

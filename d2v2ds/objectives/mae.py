@@ -21,9 +21,9 @@ from d2v2ds.model.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from d2v2ds.model.transformer_decoder import MaskVector
 from d2v2ds.model.trunk import Trunk, TrunkConfig
 from d2v2ds.objectives.data2vec2 import select_masked
-from d2v2ds.objectives.data2vec2_metrics import prediction_metrics
+from d2v2ds.objectives.data2vec2_metrics import prediction_losses, prediction_metrics
 from d2v2ds.objectives.defaults import ObjectiveDefaults
-from d2v2ds.objectives.loss import LossConfig, channel_moments, regression_loss
+from d2v2ds.objectives.loss import LossConfig, regression_loss
 from d2v2ds.objectives.mae_metrics import UNITS, health_limits
 from d2v2ds.objectives.protocol import HealthBounds, HealthLimit, Losses, Totals, Vectors
 from d2v2ds.rng import kept_layers
@@ -201,14 +201,7 @@ class Mae(ObjectiveDefaults):
         """Run the network on one micro-batch; each step draws layer drop, validation has none."""
         drop_rate = 0.0 if step is None else self.trunk.layer_drop
         out: MaeOutput = network(batch, kept_layers(self._seed, step or 0, self.trunk.shared_depth, drop_rate))
-        moments = torch.stack((channel_moments(out["pred"]), channel_moments(out["wanted"])))  # (2, 2, P)
-        tokens = torch.tensor(float(batch.required_masks().masked.numel()), dtype=torch.float64)
-        return Losses(
-            sums=out["losses"],
-            count=batch.num_masked,
-            statistics={"moments": moments, "tokens": tokens},
-            output=out,
-        )
+        return prediction_losses(out, batch.num_masked, batch.required_masks().masked.numel())
 
     def flops(self, modality: str, num_samples: int, size: int) -> float:
         """Count operations; the encoder reads visible patches only."""
