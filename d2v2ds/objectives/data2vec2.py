@@ -148,11 +148,7 @@ class Data2Vec2Network(nn.Module):
         masks = batch.required_masks()
         keep, masked = masks.rows()  # (R, K), (R, T)
         local = self.trunk.embed(batch)  # (B, T, D)
-        if local.shape[1] != masked.shape[1]:
-            raise ValueError(
-                f"masks are drawn for {masked.shape[1]} tokens, the local encoder returns {local.shape[1]} "
-                f"for source {tuple(batch.source.shape)}; data and model disagree on the number of tokens"
-            )
+        require_token_count(local, masked, batch)
         target = teacher(batch, local.detach())  # (B, T, D)
         encoded = self.trunk.encode_visible(local, batch, kept_blocks)  # (R, E + K, D)
         num_extra = encoded.shape[1] - keep.shape[1]
@@ -176,6 +172,19 @@ class Data2Vec2Network(nn.Module):
             target=target,
             cls=cls.detach(),
             cls_wanted=cls_wanted,
+        )
+
+
+def require_token_count(local: Tensor, masked: Tensor, batch: Batch) -> None:
+    """Check that masks (R, T) are drawn for the tokens of the local features (B, T, D).
+
+    Raises:
+        ValueError: they are not.
+    """
+    if local.shape[1] != masked.shape[1]:
+        raise ValueError(
+            f"masks are drawn for {masked.shape[1]} tokens, the local encoder returns {local.shape[1]} "
+            f"for source {tuple(batch.source.shape)}; data and model disagree on the number of tokens"
         )
 
 

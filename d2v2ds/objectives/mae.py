@@ -20,7 +20,7 @@ from d2v2ds.model.network import NetworkSettings
 from d2v2ds.model.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from d2v2ds.model.transformer_decoder import MaskVector
 from d2v2ds.model.trunk import Trunk, TrunkConfig
-from d2v2ds.objectives.data2vec2 import select_masked
+from d2v2ds.objectives.data2vec2 import require_token_count, select_masked
 from d2v2ds.objectives.data2vec2_metrics import prediction_losses, prediction_metrics
 from d2v2ds.objectives.defaults import ObjectiveDefaults
 from d2v2ds.objectives.loss import LossConfig, regression_loss
@@ -135,11 +135,7 @@ class MaeNetwork(nn.Module):
         keep, masked = masks.rows()  # (R, K), (R, T)
         own, network = self.modalities[batch.modality], self.settings[batch.modality]
         local = self.trunk.embed(batch)  # (B, T, D)
-        if local.shape[1] != masked.shape[1]:
-            raise ValueError(
-                f"masks are drawn for {masked.shape[1]} tokens, the local encoder returns {local.shape[1]} "
-                f"for source {tuple(batch.source.shape)}; data and model disagree on the number of tokens"
-            )
+        require_token_count(local, masked, batch)
         encoded = self.trunk.encode_visible(local, batch, kept_blocks)  # (R, E + K, D)
         decoded = self.decoders[batch.modality](encoded, keep, masked.shape[1])  # (R, T, P)
         target = patch_targets(network.patches(batch.source), normalised=own.normalise_pixels)  # (B, T, P)

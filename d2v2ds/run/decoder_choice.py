@@ -75,7 +75,7 @@ class DecoderChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class _Contents:
-    """What tells the content of one file from that of another."""
+    """Size and checksum of a file."""
 
     bytes: int
     crc32: int
@@ -95,7 +95,7 @@ class _Stored:
     lm: str
     lexicon: str | None
     contents: dict[str, _Contents]
-    """Of language model and lexicon, by option: no other file of these names is used."""
+    """Contents of language model and lexicon, by option: no other file of these names is used."""
     settings: BeamConfig
     units: str
     tuning: dict[str, Any] = field(default_factory=dict)

@@ -35,7 +35,7 @@ GROUPS = {
     "tiny": ("image_tiny", "data2vec1/image_tiny", "mae/tiny"),
 }
 GOAL = 0.8
-"""Of the peak, in fp32."""
+"""Wanted share of the peak, in fp32."""
 RATE = 16_000
 
 

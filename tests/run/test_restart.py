@@ -32,7 +32,7 @@ def attempt(code: int, checkpoint: str = "step00000004", job: int = 7, warned: s
 
 
 def exit_codes(error: type[D2V2Error] = D2V2Error) -> set[int]:
-    """Of an exception and of everything below it, but for that of a sweep, which is no run."""
+    """Exit codes of an exception and of all below it; that of a sweep is left out, which is no run."""
     below = (kind for kind in error.__subclasses__() if kind is not CellsFailedError)
     return {error.exit_code}.union(*(exit_codes(kind) for kind in below))
 

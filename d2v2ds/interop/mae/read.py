@@ -63,7 +63,7 @@ LICENCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _MadeBy:
-    """What `export` writes beside the weights."""
+    """Entries that `export` writes beside the weights."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     licence: str = LICENCE

@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Passed:
-    """What a run had used up at a step."""
+    """Time, samples and memory of a run up to a step."""
 
     seconds: float
     samples: float

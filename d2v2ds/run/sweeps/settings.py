@@ -38,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """What differs between cells: the values of one field, or named choices."""
+    """Difference between cells: the values of one field, or named choices."""
 
     field: str | None = None
     """Field of the run that takes each of `values`."""
